@@ -1,0 +1,65 @@
+# Everything from a fresh machine with Python >= 3.11:
+#
+#   make demo        install what running needs, then tools/demo.py
+#   make test        install with the developers' tools, lint, quick tests
+#   make test-slow   the long tests
+#   make bench       every benchmark that this machine can run
+#   make lint | venv | clean
+#
+# PYTHON=python3.12        the interpreter .venv is made with
+# HEPTAPOD_CUDA=0          leave the CUDA operators out although nvcc is there
+# TORCH_INDEX=URL          another package index for torch, such as
+#                          https://download.pytorch.org/whl/cpu (smaller, no GPU)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+QUIET := -qq --disable-pip-version-check
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+SAY := printf '\n== %s\n'
+
+.PHONY: venv demo test test-slow bench lint clean
+
+venv: $(VENV)/.dev
+demo: $(VENV)/.core
+	@$(BIN)/python tools/demo.py
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow" tests
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow tests
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest bench/ --benchmark-only
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+clean:
+	rm -rf $(VENV) build heptapod_fast/*.so heptapod_fast/_build_note.txt *.egg-info
+
+# The stamps below say what is done already; a second run of any target installs nothing.
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python >= 3.11" \
+	  "or say which: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  "Python %d.%d is too old, 3.11 is needed: make PYTHON=/path/to/python3.12" % v[:2])'
+	@$(SAY) "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: constraints.txt $(VENV)/.python
+	@$(SAY) "Installing torch $$(sed -n 's/^torch==//p' constraints.txt) (the largest download)"
+	@$(PIP) install $(QUIET) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(SAY) "Installing the build tools"
+	@$(PIP) install $(QUIET) "setuptools>=64" wheel
+	@command -v cmake >/dev/null || $(PIP) install $(QUIET) cmake ninja || \
+	  echo "CMake could not be installed: the compiled operators will be left out"
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.torch $(BUILD_FILES)
+	@$(SAY) "Installing heptapod_fast and compiling its operators (about a minute)"
+	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation -e .
+	@$(BIN)/python -c 'from heptapod_fast.ops import library; print(library.status())'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@$(SAY) "Installing the developers' tools"
+	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@

@@ -1,0 +1,165 @@
+"""Index arithmetic of the token grid: orders, supervised steps, packed rows, windows.
+
+Everything here is pure arithmetic on tensors, free of host synchronisation, with shapes that depend
+on settings alone. Suffixes: B sequences, N tokens of the grid, n supervised steps per sequence,
+S = B * n supervised (sequence, step) pairs, R packed rows, W tokens of a window.
+
+Step t means: t tokens are visible (order[0..t-1]), the tokens order[t..N-1] are to be predicted.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from heptapod_fast.rng import Rng
+
+
+def random_orders(index_B: Tensor, num_tokens: int, rng: Rng) -> Tensor:
+    """(B, N) int64: a uniformly random permutation of the positions for every sequence."""
+    return rng.permutation("order", index_B, num_tokens)
+
+
+def raster_orders(index_B: Tensor, num_tokens: int) -> Tensor:
+    """(B, N) int64: row by row, the same for every sequence."""
+    return torch.arange(num_tokens, device=index_B.device).expand(len(index_B), -1)
+
+
+def ranks(order_BN: Tensor) -> Tensor:
+    """Inverse permutation: rank_BN[b, p] = the time at which position p comes up."""
+    times = torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)
+    return torch.empty_like(order_BN).scatter_(1, order_BN, times)
+
+
+# ---------------------------------------------------------------------------------- supervised steps
+
+def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: Rng) -> Tensor:
+    """(B, n) int64 in 0..N-1: the steps of every sequence that get a head pass and a loss.
+
+    antithetic: sequence 2k draws n distinct steps uniformly, sequence 2k+1 takes their mirrors
+        N-1-t. Every step stays uniform, and the pair supervises n * (N + 1) positions whatever was
+        drawn. B must be even.
+    uniform: n distinct steps, drawn for every sequence by itself.
+    mar: MAR's masking ratio, a truncated normal on [0.7, 1] around 1 with deviation 0.25, one ratio per
+        micro-batch and slot (mar:models/mar.py:66,165); ceil(N * ratio) positions are masked.
+
+    Raises ValueError on an odd antithetic batch.
+    """
+    if mode == "antithetic":
+        if len(index_B) % 2:
+            raise ValueError(f"antithetic steps need an even micro-batch, got {len(index_B)} sequences "
+                             "(--micro-batch, or --steps uniform)")
+        first = rng.permutation("steps", index_B[0::2], num_tokens)[:, :density]
+        return torch.stack((first, num_tokens - 1 - first), dim=1).flatten(0, 1)
+    if mode == "uniform":
+        return rng.permutation("steps", index_B, num_tokens)[:, :density]
+    uniform = rng.uniform("steps", index_B[:1], density)
+    masked = torch.ceil(num_tokens * mar_ratio(uniform)).long().clamp_(1, num_tokens)
+    return (num_tokens - masked).expand(len(index_B), -1)
+
+
+def mar_ratio(uniform: Tensor) -> Tensor:
+    """Masking ratio by inverse transform: truncnorm(loc=1, scale=0.25) on [0.7, 1]."""
+    normal = torch.distributions.Normal(1.0, 0.25)
+    low, high = normal.cdf(torch.tensor(0.7)), normal.cdf(torch.tensor(1.0))
+    return normal.icdf(low.to(uniform) + uniform * (high - low).to(uniform)).clamp_(0.7, 1.0)
+
+
+class Rows(NamedTuple):
+    """Supervised positions of a micro-batch, one row each; every (pair, position) occurs once."""
+
+    pair_R: Tensor      # which (sequence, step): b * n + j
+    position_R: Tensor  # which grid position
+    weight_R: Tensor | None  # None: every row counts 1
+
+
+def packed_rows(order_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
+    """Rows of antithetic steps: exactly B/2 * n * (N + 1), all of them supervised.
+
+    order: (B, N); steps: (B, n) of mirrored pairs (`draw_steps`). The rows of one (sequence, step)
+    are its unseen positions in the order they would come up.
+    """
+    (batch, num_tokens), density = order_BN.shape, steps_Bn.shape[1]
+    unseen_S = (num_tokens - steps_Bn).flatten()
+    ends_S = unseen_S.cumsum(0)
+    row_R = torch.arange(batch // 2 * density * (num_tokens + 1), device=order_BN.device)
+    pair_R = torch.searchsorted(ends_S, row_R, right=True)
+    time_R = steps_Bn.flatten()[pair_R] + row_R - (ends_S - unseen_S)[pair_R]
+    position_R = order_BN.flatten()[pair_R // density * num_tokens + time_R]
+    weight_R = 1.0 / unseen_S[pair_R] if loss_weight == "step" else None
+    return Rows(pair_R, position_R, weight_R)
+
+
+def padded_rows(rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
+    """Rows of any steps, at capacity: all S * N positions, those already seen with weight 0."""
+    (batch, num_tokens), density = rank_BN.shape, steps_Bn.shape[1]
+    unseen_SN = (rank_BN[:, None] >= steps_Bn[..., None]).flatten(0, 1)
+    row_R = torch.arange(batch * density * num_tokens, device=rank_BN.device)
+    weight_SN = unseen_SN.float()
+    if loss_weight == "step":
+        weight_SN = weight_SN / weight_SN.sum(1, keepdim=True)
+    return Rows(row_R // num_tokens, row_R % num_tokens, weight_SN.flatten())
+
+
+def expected_rows(batch: int, num_tokens: int, density: int) -> float:
+    """Supervised positions of a batch under uniform or antithetic steps (exact for the latter)."""
+    return batch * density * (num_tokens + 1) / 2
+
+
+# ------------------------------------------------------------------------------------------ windows
+
+def window_positions(grid: int, window: int) -> Tensor:
+    """(N / W, W) int64: the positions of each window, both in raster order."""
+    side = round(window**0.5)
+    positions = torch.arange(grid * grid).view(grid // side, side, grid // side, side)
+    return positions.transpose(1, 2).reshape(-1, window)
+
+
+def window_of(grid: int, window: int) -> Tensor:
+    """(N,) int64: the window that holds each position."""
+    positions = window_positions(grid, window)
+    owner = torch.arange(len(positions))[:, None].expand_as(positions)
+    return torch.empty(grid * grid, dtype=torch.int64).scatter_(0, positions.flatten(),
+                                                                owner.flatten())
+
+
+def window_rows(position_SW: Tensor, rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
+    """Rows of the local head at capacity: W per (sequence, step), seen ones with weight 0.
+
+    position_SW: the grid positions of the window of each (sequence, step). pair_R counts S, and row
+    r = s * W + w is query w of pair s.
+    """
+    density, window = steps_Bn.shape[1], position_SW.shape[1]
+    rank_SN = rank_BN.repeat_interleave(density, dim=0)
+    weight_SW = (rank_SN.gather(1, position_SW) >= steps_Bn.reshape(-1, 1)).float()
+    if loss_weight == "step":
+        weight_SW = weight_SW / weight_SW.sum(1, keepdim=True)
+    pair_R = torch.arange(len(position_SW), device=rank_BN.device).repeat_interleave(window)
+    return Rows(pair_R, position_SW.flatten(), weight_SW.flatten())
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+def group_sizes(num_tokens: int, positions_per_step: int, schedule: str = "constant") -> list[int]:
+    """How many positions each sampling step fills in; the sizes sum to N.
+
+    constant: K each (the last takes the rest). cosine: as many steps as the constant schedule, few
+    positions at first and many at the end (mar:models/mar.py:293), at least one each.
+    Raises ValueError if K is not in 1..N.
+    """
+    if not 1 <= positions_per_step <= num_tokens:
+        raise ValueError(f"--positions-per-step {positions_per_step}: expected 1 to {num_tokens}")
+    count = -(-num_tokens // positions_per_step)
+    if schedule == "constant":
+        return [min(positions_per_step, num_tokens - s * positions_per_step) for s in range(count)]
+    if schedule != "cosine":
+        raise ValueError(f"--position-schedule {schedule}: expected constant or cosine")
+    left, sizes = num_tokens, []
+    for step in range(1, count + 1):
+        keep = int(num_tokens * torch.cos(torch.tensor(torch.pi / 2 * step / count)).item())
+        keep = min(max(keep, count - step), left - 1) if step < count else 0
+        sizes.append(left - keep)
+        left = keep
+    return sizes

@@ -1,0 +1,122 @@
+"""Token losses: the distribution of one token given one vector z of the head.
+
+Both classes answer `loss(z, target, ...) -> (R,) float32` and say how a token is drawn from z.
+Suffixes: R rows, D width of z, V codes, C channels of a continuous token, W width of the diffusion
+MLP, T = 1000 diffusion steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heptapod_fast import ops
+from heptapod_fast.model.transformer import EPS, LayerNorm, Linear
+from heptapod_fast.rng import Rng
+
+
+class Categorical(nn.Module):
+    """Discrete tokens: a linear layer to V logits, cross-entropy."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__()
+        self.output = Linear(width, vocabulary, init="normal")
+
+    def loss(self, z_RD: Tensor, target_R: Tensor, rng: Rng, index_R: Tensor,
+             slot_R: Tensor) -> Tensor:
+        """(R,) nats; rng, index and slot are not used."""
+        return ops.linear_cross_entropy(z_RD, self.output.weight, self.output.bias, target_R)
+
+    def logits(self, z_RD: Tensor) -> Tensor:
+        """(R, V) float32."""
+        return self.output(z_RD).float()
+
+
+class ResBlock(nn.Module):
+    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), modulated by SiLU(y)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = LayerNorm(width, eps=EPS)
+        self.fc1 = Linear(width, width)
+        self.fc2 = Linear(width, width)
+        self.modulation = Linear(width, 3 * width, init="zero")
+
+    def forward(self, x_RW: Tensor, silu_y_RW: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(silu_y_RW).chunk(3, dim=-1)
+        hidden = torch.addcmul(shift, self.norm(x_RW), 1 + scale)
+        return torch.addcmul(x_RW, gate, self.fc2(F.silu(self.fc1(hidden))))
+
+
+class Diffusion(nn.Module):
+    """Continuous tokens: MAR's diffusion MLP (mar:models/diffloss.py) and its loss.
+
+    Layers and initialisation as upstream; the work is arranged differently: the conditioning is
+    projected once per token instead of once per noise, SiLU(y) is taken once for all blocks, and
+    timesteps are embedded through a table of the 1000 values.
+    """
+
+    def __init__(self, width: int, channels: int, blocks: int, mlp_width: int, repeat: int,
+                 bound: bool):
+        super().__init__()
+        self.channels, self.repeat, self.bound = channels, repeat, bound
+        self.time1 = Linear(256, mlp_width, init="normal")
+        self.time2 = Linear(mlp_width, mlp_width, init="normal")
+        self.condition = Linear(width, mlp_width)
+        self.input = Linear(channels, mlp_width)
+        self.blocks = nn.ModuleList(ResBlock(mlp_width) for _ in range(blocks))
+        self.modulation = Linear(mlp_width, 2 * mlp_width, init="zero")
+        self.output = Linear(mlp_width, 2 * channels, init="zero")
+        tables = ops.schedule_tables(ops.cosine_betas())
+        self.register_buffer("tables", tables, persistent=False)
+        self.register_buffer("sinusoids", timestep_features(len(tables[0])), persistent=False)
+
+    def loss(self, z_RD: Tensor, target_RC: Tensor, rng: Rng, index_R: Tensor,
+             slot_R: Tensor) -> Tensor:
+        """(R,) float32: mean over `repeat` fresh (timestep, noise) pairs per token.
+
+        Draws are keyed by the global sample index and a slot that tells the rows of a sample apart.
+        """
+        index = index_R[:, None].expand(-1, self.repeat)
+        slot = slot_R[:, None] * self.repeat + torch.arange(self.repeat, device=slot_R.device)
+        t = rng.integers("diffusion.time", index, 1, self.tables.shape[1], slot).flatten()
+        noise = rng.normal("diffusion.noise", index, self.channels, slot).flatten(0, 1)
+        x0 = target_RC.float().repeat_interleave(self.repeat, dim=0)
+        xt = ops.add_noise(x0, noise, t, self.tables)
+        condition = self.condition(z_RD).repeat_interleave(self.repeat, dim=0)
+        prediction = self.net(xt, t, condition)
+        loss = ops.diffusion_loss(prediction, x0, xt, noise, t, self.tables, self.bound)
+        return loss.view(-1, self.repeat).mean(1)
+
+    def net(self, xt_RC: Tensor, t_R: Tensor, condition_RW: Tensor) -> Tensor:
+        """Noisy tokens, timesteps and projected conditions -> (R, 2C): (eps_hat, v)."""
+        return self.run(xt_RC, self.embed_time(condition_RW.dtype)[t_R] + condition_RW)
+
+    def embed_time(self, dtype: torch.dtype) -> Tensor:
+        """(T, W): the embedding of every timestep."""
+        return self.time2(F.silu(self.time1(self.sinusoids.to(dtype))))
+
+    def run(self, xt_RC: Tensor, y_RW: Tensor) -> Tensor:
+        """The MLP itself, given the sum of time embedding and condition; float32 in and out.
+
+        First and last layer work in float32: at small t the noise is finer than bf16 resolves, and
+        at large t an error of eps_hat is multiplied by up to 20,000.
+        """
+        silu_y = F.silu(y_RW)
+        x_RW = self.input(xt_RC).to(y_RW.dtype)
+        for block in self.blocks:
+            x_RW = block(x_RW, silu_y)
+        shift, scale = self.modulation(silu_y).chunk(2, dim=-1)
+        hidden = torch.addcmul(shift, ops.layer_norm(x_RW, None, None, EPS), 1 + scale)
+        return self.output(hidden.float())
+
+
+def timestep_features(steps: int, size: int = 256) -> Tensor:
+    """(steps, size) float32: cosines, then sines, of t * 10000^(-k / (size / 2))."""
+    half = size // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half) / half)
+    angle = torch.arange(steps).float()[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)

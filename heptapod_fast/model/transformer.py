@@ -1,0 +1,156 @@
+"""Transformer blocks and the causal backbone.
+
+Suffixes: B sequences, N elements, D width, H heads, E head dim, M keys, R packed rows, P sequences of
+a dropout mask. A block is MAR's (timm's ViT block): pre-LayerNorm with eps 1e-6, fused qkv with bias,
+MLP of 4 x D with erf GELU. Parameters are float32 masters; products run in the dtype of the
+activations, which is chosen once, where a sequence is embedded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heptapod_fast import ops
+
+EPS = 1e-6
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose weights follow the dtype of its input.
+
+    init: "xavier", "normal" (0.02) or "zero"; read by systems.base.initial_value.
+    """
+
+    def __init__(self, inputs: int, outputs: int, init: str = "xavier"):
+        super().__init__(inputs, outputs)
+        self.init = init
+
+    def reset_parameters(self) -> None:
+        """Nothing: the system fills its parameters in one place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm through the operation of the same name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Counter-based dropout of one forward pass; `site` numbers the places where it acts.
+
+    key_PS2: (P, sites, 2) int64 below 2**32; counter_PN: element of its sequence that each row is.
+    """
+
+    key_PS2: Tensor
+    counter_PN: Tensor
+    p: float
+
+    def __call__(self, x: Tensor, site: int) -> Tensor:
+        """x (P, N, D), or (R, D) after `packed`."""
+        key = self.key_PS2[:, site]
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        return ops.dropout(x, key[:, 0].view(shape), key[:, 1].view(shape), self.counter_PN, self.p)
+
+    def packed(self, sequence_R: Tensor, element_R: Tensor) -> Drop:
+        """The same masks for packed rows: row r is element element_R[r] of sequence_R[r]."""
+        return Drop(self.key_PS2[sequence_R], element_R, self.p)
+
+
+def no_drop(x: Tensor, site: int) -> Tensor:
+    """Dropout that is off."""
+    return x
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block; three dropout sites, 3 * layer + 0, 1, 2."""
+
+    SITES = 3
+
+    def __init__(self, width: int, heads: int, layer: int, attention: str):
+        super().__init__()
+        self.heads, self.layer, self.attention = heads, layer, attention
+        self.norm1 = LayerNorm(width, eps=EPS)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.norm2 = LayerNorm(width, eps=EPS)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
+
+    def forward(self, x_BND: Tensor, *, causal: bool = False, drop=no_drop, cache=None) -> Tensor:
+        """(B, N, D) -> (B, N, D). cache: keys and values of earlier elements (sampling.KVCache)."""
+        return self.finish(x_BND, self.attend(x_BND, causal=causal, cache=cache), drop)
+
+    def forward_rows(self, x_BND: Tensor, sequence_R: Tensor, element_R: Tensor,
+                     drop=no_drop) -> Tensor:
+        """As a bidirectional `forward`, but only the given elements come out, packed: (R, D).
+
+        The rows are gathered after attention: projection and MLP never see the others.
+        """
+        row_R = sequence_R * x_BND.shape[1] + element_R
+        attended_RD = ops.gather_rows(self.attend(x_BND).flatten(0, 1), row_R)
+        if drop is not no_drop:
+            drop = drop.packed(sequence_R, element_R)
+        return self.finish(ops.gather_rows(x_BND.flatten(0, 1), row_R), attended_RD, drop)
+
+    def attend(self, x_BND: Tensor, *, causal: bool = False, cache=None) -> Tensor:
+        """Attention before its projection: (B, N, D)."""
+        qkv = self.qkv(self.norm1(x_BND)).unflatten(-1, (3, self.heads, -1))
+        q_BNHE, k_BMHE, v_BMHE = qkv.unbind(2)
+        if cache is not None:
+            k_BMHE, v_BMHE = cache.append(self.layer, k_BMHE, v_BMHE)
+        out = ops.attention(q_BNHE, k_BMHE, v_BMHE, causal=causal, implementation=self.attention)
+        return out.flatten(-2)
+
+    def finish(self, x: Tensor, attended: Tensor, drop) -> Tensor:
+        """Projection, residual and MLP; x and attended (..., D) -> (..., D)."""
+        site = 3 * self.layer
+        x = x + drop(self.proj(attended), site)
+        hidden = drop(F.gelu(self.fc1(self.norm2(x))), site + 1)
+        return x + drop(self.fc2(hidden), site + 2)
+
+
+class Backbone(nn.Module):
+    """Causal Transformer over [S], tokens in sampling order: h_t has seen the class and t tokens.
+
+    Learned tables: class, token (an embedding of codes or a projection of vectors), N grid positions,
+    N time steps. Which position goes with which token is the system's choice: Heptapod adds a token's
+    own position and gives [S] none; the 1D baselines add the position of the next target.
+    """
+
+    def __init__(self, *, depth: int, width: int, heads: int, num_classes: int, num_tokens: int,
+                 channels: int, vocabulary: int, attention: str):
+        super().__init__()
+        self.token = Linear(channels, width) if channels else nn.Embedding(vocabulary, width)
+        self.label = nn.Embedding(num_classes, width)
+        self.position = nn.Embedding(num_tokens, width)
+        self.time = nn.Embedding(num_tokens, width)
+        self.blocks = nn.ModuleList(Block(width, heads, i, attention) for i in range(depth))
+        self.norm = LayerNorm(width, eps=EPS)
+        self.dtype = torch.float32
+
+    def embed_start(self, labels_B: Tensor, position_B: Tensor | None = None) -> Tensor:
+        """[S]: class embedding, time row 0, and a grid position where given. (B, 1, D)."""
+        x_BD = self.label(labels_B) + self.time.weight[0]
+        if position_B is not None:
+            x_BD = x_BD + self.position(position_B)
+        return x_BD[:, None].to(self.dtype)
+
+    def embed_tokens(self, tokens_BM: Tensor, position_BM: Tensor, first_time: int) -> Tensor:
+        """M consecutive tokens of the order, the first at time `first_time` >= 1. (B, M, D)."""
+        times = self.time.weight[first_time:first_time + position_BM.shape[1]]
+        return (self.token(tokens_BM) + self.position(position_BM) + times).to(self.dtype)
+
+    def forward(self, x_BND: Tensor, drop=no_drop, cache=None) -> Tensor:
+        """(B, N, D) -> h (B, N, D), after the final LayerNorm."""
+        for block in self.blocks:
+            x_BND = block(x_BND, causal=True, drop=drop, cache=cache)
+        return self.norm(x_BND)

@@ -1,0 +1,56 @@
+"""dropout: x * keep / (1 - p), with a mask that is a function of (key, row counter, column).
+
+    id   = counter * D + column                                  (modulo 2**32)
+    u    = mix(mix(id ^ key0) ^ key1)                            32 bits
+    keep = u >= p * 2**32
+
+`mix` is the "lowbias32" integer hash (two multiplications, three shifts): cheap enough to be computed
+again in the backward pass and inside neighbouring kernels, so that no mask is ever stored. Keys come
+from Philox and the global sample index, so that neither ranks nor micro-batches change the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def keep_mask(key0: Tensor, key1: Tensor, counter: Tensor, width: int, p: float) -> Tensor:
+    """keys and counter: int64, broadcastable to the leading shape of x -> boolean (..., width)."""
+    columns = torch.arange(width, device=counter.device)
+    element = (counter[..., None] * width + columns) & _MASK
+    hashed = _mix(_mix(element ^ key0[..., None]) ^ key1[..., None])
+    return hashed >= round(p * 2**32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, key0, key1, counter, p):
+        ctx.save_for_backward(key0, key1, counter)
+        ctx.p = p
+        return _apply(x, key0, key1, counter, p)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _apply(grad, *ctx.saved_tensors, ctx.p), None, None, None, None
+
+
+def _apply(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
+    keep = keep_mask(key0, key1, counter, x.shape[-1], p)
+    return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
+    """x (..., D); key0, key1, counter int64, broadcastable to x.shape[:-1], keys below 2**32.
+
+    p = 0 returns x itself.
+    """
+    return x if p == 0.0 else _Dropout.apply(x, key0, key1, counter, p)

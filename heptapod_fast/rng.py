@@ -1,0 +1,76 @@
+"""Counter-based randomness: every draw is a pure function of (seed, stream, index, slot, step).
+
+There is no state to save and nothing to advance: a draw depends on the *global sample index* of the
+sequence it belongs to, never on the rank, the micro-batch or the order in which draws are made. The
+generator is Philox4x32-10 (Salmon et al., SC 2011), the one of cuRAND and `triton.language.philox`,
+so that a kernel can make the same numbers again instead of storing them.
+
+    key     = first 64 bits of blake2b("seed/stream/step")
+    counter = (block, slot, index low, index high), four 32-bit outputs per block
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heptapod_fast.ops.philox import philox, philox4x32
+
+__all__ = ["Rng", "philox4x32"]
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Source of random numbers made of (seed, stream, step); see the module's docstring.
+
+    Training leaves `step` at 0: the global sample index already differs for every sequence ever
+    seen. Samplers use `at(step)` to get fresh numbers at every step of a sequence.
+    """
+
+    seed: int
+    step: int = 0
+
+    def at(self, step: int) -> Rng:
+        """The source for another step of the same seed."""
+        return Rng(self.seed, step)
+
+    def key(self, stream: str) -> tuple[int, int]:
+        """The two 32-bit words of Philox's key for one stream."""
+        digest = hashlib.blake2b(f"{self.seed}/{stream}/{self.step}".encode(), digest_size=8)
+        word = int.from_bytes(digest.digest(), "little")
+        return word & _MASK, word >> 32
+
+    def bits(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
+        """index: (...) int64 global sample indices; slot: (...) int64 below 2**32, telling apart
+        several draws of one sample. Returns (..., count) int64 in [0, 2**32)."""
+        if not torch.is_tensor(slot):
+            slot = torch.full_like(index, slot)
+        index, slot = torch.broadcast_tensors(index, slot.to(index.dtype))
+        return philox(index, slot, (count + 3) // 4, self.key(stream))[..., :count]
+
+    def uniform(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
+        """(..., count) float32, uniform on the open interval (0, 1); arguments as `bits`."""
+        return ((self.bits(stream, index, count, slot) >> 8).float() + 0.5) * 2.0**-24
+
+    def normal(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
+        """(..., count) float32, standard normal by Box-Muller; arguments as `bits`."""
+        pairs = self.uniform(stream, index, count + count % 2, slot).unflatten(-1, (-1, 2))
+        radius = (-2.0 * pairs[..., 0].log()).sqrt()
+        angle = (2.0 * math.pi) * pairs[..., 1]
+        both = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+        return both.flatten(-2)[..., :count]
+
+    def integers(self, stream: str, index: Tensor, count: int, high: int,
+                 slot: Tensor | int = 0) -> Tensor:
+        """(..., count) int64, uniform on 0..high-1 (bias below high / 2**32)."""
+        return (self.bits(stream, index, count, slot) * high) >> 32
+
+    def permutation(self, stream: str, index: Tensor, length: int) -> Tensor:
+        """index (B,) -> (B, length) int64: one uniformly random permutation per sequence."""
+        return self.bits(stream, index, length).argsort(dim=-1, stable=True)

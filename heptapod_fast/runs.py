@@ -1,0 +1,183 @@
+"""The run directory: what is in it, who may write to it, and how a run is read back.
+
+    RUN_DIR/  config.json  metrics.jsonl  samples/  checkpoints/  tokenizer.safetensors (fitted ones)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+import torch
+
+from heptapod_fast.config import MAY_CHANGE, Config, flag
+from heptapod_fast.data.sources import ImageSource
+from heptapod_fast.ops import dispatch
+from heptapod_fast.systems import System, build_system
+from heptapod_fast.tokenizers import PatchVQ, Tokenizer, load_tokenizer, token_spec
+from heptapod_fast.train import checkpoint as checkpoints
+from heptapod_fast.train.optimizer import ema_name
+from heptapod_fast.train.parallel import choose_device
+
+
+class RunError(RuntimeError):
+    """A run directory that cannot be used as asked."""
+
+
+class RunDir:
+    """Paths of a run; `claim` makes this process its only writer."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer.safetensors"
+        self._lock = None
+
+    def claim(self, config: Config) -> list[str]:
+        """Create the directory, lock it, and check that it holds no other run.
+
+        Returns the settings that differ from the last start and may ("--images 200000 (was 100000)").
+        Raises RunError when another process holds it, when it belongs to another configuration, or
+        when it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")
+        except OSError as error:
+            raise RunError(f"cannot write to the run directory {self.path}: {error.strerror or error} "
+                           "(--out names another)") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise RunError(f"{self.path} is in use by {holder}: wait for it, stop it, or choose "
+                           "another --out") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        changed = self._compare(config)
+        self._write_config(config)
+        for folder in (self.samples, self.checkpoints):
+            folder.mkdir(exist_ok=True)
+        checkpoints.clean(self.checkpoints)
+        return changed
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _compare(self, config: Config) -> list[str]:
+        if not self.config.exists():
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
+            if foreign:
+                raise RunError(f"{self.path} is not a run directory but holds {foreign[:5]}: choose "
+                               "another --out")
+            return []
+        before, now = vars(self.read_config()), vars(config)
+        differences = {name: f"{flag(name)} {now[name]} (was {before[name]})" for name in now
+                       if now[name] != before[name]}
+        fatal = [text for name, text in differences.items() if name not in MAY_CHANGE]
+        if fatal:
+            raise RunError(f"{self.path} holds a run with other settings: {'; '.join(fatal)}. Repeat "
+                           "its settings to continue it, or choose another --out")
+        return [text for name, text in differences.items() if name != "out"]
+
+    def _write_config(self, config: Config) -> None:
+        temporary = self.config.with_suffix(".tmp")
+        try:
+            temporary.write_text(config.to_json())
+            temporary.rename(self.config)
+        except OSError as error:
+            raise RunError(f"cannot write {self.config}: {error.strerror or error}") from error
+
+    def read_config(self) -> Config:
+        """The settings of the run. RunError if there is none or it cannot be read."""
+        if not self.config.exists():
+            raise RunError(f"{self.path} is not a run directory: it has no config.json")
+        try:
+            return Config.from_json(self.config.read_text())
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.config} cannot be read: {error}") from error
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """--precision auto takes bf16 where the hardware multiplies it natively."""
+    if name == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                  else torch.cpu._is_avx512_bf16_supported())
+        return torch.bfloat16 if native else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = None,
+                   progress=None) -> Tokenizer | None:
+    """The run's tokenizer: the file it was started with, the one given, or one fitted on `images`.
+
+    None where only the shape of its tokens is known (kl16 and vq16 with synthetic data). A fitted or
+    given codebook is saved with the run, so that the run stays readable on its own.
+    """
+    settings = dict(image_size=config.image_size, patch_size=config.patch_size)
+    if config.tokenizer in ("kl16", "vq16"):
+        if config.data == "synthetic":
+            return None
+        return load_tokenizer(config.tokenizer, config.tokenizer_weights)
+    if config.tokenizer == "patch":
+        return load_tokenizer("patch", **settings)
+    settings["codes"] = config.codes
+    if run.tokenizer.exists():
+        return load_tokenizer("patch-vq", run.tokenizer, **settings)
+    if config.tokenizer_weights is not None:
+        tokenizer = load_tokenizer("patch-vq", config.tokenizer_weights, **settings)
+    elif images is None:
+        return None
+    else:
+        tokenizer = PatchVQ.fit(images, config.image_size, config.patch_size, codes=config.codes,
+                                seed=config.seed, progress=progress)
+    tokenizer.save(run.tokenizer)
+    return tokenizer
+
+
+def load_run(path: str | Path, checkpoint: int | None = None, ema: str | None = None,
+             device: str = "auto", precision: str = "auto") -> System:
+    """A trained system, ready to sample, from the newest checkpoint that verifies.
+
+    ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's first;
+    "none" for the raw weights. The system also carries `tokenizer`, `class_names`, `images_seen` and
+    `checkpoint` (its path). Raises RunError or CheckpointError saying what is missing.
+    """
+    run = RunDir(path)
+    config = run.read_config()
+    chosen = checkpoints.load_step(run.checkpoints, checkpoint)
+    class_names = tuple(chosen.state["class_names"])
+    spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
+    target = choose_device(device)
+    dtype = choose_precision(config.precision if precision == "auto" else precision, target)
+    attention = dispatch.choose("attention", target, dtype).implementation
+    system = build_system(config, spec, len(class_names), target, attention, fill=False)
+    system.load_state_dict(chosen.read(_weights_file(config, ema)))
+    system.eval().requires_grad_(False).set_dtype(dtype)
+    tokenizer = open_tokenizer(config, run)
+    system.tokenizer = None if tokenizer is None else tokenizer.to(target)
+    system.class_names, system.images_seen = class_names, chosen.state["images"]
+    system.checkpoint = chosen.path
+    return system
+
+
+def _weights_file(config: Config, ema: str | None) -> str:
+    names = [ema_name(decay) for decay in config.ema]
+    if ema == "none" or ema is None and not names:
+        return "model"
+    wanted = names[0] if ema is None else ema if ema.startswith("ema-") else f"ema-{ema}"
+    if wanted not in names:
+        raise RunError(f"--ema {ema}: this run keeps {', '.join(names) or 'no average'}, and 'none' "
+                       "for the raw weights")
+    return wanted

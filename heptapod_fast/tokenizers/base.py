@@ -1,0 +1,234 @@
+"""The interface of every tokenizer, the shapes of tokens, and the maps between pixels and [-1, 1].
+
+Tensor names: B images, N tokens (row-major over the grid), C channels of a continuous token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from heptapod_fast.rng import Rng
+
+NAMES = ("kl16", "vq16", "patch", "patch-vq")
+DEFAULT_CODES = 128
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """What a model has to know of a tokenizer.
+
+    Attributes:
+        name: the tokenizer's name.
+        kind: discrete (codes) or continuous (vectors).
+        grid: side of the token grid.
+        channels: C, length of a continuous token; 0 for discrete ones.
+        vocabulary: V, number of codes; 0 for continuous ones.
+    """
+
+    name: str
+    kind: Literal["discrete", "continuous"]
+    grid: int
+    channels: int
+    vocabulary: int
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens per image."""
+        return self.grid**2
+
+
+def token_spec(name: str, image_size: int, patch_size: int | None = None,
+               codes: int | None = None) -> TokenSpec:
+    """What a tokenizer's tokens look like; needs no weights.
+
+    Args:
+        name: kl16, vq16, patch or patch-vq.
+        image_size: side of the images in pixels.
+        patch_size: side of the area of one token in pixels; kl16 and vq16: 16, or None.
+        codes: size of patch-vq's codebook, default 128; no meaning for the others.
+
+    Raises:
+        ValueError: unknown name, sizes that do not divide, or a setting the tokenizer has not.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(NAMES)}")
+    fixed = name in ("kl16", "vq16")
+    if fixed and patch_size not in (None, 16):
+        raise ValueError(f"--tokenizer {name} has a fixed patch size of 16, found --patch-size "
+                         f"{patch_size}: leave --patch-size out, or use patch or patch-vq")
+    if patch_size is None and not fixed:
+        raise ValueError(f"--tokenizer {name} needs --patch-size (4 is usual up to 32 pixels)")
+    if codes is not None and name != "patch-vq":
+        raise ValueError(f"--codes {codes} has no meaning for --tokenizer {name}; only patch-vq "
+                         "has a codebook of a chosen size")
+    codes = DEFAULT_CODES if codes is None else codes
+    if name == "patch-vq" and codes < 2:
+        raise ValueError(f"--codes must be 2 or more, found {codes}")
+    grid = _grid(image_size, 16 if fixed else patch_size, fixed)
+    if name == "kl16":
+        return TokenSpec(name, "continuous", grid, 16, 0)
+    if name == "vq16":
+        return TokenSpec(name, "discrete", grid, 0, 16384)
+    if name == "patch":
+        return TokenSpec(name, "continuous", grid, 3 * patch_size**2, 0)
+    return TokenSpec(name, "discrete", grid, 0, codes)
+
+
+def _grid(image_size: int, patch_size: int, fixed: bool) -> int:
+    """Patches per side, or ValueError with the nearest sizes that divide."""
+    if image_size < 1 or patch_size < 1:
+        raise ValueError(f"--image-size and --patch-size must be 1 or more, found {image_size} and "
+                         f"{patch_size}")
+    grid, rest = divmod(image_size, patch_size)
+    if rest == 0:
+        return grid
+    sizes = [str(s * patch_size) for s in (grid, grid + 1) if s > 0]
+    divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
+    lower, upper = [p for p in divisors if p < patch_size], [p for p in divisors if p > patch_size]
+    patches = " or ".join(str(p) for p in lower[-1:] + upper[:1])
+    advice = "another --tokenizer" if fixed else f"--patch-size {patches}"
+    raise ValueError(f"--image-size {image_size} is not a multiple of the patch size {patch_size} "
+                     f"(--patch-size): use --image-size {' or '.join(sizes)}, or {advice}")
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1], the same shape."""
+    return images.float().mul_(2.0 / 255.0).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8, rounded to the nearest; values outside are clipped. Inverse of
+    `to_unit` on its values."""
+    return ((images.float() + 1.0) * 127.5).clamp_(0.0, 255.0).round_().to(torch.uint8)
+
+
+class Tokenizer(ABC):
+    """Images (B, 3, H, W) in [-1, 1] <-> tokens: (B, N) int64 codes, or (B, N, C) float32.
+
+    Tokens are in row-major order over the grid. A tokenizer is frozen: it is fitted or loaded, then
+    only used.
+
+    Attributes:
+        spec: shape and kind of the tokens.
+        image_size, patch_size: sides in pixels of an image and of the area of one token.
+        device: where tokens are made; `to` moves it.
+    """
+
+    spec: TokenSpec
+    image_size: int
+    patch_size: int
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
+        """(B, 3, H, W) float in [-1, 1] -> tokens on `device`. `rng` asks tokenizers with a
+        posterior for a sample instead of its mean; the others ignore it.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens -> (B, 3, H, W) float32, about in [-1, 1], not clipped.
+
+        Raises:
+            ValueError: tokens of another shape.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The fitted tensors; empty when there are none."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, int]:
+        """What makes the tokenizer again, together with `state`."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, settings: dict[str, int], state: dict[str, Tensor]) -> Tokenizer:
+        """The inverse of `settings` and `state`."""
+
+    def to(self, device: torch.device | str) -> Tokenizer:
+        """Moves the tokenizer and returns it."""
+        self.device = torch.device(device)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with the name and settings in its metadata, at once or not at
+        all; `load_tokenizer` reads it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        metadata = {"tokenizer": self.spec.name, "settings": json.dumps(self.settings())}
+        tensors = {key: value.cpu().contiguous() for key, value in self.state().items()}
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (64 hexadecimal digits) over name, settings and state."""
+        digest = hashlib.sha256(json.dumps([self.spec.name, self.settings()],
+                                           sort_keys=True).encode())
+        for key, value in sorted(self.state().items()):
+            digest.update(f"\n{key}/{value.dtype}/{tuple(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """Returns the images on `device`; ValueError for a shape other than (B, 3, H, W)."""
+        side = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(f"{self.spec.name}: expected images (B, 3, {side}, {side}), found "
+                             f"{tuple(images.shape)}: check --image-size")
+        if not images.is_floating_point():
+            raise ValueError(f"{self.spec.name}: expected float images in [-1, 1], found "
+                             f"{images.dtype}: use to_unit")
+        return images.to(self.device)
+
+    def check_tokens(self, tokens: Tensor) -> Tensor:
+        """Returns the tokens on `device`; ValueError for another shape."""
+        spec = self.spec
+        shape = (spec.num_tokens,) + ((spec.channels,) if spec.kind == "continuous" else ())
+        if tokens.shape[1:] != shape:
+            wanted = ", ".join(str(n) for n in ("B", *shape))
+            raise ValueError(f"{spec.name}: expected tokens ({wanted}), found "
+                             f"{tuple(tokens.shape)}")
+        return tokens.to(self.device)
+
+
+def read_header(path: Path, name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Settings and tensors of a file written by `Tokenizer.save`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no safetensors file, or one of another tokenizer than `name`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check --tokenizer-weights")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); check "
+                         "--tokenizer-weights") from error
+    if metadata.get("tokenizer") != name or "settings" not in metadata:
+        raise ValueError(f"{path}: expected a saved {name} tokenizer, found "
+                         f"{metadata.get('tokenizer', 'another file')}: check --tokenizer and "
+                         "--tokenizer-weights")
+    return json.loads(metadata["settings"]), tensors

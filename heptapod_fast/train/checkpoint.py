@@ -1,0 +1,217 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoints/step-00001234/   model.safetensors  ema-0.9999.safetensors  optimizer.safetensors
+                                 state.json         MANIFEST.json {file: {bytes, crc32c}}
+
+Written into `step-N.tmp`, every file flushed to disk, the manifest last, then renamed: a directory
+without `.tmp` is complete. Reading verifies every byte against the manifest; a directory that does not
+verify is renamed to `.corrupt`, and the one before it is taken. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+MANIFEST, STATE = "MANIFEST.json", "state.json"
+_NAME = re.compile(r"step-(\d{8,})$")
+
+
+class CheckpointError(RuntimeError):
+    """No usable checkpoint, or one that could not be written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint directory."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state["step"]
+
+    def read(self, file: str) -> dict[str, Tensor]:
+        """Tensors of one file, by name without its ending. CheckpointError if it is not there."""
+        from safetensors.torch import load_file
+
+        path = self.path / f"{file}.safetensors"
+        if not path.exists():
+            there = sorted(p.stem for p in self.path.glob("*.safetensors"))
+            raise CheckpointError(f"{self.path} has no {file}; there are: {', '.join(there)}")
+        return load_file(path)
+
+
+def save(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any],
+         keep: int) -> Path:
+    """Write `files` and `state` as checkpoint `state["step"]` of `folder`, keep the newest `keep`.
+
+    Raises CheckpointError (disk full, no permission, ...); whatever was there before stays, and
+    nothing half-written is left. A checkpoint of that step that is already there is kept.
+    """
+    final = folder / f"step-{state['step']:08d}"
+    if final.exists():
+        return final
+    temporary = final.with_suffix(".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary, files, state)
+        temporary.rename(final)
+        _sync(folder)
+    except Exception as error:  # OSError, or the safetensors library's own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"could not write {final}: {error}") from error
+    _retain(folder, keep)
+    return final
+
+
+def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    for name, tensors in files.items():
+        host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(host, folder / f"{name}.safetensors")
+    (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+    manifest = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        manifest[path.name] = {"bytes": path.stat().st_size, "crc32c": checksum(path)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """crc32c of a file, eight hexadecimal digits."""
+    import google_crc32c
+
+    value = 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            value = google_crc32c.extend(value, chunk)
+    return f"{value:08x}"
+
+
+def _retain(folder: Path, keep: int) -> None:
+    for path in listed(folder)[:-keep]:
+        # Renamed first, so that a half-deleted directory is never taken for a checkpoint.
+        doomed = path.with_suffix(".tmp")
+        try:
+            path.rename(doomed)
+        except OSError:
+            continue
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def listed(folder: Path) -> list[Path]:
+    """Committed checkpoint directories, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = ((_NAME.match(p.name), p) for p in folder.iterdir())
+    return [p for _, p in sorted((int(m[1]), p) for m, p in named if m)]
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a checkpoint directory, file by file; empty if it verifies."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        expected = {name: (entry["bytes"], entry["crc32c"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST}: {error}"]
+    found = []
+    for name, (size, crc) in expected.items():
+        file = path / name
+        if not file.is_file():
+            found.append(f"{name}: missing")
+        elif file.stat().st_size != size:
+            found.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
+        elif checksum(file) != crc:
+            found.append(f"{name}: checksum does not match, the file was changed or damaged")
+    extra = {p.name for p in path.iterdir()} - set(expected) - {MANIFEST}
+    found += [f"{name}: not part of the checkpoint" for name in sorted(extra)]
+    if STATE not in expected:
+        found.append(f"{STATE}: missing from {MANIFEST}")
+    return found
+
+
+def load(path: Path) -> Checkpoint:
+    """A verified checkpoint; CheckpointError lists what is wrong with it."""
+    wrong = problems(path)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
+    return Checkpoint(path, json.loads((path / STATE).read_text()))
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None if there never was one.
+
+    Damaged ones are reported through `say` and renamed to `.corrupt`. CheckpointError if none is
+    left: starting again from nothing would hide the loss.
+    """
+    tried = []
+    for path in reversed(listed(folder)):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            say(f"WARNING: {error}; falling back to the checkpoint before it")
+            tried.append(path)
+            _set_aside(path)
+    if tried or list(folder.glob("step-*.corrupt")):
+        raise CheckpointError(
+            f"no checkpoint in {folder} verifies (damaged ones are kept there as *.corrupt). Restore "
+            f"one from a copy, or start anew with another --out or after removing {folder.parent}")
+    return None
+
+
+def load_step(folder: Path, step: int | None) -> Checkpoint:
+    """For readers of a run: the given step, or the newest that verifies; nothing is renamed."""
+    paths = listed(folder)
+    if not paths:
+        raise CheckpointError(f"{folder} holds no checkpoint: train first, or name another run")
+    if step is not None:
+        chosen = [p for p in paths if int(_NAME.match(p.name)[1]) == step]
+        if not chosen:
+            have = ", ".join(str(int(_NAME.match(p.name)[1])) for p in paths)
+            raise CheckpointError(f"--checkpoint {step}: {folder} holds the steps {have}")
+        return load(chosen[0])
+    errors = []
+    for path in reversed(paths):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            errors.append(str(error))
+    raise CheckpointError("; ".join(errors))
+
+
+def clean(folder: Path) -> None:
+    """Remove what interrupted writes left behind. For the one process that owns the run."""
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> None:
+    target = path.with_suffix(".corrupt")
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        path.rename(target)
+    except OSError:
+        pass

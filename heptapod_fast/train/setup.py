@@ -1,0 +1,164 @@
+"""Everything that happens once, before the loop: data, tokenizer, system, optimizer, resuming."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from heptapod_fast import ops
+from heptapod_fast.config import Config, share_of_batch
+from heptapod_fast.data.sources import ImageSource
+from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
+from heptapod_fast.progress import Progress
+from heptapod_fast.rng import Rng
+from heptapod_fast.runs import RunDir, RunError, choose_precision, open_tokenizer
+from heptapod_fast.systems import System, build_system
+from heptapod_fast.tokenizers import Tokenizer, token_spec
+from heptapod_fast.train import checkpoint as checkpoints
+from heptapod_fast.train.checkpoint import CheckpointError
+from heptapod_fast.train.optimizer import Optimizer
+from heptapod_fast.train.parallel import World
+
+
+@dataclass
+class Run:
+    """What the loop works on; `images` is the only thing that moves besides system and optimizer."""
+
+    config: Config
+    world: World
+    directory: RunDir
+    say: Callable[[str], None]
+    source: TokenSource
+    tokenizer: Tokenizer | None
+    system: System
+    optimizer: Optimizer
+    rng: Rng
+    images: int = 0
+
+    def state(self) -> dict:
+        """What a checkpoint says besides its tensors; equal runs give equal states."""
+        return {
+            "step": self.optimizer.step_count, "images": self.images, "seed": self.config.seed,
+            "class_names": list(self.source.class_names), "data": self.source.fingerprint,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.fingerprint,
+            "torch": torch.__version__, "python": platform.python_version(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint; CheckpointError, on every rank, if it cannot be written."""
+        error = None
+        if self.world.main:
+            try:
+                checkpoints.save(self.directory.checkpoints, self.optimizer.files(), self.state(),
+                                 self.config.keep_checkpoints)
+            except CheckpointError as caught:
+                error = caught
+        if self.world.any(error is not None):
+            raise error or CheckpointError("rank 0 could not write the checkpoint")
+
+
+def open_images(config: Config) -> ImageSource | None:
+    """The images behind --data; None for synthetic tokens.
+
+    Raises FileNotFoundError or ValueError naming the flag at fault.
+    """
+    if config.data == "synthetic":
+        return None
+    if config.data == "logograms":
+        from heptapod_fast.data.logograms import Logograms
+
+        return Logograms(config.image_size, config.logogram_count, config.seed,
+                         num_classes=config.num_classes)
+    if config.data is None:
+        raise ValueError(
+            "--data is missing: name a folder of images (one subfolder per class), or use --data "
+            "logograms with --tokenizer patch-vq or patch, or --data synthetic to measure speed")
+    if config.data.rstrip("/").endswith(".zarr"):
+        raise ValueError(f"--data {config.data}: this version reads folders of images, not Zarr caches")
+    from heptapod_fast.data.images import ImageFolder
+
+    return ImageFolder(config.data, config.image_size, max_broken=config.max_broken,
+                       allow_upscale=config.allow_upscale, progress=Progress("decoding"))
+
+
+def open_tokens(config: Config, run: RunDir, device: torch.device,
+                images: ImageSource | None) -> tuple[TokenSource, Tokenizer | None]:
+    """Tokens of the images (or synthetic ones), and the tokenizer."""
+    spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
+    tokenizer = open_tokenizer(config, run, images, Progress("fitting the codebook", "rounds"))
+    if images is None:
+        return SyntheticTokens(spec, config.num_classes, config.seed), tokenizer
+    tokens = TokenizedImages(images, tokenizer.to(device), config.seed, flip=config.flip,
+                             device=device, progress=Progress("tokenising"))
+    return tokens, tokenizer
+
+
+def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[Run, bool]:
+    """Open everything that a resolved config names; the newest checkpoint is loaded.
+
+    Returns the run and whether it was resumed. The caller has claimed the run directory.
+    """
+    directory = RunDir(config.run_dir())
+    images = open_images(config)
+    # One rank fits the tokenizer, the others read what it saved.
+    if not world.main:
+        world.barrier()
+    source, tokenizer = open_tokens(config, directory, world.device, images)
+    if world.main:
+        world.barrier()
+    classes = source.num_classes
+    if config.num_classes is not None and config.num_classes != classes:
+        raise ValueError(f"--num-classes {config.num_classes}: {config.data} has {classes} classes")
+    config = replace(config, num_classes=classes)
+    dtype = choose_precision(config.precision, world.device)
+    attention = ops.dispatch.choose("attention", world.device, dtype, config.attention)
+    update = ops.dispatch.choose("adamw_ema", world.device, torch.float32, config.adamw_ema)
+    for line in describe(config, source, world, dtype, attention, update):
+        say(line)
+    spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
+    system = build_system(config, spec, classes, world.device, attention.implementation)
+    system.set_dtype(dtype)
+    run = Run(config, world, directory, say, source, tokenizer, system,
+              Optimizer(system, config, update.implementation), Rng(config.seed))
+    return run, resume(run)
+
+
+def resume(run: Run) -> bool:
+    """Load the newest checkpoint of the run, if there is one; refuse changed data."""
+    found = checkpoints.load_newest(run.directory.checkpoints, run.say)
+    if found is None:
+        return False
+    now = run.state()
+    changed = [key for key in ("data", "tokenizer", "class_names") if found.state[key] != now[key]]
+    if "class_names" in changed or changed and not run.config.allow_data_change:
+        raise RunError(f"{run.directory.path} was trained on other {' and '.join(changed)}: --data "
+                       f"{run.config.data} is not what it was. Restore it, choose another --out, or "
+                       "continue all the same with --allow-data-change")
+    run.optimizer.load(found.read, found.step)
+    run.images = found.state["images"]
+    return True
+
+
+def describe(config: Config, source: TokenSource, world: World, dtype: torch.dtype, attention,
+             update) -> list[str]:
+    """What was decided, and why: the lines at the start of a run."""
+    share, micros = share_of_batch(config, world.size)
+    device = (torch.cuda.get_device_name(world.device) if world.device.type == "cuda"
+              else f"CPU, {torch.get_num_threads()} threads")
+    name = str(dtype).removeprefix("torch.")
+    why = "asked for" if config.precision != "auto" else "native here" if name == "bfloat16" else (
+        "this hardware has no fast bf16")
+    return [
+        f"run       {config.run_dir()}",
+        f"data      {config.data}: {source.num_images:,} images, {source.num_classes} classes, flip "
+        f"{'on' if config.flip else 'off'}; {config.images / source.num_images:.2f} epochs",
+        f"device    {device}, {world.size} rank{'s' * (world.size > 1)}; {name} activations ({why})",
+        f"batch     {config.batch} = {world.size} ranks x {micros} micro-batches x {share // micros}",
+        f"rate      {config.learning_rate:.3g} = {config.lr_per_256:g} x {config.batch} / 256, warm-up "
+        f"over {config.warmup_images:,} images, then {config.lr_schedule}",
+        f"kernels   {attention}; {update}",
+        f"          {ops.library.status()}",
+    ]

@@ -1,0 +1,69 @@
+"""Who runs an operation: order, forcing by name, errors that say what to do."""
+
+import pytest
+import torch
+
+from heptapod_fast.ops import dispatch, library
+
+
+@pytest.fixture
+def operation(monkeypatch):
+    """An operation with three implementations: fast (CUDA, float32), broken (never), reference."""
+    monkeypatch.setattr(dispatch, "_registry", {})
+    dispatch.register("op", "fast", lambda device, dtype: (
+        None if device.type == "cuda" and dtype == torch.float32 else "needs float32 on CUDA"))
+    dispatch.register("op", "broken", lambda device, dtype: "install the package broken")
+    dispatch.register("op", "reference", lambda device, dtype: None)
+    return "op"
+
+
+def test_the_first_usable_one_runs_and_the_reason_names_the_skipped(operation):
+    assert dispatch.implementations(operation) == ("fast", "broken", "reference")
+    assert dispatch.choose(operation, "cuda", torch.float32).implementation == "fast"
+    chosen = dispatch.choose(operation, torch.device("cpu"), torch.float32)
+    assert chosen.implementation == "reference"
+    assert "fast: needs float32 on CUDA" in chosen.reason
+    assert "install the package broken" in str(chosen)
+
+
+def test_a_named_one_runs_although_another_is_preferred(operation):
+    chosen = dispatch.choose(operation, "cuda", torch.float32, "reference")
+    assert chosen == dispatch.Choice(operation, "reference", "asked for")
+
+
+def test_an_unknown_name_is_refused_with_the_names(operation):
+    with pytest.raises(ValueError, match="'quick'.*auto, fast, broken, reference"):
+        dispatch.choose(operation, "cpu", torch.float32, "quick")
+
+
+def test_a_named_one_that_cannot_run_is_an_error_that_says_why(operation):
+    with pytest.raises(dispatch.Unavailable, match="install the package broken"):
+        dispatch.choose(operation, "cuda", torch.float32, "broken")
+
+
+def test_nothing_usable_is_an_error_with_every_reason(operation):
+    dispatch.register("other", "fast", lambda device, dtype: "needs a GPU")
+    with pytest.raises(dispatch.Unavailable, match="not fast: needs a GPU"):
+        dispatch.choose("other", "cpu", torch.float32)
+
+
+def test_names_are_taken_once_and_operations_are_known(operation):
+    for name in ("fast", "auto"):
+        with pytest.raises(ValueError, match="already"):
+            dispatch.register(operation, name, lambda device, dtype: None)
+    with pytest.raises(ValueError, match="known: op"):
+        dispatch.choose("no such", "cpu", torch.float32)
+
+
+def test_a_missing_library_is_reported_not_raised(tmp_path, monkeypatch):
+    holds, why_not = library._load(tmp_path / "absent.so")
+    assert holds == "" and "not built" in why_not and "nvcc" in why_not
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a shared library")
+    holds, why_not = library._load(broken)
+    assert holds == "" and torch.__version__ in why_not and "\n" not in why_not
+    monkeypatch.setattr(library, "_missing", why_not)
+    assert not library.available("cpu") and not library.available("cuda")
+    with pytest.raises(dispatch.Unavailable, match="does not fit torch"):
+        dispatch.choose("philox", "cpu", torch.int64, "cpu")
+    assert dispatch.choose("philox", "cpu", torch.int64).implementation == "reference"

@@ -1,0 +1,93 @@
+"""Where a training step spends its time: `python tools/profile.py --size tiny`.
+
+Writes a Chrome trace and a Markdown table with torch.profiler. Under nsys (`nsys profile -c
+cudaProfilerApi python tools/profile.py ...`) it marks the steps with NVTX ranges instead.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from _cli import main, parse
+
+from heptapod_fast.config import Config, share_of_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Config):
+    """Profile training steps; takes every flag of tools/train.py."""
+
+    profile_steps: int = 10
+    """Steps that are measured, after as many unmeasured ones."""
+    profile_out: str = "profile"
+    """Folder for trace.json and profile.md."""
+
+
+def work() -> int:
+    """Build the run without resuming anything, warm up, measure."""
+    arguments = parse(Arguments)
+    config = Config(**{f.name: getattr(arguments, f.name) for f in fields(Config)})
+    if config.data is None and config.size != "tiny":
+        config = replace(config, data="synthetic")
+    config = config.resolve()
+    import torch
+
+    from heptapod_fast.train import parallel
+    from heptapod_fast.train.loop import training_step
+    from heptapod_fast.train.setup import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = parallel.start(config.device)
+        run, _ = prepare(replace(config, out=folder), world, print)
+    micro = share_of_batch(config, world.size)
+    run.system.train()
+    for _ in range(arguments.profile_steps):
+        training_step(run, *micro)
+    if "NSYS_PROFILING_SESSION_ID" in os.environ:
+        torch.cuda.cudart().cudaProfilerStart()
+        with torch.autograd.profiler.emit_nvtx():
+            for _ in range(arguments.profile_steps):
+                training_step(run, *micro)
+        torch.cuda.cudart().cudaProfilerStop()
+        return 0
+    with torch.profiler.profile() as profiler:
+        for _ in range(arguments.profile_steps):
+            training_step(run, *micro)
+    write(profiler, Path(arguments.profile_out), arguments.profile_steps, config)
+    return 0
+
+
+def write(profiler, out: Path, steps: int, config: Config) -> None:
+    """trace.json for chrome://tracing, profile.md with phases and the costliest operators."""
+    import torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(out / "trace.json"))
+    cuda = torch.cuda.is_available()
+    events = profiler.key_averages()
+
+    def own(event) -> float:
+        return (event.self_device_time_total if cuda else event.self_cpu_time_total) / steps / 1000
+
+    phases = {e.key: e.cpu_time_total / steps / 1000 for e in events
+              if e.key in ("data", "forward", "backward", "optimizer")}
+    whole = sum(phases.values())
+    rows = sorted((e for e in events if e.key not in phases), key=own, reverse=True)[:25]
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    lines = [f"# One training step: {config.system} {config.size}, batch {config.batch}", "",
+             f"{device}, torch {torch.__version__}; {steps} steps under torch.profiler, which slows "
+             f"them down. {config.batch / whole * 1000:,.0f} images/s while profiled.", "",
+             "| phase | ms | share |", "|---|---:|---:|"]
+    lines += [f"| {name} | {ms:.2f} | {ms / whole:.0%} |" for name, ms in phases.items()]
+    lines += ["", "| operator | own ms | share | calls |", "|---|---:|---:|---:|"]
+    lines += [f"| {e.key} | {own(e):.2f} | {own(e) / whole:.1%} | {e.count / steps:g} |" for e in rows]
+    (out / "profile.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[:16]))
+    print(f"written: {out / 'profile.md'} and {out / 'trace.json'}")
+
+
+if __name__ == "__main__":
+    main(work)

@@ -1,0 +1,105 @@
+"""Sample from a trained run: `python tools/sample.py RUN_DIR --out grid.png`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tyro
+from _cli import main, parse
+
+from heptapod_fast.sampling import SampleOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(SampleOptions):
+    """Sample images from a run's moving average."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+    classes: str | None = None
+    """Class numbers separated by commas; default: all, or the first ten of more than 64."""
+    count: int | None = None
+    """Images in total, spread evenly over the classes; default: 8 per class."""
+    ema: str | None = None
+    """Moving average by name or decay, "none" for the raw weights; default: the run's first."""
+    checkpoint: int | None = None
+    """Step of the checkpoint; default: the newest."""
+    seed: int = 0
+    """Seed of the samples."""
+    batch: int = 256
+    """Images per batch; does not change what comes out."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    out: str | None = None
+    """Grid to write; default: RUN_DIR/samples/sample-STEP-SEED.png."""
+    save_images: str | None = None
+    """Folder for single PNG images."""
+    save_npz: str | None = None
+    """File for arr_0 (B, H, W, 3) uint8 and labels, as ADM's evaluator reads it."""
+
+
+def chosen_classes(text: str | None, available: int) -> list[int]:
+    """--classes as numbers. ValueError on anything else or out of range."""
+    if text is None:
+        return list(range(available if available <= 64 else 10))
+    try:
+        classes = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--classes {text}: expected numbers separated by commas, as 0,1,2") from error
+    bad = [c for c in classes if not 0 <= c < available]
+    if bad:
+        raise ValueError(f"--classes {text}: {bad} out of range, this run has {available} classes, 0 to "
+                         f"{available - 1}")
+    return classes
+
+
+def work() -> int:
+    """Parse, load, sample, write."""
+    arguments = parse(Arguments)
+    from heptapod_fast.pictures import save_grid
+    from heptapod_fast.progress import Progress
+    from heptapod_fast.rng import Rng
+    from heptapod_fast.runs import load_run
+    from heptapod_fast.sampling.generate import generate, spread
+
+    system = load_run(arguments.run, arguments.checkpoint, arguments.ema, arguments.device)
+    if system.tokenizer is None:
+        raise ValueError(f"{arguments.run} was trained on synthetic tokens: there is nothing to decode")
+    classes = chosen_classes(arguments.classes, system.num_classes)
+    count = 8 * len(classes) if arguments.count is None else arguments.count
+    if count < 1:
+        raise ValueError(f"--count {count}: expected at least 1")
+    labels = spread(classes, count)
+    options = SampleOptions(**{f.name: getattr(arguments, f.name) for f in fields(SampleOptions)})
+    images = generate(system, labels, Rng(arguments.seed), options, arguments.batch,
+                      Progress("sampling"))
+    step = system.checkpoint.name
+    out = arguments.out or Path(arguments.run) / "samples" / f"sample-{step}-seed{arguments.seed}.png"
+    save_grid(images, out, columns=max(1, min(8, -(-count // len(classes)))))
+    print(f"{count} images of classes {', '.join(system.class_names[c] for c in classes)} after "
+          f"{system.images_seen:,} training images: {out}")
+    save_singles(arguments, images, labels)
+    return 0
+
+
+def save_singles(arguments: Arguments, images, labels) -> None:
+    """--save-images and --save-npz."""
+    from heptapod_fast.pictures import save_png
+    from heptapod_fast.tokenizers import to_uint8
+
+    pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous()
+    if arguments.save_images:
+        for i, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+            save_png(image, Path(arguments.save_images) / f"{i:06d}-class{label}.png")
+        print(f"single images: {arguments.save_images}")
+    if arguments.save_npz:
+        import numpy as np
+
+        Path(arguments.save_npz).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(arguments.save_npz, arr_0=pixels.numpy(), labels=labels.numpy())
+        print(f"arrays: {arguments.save_npz}")
+
+
+if __name__ == "__main__":
+    main(work)
