@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 SYSTEMS = ("heptapod", "1d-raster", "1d-random")
 CONTINUOUS = ("kl16", "patch")
@@ -80,7 +80,8 @@ class Config:
     logogram_count: int | None = None
     """Size of the logogram training set."""
     flip: bool | None = None
-    """Random horizontal flips; on only where kl16 or vq16 meet 256 px (it mirrors letters)."""
+    """Random horizontal flips; on only where B, L or H meet kl16 or vq16 at 256 px (it mirrors
+    letters)."""
     max_broken: int = 0
     """Unreadable images that may be left out before the run is refused."""
     allow_upscale: bool = False
@@ -173,9 +174,10 @@ class Config:
 
         Raises ValueError naming the flag at fault. Idempotent.
         """
-        preset = PRESETS[self.size]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        _refuse_unknown(values)
         _refuse_foreign(values)
+        preset = PRESETS[self.size]
         for name, default in preset.defaults.items():
             if values[name] is None:
                 values[name] = default
@@ -250,6 +252,15 @@ def _refuse(values: dict, names: tuple[str, ...], why: str) -> None:
             raise ValueError(f"{flag(name)} {values[name]} {why}")
 
 
+def _refuse_unknown(values: dict) -> None:
+    """Names that are not among the choices of their setting."""
+    for name, hint in get_type_hints(Config).items():
+        choices = [c for part in (hint, *get_args(hint)) for c in get_args(part)
+                   if isinstance(c, str)]
+        if choices and values[name] is not None and values[name] not in choices:
+            raise ValueError(f"{flag(name)} {values[name]}: expected one of {', '.join(choices)}")
+
+
 def _refuse_foreign(values: dict) -> None:
     """Flags that mean nothing for the chosen system."""
     if values["system"] != "heptapod":
@@ -281,7 +292,8 @@ def _resolve_tokens(values: dict, given: Config) -> None:
     if values["data"] == "synthetic" and values["num_classes"] is None:
         values["num_classes"] = 1000
     if values["flip"] is None:
-        values["flip"] = tokenizer in ("kl16", "vq16") and values["data"] != "synthetic"
+        values["flip"] = (tokenizer in ("kl16", "vq16") and values["image_size"] == 256
+                          and values["size"] != "tiny" and values["data"] != "synthetic")
     elif values["flip"] and values["data"] == "synthetic":
         raise ValueError("--flip: synthetic tokens have no images to mirror")
     for name in ("image_size", "patch_size", "num_classes", "logogram_count"):
@@ -326,7 +338,11 @@ def _resolve_model(values: dict, preset: Preset) -> None:
     if values["tokenizer"] in CONTINUOUS:
         for name in ("diffusion_blocks", "diffusion_width"):
             values[name] = getattr(preset, name) if values[name] is None else values[name]
-        values["diffusion_repeat"] = values["diffusion_repeat"] or 4
+        if values["diffusion_repeat"] is None:
+            values["diffusion_repeat"] = 4
+        for name in ("diffusion_blocks", "diffusion_width", "diffusion_repeat"):
+            if values[name] < 1:
+                raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
         values["diffusion_loss"] = values["diffusion_loss"] or "mse+vb"
     if not 0.0 <= values["dropout"] < 1.0:
         raise ValueError(f"--dropout {values['dropout']}: expected 0 <= P < 1")

@@ -9,6 +9,7 @@ Step t means: t tokens are visible (order[0..t-1]), the tokens order[t..N-1] are
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -103,9 +104,19 @@ def padded_rows(rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
     return Rows(row_R // num_tokens, row_R % num_tokens, weight_SN.flatten())
 
 
-def expected_rows(batch: int, num_tokens: int, density: int) -> float:
-    """Supervised positions of a batch under uniform or antithetic steps (exact for the latter)."""
-    return batch * density * (num_tokens + 1) / 2
+def expected_rows(batch: int, num_tokens: int, density: int, mode: str) -> float:
+    """Expected number of unseen positions over all steps of a batch (exact for antithetic steps)."""
+    if mode != "mar":
+        return batch * density * (num_tokens + 1) / 2
+    # E[ceil(N * ratio)] = sum over k = 0..N-1 of P(ratio > k / N)
+    low, high = _normal_cdf(-1.2), _normal_cdf(0.0)
+    masked = sum((high - _normal_cdf(max(k / num_tokens - 1.0, -0.3) / 0.25)) / (high - low)
+                 for k in range(num_tokens))
+    return batch * density * masked
+
+
+def _normal_cdf(x: float) -> float:
+    return 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
 
 
 # ------------------------------------------------------------------------------------------ windows
@@ -158,7 +169,7 @@ def group_sizes(num_tokens: int, positions_per_step: int, schedule: str = "const
         raise ValueError(f"--position-schedule {schedule}: expected constant or cosine")
     left, sizes = num_tokens, []
     for step in range(1, count + 1):
-        keep = int(num_tokens * torch.cos(torch.tensor(torch.pi / 2 * step / count)).item())
+        keep = int(num_tokens * math.cos(math.pi / 2 * step / count))
         keep = min(max(keep, count - step), left - 1) if step < count else 0
         sizes.append(left - keep)
         left = keep

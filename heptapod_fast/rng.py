@@ -56,7 +56,9 @@ class Rng:
 
     def uniform(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
         """(..., count) float32, uniform on the open interval (0, 1); arguments as `bits`."""
-        return ((self.bits(stream, index, count, slot) >> 8).float() + 0.5) * 2.0**-24
+        high_bits = (self.bits(stream, index, count, slot) >> 8).float()
+        # The largest value, 1 - 2**-25, would round to 1.
+        return ((high_bits + 0.5) * 2.0**-24).clamp_(max=1.0 - 2.0**-24)
 
     def normal(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
         """(..., count) float32, standard normal by Box-Muller; arguments as `bits`."""

@@ -29,8 +29,9 @@ def attention(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, *, causal: bool = 
     if causal and (length != keys or implementation == "reference"):
         mask = causal_mask(length, keys, q.device)
     if implementation == "sdpa":
+        # is_causal aligns the first query with the first key: right for N = M alone.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                             is_causal=causal and mask is None)
+                                             is_causal=causal and length == keys)
     else:
         out = _reference(q, k, v, mask)
     return out.transpose(1, 2)

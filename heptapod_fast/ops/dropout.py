@@ -11,8 +11,12 @@ from Philox and the global sample index, so that neither ranks nor micro-batches
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
+
+from heptapod_fast.ops import dispatch
 
 _MASK = 0xFFFFFFFF
 
@@ -33,24 +37,43 @@ def _mix(x: Tensor) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, key0, key1, counter, p):
+    def forward(ctx, x, key0, key1, counter, p, apply):
         ctx.save_for_backward(key0, key1, counter)
-        ctx.p = p
-        return _apply(x, key0, key1, counter, p)
+        ctx.p, ctx.apply = p, apply
+        return apply(x, key0, key1, counter, p)
 
     @staticmethod
     def backward(ctx, grad):
-        return _apply(grad, *ctx.saved_tensors, ctx.p), None, None, None, None
+        return ctx.apply(grad.contiguous(), *ctx.saved_tensors, ctx.p), *(None,) * 5
 
 
-def _apply(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
+def _reference(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
     keep = keep_mask(key0, key1, counter, x.shape[-1], p)
     return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
-    """x (..., D); key0, key1, counter int64, broadcastable to x.shape[:-1], keys below 2**32.
+def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float,
+            implementation: str = "auto") -> Tensor:
+    """x (..., D); keys int64 below 2**32, of shape (x.shape[0], 1, ...) or (x.shape[0],) for
+    two-dimensional x; counter int64, of shape x.shape[1:-1], or (x.shape[0],) for two-dimensional x.
 
-    p = 0 returns x itself.
+    implementation: "auto", "triton" or "reference". p = 0 returns x itself.
     """
-    return x if p == 0.0 else _Dropout.apply(x, key0, key1, counter, p)
+    if p == 0.0:
+        return x
+    apply = _reference
+    if dispatch.choose("dropout", x.device, x.dtype, implementation).implementation == "triton":
+        from heptapod_fast.kernels.dropout import dropout as apply
+    return _Dropout.apply(x.contiguous(), key0, key1, counter, p, apply)
+
+
+def _triton_usable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"runs on cuda tensors, these are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return None
+
+
+dispatch.register("dropout", "triton", _triton_usable)
+dispatch.register("dropout", "reference", lambda device, dtype: None)

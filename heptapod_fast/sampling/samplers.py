@@ -37,6 +37,12 @@ class SampleOptions:
 
     def check(self, num_tokens: int, vocabulary: int) -> None:
         """Refuse what cannot be; vocabulary 0 means continuous tokens. ValueError names the flag."""
+        for name, known in (("position_schedule", ("constant", "cosine")),
+                            ("position_order", ("random", "confidence")),
+                            ("diffusion_sampler", ("ddpm", "ddim"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected "
+                                 f"{' or '.join(known)}")
         if not 1 <= self.positions_per_step <= num_tokens:
             raise ValueError(f"--positions-per-step {self.positions_per_step}: expected 1 to "
                              f"{num_tokens}, the tokens of an image")
@@ -128,16 +134,17 @@ def sample_vectors(loss, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor
 def _previous(prediction: Tensor, x: Tensor, table: Tensor, i: int, rng: Rng, index: Tensor,
               slot: Tensor, options: SampleOptions) -> Tensor:
     """x_{t-1} from x_t and the network's (eps, v); table: the schedule's row of this step."""
-    sqrt_abar, _, recip, recip_minus_one, mean_x0, mean_xt, log_beta, log_posterior = table
+    sqrt_abar, sqrt_noise, recip, recip_minus_one, mean_x0, mean_xt, log_beta, log_posterior = table
     eps, v = prediction.chunk(2, dim=-1)
     x0 = recip * x - recip_minus_one * eps
     if options.diffusion_sampler == "ddim":
         if i == 0:
             return x0
-        # mean_x0 and mean_xt define abar of the previous step; it is simpler to invert them here.
-        beta = log_beta.exp()
-        previous = (sqrt_abar.square() / (1 - beta)).clamp(max=1.0)
-        return previous.sqrt() * x0 + (1 - previous).sqrt() * eps
+        # sqrt(abar) and 1 - abar of the previous step, from the definitions of mean_x0 and mean_xt;
+        # abar / (1 - beta) would lose all digits where beta is near 1.
+        signal = mean_x0 * sqrt_noise.square() / log_beta.exp()
+        noise = mean_xt * sqrt_noise.square() * signal / sqrt_abar
+        return signal * x0 + noise.sqrt() * eps
     mean = mean_x0 * x0 + mean_xt * x
     if i == 0:
         return mean

@@ -79,6 +79,6 @@ class NextToken(System):
     def flops_per_image(self) -> dict[str, float]:
         """See System.flops_per_image."""
         width, tokens = self.config.width, self.num_tokens
-        return {"embedding": 2 * width * self.spec.channels * tokens,
+        return {"embedding": 2 * width * self.spec.channels * (tokens - 1),
                 "backbone": self.config.depth * block_flops(width, tokens, (tokens + 1) / 2),
                 "token loss": self.token_loss_flops(tokens)}

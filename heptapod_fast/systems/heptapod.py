@@ -167,12 +167,14 @@ class Heptapod(System):
 
     def expected_count(self, batch: int) -> float:
         """See System.expected_count."""
+        if self.config.loss_weight == "step":
+            return float(batch * self.config.density)
+        return self.expected_rows(batch)
+
+    def expected_rows(self, batch: int) -> float:
+        """Expected number of supervised positions of `batch` sequences."""
         config = self.config
-        if config.loss_weight == "step":
-            return float(batch * config.density)
-        if config.steps == "mar":
-            return batch * config.density * self.num_tokens * MAR_MEAN_RATIO
-        rows = gridlib.expected_rows(batch, self.num_tokens, config.density)
+        rows = gridlib.expected_rows(batch, self.num_tokens, config.density, config.steps)
         if config.head == "global":
             return rows
         # An unseen position shares the window of the next token: that token itself, and each of the
@@ -183,10 +185,9 @@ class Heptapod(System):
     def flops_per_image(self) -> dict[str, float]:
         """See System.flops_per_image."""
         config, width, tokens = self.config, self.config.width, self.num_tokens
-        embed = 2 * width * self.spec.channels * tokens
+        embed = 2 * width * self.spec.channels * (tokens - 1)
         backbone = config.depth * block_flops(width, tokens, (tokens + 1) / 2)
-        supervised = self.expected_count(2) / 2 if config.loss_weight == "position" else (
-            gridlib.expected_rows(2, tokens, config.density) / 2)
+        supervised = self.expected_rows(2) / 2
         n, blocks = config.density, config.head_depth
         if config.head == "global":
             full = block_flops(width, tokens + 1, tokens + 1)
@@ -194,15 +195,12 @@ class Heptapod(System):
             head = n * ((blocks - 1) * full + last)
         else:
             window = config.window
+            states = tokens + 1 - gridlib.expected_rows(1, tokens, 1, config.steps)
             cross = 2 * (2 * width**2 * n * window + 2 * width**2 * tokens
-                         + 2 * width * n * window * (tokens + 1) / 2)
+                         + 2 * width * n * window * states)
             head = blocks * (cross + n * block_flops(width, window, window))
         return {"embedding": embed, "backbone": backbone, "head": head,
                 "token loss": self.token_loss_flops(supervised)}
-
-
-# Mean of the truncated normal of grid.mar_ratio: 1 + 0.25 * (phi(-1.2) - phi(0)) / (Phi(0) - Phi(-1.2)).
-MAR_MEAN_RATIO = 0.8670
 
 
 def put(tokens_BN: Tensor, position_Bk: Tensor, token_Bk: Tensor) -> None:

@@ -24,6 +24,7 @@ FIT_PATCHES = 200_000
 SEED_PATCHES_PER_CODE = 32
 ITERATIONS = 30
 TOLERANCE = 1e-3
+UNUSED = 3.0
 _BLOCK = 2**22  # entries of one block of the distance matrix, 16 MB in float32
 
 
@@ -65,8 +66,10 @@ class PatchVQ(Tokenizer):
             progress: called as progress(iterations done, iterations at most).
 
         Raises:
-            ValueError: sizes that do not divide or do not match the images, or fewer distinct
-                patches than codes (the codebook is never shrunk: the model's vocabulary is V).
+            ValueError: sizes that do not divide or do not match the images.
+
+        Images with fewer distinct patches than codes are coded without loss; the codes left over
+        lie outside [-1, 1], so that no patch is ever nearest to them.
         """
         spec = token_spec("patch-vq", image_size, patch_size, codes)
         chosen = _choose_images(images, math.ceil(FIT_PATCHES / spec.num_tokens), seed)
@@ -74,10 +77,9 @@ class PatchVQ(Tokenizer):
             raise ValueError(f"patch-vq: expected uint8 images (n, 3, {image_size}, {image_size}), "
                              f"found {chosen.dtype} {tuple(chosen.shape)}: check --image-size")
         patches_ME, counts_M = _distinct(patchify(chosen, patch_size).flatten(0, 1))
-        if len(patches_ME) < codes:
-            raise ValueError(f"the images have only {len(patches_ME)} distinct patches of "
-                             f"{patch_size} x {patch_size} pixels, --codes asks for {codes}: lower "
-                             "--codes or give more images")
+        if len(patches_ME) <= codes:
+            spare_VE = torch.full((codes - len(patches_ME), patches_ME.shape[1]), UNUSED)
+            return cls(torch.cat((to_unit(patches_ME), spare_VE)), image_size, patch_size)
         points_ME = to_unit(patches_ME)
         codebook_VE = _seed_codes(points_ME, codes, seed)
         codebook_VE = _lloyd(points_ME, counts_M, codebook_VE, progress)

@@ -67,11 +67,14 @@ def test_seeding_prefers_distant_patches():
         assert sorted(int(s.norm() + 0.5) for s in seeds) == [0, 9, 9]
 
 
-def test_too_few_distinct_patches_are_an_error():
+def test_fewer_distinct_patches_than_codes_are_coded_without_loss():
     images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
     images[:5] = 200
-    with pytest.raises(ValueError, match="only 2 distinct patches.*--codes asks for 3"):
-        PatchVQ.fit(images, 8, 4, codes=3)
+    tokenizer = PatchVQ.fit(images, 8, 4, codes=7)
+    assert tokenizer.spec.vocabulary == 7
+    codes = tokenizer.encode(to_unit(images))
+    assert codes.unique().numel() == 2
+    torch.testing.assert_close(tokenizer.decode(codes), to_unit(images), rtol=0, atol=1e-6)
 
 
 def test_empty_codes_move_to_the_worst_points():
