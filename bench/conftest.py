@@ -1,5 +1,9 @@
 """Shared by all benchmarks: devices, timing that waits for the GPU, bandwidth and roofline."""
 
+import statistics
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,3 +53,56 @@ def _gpu_seconds(function, calls=20):
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3 / calls
+
+
+@pytest.fixture
+def versus(device, benchmark):
+    """versus(ours, peer, rounds): times both in turns, so that noise meets both alike.
+
+    pytest-benchmark's row is `ours`; benchmark.extra_info gets the peer's median, the ratio of the
+    medians and the quartiles of the ratios of each round.
+    """
+    def run(ours, peer, rounds=15):
+        wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+        def seconds(function):
+            wait()
+            begin = time.perf_counter()
+            function()
+            wait()
+            return time.perf_counter() - begin
+
+        for function in (ours, peer) * 2:
+            function()
+        pairs = [(seconds(peer), seconds(ours)) for _ in range(rounds)]
+        theirs, mine = zip(*pairs, strict=True)
+        low, _, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        benchmark.extra_info["peer ms"] = round(statistics.median(theirs) * 1e3, 3)
+        ratio = statistics.median(theirs) / statistics.median(mine)
+        benchmark.extra_info["ratio"] = round(ratio, 3)
+        benchmark.extra_info["ratio quartiles"] = [round(low, 3), round(high, 3)]
+        benchmark.pedantic(lambda: (ours(), wait()), rounds=rounds, iterations=1)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """What the tables of tools/report.py say about the machine."""
+    machine_info["device"] = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+                              f"{_cpu_name()}, {torch.get_num_threads()} threads")
+    machine_info["torch"] = torch.__version__
+    machine_info["command"] = "pytest bench/ --benchmark-only"
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Keep the statistics, drop single timings: results are committed."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+
+
+def _cpu_name():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+            return line.split(":")[1].strip() + amx
+    return "CPU"

@@ -1,7 +1,8 @@
 """Every setting of a run, its default, and what is refused.
 
-`Config` is what the command line fills in: `None` means "follow the size". `resolve()` returns the same
-object with every `None` replaced and every contradiction refused; nothing downstream knows a default.
+`Config` is what the command line fills in: `None` means "follow the size". `resolve()` returns the
+same object with every `None` replaced and every contradiction refused; nothing downstream knows a
+default.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-SYSTEMS = ("heptapod", "1d-raster", "1d-random")
 CONTINUOUS = ("kl16", "patch")
 
 
@@ -37,12 +37,14 @@ class Preset:
 # AdamW 0.9/0.95, weight decay 0.02, constant rate after a warm-up of 12.5%, clip 3, EMA 0.9999.
 _PAPER = dict(
     data=None, tokenizer="kl16", image_size=256, images=1_024_933_600, batch=2048, density=1,
-    lr_per_256=1e-4, lr_schedule="constant", warmup=0.125, dropout=0.1, sample_every=10_000_000,
+    lr_per_256=1e-4, lr_schedule="constant", warmup=0.125, dropout=0.1, embedding_std=0.02,
+    sample_every=10_000_000,
     checkpoint_every=1_281_167, log_every=102_400,
 )
 _TINY = dict(
-    data="logograms", tokenizer="patch-vq", image_size=24, patch_size=4, images=180_000, batch=64,
+    data="logograms", tokenizer="patch-vq", image_size=24, images=180_000, batch=64,
     density=2, lr_per_256=8e-3, lr_schedule="cosine", warmup=0.02, dropout=0.0,
+    embedding_std=1.0,
     sample_every=30_000, checkpoint_every=30_000, log_every=1_600,
 )
 PRESETS = {
@@ -68,7 +70,7 @@ class Config:
     tokenizer: Literal["kl16", "vq16", "patch", "patch-vq"] | None = None
     """Token kind: kl16 and patch are continuous, vq16 and patch-vq discrete."""
     tokenizer_weights: str | None = None
-    """Weights of the tokenizer; for patch-vq a codebook fitted earlier (default: fit on the data)."""
+    """Weights of the tokenizer; for patch-vq a codebook fitted earlier (default: fit one)."""
     image_size: int | None = None
     """Side of the training images in pixels."""
     patch_size: int | None = None
@@ -103,7 +105,7 @@ class Config:
     density: int | None = None
     """Supervision density n: steps per sequence that get a head pass and a loss."""
     steps: Literal["antithetic", "uniform", "mar"] | None = None
-    """How supervised steps are drawn: mirrored pairs (static shapes), independent, or MAR's ratio."""
+    """How supervised steps are drawn: mirrored pairs (static shapes), alone, or MAR's ratio."""
     loss_weight: Literal["position", "step"] | None = None
     """Average over supervised positions, or within each step first."""
     diffusion_blocks: int | None = None
@@ -116,6 +118,9 @@ class Config:
     """MAR's MSE plus variational bound of the learned variance, or the plain MSE."""
     dropout: float | None = None
     """After the attention projection and both layers of the MLP."""
+    embedding_std: float | None = None
+    """Deviation of embeddings and learned tokens at the start: MAR's 0.02, and 1 for tiny, where it
+    halves the images that are needed."""
 
     # Recipe, counted in images
     images: int | None = None
@@ -139,7 +144,7 @@ class Config:
     clip: float = 3.0
     """Largest norm of the gradient; 0 turns clipping off."""
     ema: tuple[float, ...] = (0.9999,)
-    """Decay of each moving average of the weights, ramped as min(decay, (1 + step) / (10 + step))."""
+    """Decays of the moving averages of the weights, each min(decay, (1 + step) / (10 + step))."""
     seed: int = 0
     """Seed of everything that is random."""
 
@@ -210,7 +215,8 @@ class Config:
         if self.out is not None:
             return self.out
         data = self.data if self.data in ("logograms", "synthetic") else str(self.data).rstrip("/")
-        name = f"{self.system}-{self.size}-{data.split('/')[-1]}-{self.tokenizer}-{self.image_size}px"
+        name = "-".join((self.system, self.size, data.split("/")[-1], self.tokenizer,
+                         f"{self.image_size}px"))
         text = json.dumps(self.identity(), sort_keys=True)
         return f"runs/{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -264,14 +270,15 @@ def _refuse_unknown(values: dict) -> None:
 def _refuse_foreign(values: dict) -> None:
     """Flags that mean nothing for the chosen system."""
     if values["system"] != "heptapod":
-        _refuse(values, _HEAD_FLAGS, f"belongs to the 2D head; --system {values['system']} has none")
+        _refuse(values, _HEAD_FLAGS,
+                f"belongs to the 2D head; --system {values['system']} has none")
 
 
 def _resolve_tokens(values: dict, given: Config) -> None:
     tokenizer = values["tokenizer"]
     if values["tokenizer"] in ("kl16", "vq16"):
         if values["patch_size"] not in (None, 16):
-            raise ValueError(f"--patch-size {values['patch_size']}: {tokenizer} has patches of 16 px")
+            raise ValueError(f"--patch-size {values['patch_size']}: {tokenizer} has 16 px patches")
         values["patch_size"] = 16
     elif values["patch_size"] is None:
         values["patch_size"] = 16 if values["image_size"] >= 128 else 4
@@ -280,7 +287,8 @@ def _resolve_tokens(values: dict, given: Config) -> None:
         if not 2 <= values["codes"] <= 65536:
             raise ValueError(f"--codes {values['codes']}: expected 2 to 65536")
     else:
-        _refuse(values, ("codes",), f"sets the codebook of patch-vq, not of --tokenizer {tokenizer}")
+        _refuse(values, ("codes",),
+                f"sets the codebook of patch-vq, not of --tokenizer {tokenizer}")
     if tokenizer == "patch":
         _refuse(values, ("tokenizer_weights",), "given, but --tokenizer patch has no weights")
     if tokenizer not in CONTINUOUS:
@@ -321,8 +329,8 @@ def _resolve_model(values: dict, preset: Preset) -> None:
             values["depth"] = total - values["head_depth"]
         if values["depth"] < 1 or values["head_depth"] < 1:
             raise ValueError(
-                f"--head-depth {values['head_depth']}: expected 1 to {total - 1}, so that the backbone "
-                f"keeps a block (or give --depth too)")
+                f"--head-depth {values['head_depth']}: expected 1 to {total - 1}, so that the "
+                f"backbone keeps a block (or give --depth too)")
         _resolve_head(values, grid)
     else:
         # Same parameters as Heptapod's backbone and head together.
@@ -334,7 +342,8 @@ def _resolve_model(values: dict, preset: Preset) -> None:
         if values[name] < 1:
             raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
     if values["width"] % values["heads"]:
-        raise ValueError(f"--width {values['width']} is not a multiple of --heads {values['heads']}")
+        raise ValueError(f"--width {values['width']} is not a multiple of --heads "
+                         f"{values['heads']}")
     if values["tokenizer"] in CONTINUOUS:
         for name in ("diffusion_blocks", "diffusion_width"):
             values[name] = getattr(preset, name) if values[name] is None else values[name]
@@ -344,6 +353,8 @@ def _resolve_model(values: dict, preset: Preset) -> None:
             if values[name] < 1:
                 raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
         values["diffusion_loss"] = values["diffusion_loss"] or "mse+vb"
+    if values["embedding_std"] <= 0:
+        raise ValueError(f"--embedding-std {values['embedding_std']}: expected more than 0")
     if not 0.0 <= values["dropout"] < 1.0:
         raise ValueError(f"--dropout {values['dropout']}: expected 0 <= P < 1")
 
@@ -354,8 +365,8 @@ def _resolve_head(values: dict, grid: int) -> None:
         values["head"] = "local" if values["window"] not in (None, tokens) else "global"
     if values["head"] == "global":
         if values["window"] not in (None, tokens):
-            raise ValueError(f"--window {values['window']} contradicts --head global, whose window is "
-                             f"the whole grid of {tokens} tokens; use --head local")
+            raise ValueError(f"--window {values['window']} contradicts --head global, whose window "
+                             f"is the whole grid of {tokens} tokens; use --head local")
         values["window"] = tokens
     else:
         sides = [s for s in range(1, grid) if grid % s == 0]
@@ -365,10 +376,11 @@ def _resolve_head(values: dict, grid: int) -> None:
         if values["window"] is None:
             values["window"] = min(windows, key=lambda w: abs(math.log(w / (tokens / 4))))
         if values["window"] not in windows:
-            raise ValueError(f"--window {values['window']}: a {grid}x{grid} grid divides into windows "
-                             f"of {', '.join(map(str, windows))} tokens")
+            raise ValueError(f"--window {values['window']}: a {grid}x{grid} grid divides into "
+                             f"windows of {', '.join(map(str, windows))} tokens")
     if not 1 <= values["density"] <= tokens:
-        raise ValueError(f"--density {values['density']}: expected 1 to {tokens} steps per sequence")
+        raise ValueError(f"--density {values['density']}: expected 1 to {tokens} steps per "
+                         "sequence")
     values["steps"] = values["steps"] or "antithetic"
     values["loss_weight"] = values["loss_weight"] or "position"
 
@@ -400,8 +412,8 @@ def share_of_batch(config: Config, world_size: int) -> tuple[int, int]:
     """
     batch, micro = config.batch, config.micro_batch
     if batch % world_size:
-        raise ValueError(f"--batch {batch} does not divide over {world_size} ranks: the nearest are "
-                         f"{batch // world_size * world_size} and "
+        raise ValueError(f"--batch {batch} does not divide over {world_size} ranks: the nearest "
+                         f"are {batch // world_size * world_size} and "
                          f"{-(-batch // world_size) * world_size}")
     share = batch // world_size
     divisors = [d for d in range(1, share + 1) if share % d == 0]
@@ -412,9 +424,10 @@ def share_of_batch(config: Config, world_size: int) -> tuple[int, int]:
         micro = max(fitting, default=share)
     if share % micro:
         nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
-        raise ValueError(f"--micro-batch {micro} does not divide the {share} sequences of a rank: the "
-                         f"nearest are {' and '.join(map(str, nearest))}")
+        raise ValueError(f"--micro-batch {micro} does not divide the {share} sequences of a rank: "
+                         f"the nearest are {' and '.join(map(str, nearest))}")
     if pairs and micro % 2:
-        raise ValueError(f"a micro-batch of {micro} is odd, but --steps antithetic works on pairs: use "
-                         "an even --micro-batch (and an even --batch per rank), or --steps uniform")
+        raise ValueError(f"a micro-batch of {micro} is odd, but --steps antithetic works on pairs: "
+                         "use an even --micro-batch (and an even --batch per rank), or "
+                         "--steps uniform")
     return share, share // micro

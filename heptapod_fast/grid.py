@@ -34,7 +34,7 @@ def ranks(order_BN: Tensor) -> Tensor:
     return torch.empty_like(order_BN).scatter_(1, order_BN, times)
 
 
-# ---------------------------------------------------------------------------------- supervised steps
+# -------------------------------------------------------------------------------- supervised steps
 
 def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: Rng) -> Tensor:
     """(B, n) int64 in 0..N-1: the steps of every sequence that get a head pass and a loss.
@@ -43,15 +43,16 @@ def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: R
         N-1-t. Every step stays uniform, and the pair supervises n * (N + 1) positions whatever was
         drawn. B must be even.
     uniform: n distinct steps, drawn for every sequence by itself.
-    mar: MAR's masking ratio, a truncated normal on [0.7, 1] around 1 with deviation 0.25, one ratio per
+    mar: MAR's masking ratio, a truncated normal on [0.7, 1] around 1 with deviation 0.25, one
+    ratio per
         micro-batch and slot (mar:models/mar.py:66,165); ceil(N * ratio) positions are masked.
 
     Raises ValueError on an odd antithetic batch.
     """
     if mode == "antithetic":
         if len(index_B) % 2:
-            raise ValueError(f"antithetic steps need an even micro-batch, got {len(index_B)} sequences "
-                             "(--micro-batch, or --steps uniform)")
+            raise ValueError(f"antithetic steps need an even micro-batch, got {len(index_B)} "
+                             "sequences (--micro-batch, or --steps uniform)")
         first = rng.permutation("steps", index_B[0::2], num_tokens)[:, :density]
         return torch.stack((first, num_tokens - 1 - first), dim=1).flatten(0, 1)
     if mode == "uniform":
@@ -105,7 +106,7 @@ def padded_rows(rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
 
 
 def expected_rows(batch: int, num_tokens: int, density: int, mode: str) -> float:
-    """Expected number of unseen positions over all steps of a batch (exact for antithetic steps)."""
+    """Expected unseen positions over all steps of a batch (exact for antithetic steps)."""
     if mode != "mar":
         return batch * density * (num_tokens + 1) / 2
     # E[ceil(N * ratio)] = sum over k = 0..N-1 of P(ratio > k / N)

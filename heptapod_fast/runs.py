@@ -1,6 +1,6 @@
 """The run directory: what is in it, who may write to it, and how a run is read back.
 
-    RUN_DIR/  config.json  metrics.jsonl  samples/  checkpoints/  tokenizer.safetensors (fitted ones)
+    RUN_DIR/  config.json  metrics.jsonl  samples/  checkpoints/  tokenizer.safetensors (if fitted)
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ class RunError(RuntimeError):
     """A run directory that cannot be used as asked."""
 
 
+def holder() -> str:
+    """Who holds the lock, for those who meet it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 class RunDir:
     """Paths of a run; `claim` makes this process its only writer."""
 
@@ -41,33 +46,38 @@ class RunDir:
     def claim(self, config: Config) -> list[str]:
         """Create the directory, lock it, and check that it holds no other run.
 
-        Returns the settings that differ from the last start and may ("--images 200000 (was 100000)").
-        Raises RunError when another process holds it, when it belongs to another configuration, or
-        when it cannot be written.
+        Returns the settings that differ from the last start and may, as "--images 200000 (was
+        100000)". Raises RunError when another process holds it, when it belongs to another
+        configuration, or when it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")
         except OSError as error:
-            raise RunError(f"cannot write to the run directory {self.path}: {error.strerror or error} "
-                           "(--out names another)") from error
+            raise self._unwritable(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            other = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise RunError(f"{self.path} is in use by {holder}: wait for it, stop it, or choose "
+            raise RunError(f"{self.path} is in use by {other}: wait for it, stop it, or choose "
                            "another --out") from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
         changed = self._compare(config)
         self._write_config(config)
-        for folder in (self.samples, self.checkpoints):
-            folder.mkdir(exist_ok=True)
+        try:
+            os.truncate(self._lock.fileno(), 0)
+            os.write(self._lock.fileno(), holder().encode())
+            for folder in (self.samples, self.checkpoints):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
         checkpoints.clean(self.checkpoints)
         return changed
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(f"cannot write to the run directory {self.path}: {error} (--out names "
+                        "another)")
 
     def release(self) -> None:
         """Let others write."""
@@ -77,19 +87,28 @@ class RunDir:
 
     def _compare(self, config: Config) -> list[str]:
         if not self.config.exists():
-            foreign = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
+            ours = {".lock", self.config.with_suffix(".tmp").name}  # of a start that was cut off
+            foreign = sorted({p.name for p in self.path.iterdir()} - ours)
             if foreign:
-                raise RunError(f"{self.path} is not a run directory but holds {foreign[:5]}: choose "
-                               "another --out")
+                raise RunError(f"{self.path} is not a run directory but holds {foreign[:5]}: "
+                               "choose another --out")
             return []
         before, now = vars(self.read_config()), vars(config)
         differences = {name: f"{flag(name)} {now[name]} (was {before[name]})" for name in now
                        if now[name] != before[name]}
         fatal = [text for name, text in differences.items() if name not in MAY_CHANGE]
+        if fatal and not self._began():
+            self.tokenizer.unlink(missing_ok=True)  # fitted with the other settings
+            return []
         if fatal:
-            raise RunError(f"{self.path} holds a run with other settings: {'; '.join(fatal)}. Repeat "
-                           "its settings to continue it, or choose another --out")
+            raise RunError(f"{self.path} holds a run with other settings: {'; '.join(fatal)}. "
+                           "Repeat its settings to continue it, or choose another --out")
         return [text for name, text in differences.items() if name != "out"]
+
+    def _began(self) -> bool:
+        """Whether there is anything to lose: a start that failed leaves no more than settings."""
+        return self.metrics.exists() or self.checkpoints.is_dir() and any(
+            self.checkpoints.iterdir())
 
     def _write_config(self, config: Config) -> None:
         temporary = self.config.with_suffix(".tmp")
@@ -122,8 +141,8 @@ def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = Non
                    progress=None) -> Tokenizer | None:
     """The run's tokenizer: the file it was started with, the one given, or one fitted on `images`.
 
-    None where only the shape of its tokens is known (kl16 and vq16 with synthetic data). A fitted or
-    given codebook is saved with the run, so that the run stays readable on its own.
+    None where only the shape of its tokens is known (kl16 and vq16 with synthetic data). A fitted
+    or given codebook is saved with the run, so that the run stays readable on its own.
     """
     settings = dict(image_size=config.image_size, patch_size=config.patch_size)
     if config.tokenizer in ("kl16", "vq16"):
@@ -151,8 +170,8 @@ def load_run(path: str | Path, checkpoint: int | None = None, ema: str | None = 
     """A trained system, ready to sample, from the newest checkpoint that verifies.
 
     ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's first;
-    "none" for the raw weights. The system also carries `tokenizer`, `class_names`, `images_seen` and
-    `checkpoint` (its path). Raises RunError or CheckpointError saying what is missing.
+    "none" for the raw weights. The system also carries `tokenizer`, `class_names`, `images_seen`
+    and `checkpoint` (its path). Raises RunError or CheckpointError saying what is missing.
     """
     run = RunDir(path)
     config = run.read_config()
@@ -165,11 +184,29 @@ def load_run(path: str | Path, checkpoint: int | None = None, ema: str | None = 
     system = build_system(config, spec, len(class_names), target, attention, fill=False)
     system.load_state_dict(chosen.read(_weights_file(config, ema)))
     system.eval().requires_grad_(False).set_dtype(dtype)
-    tokenizer = open_tokenizer(config, run)
+    tokenizer = saved_tokenizer(config, run, chosen)
     system.tokenizer = None if tokenizer is None else tokenizer.to(target)
     system.class_names, system.images_seen = class_names, chosen.state["images"]
     system.checkpoint = chosen.path
     return system
+
+
+def saved_tokenizer(config: Config, run: RunDir, chosen: checkpoints.Checkpoint):
+    """The tokenizer that a checkpoint was trained with, None for synthetic tokens.
+
+    RunError if it is missing or not the same: another codebook would decode to other images.
+    """
+    expected = chosen.state["tokenizer"]
+    if expected is None:
+        return None
+    tokenizer = open_tokenizer(config, run)
+    if tokenizer is None:
+        raise RunError(f"{run.tokenizer} is missing: the tokens of this run cannot be decoded "
+                       "without it; restore it from a copy")
+    if tokenizer.fingerprint != expected:
+        raise RunError(f"{run.tokenizer} is not what {chosen.path} was trained with: it was "
+                       "changed or damaged; restore it from a copy")
+    return tokenizer
 
 
 def _weights_file(config: Config, ema: str | None) -> str:
@@ -178,6 +215,6 @@ def _weights_file(config: Config, ema: str | None) -> str:
         return "model"
     wanted = names[0] if ema is None else ema if ema.startswith("ema-") else f"ema-{ema}"
     if wanted not in names:
-        raise RunError(f"--ema {ema}: this run keeps {', '.join(names) or 'no average'}, and 'none' "
-                       "for the raw weights")
+        raise RunError(f"--ema {ema}: this run keeps {', '.join(names) or 'no average'}, and "
+                       "'none' for the raw weights")
     return wanted

@@ -1,7 +1,7 @@
 """dropout in one pass: read, hash, write. The mask is the one of `heptapod_fast.ops.dropout`.
 
-Forward and backward are the same kernel; nothing is stored. One program handles one block of columns
-of one row, so that the key and the row counter are scalars.
+Forward and backward are the same kernel; nothing is stored. One program handles one block of
+columns of one row, so that the key and the row counter are scalars.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _dropout(x_ptr, out_ptr, key0_ptr, key1_ptr, counter_ptr, width, rows_per_ke
 
 
 def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
-    """x (..., D) contiguous; keys int64 with one value per `x.shape[0]`, counter int64 over the last
-    row dimension. Returns a new tensor of x's dtype."""
+    """x (..., D) contiguous; keys int64 with one value per `x.shape[0]`, counter int64 over the
+    last row dimension. Returns a new tensor of x's dtype."""
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(width))

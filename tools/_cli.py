@@ -15,7 +15,7 @@ import tyro  # noqa: E402
 
 
 def parse(target: Callable[..., Any], argv: list[str] | None = None, **options: Any) -> Any:
-    """tyro's command line for a dataclass, with bare `--flag` and `--no-flag` for optional switches."""
+    """tyro's command line for a dataclass, with bare `--flag` and `--no-flag` for switches."""
     argv = sys.argv[1:] if argv is None else argv
     return tyro.cli(target, args=switches(argv), config=(tyro.conf.FlagConversionOff,), **options)
 
@@ -44,7 +44,7 @@ def main(work: Callable[[], int | None]) -> None:
 
     try:
         code = work()
-    except (ValueError, FileNotFoundError, RunError, CheckpointError, Unavailable) as error:
+    except (ValueError, OSError, RunError, CheckpointError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:

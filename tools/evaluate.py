@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from _cli import main, parse
@@ -30,8 +31,8 @@ class Arguments(SampleOptions):
     """Seed of the samples."""
     batch: int = 256
     """Images per batch; does not change what comes out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to sample."""
     out: str | None = None
     """Where the numbers go; default: RUN_DIR/evaluation.json."""
 
@@ -47,14 +48,17 @@ def work() -> int:
     from heptapod_fast.sampling.generate import generate, spread
     from heptapod_fast.train.setup import open_images
 
-    if arguments.count < 1:
-        raise ValueError(f"--count {arguments.count}: expected at least 1")
+    if arguments.count < 1 or arguments.batch < 1:
+        raise ValueError(f"--count {arguments.count}, --batch {arguments.batch}: expected at "
+                         "least 1")
     system = load_run(arguments.run, arguments.checkpoint, arguments.ema, arguments.device)
     default = ["symmetry"] if system.config.data == "logograms" else []
     names = default if arguments.metrics is None else arguments.metrics.split(",")
     if not names:
-        raise ValueError(f"--metrics is missing: none of those of this version ({', '.join(METRICS)}) "
+        raise ValueError(f"--metrics is missing: none of this version's ({', '.join(METRICS)}) "
                          f"applies by itself to --data {system.config.data}")
+    if system.tokenizer is None:
+        raise ValueError(f"{arguments.run} was trained on synthetic tokens: nothing can be decoded")
     context = MetricContext(source=open_images(system.config), tokenizer=system.tokenizer)
     metrics = make_metrics(names, context)
     labels = spread(list(range(system.num_classes)), arguments.count)
@@ -69,7 +73,8 @@ def work() -> int:
     out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    picked = [i for c in labels.unique()[:8].tolist() for i in (labels == c).nonzero()[:8, 0].tolist()]
+    picked = [i for c in labels.unique()[:8].tolist()
+              for i in (labels == c).nonzero()[:8, 0].tolist()]
     save_grid(images[picked], out.with_suffix(".png"), columns=8)
     for name, value in results.items():
         print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")

@@ -33,6 +33,8 @@ def work() -> int:
     if config.data is None and config.size != "tiny":
         config = replace(config, data="synthetic")
     config = config.resolve()
+    if arguments.profile_steps < 1:
+        raise ValueError(f"--profile-steps {arguments.profile_steps}: expected at least 1")
     import torch
 
     from heptapod_fast.train import parallel
@@ -78,12 +80,13 @@ def write(profiler, out: Path, steps: int, config: Config) -> None:
     rows = sorted((e for e in events if e.key not in phases), key=own, reverse=True)[:25]
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     lines = [f"# One training step: {config.system} {config.size}, batch {config.batch}", "",
-             f"{device}, torch {torch.__version__}; {steps} steps under torch.profiler, which slows "
-             f"them down. {config.batch / whole * 1000:,.0f} images/s while profiled.", "",
+             f"{device}, torch {torch.__version__}; {steps} steps under torch.profiler, which "
+             f"slows them down. {config.batch / whole * 1000:,.0f} images/s while profiled.", "",
              "| phase | ms | share |", "|---|---:|---:|"]
     lines += [f"| {name} | {ms:.2f} | {ms / whole:.0%} |" for name, ms in phases.items()]
     lines += ["", "| operator | own ms | share | calls |", "|---|---:|---:|---:|"]
-    lines += [f"| {e.key} | {own(e):.2f} | {own(e) / whole:.1%} | {e.count / steps:g} |" for e in rows]
+    lines += [f"| {e.key} | {own(e):.2f} | {own(e) / whole:.1%} | {e.count / steps:g} |"
+              for e in rows]
     (out / "profile.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines[:16]))
     print(f"written: {out / 'profile.md'} and {out / 'trace.json'}")

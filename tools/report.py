@@ -1,4 +1,4 @@
-"""Reports made from files: `python tools/report.py RUN_DIR`, or `python tools/report.py bench/results`.
+"""Reports from files: `python tools/report.py RUN_DIR`, or `python tools/report.py bench/results`.
 
 A run: report.md, report.json and loss.png beside its metrics. bench/results: the tables in its
 README.md and in the project's README.
@@ -37,13 +37,14 @@ def report_run(folder: Path) -> None:
     config = run.read_config()
     if not run.metrics.exists():
         raise ValueError(f"{run.metrics} does not exist yet: the run has logged nothing")
-    records = [r for r in read_metrics(run.metrics) if "loss" in r]
+    records = [r for r in read_metrics(run.metrics) if r.get("loss") is not None]
     if not records:
         raise ValueError(f"{run.metrics} has no record with a loss")
     last, rates = records[-1], [r["images_per_second"] for r in records]
     numbers = {
-        "images": last["images"], "steps": last["step"], "epochs": last["epoch"], "loss": last["loss"],
-        "images_per_second_median": median(rates), "images_per_second_range": [min(rates), max(rates)],
+        "images": last["images"], "steps": last["step"], "epochs": last["epoch"],
+        "loss": last["loss"], "images_per_second_median": median(rates),
+        "images_per_second_range": [min(rates), max(rates)],
         "tflops_median": median(r["tflops"] for r in records), "skipped_steps": last["skipped"],
     }
     if "mfu" in last:
@@ -56,11 +57,13 @@ def report_run(folder: Path) -> None:
              f"{config.tokenizer} tokens, {config.image_size} px, batch {config.batch}, seed "
              f"{config.seed}. {last['images']:,} of {config.images:,} images, last session "
              f"{duration(last['seconds'])}.", "", "| | |", "|---|---|"]
-    lines += [f"| {k.replace('_', ' ')} | {show(v)} |" for k, v in numbers.items() if k != "evaluation"]
+    lines += [f"| {k.replace('_', ' ')} | {show(v)} |" for k, v in numbers.items()
+              if k != "evaluation"]
     lines += ["", f"FLOPs: {FLOPS_FORMULA}."]
     if len(records) > 1:
-        save_chart([r["images"] for r in records], [r["loss"] for r in records], folder / "loss.png",
-                   f"{config.system} {config.size}: training loss", "images", "loss")
+        save_chart([r["images"] for r in records], [r["loss"] for r in records],
+                   folder / "loss.png", f"{config.system} {config.size}: training loss", "images",
+                   "loss")
         lines += ["", "![loss](loss.png)"]
     if evaluation.exists():
         lines += ["", "## Evaluation", "", "| | |", "|---|---|"]
@@ -79,24 +82,28 @@ def show(value) -> str:
 
 
 def report_bench(folder: Path) -> None:
-    """One table per results file; the newest of each machine also goes into the project's README."""
+    """One table per results file; those of bench/results also go into the project's README."""
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
     text = "\n\n".join(bench_table(path) for path in files)
-    (folder / "README.md").write_text("# Measured\n\nMade by `python tools/report.py bench/results` from "
-                                      f"the JSON files here.\n\n{text}\n")
+    (folder / "README.md").write_text("# Measured\n\nMade by `python tools/report.py "
+                                      f"bench/results` from the JSON files here.\n\n{text}\n")
+    print(f"written: {folder / 'README.md'}")
     readme = ROOT / "README.md"
-    if readme.exists() and MARKS[0] in readme.read_text():
+    ours = folder.resolve() == ROOT / "bench" / "results"
+    if ours and readme.exists() and MARKS[0] in readme.read_text():
         before, rest = readme.read_text().split(MARKS[0])
         _, after = rest.split(MARKS[1])
         readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
-    print(f"written: {folder / 'README.md'}" + (" and README.md" if readme.exists() else ""))
+        print(f"written: {readme}")
 
 
 def bench_table(path: Path) -> str:
-    """Markdown of one pytest-benchmark file; ratios are against the slowest... first of a group."""
+    """Markdown of one pytest-benchmark file. ValueError names a file that is none."""
     data = json.loads(path.read_text())
+    if not isinstance(data, dict) or "benchmarks" not in data:
+        raise ValueError(f"{path} is not a result of pytest-benchmark")
     machine = data.get("machine_info", {})
     lines = [f"**{path.stem}**: {machine.get('device', 'unknown device')}, Python "
              f"{machine.get('python_version', '?')}, torch {machine.get('torch', '?')}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from _cli import main, parse
@@ -29,8 +30,8 @@ class Arguments(SampleOptions):
     """Seed of the samples."""
     batch: int = 256
     """Images per batch; does not change what comes out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to sample."""
     out: str | None = None
     """Grid to write; default: RUN_DIR/samples/sample-STEP-SEED.png."""
     save_images: str | None = None
@@ -46,11 +47,11 @@ def chosen_classes(text: str | None, available: int) -> list[int]:
     try:
         classes = [int(word) for word in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--classes {text}: expected numbers separated by commas, as 0,1,2") from error
+        raise ValueError(f"--classes {text}: expected numbers with commas, as 0,1,2") from error
     bad = [c for c in classes if not 0 <= c < available]
     if bad:
-        raise ValueError(f"--classes {text}: {bad} out of range, this run has {available} classes, 0 to "
-                         f"{available - 1}")
+        raise ValueError(f"--classes {text}: {bad} out of range, this run has {available} classes, "
+                         f"0 to {available - 1}")
     return classes
 
 
@@ -65,17 +66,18 @@ def work() -> int:
 
     system = load_run(arguments.run, arguments.checkpoint, arguments.ema, arguments.device)
     if system.tokenizer is None:
-        raise ValueError(f"{arguments.run} was trained on synthetic tokens: there is nothing to decode")
+        raise ValueError(f"{arguments.run} was trained on synthetic tokens: nothing can be decoded")
     classes = chosen_classes(arguments.classes, system.num_classes)
     count = 8 * len(classes) if arguments.count is None else arguments.count
-    if count < 1:
-        raise ValueError(f"--count {count}: expected at least 1")
+    if count < 1 or arguments.batch < 1:
+        raise ValueError(f"--count {count}, --batch {arguments.batch}: expected at least 1")
     labels = spread(classes, count)
     options = SampleOptions(**{f.name: getattr(arguments, f.name) for f in fields(SampleOptions)})
     images = generate(system, labels, Rng(arguments.seed), options, arguments.batch,
                       Progress("sampling"))
     step = system.checkpoint.name
-    out = arguments.out or Path(arguments.run) / "samples" / f"sample-{step}-seed{arguments.seed}.png"
+    name = f"sample-{step}-seed{arguments.seed}.png"
+    out = arguments.out or Path(arguments.run) / "samples" / name
     save_grid(images, out, columns=max(1, min(8, -(-count // len(classes)))))
     print(f"{count} images of classes {', '.join(system.class_names[c] for c in classes)} after "
           f"{system.images_seen:,} training images: {out}")

@@ -5,6 +5,7 @@ The same command run again continues where it stopped.
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass, fields
 
@@ -70,8 +71,11 @@ def run(config: Config, world) -> int:
         return 0
     say(f"prepared  in {duration(time.monotonic() - begin)}")
     outcome = train(session)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # all is saved: impatience must not look like failure
     if outcome != "finished":
-        why = "stopped by a signal" if outcome == "stopped" else f"--minutes {config.minutes:g} are over"
+        why = ("stopped by a signal" if outcome == "stopped"
+               else f"--minutes {config.minutes:g} are over")
         say(f"{why} at {session.images:,} images, all saved; the same command continues")
     else:
         say(f"finished  {session.images:,} images in {duration(time.monotonic() - begin)}: "

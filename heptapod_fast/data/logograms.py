@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from heptapod_fast.data.sources import ImageSource, check_ids
@@ -146,6 +145,8 @@ def write_folder(source: ImageSource, folder: str | Path, format: str = "jpeg",
     Raises:
         ValueError: unknown format, or the folder exists and is not empty.
     """
+    from PIL import Image
+
     folder = Path(folder)
     if format not in FORMATS:
         raise ValueError(f"unknown image format {format!r}: choose one of {', '.join(FORMATS)}")

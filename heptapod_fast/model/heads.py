@@ -42,7 +42,6 @@ class GlobalHead(nn.Module):
 
     def assemble(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor) -> Tensor:
         """The head's input (S, N + 1, D): element 0 is h_0, element 1 + p stands for position p."""
-        (batch, states, width), num_tokens = h_BND.shape, order_BN.shape[1]
         placed_BLD = place(h_BND, order_BN)
         rank_BN = gridlib.ranks(order_BN)
         seen_BnN = rank_BN[:, None] < steps_Bn[..., None]
@@ -60,7 +59,8 @@ def place(h_BMD: Tensor, order_BN: Tensor) -> Tensor:
     (batch, states, _), length = h_BMD.shape, order_BN.shape[1] + 1
     element_BM = F.pad(order_BN[:, : states - 1] + 1, (1, 0))
     first_B1 = torch.arange(batch, device=h_BMD.device)[:, None] * length
-    placed = ops.scatter_rows(h_BMD.flatten(0, 1), (first_B1 + element_BM).flatten(), batch * length)
+    index = (first_B1 + element_BM).flatten()
+    placed = ops.scatter_rows(h_BMD.flatten(0, 1), index, batch * length)
     return placed.view(batch, length, -1)
 
 
@@ -77,7 +77,8 @@ class LocalBlock(nn.Module):
         self.block = Block(width, heads, layer, attention)
         self.site = layer
 
-    def forward(self, x_SWD: Tensor, h_BMD: Tensor, visible_BQM: Tensor, drop, cross_drop) -> Tensor:
+    def forward(self, x_SWD: Tensor, h_BMD: Tensor, visible_BQM: Tensor, drop,
+                cross_drop) -> Tensor:
         """x: the windows' queries; visible (B, n * W, M): which states each query may look at.
 
         Keys and values are projected once per sequence, whatever the number of steps.
@@ -95,7 +96,8 @@ class LocalHead(nn.Module):
     """Predicts the window that holds the next token: W learned queries per supervised step.
 
     The queries carry the embedding of their grid position; the states are used as they leave the
-    backbone's final LayerNorm. Shapes are static: W rows per (sequence, step), seen ones weigh zero.
+    backbone's final LayerNorm. Shapes are static: W rows per (sequence, step), seen ones weigh
+    zero.
     """
 
     def __init__(self, *, depth: int, width: int, heads: int, grid: int, window: int,
@@ -115,7 +117,7 @@ class LocalHead(nn.Module):
     def forward(self, h_BMD: Tensor, steps_Bn: Tensor, position_SW: Tensor, drop=no_drop,
                 cross_drop=no_drop) -> Tensor:
         """h (B, M, D), steps (B, n), windows (S, W) -> (S * W, D), after the final LayerNorm."""
-        (batch, states, _), window = h_BMD.shape, position_SW.shape[1]
+        states, window = h_BMD.shape[1], position_SW.shape[1]
         x_SWD = (self.query + self.position(position_SW)).to(h_BMD.dtype)
         times = torch.arange(states, device=h_BMD.device)
         visible_BnM = times <= steps_Bn[..., None]

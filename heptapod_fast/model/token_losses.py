@@ -93,7 +93,8 @@ class Diffusion(nn.Module):
 
     def net(self, xt_RC: Tensor, t_R: Tensor, condition_RW: Tensor) -> Tensor:
         """Noisy tokens, timesteps and projected conditions -> (R, 2C): (eps_hat, v)."""
-        return self.run(xt_RC, self.embed_time(condition_RW.dtype)[t_R] + condition_RW)
+        time_RW = F.embedding(t_R, self.embed_time(condition_RW.dtype))
+        return self.run(xt_RC, time_RW + condition_RW)
 
     def embed_time(self, dtype: torch.dtype) -> Tensor:
         """(T, W): the embedding of every timestep."""

@@ -1,8 +1,8 @@
 """Transformer blocks and the causal backbone.
 
-Suffixes: B sequences, N elements, D width, H heads, E head dim, M keys, R packed rows, P sequences of
-a dropout mask. A block is MAR's (timm's ViT block): pre-LayerNorm with eps 1e-6, fused qkv with bias,
-MLP of 4 x D with erf GELU. Parameters are float32 masters; products run in the dtype of the
+Suffixes: B sequences, N elements, D width, H heads, E head dim, M keys, R packed rows, P sequences
+of a dropout mask. A block is MAR's (timm's ViT block): pre-LayerNorm with eps 1e-6, fused qkv with
+bias, MLP of 4 x D with erf GELU. Parameters are float32 masters; products run in the dtype of the
 activations, which is chosen once, where a sequence is embedded.
 """
 
@@ -121,9 +121,10 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Causal Transformer over [S], tokens in sampling order: h_t has seen the class and t tokens.
 
-    Learned tables: class, token (an embedding of codes or a projection of vectors), N grid positions,
-    N time steps. Which position goes with which token is the system's choice: Heptapod adds a token's
-    own position and gives [S] none; the 1D baselines add the position of the next target.
+    Learned tables: class, token (an embedding of codes or a projection of vectors), N grid
+    positions, N time steps. Which position goes with which token is the system's choice: Heptapod
+    adds a token's own position and gives [S] none; the 1D baselines add the position of the next
+    target.
     """
 
     def __init__(self, *, depth: int, width: int, heads: int, num_classes: int, num_tokens: int,

@@ -1,4 +1,4 @@
-"""Operations: one file each, with the math, the plain-PyTorch reference and the dispatch to a kernel.
+"""Operations: one file each, with the math, the plain-PyTorch reference and the dispatch.
 
 Imports with nothing but torch (and triton where there is a GPU) and works on CPU tensors.
 """

@@ -38,7 +38,7 @@ def attention(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, *, causal: bool = 
 
 
 def causal_mask(length: int, keys: int, device: torch.device) -> Tensor | None:
-    """(length, keys) boolean, True where query i (the last `length` of `keys`) may look at key j."""
+    """(length, keys) boolean, True where query i (of the last `length`) may look at key j."""
     if length == 1:
         return None
     visible = torch.ones(length, keys, dtype=torch.bool, device=device)

@@ -1,8 +1,8 @@
 """diffusion_loss: noising, and the MSE plus variational bound of a learned-range diffusion model.
 
 Notation of Nichol and Dhariwal 2021, constants as in MAR (mar:models/diffloss.py,
-diffusion/gaussian_diffusion.py): epsilon prediction, learned-range variance, MSE + VB. Everything is
-float32 (the bound at t = 999 is 720 times the MSE), C channels, one row per (token, repeat):
+diffusion/gaussian_diffusion.py): epsilon prediction, learned-range variance, MSE + VB. Everything
+is float32 (the bound at t = 999 is 720 times the MSE), C channels, one row per (token, repeat):
 
     x_t     = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                                        (noise)
     mse     = mean_c (eps - eps_hat)^2
@@ -15,8 +15,8 @@ float32 (the bound at t = 999 is 720 times the MSE), C channels, one row per (to
     loss    = mse + vb
 
 eps_hat is detached in vb, so that the bound trains the variance channels only. The t = 0 term takes
-x_0 for a pixel in [-1, 1] with 256 levels even where it is a latent: MAR does, and published weights
-were trained that way.
+x_0 for a pixel in [-1, 1] with 256 levels even where it is a latent: MAR does, and published
+weights were trained that way.
 """
 
 from __future__ import annotations

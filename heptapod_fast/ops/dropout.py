@@ -4,9 +4,10 @@
     u    = mix(mix(id ^ key0) ^ key1)                            32 bits
     keep = u >= p * 2**32
 
-`mix` is the "lowbias32" integer hash (two multiplications, three shifts): cheap enough to be computed
-again in the backward pass and inside neighbouring kernels, so that no mask is ever stored. Keys come
-from Philox and the global sample index, so that neither ranks nor micro-batches change the mask.
+`mix` is the "lowbias32" integer hash (two multiplications, three shifts): cheap enough to be
+computed again in the backward pass and inside neighbouring kernels, so that no mask is ever
+stored. Keys come from Philox and the global sample index, so that neither ranks nor micro-batches
+change the mask.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, key0, key1, counter, p, apply):
         ctx.save_for_backward(key0, key1, counter)
-        ctx.p, ctx.apply = p, apply
+        ctx.p, ctx.run = p, apply
         return apply(x, key0, key1, counter, p)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.apply(grad.contiguous(), *ctx.saved_tensors, ctx.p), *(None,) * 5
+        return ctx.run(grad.contiguous(), *ctx.saved_tensors, ctx.p), *(None,) * 5
 
 
 def _reference(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
@@ -55,7 +56,8 @@ def _reference(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float)
 def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float,
             implementation: str = "auto") -> Tensor:
     """x (..., D); keys int64 below 2**32, of shape (x.shape[0], 1, ...) or (x.shape[0],) for
-    two-dimensional x; counter int64, of shape x.shape[1:-1], or (x.shape[0],) for two-dimensional x.
+    two-dimensional x; counter int64, of shape x.shape[1:-1], or (x.shape[0],) for two-dimensional
+    x.
 
     implementation: "auto", "triton" or "reference". p = 0 returns x itself.
     """

@@ -1,7 +1,7 @@
 """layer_norm: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension.
 
-Statistics are computed in float32 whatever the dtype of x. Weight and bias are float32 masters; they
-follow the dtype of x.
+Statistics are computed in float32 whatever the dtype of x. Weight and bias are float32 masters;
+they follow the dtype of x.
 """
 
 from __future__ import annotations

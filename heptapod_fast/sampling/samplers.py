@@ -21,7 +21,7 @@ class SampleOptions:
     position_schedule: Literal["constant", "cosine"] = "constant"
     """Equal groups, or few positions at first and many at the end."""
     position_order: Literal["random", "confidence"] = "random"
-    """Where the next token goes: a random order, or where the drawn code is likeliest (discrete)."""
+    """Where the next token goes: a random order, or where the drawn code is likeliest."""
     temperature: float = 1.0
     """Divides the logits; multiplies the noise of the diffusion sampler."""
     top_k: int = 0
@@ -36,7 +36,7 @@ class SampleOptions:
     """Classifier-free guidance; 1 is off, and systems without a null class take nothing else."""
 
     def check(self, num_tokens: int, vocabulary: int) -> None:
-        """Refuse what cannot be; vocabulary 0 means continuous tokens. ValueError names the flag."""
+        """Refuse what cannot be (ValueError names the flag); vocabulary 0: continuous tokens."""
         for name, known in (("position_schedule", ("constant", "cosine")),
                             ("position_order", ("random", "confidence")),
                             ("diffusion_sampler", ("ddpm", "ddim"))):

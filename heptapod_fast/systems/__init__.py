@@ -1,4 +1,4 @@
-"""Systems of the papers, one class each. `build_system` is the only place that knows their names."""
+"""Systems of the papers, one class each; only `build_system` knows their names."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ SYSTEMS: dict[str, type[System]] = {
 }
 
 
-def build_system(config: Config, spec: TokenSpec, num_classes: int, device: str | torch.device = "cpu",
-                 attention: str = "reference", fill: bool = True) -> System:
+def build_system(config: Config, spec: TokenSpec, num_classes: int,
+                 device: str | torch.device = "cpu", attention: str = "reference", fill: bool =
+                 True) -> System:
     """The system that a resolved config describes, on `device` (meta too).
 
-    attention: an implementation that `ops.dispatch.choose` returned. fill: initialise the parameters
-    from config.seed; False leaves them to be loaded.
+    attention: an implementation that `ops.dispatch.choose` returned. fill: initialise the
+    parameters from config.seed; False leaves them to be loaded.
     """
     with torch.device(device):
         system = SYSTEMS[config.system](config, spec, num_classes, attention)

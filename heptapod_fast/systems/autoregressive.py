@@ -2,8 +2,8 @@
 
 The backbone is Heptapod's with its head's blocks added, so that the parameters match. Both are told
 where the next token goes: the input at time i carries token i - 1 and the position embedding of its
-*target*, order[i] (the left shift of Fig. 4), and no embedding of its own position. A pointwise head
-scores the next token at all N steps.
+*target*, order[i] (the left shift of Fig. 4), and no embedding of its own position. A pointwise
+head scores the next token at all N steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NextToken(System):
         sequence_R = torch.arange(len(order_BN), device=order_BN.device).repeat_interleave(
             self.num_tokens)
         position_R = order_BN.flatten()
-        loss_R = self.token_losses(z_RD, batch.tokens, sequence_R, position_R, position_R, batch, rng)
+        loss_R = self.token_losses(z_RD, batch, sequence_R, position_R, position_R, rng)
         return Loss(loss_R.sum(), float(len(loss_R)), {})
 
     @torch.no_grad()
@@ -54,8 +54,9 @@ class NextToken(System):
         options = SampleOptions() if options is None else options
         self.check_sampling(classes, options)
         if options.positions_per_step != 1 or options.position_order != "random":
-            raise ValueError(f"--positions-per-step and --position-order: {self.config.system} predicts "
-                             "one next token in a given order; a 2D distribution is what allows more")
+            raise ValueError(f"--positions-per-step and --position-order: {self.config.system} "
+                             "predicts one next token in a given order; a 2D distribution is what "
+                             "allows more")
         index_B = torch.arange(len(classes), device=classes.device) if index is None else index
         order_BN = self.orders(index_B, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)

@@ -93,10 +93,10 @@ class System(nn.Module):
         counter = torch.arange(length, device=index_P.device)
         return Drop(key_PS2, counter, self.config.dropout)
 
-    def token_losses(self, z_RD: Tensor, tokens_B: Tensor, sequence_R: Tensor, position_R: Tensor,
-                     slot_R: Tensor, batch: Batch, rng: Rng) -> Tensor:
+    def token_losses(self, z_RD: Tensor, batch: Batch, sequence_R: Tensor, position_R: Tensor,
+                     slot_R: Tensor, rng: Rng) -> Tensor:
         """Loss of each row against the token at its position: (R,)."""
-        target = tokens_B.flatten(0, 1)[sequence_R * self.num_tokens + position_R]
+        target = batch.tokens.flatten(0, 1)[sequence_R * self.num_tokens + position_R]
         return self.token_loss.loss(z_RD, target, rng, batch.index[sequence_R], slot_R)
 
     def draw_tokens(self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor,
@@ -128,7 +128,9 @@ class System(nn.Module):
             for path, module in self.named_modules():
                 for leaf, parameter in module.named_parameters(recurse=False):
                     if parameter.device.type != "meta":
-                        parameter.copy_(initial_value(module, leaf, parameter, f"{path}.{leaf}", rng))
+                        value = initial_value(module, leaf, parameter, f"{path}.{leaf}", rng,
+                                              self.config.embedding_std)
+                        parameter.copy_(value)
 
     def token_loss_flops(self, rows: float) -> float:
         """Forward FLOPs of the token loss for `rows` supervised rows."""
@@ -141,21 +143,23 @@ class System(nn.Module):
         return 2 * rows * (loss.repeat * per_repeat + loss.condition.weight.numel())
 
 
-def initial_value(module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng) -> Tensor:
+def initial_value(module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng,
+                  embedding_std: float) -> Tensor:
     """MAR's initialisation (mar:models/mar.py:107-129, models/diffloss.py:194-215).
 
-    Linear weights as their `init` says (xavier: uniform on +-sqrt(6 / (in + out))), biases 0, LayerNorm
-    1 and 0, embeddings and learned tokens N(0, 0.02).
+    Linear weights as their `init` says (xavier: uniform on +-sqrt(6 / (in + out))), biases 0,
+    LayerNorm 1 and 0, embeddings and learned tokens N(0, embedding_std), upstream 0.02.
     """
-    kind = getattr(module, "init", "normal")
+    kind = getattr(module, "init", "embedding")
     if leaf == "bias" or kind == "zero":
         return torch.zeros_like(parameter)
     if isinstance(module, nn.LayerNorm):
         return torch.ones_like(parameter)
     columns = parameter.shape[-1]
     rows = torch.arange(parameter.numel() // columns, device=parameter.device)
-    if kind == "normal":
-        return 0.02 * rng.normal(f"init.{name}", rows, columns).view_as(parameter)
+    if kind != "xavier":
+        std = embedding_std if kind == "embedding" else 0.02
+        return std * rng.normal(f"init.{name}", rows, columns).view_as(parameter)
     bound = math.sqrt(6 / (len(rows) + columns))
     return bound * (2 * rng.uniform(f"init.{name}", rows, columns) - 1)
 

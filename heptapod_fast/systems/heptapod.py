@@ -1,8 +1,9 @@
 """Heptapod: next 2D distribution prediction (paper, section 4).
 
-Every sequence has its own random order. The backbone sees [S], then each token with its own position,
-and is never told which position comes next; the 2D head turns h_0..h_t into one vector for every
-position of its window, and every unseen one is supervised. Suffixes as in grid.py and model/heads.py.
+Every sequence has its own random order. The backbone sees [S], then each token with its own
+position, and is never told which position comes next; the 2D head turns h_0..h_t into one vector
+for every position of its window, and every unseen one is supervised. Suffixes as in grid.py and
+model/heads.py.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Heptapod(System):
             rows, z_RD = self.local_head(h_BND, order_BN, steps_Bn, index_B, rng)
         sequence_R = rows.pair_R // config.density
         slot_R = rows.pair_R % config.density * self.num_tokens + rows.position_R
-        loss_R = self.token_losses(z_RD, batch.tokens, sequence_R, rows.position_R, slot_R, batch, rng)
+        loss_R = self.token_losses(z_RD, batch, sequence_R, rows.position_R, slot_R, rng)
         if rows.weight_R is None:
             return Loss(loss_R.sum(), float(len(loss_R)), {})
         return Loss((loss_R * rows.weight_R).sum(), rows.weight_R.sum(), {})
@@ -61,7 +62,8 @@ class Heptapod(System):
         x_BND = torch.cat((self.backbone.embed_start(batch.labels),
                            self.backbone.embed_tokens(tokens_BM, before_BM, 1)), dim=1)
         sites = Block.SITES * len(self.backbone.blocks)
-        return self.backbone(x_BND, self.drop("backbone", batch.index, 0, sites, x_BND.shape[1], rng))
+        drop = self.drop("backbone", batch.index, 0, sites, x_BND.shape[1], rng)
+        return self.backbone(x_BND, drop)
 
     def global_head(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor,
                     rng: Rng) -> tuple[gridlib.Rows, Tensor]:
@@ -121,7 +123,8 @@ class Heptapod(System):
                 order_BN, token_Bk = self.most_confident(h_BMD, order_BN, seen, count, rng.at(step),
                                                          index_B, options)
             else:
-                token_Bk = self.draw_next(h_BMD, order_BN, seen, count, rng.at(step), index_B, options)
+                token_Bk = self.draw_next(h_BMD, order_BN, seen, count, rng.at(step), index_B,
+                                          options)
             position_Bk = order_BN[:, seen:seen + count]
             put(tokens_BN, position_Bk, token_Bk)
             if seen + count < self.num_tokens:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
@@ -168,6 +166,8 @@ class Tokenizer(ABC):
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with the name and settings in its metadata, at once or not at
         all; `load_tokenizer` reads it."""
+        from safetensors.torch import save_file
+
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -218,6 +218,8 @@ def read_header(path: Path, name: str) -> tuple[dict[str, int], dict[str, Tensor
         FileNotFoundError: no such file.
         ValueError: no safetensors file, or one of another tokenizer than `name`.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check --tokenizer-weights")
     try:

@@ -4,8 +4,8 @@
                                  state.json         MANIFEST.json {file: {bytes, crc32c}}
 
 Written into `step-N.tmp`, every file flushed to disk, the manifest last, then renamed: a directory
-without `.tmp` is complete. Reading verifies every byte against the manifest; a directory that does not
-verify is renamed to `.corrupt`, and the one before it is taken. There is no pickle anywhere.
+without `.tmp` is complete. Reading verifies every byte against the manifest; a directory that does
+not verify is renamed to `.corrupt`, and the one before it is taken. There is no pickle anywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from heptapod_fast.train import faults
 
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 _NAME = re.compile(r"step-(\d{8,})$")
@@ -69,6 +71,7 @@ def save(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any
         _write(temporary, files, state)
         temporary.rename(final)
         _sync(folder)
+        faults.point(f"rename={state['step']}")
     except Exception as error:  # OSError, or the safetensors library's own
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
@@ -82,6 +85,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, A
     for name, tensors in files.items():
         host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(host, folder / f"{name}.safetensors")
+    faults.point(f"files={state['step']}")
     (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
     manifest = {}
     for path in sorted(folder.iterdir()):
@@ -90,6 +94,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, A
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _sync(folder / MANIFEST)
     _sync(folder)
+    faults.point(f"manifest={state['step']}")
 
 
 def _sync(path: Path) -> None:
@@ -177,8 +182,9 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             _set_aside(path)
     if tried or list(folder.glob("step-*.corrupt")):
         raise CheckpointError(
-            f"no checkpoint in {folder} verifies (damaged ones are kept there as *.corrupt). Restore "
-            f"one from a copy, or start anew with another --out or after removing {folder.parent}")
+            f"no checkpoint in {folder} verifies (damaged ones are kept there as *.corrupt). "
+            "Restore one from a copy, or start anew with another --out or after removing "
+            f"{folder.parent}")
     return None
 
 

@@ -15,8 +15,10 @@ from heptapod_fast.config import share_of_batch
 from heptapod_fast.pictures import save_grid
 from heptapod_fast.progress import duration
 from heptapod_fast.rng import Rng
+from heptapod_fast.runs import RunError
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.sampling.generate import generate, spread
+from heptapod_fast.train import faults
 from heptapod_fast.train.checkpoint import CheckpointError
 from heptapod_fast.train.metrics import (
     Meter,
@@ -32,10 +34,10 @@ GRID_CLASSES, GRID_COLUMNS = 8, 8
 
 
 def train(run: Run) -> str:
-    """Train until config.images: returns "finished", "stopped" (by a signal) or "out of time"; all is
-    saved in each case.
+    """Train until config.images: returns "finished", "stopped" (by a signal) or "out of time"; all
+    is saved in each case.
 
-    Raises CheckpointError if the last checkpoint cannot be written, RuntimeError after too many
+    Raises CheckpointError if the last checkpoint cannot be written, RunError after too many
     steps with a non-finite gradient.
     """
     config, world = run.config, run.world
@@ -58,9 +60,9 @@ def train(run: Run) -> str:
                 check_skips(run)
             # Saved before sampling: a failure there must not cost the run.
             again = failed_save and due(run, config.log_every)
-            if due(run, config.checkpoint_every) or finished or stop or again or caught.save:
+            asked, caught.save = world.any(caught.save), False
+            if due(run, config.checkpoint_every) or finished or stop or again or asked:
                 failed_save = not try_save(run, meter, metrics, last=finished or stop)
-                caught.save = False
             if stop and not finished:
                 return "out of time" if late else "stopped"
             if config.sample_every and (due(run, config.sample_every) or finished):
@@ -88,6 +90,7 @@ def training_step(run: Run, share: int, micro_batches: int) -> tuple[Tensor, Ten
             (loss.total / expected).backward()
         sums[0] += loss.total.detach()
         sums[1] += loss.count
+    faults.point(f"step={run.optimizer.step_count + 1}")
     run.images += run.config.batch
     with record_function("optimizer"):
         world.sum(sums)
@@ -117,9 +120,9 @@ def check_skips(run: Run) -> None:
     """Give up after config.max_skips steps whose gradient was not finite (they change nothing)."""
     skipped = int(run.optimizer.skipped)
     if skipped > run.config.max_skips:
-        raise RuntimeError(f"{skipped} steps had a non-finite gradient and were skipped (--max-skips "
-                           f"{run.config.max_skips}): lower --lr-per-256, or try --precision fp32. "
-                           "The last checkpoint is good.")
+        raise RunError(f"{skipped} steps had a non-finite gradient and were skipped (--max-skips "
+                       f"{run.config.max_skips}): lower --lr-per-256, or try --precision fp32. "
+                       "The last checkpoint is good.")
 
 
 def try_save(run: Run, meter: Meter, metrics: MetricsFile, last: bool) -> bool:
@@ -132,7 +135,8 @@ def try_save(run: Run, meter: Meter, metrics: MetricsFile, last: bool) -> bool:
             meter.pause(time.monotonic() - begin)
             return True
         except CheckpointError as error:
-            metrics.write({"images": run.images, "checkpoint_failed": str(error)})
+            if run.world.main:
+                metrics.write({"images": run.images, "checkpoint_failed": str(error)})
             if last and attempt == attempts:
                 raise
             run.say(f"WARNING: {error}. Earlier checkpoints are intact; trying again "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -48,27 +51,45 @@ class MetricsFile:
         temporary.rename(self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
+        """Append one record; numbers that are not finite become null, which JSON has."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                  for k, v in record.items()}
         try:
-            with open(self.path, "a") as stream:
-                stream.write(json.dumps(record) + "\n")
+            append(self.path, (json.dumps(finite) + "\n").encode())
         except OSError as error:
             if not self.failed:
-                self.say(f"WARNING: cannot write {self.path}: {error}; records are lost until it works")
+                self.say(f"WARNING: cannot write {self.path}: {error}; records are lost until it "
+                         "works")
             self.failed = True
         else:
             self.failed = False
 
 
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file, all or nothing: half a line would spoil the next one."""
+    with open(path, "ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            if stream.write(data) < len(data):
+                raise OSError(errno.ENOSPC, "the disk is full", str(path))
+        except OSError:
+            stream.truncate(before)
+            raise
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records; a last line cut off by a crash is left out. ValueError names a broken line."""
-    records, lines = [], path.read_text().splitlines()
+    records, lines = [], path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not isinstance(record, dict) or "images" not in record:
+                raise ValueError("it has no \"images\"")
+            records.append(record)
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+                raise ValueError(f"{path}:{number} is not a record of a run: {error}; mend or "
+                                 "remove that line") from error
     return records
 
 
@@ -115,6 +136,7 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     images = record["images"]
     done = min(images / total, 1.0)
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    return (f"images {images:>{len(f'{total:,}')},}/{total:,} ({done:4.0%})  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.2e}  norm {record['grad_norm']:6.3f}  "
-            f"{record['images_per_second']:>6,.0f} images/s{mfu}  ETA {duration(record['eta_seconds'])}")
+    count = f"{images:>{len(f'{total:,}')},}/{total:,} ({done:4.0%})"
+    return (f"images {count}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"norm {record['grad_norm']:6.3f}  {record['images_per_second']:>6,.0f} images/s{mfu}  "
+            f"ETA {duration(record['eta_seconds'])}")

@@ -14,7 +14,7 @@ from heptapod_fast.config import Config
 
 
 def learning_rate(config: Config, images: int) -> float:
-    """Rate of the step that ends at `images` images: linear from 0, then constant or half a cosine."""
+    """Rate of the step that ends at `images`: linear from 0, then constant or half a cosine."""
     warmup = config.warmup_images
     if images < warmup:
         return config.learning_rate * images / warmup
@@ -94,7 +94,7 @@ class Optimizer:
 
     @contextmanager
     def averaged(self, name: str | None) -> Iterator[None]:
-        """Within this context the system's parameters are those of a moving average (None: live)."""
+        """In this context the system's parameters are those of a moving average (None: live)."""
         if name is None:
             yield
             return
@@ -117,8 +117,8 @@ class Optimizer:
         return {
             "model": named(self.parameters),
             **{name: named(tensors) for name, tensors in self.emas.items()},
-            "optimizer": {**named(self.exp_avgs, "exp_avg."), **named(self.exp_avg_sqs, "exp_avg_sq."),
-                          "skipped": self.skipped},
+            "optimizer": {**named(self.exp_avgs, "exp_avg."),
+                          **named(self.exp_avg_sqs, "exp_avg_sq."), "skipped": self.skipped},
         }
 
     def load(self, read, step_count: int) -> None:

@@ -1,8 +1,8 @@
 """Ranks: who takes part, which part of the batch is whose, and the sums over all.
 
-Data parallel in its plainest form: every rank holds the whole model, takes a contiguous block of the
-global batch and adds its gradients to everybody's. All else is a function of the global sample index,
-so nothing has to be broadcast or kept in step.
+Data parallel in its plainest form: every rank holds the whole model, takes a contiguous block of
+the global batch and adds its gradients to everybody's. All else is a function of the global sample
+index, so nothing has to be broadcast or kept in step.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class World:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """--device auto takes CUDA where there is one. ValueError if CUDA was asked for and is missing."""
+    """--device auto takes CUDA where there is one. ValueError if it is asked for and missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no CUDA device (is this a CPU build of torch?)")
+            raise ValueError("--device cuda: torch sees no CUDA device (a CPU build of torch?)")
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"rank {local_rank} of this machine has no GPU: there are "
                              f"{torch.cuda.device_count()} (torchrun --nproc_per_node)")

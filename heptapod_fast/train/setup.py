@@ -25,7 +25,7 @@ from heptapod_fast.train.parallel import World
 
 @dataclass
 class Run:
-    """What the loop works on; `images` is the only thing that moves besides system and optimizer."""
+    """What the loop works on; only `images`, the system and the optimizer change."""
 
     config: Config
     world: World
@@ -77,7 +77,8 @@ def open_images(config: Config) -> ImageSource | None:
             "--data is missing: name a folder of images (one subfolder per class), or use --data "
             "logograms with --tokenizer patch-vq or patch, or --data synthetic to measure speed")
     if config.data.rstrip("/").endswith(".zarr"):
-        raise ValueError(f"--data {config.data}: this version reads folders of images, not Zarr caches")
+        raise ValueError(f"--data {config.data}: this version reads folders of images, not Zarr "
+                         "caches")
     from heptapod_fast.data.images import ImageFolder
 
     return ImageFolder(config.data, config.image_size, max_broken=config.max_broken,
@@ -128,18 +129,37 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
 
 def resume(run: Run) -> bool:
     """Load the newest checkpoint of the run, if there is one; refuse changed data."""
+    world = run.world
+    if not world.main:
+        world.barrier()  # rank 0 sets damaged checkpoints aside before the others look
     found = checkpoints.load_newest(run.directory.checkpoints, run.say)
+    if world.main:
+        world.barrier()
+    step = -1 if found is None else found.step
+    if int(world.sum(torch.tensor([step], device=world.device))) != step * world.size:
+        raise RunError(f"the ranks find different checkpoints in {run.directory.checkpoints}: "
+                       "--out must name a folder that all machines share")
     if found is None:
         return False
     now = run.state()
     changed = [key for key in ("data", "tokenizer", "class_names") if found.state[key] != now[key]]
     if "class_names" in changed or changed and not run.config.allow_data_change:
-        raise RunError(f"{run.directory.path} was trained on other {' and '.join(changed)}: --data "
-                       f"{run.config.data} is not what it was. Restore it, choose another --out, or "
-                       "continue all the same with --allow-data-change")
+        raise RunError(changed_data(run, changed))
     run.optimizer.load(found.read, found.step)
     run.images = found.state["images"]
     return True
+
+
+def changed_data(run: Run, changed: list[str]) -> str:
+    """What to say of a run whose data is not what its checkpoint says."""
+    what = " and ".join(name.replace("_", " ") for name in changed)
+    where = f"--data {run.config.data}"
+    if "tokenizer" in changed:
+        where += f" or the codebook {run.directory.tokenizer}"
+    anyway = ("" if "class_names" in changed
+              else ", or continue all the same with --allow-data-change")
+    return (f"{run.directory.path} was trained on other {what}: {where} is not what it was. "
+            f"Restore it, choose another --out{anyway}")
 
 
 def describe(config: Config, source: TokenSource, world: World, dtype: torch.dtype, attention,
@@ -153,12 +173,14 @@ def describe(config: Config, source: TokenSource, world: World, dtype: torch.dty
         "this hardware has no fast bf16")
     return [
         f"run       {config.run_dir()}",
-        f"data      {config.data}: {source.num_images:,} images, {source.num_classes} classes, flip "
-        f"{'on' if config.flip else 'off'}; {config.images / source.num_images:.2f} epochs",
-        f"device    {device}, {world.size} rank{'s' * (world.size > 1)}; {name} activations ({why})",
-        f"batch     {config.batch} = {world.size} ranks x {micros} micro-batches x {share // micros}",
-        f"rate      {config.learning_rate:.3g} = {config.lr_per_256:g} x {config.batch} / 256, warm-up "
-        f"over {config.warmup_images:,} images, then {config.lr_schedule}",
+        f"data      {config.data}: {source.num_images:,} images, {source.num_classes} classes, "
+        f"flip {'on' if config.flip else 'off'}; {config.images / source.num_images:.2f} epochs",
+        f"device    {device}, {world.size} rank{'s' * (world.size > 1)}; {name} activations "
+        f"({why})",
+        f"batch     {config.batch} = {world.size} ranks x {micros} micro-batches x "
+        f"{share // micros}",
+        f"rate      {config.learning_rate:.3g} = {config.lr_per_256:g} x {config.batch} / 256, "
+        f"warm-up over {config.warmup_images:,} images, then {config.lr_schedule}",
         f"kernels   {attention}; {update}",
         f"          {ops.library.status()}",
     ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-
-
 from heptapod_fast.config import Config, flag, share_of_batch
 from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.systems import System, build_system
@@ -51,7 +49,8 @@ def derived(config: Config, spec, classes: int, why: str, share: int, micros: in
     yield "token", f"{spec.kind}, {kind}"
     yield "classes", f"{classes} ({why})"
     yield "head dim", f"{config.width // config.heads} = {config.width} / {config.heads}"
-    yield "learning rate", f"{config.learning_rate:.4g} = {config.lr_per_256:g} x {config.batch} / 256"
+    rate = f"{config.lr_per_256:g} x {config.batch} / 256"
+    yield "learning rate", f"{config.learning_rate:.4g} = {rate}"
     yield "warm-up images", f"{config.warmup_images:,} = {config.warmup:g} x {config.images:,}"
     steps = -(-config.images // config.batch)
     yield "steps", f"{steps:,} = {config.images:,} / {config.batch}"
@@ -66,7 +65,8 @@ def derived(config: Config, spec, classes: int, why: str, share: int, micros: in
 
 def parameter_lines(system: System) -> list[str]:
     """Parameters per part and in total."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in system.named_children()}
+    parts = {name: sum(p.numel() for p in part.parameters())
+             for name, part in system.named_children()}
     parts["total"] = sum(parts.values())
     return [f"  {name:22} {count:>15,}" for name, count in parts.items()]
 
@@ -81,9 +81,9 @@ def flops_lines(system: System) -> list[str]:
 def memory_lines(config: Config, system: System, micro_batch: int) -> list[str]:
     """Fixed bytes per parameter, and saved activations of one micro-batch.
 
-    Activations: per element of a block 17 D + heads * keys values (two residuals, two norms, qkv and
-    its scaled q, probabilities, attention, MLP before and after GELU), 2 bytes in bf16; per row of
-    the diffusion MLP 9 W a block, or 3 V for logits.
+    Activations: per element of a block 17 D + heads * keys values (two residuals, two norms, qkv
+    and its scaled q, probabilities, attention, MLP before and after GELU), 2 bytes in bf16; per
+    row of the diffusion MLP 9 W a block, or 3 V for logits.
     """
     count = sum(p.numel() for p in system.parameters())
     size = 2 if config.precision != "fp32" else 4
@@ -91,8 +91,10 @@ def memory_lines(config: Config, system: System, micro_batch: int) -> list[str]:
     fixed = per_parameter * count
     activations = micro_batch * activation_values(config, system) * size
     return [
-        f"  {'weights and optimizer':22} {fixed / GB:>12.3f} GB = {per_parameter} bytes x {count:,}",
-        f"  {'activations':22} {activations / GB:>12.3f} GB for {micro_batch} sequences (--micro-batch)",
+        f"  {'weights and optimizer':22} {fixed / GB:>12.3f} GB = {per_parameter} bytes x "
+        f"{count:,}",
+        f"  {'activations':22} {activations / GB:>12.3f} GB for {micro_batch} sequences "
+        "(--micro-batch)",
         f"  {'total':22} {(fixed + activations) / GB:>12.3f} GB",
     ]
 
@@ -116,7 +118,8 @@ def activation_values(config: Config, system: System) -> float:
             cross = rows * (4 * width + config.heads * tokens) + 2 * tokens * width
             total += config.head_depth * (n * block(config.window, config.window) + cross)
     if config.continuous:
-        per_row = config.diffusion_repeat * config.diffusion_width * (9 * config.diffusion_blocks + 6)
+        values = config.diffusion_width * (9 * config.diffusion_blocks + 6)
+        per_row = config.diffusion_repeat * values
     else:
         per_row = 3 * system.spec.vocabulary
     return total + rows * per_row

@@ -9,6 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 triton = pytest.importorskip("triton")
 
 from heptapod_fast.kernels import dropout as module  # noqa: E402
+
 from heptapod_fast.ops import dropout as reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,6 +61,7 @@ with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(kernel.asm["cubin"])
     file.flush()
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
+    usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
+                           text=True)
 print("stack", re.search(r"STACK:(\\d+)", usage.stdout + usage.stderr)[1])
 """

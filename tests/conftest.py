@@ -1,0 +1,65 @@
+"""Small systems and batches that many tests share."""
+
+import pytest
+import torch
+
+from heptapod_fast.config import Config
+from heptapod_fast.data import Batch
+from heptapod_fast.rng import Rng
+from heptapod_fast.systems import build_system
+from heptapod_fast.tokenizers import token_spec
+
+
+def small_config(tokens: str = "discrete", grid: int = 4, **settings) -> Config:
+    """A resolved configuration: width 32, two blocks (each in backbone and head), 3 classes."""
+    values = dict(size="tiny", data="synthetic", num_classes=3, width=32, heads=2, dropout=0.0,
+                  image_size=grid, patch_size=1, depth=2, batch=8)
+    if settings.get("system", "heptapod") == "heptapod":
+        values |= dict(head_depth=2, density=1)
+    if tokens == "discrete":
+        values |= dict(tokenizer="patch-vq", codes=11)
+    else:
+        values |= dict(tokenizer="patch", diffusion_blocks=2, diffusion_width=16)
+    return Config(**(values | settings)).resolve()
+
+
+def small_system(tokens: str = "discrete", grid: int = 4, device: str = "cpu", **settings):
+    """A system none of whose parameters is 0 or 1, so that its start hides nothing."""
+    config = small_config(tokens, grid, **settings)
+    spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
+    system = build_system(config, spec, config.num_classes, device)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in system.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(device)
+    return system
+
+
+def small_batch(system, size: int, first: int = 0) -> Batch:
+    """Random tokens and labels of the global sample indices first..first+size-1."""
+    spec, index = system.spec, torch.arange(first, first + size)
+    count = spec.num_tokens * max(1, spec.channels)
+    if spec.kind == "discrete":
+        tokens = Rng(5).integers("tokens", index, count, spec.vocabulary)
+    else:
+        tokens = Rng(5).normal("tokens", index, count).unflatten(-1, (spec.num_tokens, -1))
+    labels = Rng(5).integers("labels", index, 1, system.num_classes)[:, 0]
+    return Batch(tokens, labels, index)
+
+
+@pytest.fixture
+def make_config():
+    """`small_config`."""
+    return small_config
+
+
+@pytest.fixture
+def make_system():
+    """`small_system`."""
+    return small_system
+
+
+@pytest.fixture
+def make_batch():
+    """`small_batch`."""
+    return small_batch

@@ -1,0 +1,129 @@
+"""Token losses: the diffusion MLP layer by layer, its draws, and how often each part runs."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from heptapod_fast import ops
+from heptapod_fast.model.token_losses import Categorical, Diffusion, timestep_features
+from heptapod_fast.rng import Rng
+
+D, C, W, REPEAT = 12, 3, 8, 4
+
+
+def fill(module):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def diffusion(bound=True, blocks=2):
+    return fill(Diffusion(D, C, blocks, W, REPEAT, bound))
+
+
+def rows(count=5):
+    generator = torch.Generator().manual_seed(2)
+    z, x0 = torch.randn(count, D, generator=generator), torch.randn(count, C, generator=generator)
+    return z, x0, torch.arange(count) + 3, torch.arange(count) * 7
+
+
+def upstream_mlp(m, x, t, z):
+    """MAR's SimpleMLPAdaLN written out: every row its own time embedding and condition."""
+    linear = lambda layer, value: value @ layer.weight.t() + layer.bias
+    angle = t.float()[:, None] * torch.exp(-math.log(1e4) * torch.arange(128) / 128)
+    features = torch.cat((angle.cos(), angle.sin()), dim=1)
+    y = linear(m.time2, F.silu(linear(m.time1, features))) + linear(m.condition, z)
+    x = linear(m.input, x)
+    for block in m.blocks:
+        shift, scale, gate = linear(block.modulation, F.silu(y)).chunk(3, dim=1)
+        h = F.layer_norm(x, (W,), block.norm.weight, block.norm.bias, 1e-6) * (1 + scale) + shift
+        x = x + gate * linear(block.fc2, F.silu(linear(block.fc1, h)))
+    shift, scale = linear(m.modulation, F.silu(y)).chunk(2, dim=1)
+    return linear(m.output, F.layer_norm(x, (W,), eps=1e-6) * (1 + scale) + shift)
+
+
+def test_mlp_is_upstreams():
+    m, (z, x, *_) = diffusion(), rows(6)
+    t = torch.tensor([0, 1, 10, 500, 998, 999])
+    torch.testing.assert_close(m.net(x, t, m.condition(z)), upstream_mlp(m, x, t, z),
+                               rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_loss_is_the_mean_over_repeats_with_fresh_draws(bound):
+    m, (z, x0, index, slot) = diffusion(bound), rows()
+    loss = m.loss(z, x0, Rng(1), index, slot)
+    for r in range(len(z)):
+        each, drawn = [], []
+        for i in range(REPEAT):
+            key = torch.tensor(int(slot[r]) * REPEAT + i)
+            t = Rng(1).integers("diffusion.time", index[r], 1, 1000, key)
+            noise = Rng(1).normal("diffusion.noise", index[r], C, key)[None]
+            xt = ops.add_noise(x0[r:r + 1], noise, t, m.tables)
+            each.append(ops.diffusion_loss(upstream_mlp(m, xt, t, z[r:r + 1]), x0[r:r + 1], xt,
+                                           noise, t, m.tables, bound))
+            drawn.append((int(t), float(noise[0, 0])))
+        torch.testing.assert_close(loss[r], torch.cat(each).mean(), rtol=1e-3, atol=1e-4)
+        assert len(set(drawn)) == REPEAT
+
+
+def test_draws_of_a_row_are_its_own():
+    m, (z, x0, index, slot) = diffusion(), rows()
+    loss = m.loss(z, x0, Rng(1), index, slot)
+    assert torch.allclose(m.loss(z[2:3], x0[2:3], Rng(1), index[2:3], slot[2:3]), loss[2:3])
+    same = m.loss(z[:1].expand(5, -1), x0[:1].expand(5, -1), Rng(1), index, slot)
+    assert len(same.unique()) == 5
+
+
+def test_timesteps_cover_0_to_999():
+    t = Rng(1).integers("diffusion.time", torch.arange(20_000), 1, 1000)
+    assert int(t.min()) == 0 and int(t.max()) == 999
+
+
+def test_condition_runs_once_per_token_and_time_once_per_call():
+    m, (z, x0, index, slot) = diffusion(), rows()
+    seen = {}
+    for name in ("condition", "time1", "time2", "input", "output"):
+        getattr(m, name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.setdefault(name, []).append(len(inputs[0])))
+    m.loss(z, x0, Rng(1), index, slot)
+    assert seen == {"condition": [5], "time1": [1000], "time2": [1000], "input": [5 * REPEAT],
+                    "output": [5 * REPEAT]}
+
+
+def test_time_features_are_cosines_then_sines():
+    features = timestep_features(1000)
+    for t, k in ((0, 0), (1, 0), (999, 0), (37, 50), (999, 127)):
+        angle = t * 10000 ** (-k / 128)
+        assert float(features[t, k]) == pytest.approx(math.cos(angle), abs=1e-4)
+        assert float(features[t, 128 + k]) == pytest.approx(math.sin(angle), abs=1e-4)
+
+
+def test_time_table_equals_direct_embedding():
+    m = diffusion()
+    for t in (0, 17, 999):
+        direct = m.time2(F.silu(m.time1(m.sinusoids[t])))
+        torch.testing.assert_close(m.embed_time(torch.float32)[t], direct)
+
+
+def test_first_and_last_layer_work_in_float32():
+    m, (z, x0, index, slot) = diffusion(), rows()
+    dtypes = {}
+    for name in ("input", "output", "condition"):
+        getattr(m, name).register_forward_hook(
+            lambda module, inputs, out, name=name: dtypes.update({name: out.dtype}))
+    loss = m.loss(z.bfloat16(), x0, Rng(1), index, slot)
+    assert dtypes == {"input": torch.float32, "output": torch.float32, "condition": torch.bfloat16}
+    assert loss.dtype == torch.float32
+
+
+def test_categorical_loss_and_logits_agree():
+    m, (z, _, index, slot) = fill(Categorical(D, 7)), rows()
+    target = torch.tensor([0, 6, 2, 2, 5])
+    expected = F.cross_entropy(m.logits(z), target, reduction="none")
+    torch.testing.assert_close(m.loss(z, target, Rng(0), index, slot), expected)
+    assert m.logits(z.bfloat16()).dtype == torch.float32

@@ -1,0 +1,156 @@
+"""Blocks and backbone against torch's own layers, causality, packed rows, and the dtype of work."""
+
+import pytest
+import torch
+from torch import nn
+
+from heptapod_fast.model.transformer import Backbone, Block, Drop
+from heptapod_fast.rng import Rng
+from heptapod_fast.sampling import KVCache
+
+WIDTH, HEADS = 16, 2
+
+
+def fill(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def block(layer=0):
+    return fill(Block(WIDTH, HEADS, layer, "reference"))
+
+
+def backbone(channels=0, vocabulary=7, tokens=6):
+    return fill(Backbone(depth=2, width=WIDTH, heads=HEADS, num_classes=3, num_tokens=tokens,
+                         channels=channels, vocabulary=vocabulary, attention="reference"))
+
+
+def torchs_own(ours):
+    """nn.TransformerEncoderLayer with the same weights: pre-norm, erf GELU, eps 1e-6."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", 1e-6, batch_first=True,
+                                       norm_first=True)
+    pairs = ((layer.self_attn.in_proj_weight, ours.qkv.weight),
+             (layer.self_attn.in_proj_bias, ours.qkv.bias))
+    modules = ((layer.self_attn.out_proj, ours.proj), (layer.linear1, ours.fc1),
+               (layer.linear2, ours.fc2), (layer.norm1, ours.norm1), (layer.norm2, ours.norm2))
+    with torch.no_grad():
+        for theirs, own in pairs:
+            theirs.copy_(own)
+        for theirs, own in modules:
+            theirs.load_state_dict(own.state_dict())
+    return layer
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_is_the_standard_pre_norm_block(causal):
+    ours, x = block(), torch.randn(3, 6, WIDTH)
+    mask = nn.Transformer.generate_square_subsequent_mask(6) if causal else None
+    expected = torchs_own(ours).train()(x, src_mask=mask)
+    torch.testing.assert_close(ours(x, causal=causal), expected, rtol=1e-4, atol=1e-4)
+
+
+def drop_of(batch, length, p=0.3, sites=6):
+    keys = Rng(0).bits("d", torch.arange(batch), 2 * sites).unflatten(-1, (-1, 2))
+    return Drop(keys, torch.arange(length), p)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_gathered_rows_equal_the_full_block(dropped):
+    module, sequence = block(1), torch.tensor([2, 0, 0, 1, 2])
+    element = torch.tensor([4, 0, 3, 1, 0])
+    options = dict(drop=drop_of(3, 5)) if dropped else {}
+    results = []
+    for packed in (True, False):
+        x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        out = (module.forward_rows(x, sequence, element, **options) if packed
+               else module(x, **options)[sequence, element])
+        grads = torch.autograd.grad((out * out.detach().cos()).sum(), (x, *module.parameters()))
+        results.append((out, *grads))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_acts_on_its_three_places():
+    """A recorder instead of dropout: after the projection, after GELU, after the second layer."""
+    seen = []
+
+    def record(x, site):
+        seen.append((site, x.shape[-1]))
+        return x
+
+    block(2)(torch.randn(1, 4, WIDTH), drop=record)
+    assert seen == [(6, WIDTH), (7, 4 * WIDTH), (8, WIDTH)]
+
+
+def test_dropout_of_the_backbone_uses_every_site_once():
+    sites = []
+    backbone()(torch.randn(1, 4, WIDTH), drop=lambda x, site: (sites.append(site), x)[1])
+    assert sites == list(range(6))
+
+
+def test_backbone_is_causal():
+    module, x = backbone(), torch.randn(1, 6, WIDTH, requires_grad=True)
+    h = module(x)
+    for t in range(6):
+        grad = torch.autograd.grad(h[0, t].square().sum(), x, retain_graph=True)[0][0]
+        assert (grad[t + 1:] == 0).all() and (grad[:t + 1].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("parts", [[1] * 6, [2, 3, 1], [6], [1, 5]])
+def test_cache_equals_the_whole_sequence(parts):
+    module, x = backbone(), torch.randn(2, 6, WIDTH)
+    cache, out, start = KVCache(2, 6), [], 0
+    for count in parts:
+        out.append(module(x[:, start:start + count], cache=cache))
+        cache.advance(count)
+        start += count
+    torch.testing.assert_close(torch.cat(out, 1), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_the_sums_they_should_be():
+    module = backbone()
+    labels, tokens = torch.tensor([2, 0]), torch.tensor([[1, 6], [3, 3]])
+    positions = torch.tensor([[5, 0], [2, 4]])
+    start = module.embed_start(labels)[:, 0]
+    torch.testing.assert_close(start, module.label.weight[labels] + module.time.weight[0])
+    targeted = module.embed_start(labels, positions[:, 0])[:, 0]
+    torch.testing.assert_close(targeted, start + module.position.weight[positions[:, 0]])
+    embedded = module.embed_tokens(tokens, positions, 3)
+    for b in range(2):
+        for i in range(2):
+            expected = (module.token.weight[tokens[b, i]] + module.time.weight[3 + i]
+                        + module.position.weight[positions[b, i]])
+            torch.testing.assert_close(embedded[b, i], expected)
+
+
+def test_vectors_are_projected():
+    module, vectors = backbone(channels=4), torch.randn(1, 2, 4)
+    embedded = module.embed_tokens(vectors, torch.tensor([[0, 1]]), 1)
+    expected = (vectors @ module.token.weight.t() + module.token.bias + module.time.weight[1:3]
+                + module.position.weight[:2])
+    torch.testing.assert_close(embedded, expected)
+
+
+def test_tables_have_the_sizes_of_the_method():
+    shapes = {name: tuple(p.shape) for name, p in backbone().named_parameters()
+              if "blocks" not in name}
+    assert shapes == {
+        "token.weight": (7, WIDTH), "label.weight": (3, WIDTH), "position.weight": (6, WIDTH),
+        "time.weight": (6, WIDTH), "norm.weight": (WIDTH,), "norm.bias": (WIDTH,)}
+    module = block()
+    assert module.norm1.eps == module.norm2.eps == 1e-6
+    assert sum(p.numel() for p in module.parameters()) == 12 * WIDTH**2 + 13 * WIDTH
+
+
+def test_bf16_works_on_float32_masters():
+    module = backbone()
+    labels = torch.tensor([0, 1])
+    module.dtype = torch.bfloat16
+    x = module.embed_start(labels)
+    h = module(x)
+    assert x.dtype == h.dtype == torch.bfloat16
+    h.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.blocks.parameters())

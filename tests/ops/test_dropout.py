@@ -1,0 +1,89 @@
+"""dropout: the rate, what the mask depends on, and that the backward pass uses the same one."""
+
+import pytest
+import torch
+
+from heptapod_fast.model.transformer import Drop
+from heptapod_fast.ops import dropout
+from heptapod_fast.ops.dropout import keep_mask
+from heptapod_fast.rng import Rng
+
+
+def keys(batch, seed=0):
+    words = Rng(seed).bits("k", torch.arange(batch), 2)
+    return words[:, :1], words[:, 1:]
+
+
+def correlation(a, b):
+    return float(torch.corrcoef(torch.stack((a.flatten().double(), b.flatten().double())))[0, 1])
+
+
+def mix(x):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ x >> shift) * factor) % 2**32
+    return x ^ x >> 16
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_rate_and_scale(p):
+    x = torch.ones(16, 50, 128)
+    y = dropout(x, *keys(16), torch.arange(50), p)
+    kept = y != 0
+    assert float(kept.double().mean()) == pytest.approx(1 - p, abs=0.005)
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
+    for dims in ((1, 2), (0, 2), (0, 1)):
+        assert float((kept.double().mean(dims) - (1 - p)).abs().max()) < 0.1
+
+
+def test_mask_is_the_documented_hash():
+    key0, key1, counter, width = 0xDEADBEEF, 0x12345678, 2**31 + 5, 7
+    mask = keep_mask(*(torch.tensor(word) for word in (key0, key1, counter)), width, 0.3)
+    element = [(counter * width + column) % 2**32 for column in range(width)]
+    assert mask.tolist() == [mix(mix(e ^ key0) ^ key1) >= round(0.3 * 2**32) for e in element]
+
+
+def test_mask_depends_on_keys_rows_and_columns():
+    one = torch.tensor(1), torch.tensor(2)
+    base = keep_mask(*one, torch.arange(200), 200, 0.5)
+    others = [keep_mask(torch.tensor(3), one[1], torch.arange(200), 200, 0.5),
+              keep_mask(one[0], torch.tensor(3), torch.arange(200), 200, 0.5),
+              keep_mask(*one, torch.arange(200, 400), 200, 0.5),
+              base.roll(1, 0), base.roll(1, 1), base.t()]
+    for other in others:
+        assert abs(correlation(base, other)) < 0.03
+
+
+def test_backward_has_the_same_mask():
+    x = torch.randn(4, 6, 10, requires_grad=True)
+    y = dropout(x, *keys(4), torch.arange(6), 0.4)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad, (y != 0) / 0.6)
+    # A gradient without strides of its own, as that of a sum.
+    again = x.detach().clone().requires_grad_()
+    dropout(again, *keys(4), torch.arange(6), 0.4).sum().backward()
+    assert torch.equal(again.grad, x.grad)
+
+
+def test_gradients_by_finite_differences():
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x: dropout(x, *keys(2), torch.arange(3), 0.4, implementation="reference"), (x,))
+
+
+def test_p_zero_returns_the_input_itself():
+    x = torch.randn(2, 3, 4)
+    assert dropout(x, *keys(2), torch.arange(3), 0.0) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_get_the_mask_of_the_dense_ones(dtype):
+    key_PS2 = Rng(0).bits("k", torch.arange(5), 8).unflatten(-1, (4, 2))
+    drop = Drop(key_PS2, torch.arange(6), 0.5)
+    x = torch.randn(5, 6, 10).to(dtype)
+    sequence, element = torch.tensor([4, 0, 0, 3]), torch.tensor([5, 1, 2, 0])
+    for site in range(4):
+        dense = drop(x, site)
+        assert dense.dtype == dtype
+        packed = drop.packed(sequence, element)(x[sequence, element], site)
+        assert torch.equal(packed, dense[sequence, element])
+    assert not torch.equal(drop(x, 0), drop(x, 1))

@@ -1,0 +1,157 @@
+"""Smallest runs, in this process and in others, for the tests of training and of the commands."""
+
+import contextlib
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from heptapod_fast.config import Config
+from heptapod_fast.runs import RunDir
+from heptapod_fast.train.checkpoint import listed
+from heptapod_fast.train.loop import train
+from heptapod_fast.train.parallel import World
+from heptapod_fast.train.setup import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(size="tiny", width=32, heads=2, depth=1, head_depth=1, batch=8, images=64,
+            logogram_count=64, codes=16, log_every=8, checkpoint_every=16, sample_every=0,
+            device="cpu")
+NO_HEAD = {"head_depth": None}
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def tiny_config(out, **settings) -> Config:
+    """A resolved configuration of the smallest run."""
+    return Config(**(TINY | {"out": str(out)} | settings)).resolve()
+
+
+def flags(**settings) -> list[str]:
+    """Settings of the smallest run as flags; None leaves one out."""
+    words = []
+    for name, value in (TINY | settings).items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+class Interrupting:
+    """A source of tokens that calls `act` before it answers for sample `at`."""
+
+    def __init__(self, source, at: int, act):
+        self.source, self.at, self.act = source, at, act
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def batch(self, index):
+        """The batch of the real source."""
+        if int(index[0]) == self.at:
+            self.act()
+        return self.source.batch(index)
+
+
+def start_here(out, say=lambda text: None, **settings):
+    """A prepared run in this process, resumed if it can be."""
+    config = tiny_config(out, **settings)
+    directory = RunDir(config.run_dir())
+    directory.claim(config)
+    try:
+        run, _ = prepare(config, CPU, say)
+    finally:
+        directory.release()
+    return run
+
+
+def train_here(out, stop_at=None, say=lambda text: None, **settings):
+    """(run, outcome) of training in this process; SIGTERM comes in the step from image stop_at."""
+    run = start_here(out, say, **settings)
+    if stop_at is not None:
+        run.source = Interrupting(run.source, stop_at,
+                                  lambda: signal.raise_signal(signal.SIGTERM))
+    return run, train(run)
+
+
+def final_files(out) -> dict[str, bytes]:
+    """Bytes of the newest checkpoint, file by file."""
+    newest = listed(Path(out) / "checkpoints")[-1]
+    return {path.name: path.read_bytes() for path in sorted(newest.iterdir())}
+
+
+def final_tensors(out, file: str = "model") -> dict[str, torch.Tensor]:
+    """Tensors of the newest checkpoint."""
+    return load_file(listed(Path(out) / "checkpoints")[-1] / f"{file}.safetensors")
+
+
+@dataclass
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(tool: str, *words) -> Result:
+    """Run tools/TOOL.py in this process, as its command line would."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, before = sys.argv, list(sys.path)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [f"tools/{tool}.py", *map(str, words)]
+    sys.path.insert(0, str(ROOT / "tools"))
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+    finally:
+        sys.argv, sys.path[:] = argv, before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def environment(**extra) -> dict[str, str]:
+    """For child processes: one thread each, and no accelerator."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                         "PYTHONUNBUFFERED": "1"} | extra
+
+
+def start(tool: str, *words, launcher=(sys.executable,), **extra) -> subprocess.Popen:
+    """Run tools/TOOL.py in another process; stdout and stderr together."""
+    return subprocess.Popen([*launcher, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)],
+                            env=environment(**extra), cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, seconds: float = 120) -> Result:
+    """Wait for a process of `start`."""
+    out, _ = process.communicate(timeout=seconds)
+    return Result(process.returncode, out, out)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """Read the process's output up to the line that holds `text`."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} never came:\n{seen}")
+
+
+def refused(result: Result, *texts: str) -> None:
+    """A clear error: it fails, says these things, and shows no traceback."""
+    assert result.code not in (0, None), result.out
+    assert "Traceback" not in result.err, result.err
+    assert "Traceback" not in result.out, result.out
+    for text in texts:
+        assert text in result.err, result.err

@@ -1,0 +1,181 @@
+"""Sampling by the systems against naive samplers that recompute everything at every step."""
+
+import pytest
+import torch
+
+from heptapod_fast import grid
+from heptapod_fast.rng import Rng
+from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.sampling.generate import generate, spread
+
+RNG, TOKENS = Rng(4), 16
+KINDS = ("discrete", "continuous")
+CLASSES, INDEX = torch.tensor([0, 2, 1]), torch.tensor([5, 0, 9])
+
+
+def quick(**settings):
+    return SampleOptions(diffusion_steps=4, **settings)
+
+
+def taken(tokens, order):
+    """tokens (B, N[, C]) in the order of `order` (B, M)."""
+    return torch.stack([tokens[b, order[b]] for b in range(len(order))])
+
+
+def states_so_far(system, tokens, order, seen):
+    """h_0..h_seen of the backbone, without a cache."""
+    x = system.backbone.embed_start(CLASSES)
+    if seen:
+        before = order[:, :seen]
+        x = torch.cat((x, system.backbone.embed_tokens(taken(tokens, before), before, 1)), dim=1)
+    return system.backbone(x)
+
+
+def head_at(system, h, order, seen, position):
+    """The head's vectors at one position of every sequence: (B, D)."""
+    step = torch.full((3, 1), seen)
+    if system.config.head == "local":
+        window = system.head.window_positions(position)
+        z = system.head(h, step, window).view(3, -1, h.shape[-1])
+        return z[torch.arange(3), (window == position[:, None]).int().argmax(1)]
+    x = system.head.assemble(h, order, step)
+    for block in system.head.blocks:
+        x = block(x)
+    return system.head.norm(x)[torch.arange(3), position + 1]
+
+
+@torch.no_grad()
+def naive_heptapod(system, options):
+    """One position after the other; nothing is kept between steps but the tokens."""
+    order = grid.random_orders(INDEX, TOKENS, RNG)
+    tokens, seen = system.empty_tokens(3, torch.device("cpu")), 0
+    sizes = grid.group_sizes(TOKENS, options.positions_per_step, options.position_schedule)
+    for step, count in enumerate(sizes):
+        h = states_so_far(system, tokens, order, seen)
+        candidates = order[:, seen:]
+        drawn = [system.draw_tokens(head_at(system, h, order, seen, p), RNG.at(step), INDEX, p,
+                                    options) for p in candidates.unbind(1)]
+        if options.position_order == "confidence":
+            best = torch.stack([chance for _, chance in drawn], 1).argsort(1, descending=True)
+        else:
+            best = torch.arange(TOKENS - seen).expand(3, -1)
+        order = torch.cat((order[:, :seen], candidates.gather(1, best)), dim=1)
+        for b in range(3):
+            for i in range(count):
+                tokens[b, order[b, seen + i]] = drawn[best[b, i]][0][b]
+        seen += count
+    return tokens
+
+
+@torch.no_grad()
+def naive_next_token(system, options):
+    order = system.orders(INDEX, RNG)
+    tokens = system.empty_tokens(3, torch.device("cpu"))
+    for step in range(TOKENS):
+        x = system.backbone.embed_start(CLASSES, order[:, 0])
+        if step:
+            x = torch.cat((x, system.backbone.embed_tokens(
+                taken(tokens, order[:, :step]), order[:, 1:step + 1], 1)), dim=1)
+        position = order[:, step]
+        token = system.draw_tokens(system.backbone(x)[:, -1], RNG.at(step), INDEX, position,
+                                   options)[0]
+        tokens[torch.arange(3), position] = token
+    return tokens
+
+
+def agree(ours, naive):
+    if ours.dtype == torch.int64:
+        assert torch.equal(ours, naive)
+    else:
+        torch.testing.assert_close(ours, naive, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", [dict(), dict(head="local", window=4)], ids=("global", "local"))
+@pytest.mark.parametrize("options", [
+    quick(), quick(positions_per_step=3), quick(positions_per_step=TOKENS),
+    quick(positions_per_step=4, position_schedule="cosine"), quick(temperature=0.7)],
+    ids=("1", "3", "all", "cosine", "cool"))
+def test_heptapod_equals_the_naive_sampler(make_system, head, kind, options):
+    system = make_system(kind, **head).eval()
+    agree(system.sample(CLASSES, RNG, options, INDEX), naive_heptapod(system, options))
+
+
+@pytest.mark.parametrize("k", [1, 3, TOKENS])
+def test_confidence_equals_the_naive_sampler(make_system, k):
+    system = make_system().eval()
+    options = quick(positions_per_step=k, position_order="confidence", top_k=7)
+    agree(system.sample(CLASSES, RNG, options, INDEX), naive_heptapod(system, options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["1d-raster", "1d-random"])
+def test_baselines_equal_the_naive_sampler(make_system, name, kind):
+    system = make_system(kind, system=name).eval()
+    agree(system.sample(CLASSES, RNG, quick(), INDEX), naive_next_token(system, quick()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [
+    dict(), dict(head="local", window=4), dict(system="1d-random")], ids=("global", "local", "1d"))
+def test_a_sample_does_not_depend_on_its_batch(make_system, settings, kind):
+    system = make_system(kind, **settings).eval()
+    together = system.sample(CLASSES, RNG, quick(), INDEX)
+    for b in range(3):
+        agree(system.sample(CLASSES[b:b + 1], RNG, quick(), INDEX[b:b + 1]), together[b:b + 1])
+    assert not torch.equal(together[0], system.sample(CLASSES[:1], RNG, quick(), INDEX[1:2])[0])
+    assert not torch.equal(together, system.sample(CLASSES, Rng(5), quick(), INDEX))
+
+
+def test_sampling_ignores_dropout(make_system):
+    system = make_system(dropout=0.5)
+    calm = system.eval().sample(CLASSES, RNG, quick(), INDEX)
+    assert torch.equal(system.train().sample(CLASSES, RNG, quick(), INDEX), calm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sdpa_samples_what_the_reference_samples(make_system, kind):
+    system = make_system(kind).eval()
+    expected = system.sample(CLASSES, RNG, quick(), INDEX)
+    for module in system.modules():
+        if hasattr(module, "attention"):
+            module.attention = "sdpa"
+    agree(system.sample(CLASSES, RNG, quick(), INDEX), expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+@pytest.mark.parametrize("name", ["heptapod", "1d-raster"])
+def test_classes_out_of_range_are_refused(make_system, name, bad):
+    with pytest.raises(ValueError, match=rf"--classes \[{bad}\]: this run has 3 classes, 0 to 2"):
+        make_system(system=name).sample(torch.tensor([0, bad]), RNG)
+
+
+@pytest.mark.parametrize("settings, options, flag", [
+    (dict(system="1d-random"), dict(positions_per_step=2), "--positions-per-step"),
+    (dict(system="1d-raster"), dict(position_order="confidence"), "--position-order"),
+    (dict(head="local", window=4), dict(position_order="confidence"), "--head local"),
+    (dict(), dict(positions_per_step=17), "--positions-per-step 17"),
+    (dict(), dict(guidance=1.5), "--guidance"),
+])
+def test_systems_refuse_what_they_cannot_do(make_system, settings, options, flag):
+    with pytest.raises(ValueError, match=flag):
+        make_system(**settings).sample(CLASSES, RNG, SampleOptions(**options))
+
+
+def test_spread():
+    assert spread([4, 7], 5).tolist() == [4, 4, 4, 7, 7]
+    assert spread([4, 7, 9], 2).tolist() == [4, 7]
+    assert spread(list(range(10)), 100).bincount().tolist() == [10] * 10
+
+
+def test_generate_does_not_depend_on_its_batches(make_system):
+    class Decoder:
+        def decode(self, tokens):
+            return tokens[:, None].float()
+
+    system = make_system().eval()
+    system.tokenizer = Decoder()
+    done, classes = [], torch.tensor([0, 1, 2, 0, 1])
+    images = generate(system, classes, RNG, quick(), batch=2, progress=lambda *a: done.append(a))
+    assert torch.equal(images, generate(system, classes, RNG, quick(), batch=5))
+    assert done == [(2, 5), (4, 5), (5, 5)]

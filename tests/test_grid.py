@@ -1,0 +1,245 @@
+"""Orders, supervised steps, rows, windows and groups against brute force."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heptapod_fast import grid
+from heptapod_fast.rng import Rng
+
+RNG = Rng(3)
+MODES = ("antithetic", "uniform", "mar")
+
+
+def chi_square(counts):
+    expected = counts.double().mean()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def steps_of(batch, num_tokens, density, mode="antithetic", first=0):
+    return grid.draw_steps(torch.arange(first, first + batch), num_tokens, density, mode, RNG)
+
+
+def orders_of(batch, num_tokens):
+    return grid.random_orders(torch.arange(batch), num_tokens, RNG)
+
+
+# ------------------------------------------------------------------------------------------ orders
+
+@settings(max_examples=25, deadline=None)
+@given(num_tokens=st.integers(1, 40), first=st.integers(0, 2**40), batch=st.integers(1, 5))
+def test_orders_are_permutations_and_functions_of_the_index(num_tokens, first, batch):
+    index = torch.arange(first, first + batch)
+    order = grid.random_orders(index, num_tokens, RNG)
+    assert torch.equal(order.sort(1).values, torch.arange(num_tokens).expand(batch, -1))
+    assert torch.equal(grid.random_orders(index[-1:], num_tokens, RNG), order[-1:])
+
+
+def test_orders_differ_between_sequences_and_seeds():
+    index = torch.arange(200)
+    order = grid.random_orders(index, 16, RNG)
+    assert len(order.unique(dim=0)) == 200
+    assert not torch.equal(order, grid.random_orders(index, 16, Rng(4)))
+
+
+def test_raster_orders_and_ranks():
+    assert grid.raster_orders(torch.arange(3), 4).tolist() == [[0, 1, 2, 3]] * 3
+    order = orders_of(6, 9)
+    rank = grid.ranks(order)
+    for b in range(6):
+        for time, position in enumerate(order[b].tolist()):
+            assert rank[b, position] == time
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+@pytest.mark.parametrize("parity", [0, 1])
+@pytest.mark.parametrize("mode, density", [("antithetic", 1), ("antithetic", 3), ("uniform", 2)])
+def test_every_step_is_uniform(mode, density, parity):
+    steps = steps_of(8000, 8, density, mode)[parity::2]
+    for slot in steps.unbind(1):
+        assert chi_square(slot.bincount(minlength=8)) < 30  # 7 degrees of freedom, p = 1e-4
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_tokens=st.integers(1, 30), pairs=st.integers(1, 4), data=st.data())
+def test_antithetic_pairs_supervise_a_fixed_number(num_tokens, pairs, data):
+    density = data.draw(st.integers(1, num_tokens))
+    steps = steps_of(2 * pairs, num_tokens, density, first=2 * data.draw(st.integers(0, 1000)))
+    assert int(steps.min()) >= 0 and int(steps.max()) < num_tokens
+    assert all(len(set(row)) == density for row in steps.tolist())
+    unseen = (num_tokens - steps).sum(1).view(pairs, 2).sum(1)
+    assert unseen.tolist() == [density * (num_tokens + 1)] * pairs
+    assert torch.equal(steps[0::2] + steps[1::2], torch.full_like(steps[0::2], num_tokens - 1))
+
+
+def test_uniform_steps_are_distinct_and_independent():
+    steps = steps_of(4000, 8, 5, "uniform")
+    assert all(len(set(row)) == 5 for row in steps.tolist())
+    first = steps[:, 0].double()
+    assert abs(torch.corrcoef(torch.stack((first[0::2], first[1::2])))[0, 1]) < 0.07
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_do_not_depend_on_the_rest_of_the_batch(mode):
+    together = steps_of(8, 16, 2, mode)
+    assert torch.equal(steps_of(2, 16, 2, mode, first=0), together[:2])
+    if mode != "mar":
+        assert torch.equal(steps_of(4, 16, 2, mode, first=4), together[4:])
+
+
+def test_odd_antithetic_batch_is_refused():
+    with pytest.raises(ValueError, match="--micro-batch"):
+        steps_of(3, 16, 1)
+
+
+def test_mar_ratio_has_the_moments_of_the_truncated_normal():
+    ratio = grid.mar_ratio(RNG.uniform("r", torch.arange(20_000), 1)[:, 0])
+    assert ratio.min() >= 0.7 and ratio.max() <= 1.0
+    assert abs(ratio.mean() - 0.8670) < 0.002 and abs(ratio.median() - 0.874) < 0.004
+
+
+def test_mar_masks_as_many_as_upstream():
+    steps = grid.draw_steps(torch.arange(4), 256, 20_000, "mar", RNG)
+    assert torch.equal(steps[0], steps[3])
+    masked = 256 - steps[0]
+    assert masked.min() >= 180 and masked.max() == 256
+    assert abs(masked.double().mean() - 222.46) < 0.5
+    assert abs((masked == 256).double().mean() - 0.016) < 0.004
+
+
+@pytest.mark.parametrize("num_tokens", [4, 16, 256])
+@pytest.mark.parametrize("mode", MODES)
+def test_expected_rows_are_the_mean(mode, num_tokens):
+    if mode == "mar":
+        steps = grid.draw_steps(torch.arange(1), num_tokens, 20_000, mode, RNG)
+    else:
+        steps = steps_of(20_000, num_tokens, 1, mode)
+    mean = (num_tokens - steps).double().mean()
+    assert float(mean) == pytest.approx(grid.expected_rows(1, num_tokens, 1, mode), rel=0.01)
+    assert grid.expected_rows(6, num_tokens, 3, mode) == pytest.approx(
+        18 * grid.expected_rows(1, num_tokens, 1, mode))
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+def enumerated(order, steps):
+    """(pair, position) of every unseen position, in the order they would come up."""
+    density = steps.shape[1]
+    return [(b * density + j, int(p)) for b in range(len(order)) for j in range(density)
+            for p in order[b, int(steps[b, j]):]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_tokens=st.integers(1, 12), pairs=st.integers(1, 3), data=st.data())
+def test_packed_rows_are_the_enumeration(num_tokens, pairs, data):
+    density = data.draw(st.integers(1, num_tokens))
+    order, steps = orders_of(2 * pairs, num_tokens), steps_of(2 * pairs, num_tokens, density)
+    rows = grid.packed_rows(order, steps, "position")
+    assert list(zip(rows.pair_R.tolist(), rows.position_R.tolist())) == enumerated(order, steps)
+    assert rows.weight_R is None and len(rows.pair_R) == pairs * density * (num_tokens + 1)
+
+
+def test_padded_rows_weigh_the_unseen_and_nothing_else():
+    order, steps = orders_of(3, 9), steps_of(3, 9, 2, "uniform")
+    rows = grid.padded_rows(grid.ranks(order), steps, "position")
+    assert len(rows.pair_R) == 3 * 2 * 9
+    every = list(zip(rows.pair_R.tolist(), rows.position_R.tolist()))
+    assert len(set(every)) == len(every)
+    supervised = [row for row, weight in zip(every, rows.weight_R.tolist()) if weight == 1.0]
+    assert sorted(supervised) == sorted(enumerated(order, steps))
+    assert rows.weight_R.sum() == len(supervised)
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded", "window"])
+def test_step_weights_sum_to_one_for_every_step(kind):
+    order, steps = orders_of(4, 16), steps_of(4, 16, 3)
+    rank = grid.ranks(order)
+    if kind == "packed":
+        rows = grid.packed_rows(order, steps, "step")
+    elif kind == "padded":
+        rows = grid.padded_rows(rank, steps, "step")
+    else:
+        rows = window_rows_of(order, steps, "step")[1]
+    sums = torch.zeros(12).index_add_(0, rows.pair_R, rows.weight_R)
+    torch.testing.assert_close(sums, torch.ones(12))
+    unseen = rank[rows.pair_R // 3, rows.position_R] >= steps.flatten()[rows.pair_R]
+    assert torch.equal(rows.weight_R > 0, unseen)
+
+
+# ----------------------------------------------------------------------------------------- windows
+
+def window_rows_of(order, steps, loss_weight="position", side=4, window=4):
+    owner, positions = grid.window_of(side, window), grid.window_positions(side, window)
+    chosen = positions[owner[order.gather(1, steps).flatten()]]
+    return chosen, grid.window_rows(chosen, grid.ranks(order), steps, loss_weight)
+
+
+@pytest.mark.parametrize("side, window", [(4, 4), (4, 1), (6, 4), (6, 9), (8, 16), (16, 64)])
+def test_windows_partition_the_grid_into_squares(side, window):
+    positions, owner = grid.window_positions(side, window), grid.window_of(side, window)
+    w = math.isqrt(window)
+    assert positions.shape == (side**2 // window, window)
+    assert positions.flatten().sort().values.tolist() == list(range(side**2))
+    for k, chunk in enumerate(positions.tolist()):
+        top, left = k // (side // w) * w, k % (side // w) * w
+        assert chunk == [(top + i) * side + left + j for i in range(w) for j in range(w)]
+        assert all(owner[p] == k for p in chunk)
+
+
+def test_window_rows_against_brute_force():
+    order, steps = orders_of(4, 16), steps_of(4, 16, 5, "uniform")
+    chosen, rows = window_rows_of(order, steps)
+    supervised = [(s, p) for s, p, w in zip(rows.pair_R.tolist(), rows.position_R.tolist(),
+                                            rows.weight_R.tolist()) if w]
+    expected = []
+    for s in range(20):
+        sequence, step = order[s // 5].tolist(), int(steps.flatten()[s])
+        following = sequence[step]
+        same = [p for p in range(16)
+                if (p // 8, p % 4 // 2) == (following // 8, following % 4 // 2)]
+        assert chosen[s].tolist() == same
+        expected += [(s, p) for p in same if sequence.index(p) >= step]
+    assert supervised == expected
+
+
+# ------------------------------------------------------------------------------------------ groups
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 16, 36, 256])
+def test_groups_cover_the_grid_for_every_k(num_tokens, schedule):
+    for k in range(1, num_tokens + 1):
+        sizes = grid.group_sizes(num_tokens, k, schedule)
+        assert sum(sizes) == num_tokens and min(sizes) >= 1
+        assert len(sizes) == math.ceil(num_tokens / k)
+        if schedule == "constant":
+            assert set(sizes[:-1]) <= {k} and sizes[-1] <= k
+
+
+def test_cosine_groups_are_mars():
+    for count in (2, 4, 8, 16, 64):
+        left, expected = 256, []
+        for s in range(count - 1):
+            keep = max(1, min(left - 1, math.floor(256 * math.cos(math.pi / 2 * (s + 1) / count))))
+            expected.append(left - keep)
+            left = keep
+        assert grid.group_sizes(256, 256 // count, "cosine") == [*expected, left]
+    sizes = grid.group_sizes(256, 16, "cosine")
+    assert sizes[0] < 4 and sizes[-1] > 20
+
+
+def test_bad_groups_are_refused():
+    for k in (0, 17):
+        with pytest.raises(ValueError, match="--positions-per-step"):
+            grid.group_sizes(16, k)
+    with pytest.raises(ValueError, match="--position-schedule"):
+        grid.group_sizes(16, 4, "linear")
+
+
+def test_orders_are_uniform():
+    counts = Counter(map(tuple, orders_of(12_000, 3).tolist()))
+    assert len(counts) == 6 and chi_square(torch.tensor(list(counts.values()))) < 25
