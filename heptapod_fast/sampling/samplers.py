@@ -109,8 +109,12 @@ def respaced(steps: int) -> Tensor:
 
 
 def sample_vectors(loss, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor,
-                   options: SampleOptions) -> Tensor:
+                   options: SampleOptions, limit: float = 0.0) -> Tensor:
     """Denoise one continuous token per row: (R, C) float32.
+
+    limit: the estimate of x_0 is clipped to [-limit, limit] at every step (0: never). Where tokens
+    have a known range this is what keeps the first steps from diverging: they multiply the error
+    of eps_hat by up to 20,000 (mar:models/diffloss.py samples latents, without a limit).
 
     loss: model.token_losses.Diffusion. Noise is keyed by (index, slot) and the denoising step.
     ddpm: x' = mean + temperature * sigma * noise, sigma from the learned range. ddim: eta = 0;
@@ -127,16 +131,19 @@ def sample_vectors(loss, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor
         x_RC = x_RC * options.temperature
     for i in reversed(range(len(times))):
         prediction = loss.run(x_RC, time_TW[i] + condition_RW)
-        x_RC = _previous(prediction, x_RC, tables[:, i], i, rng, index_R, slot_R, options)
+        x_RC = _previous(prediction, x_RC, tables[:, i], i, rng, index_R, slot_R, options, limit)
     return x_RC
 
 
 def _previous(prediction: Tensor, x: Tensor, table: Tensor, i: int, rng: Rng, index: Tensor,
-              slot: Tensor, options: SampleOptions) -> Tensor:
+              slot: Tensor, options: SampleOptions, limit: float) -> Tensor:
     """x_{t-1} from x_t and the network's (eps, v); table: the schedule's row of this step."""
     sqrt_abar, sqrt_noise, recip, recip_minus_one, mean_x0, mean_xt, log_beta, log_posterior = table
     eps, v = prediction.chunk(2, dim=-1)
     x0 = recip * x - recip_minus_one * eps
+    if limit:
+        x0 = x0.clamp(-limit, limit)
+        eps = (x - sqrt_abar * x0) / sqrt_noise
     if options.diffusion_sampler == "ddim":
         if i == 0:
             return x0

@@ -103,7 +103,8 @@ class System(nn.Module):
                     options: SampleOptions) -> tuple[Tensor, Tensor | None]:
         """One token per row, and its probability where tokens are discrete."""
         if self.spec.kind == "continuous":
-            return sample_vectors(self.token_loss, z_RD, rng, index_R, slot_R, options), None
+            return sample_vectors(self.token_loss, z_RD, rng, index_R, slot_R, options,
+                                  self.spec.limit), None
         uniform_R = rng.uniform("sample.token", index_R, 1, slot_R)[:, 0]
         return sample_codes(self.token_loss.logits(z_RD), uniform_R, options)
 

@@ -32,6 +32,7 @@ class TokenSpec:
         grid: side of the token grid.
         channels: C, length of a continuous token; 0 for discrete ones.
         vocabulary: V, number of codes; 0 for continuous ones.
+        limit: continuous tokens lie in [-limit, limit]; 0 where no limit is known.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TokenSpec:
     grid: int
     channels: int
     vocabulary: int
+    limit: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -79,7 +81,7 @@ def token_spec(name: str, image_size: int, patch_size: int | None = None,
     if name == "vq16":
         return TokenSpec(name, "discrete", grid, 0, 16384)
     if name == "patch":
-        return TokenSpec(name, "continuous", grid, 3 * patch_size**2, 0)
+        return TokenSpec(name, "continuous", grid, 3 * patch_size**2, 0, limit=1.0)
     return TokenSpec(name, "discrete", grid, 0, codes)
 
 

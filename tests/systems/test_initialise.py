@@ -59,7 +59,7 @@ def test_codes_are_normal(make_config):
 
 def test_parameters_differ_among_themselves(make_config):
     system = fresh(make_config)
-    first, second = (system.backbone.blocks[i].qkv.weight for i in range(2))
+    first, second = (system.backbone.blocks[i].qkv.weight.detach() for i in range(2))
     both = torch.corrcoef(torch.stack((first.flatten(), second.flatten())))[0, 1]
     assert abs(float(both)) < 0.05
     assert not torch.equal(first, system.head.blocks[0].qkv.weight)
