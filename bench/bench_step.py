@@ -7,7 +7,8 @@ latents.
 import pytest
 import torch
 
-from heptapod_fast.config import Config, share_of_batch
+from heptapod_fast.config import Config
+from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.train.loop import training_step
 from heptapod_fast.train.metrics import peak_flops, training_flops
 from heptapod_fast.train.parallel import World

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 CONTINUOUS = ("kl16", "patch")
 
@@ -21,7 +20,8 @@ CONTINUOUS = ("kl16", "patch")
 class Preset:
     """One size. B, L and H: Heptapod paper, Table 3; depth is the backbone's, the head's is equal.
 
-    micro_batch is the most that a rank takes at once unless told otherwise (it fits 80 GB).
+    micro_batch is the most that a rank takes at once unless told otherwise (80 GB by the estimate
+    of --dry-run).
     """
 
     depth: int
@@ -38,17 +38,15 @@ class Preset:
 _PAPER = dict(
     data=None, tokenizer="kl16", image_size=256, images=1_024_933_600, batch=2048, density=1,
     lr_per_256=1e-4, lr_schedule="constant", warmup=0.125, dropout=0.1, embedding_std=0.02,
-    sample_every=10_000_000,
-    checkpoint_every=1_281_167, log_every=102_400,
+    sample_every=10_000_000, checkpoint_every=1_281_167, log_every=102_400,
 )
 _TINY = dict(
-    data="logograms", tokenizer="patch-vq", image_size=24, images=180_000, batch=64,
+    data="logograms", tokenizer="patch-vq", image_size=24, images=150_000, batch=64,
     density=2, lr_per_256=8e-3, lr_schedule="cosine", warmup=0.02, dropout=0.0,
-    embedding_std=1.0,
-    sample_every=30_000, checkpoint_every=30_000, log_every=1_600,
+    embedding_std=1.0, sample_every=30_000, checkpoint_every=30_000, log_every=1_600,
 )
 PRESETS = {
-    "tiny": Preset(3, 128, 4, 3, 256, 256, _TINY),
+    "tiny": Preset(3, 128, 4, 3, 128, 256, _TINY),
     "B": Preset(12, 768, 12, 6, 1024, 128, _PAPER),
     "L": Preset(16, 1024, 16, 8, 1280, 128, _PAPER),
     "H": Preset(20, 1280, 16, 12, 1536, 64, _PAPER),
@@ -175,21 +173,13 @@ class Config:
     """Implementation of the optimizer step."""
 
     def resolve(self) -> Config:
-        """Fill in what follows from the size and refuse contradictions.
+        """The same with every None filled in; ValueError on a contradiction, naming the flag.
 
-        Raises ValueError naming the flag at fault. Idempotent.
+        Idempotent; see resolve.py.
         """
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        _refuse_unknown(values)
-        _refuse_foreign(values)
-        preset = PRESETS[self.size]
-        for name, default in preset.defaults.items():
-            if values[name] is None:
-                values[name] = default
-        _resolve_tokens(values, self)
-        _resolve_model(values, preset)
-        _resolve_recipe(values, self)
-        return dataclasses.replace(self, **values)
+        from heptapod_fast.resolve import resolve
+
+        return resolve(self)
 
     @property
     def continuous(self) -> bool:
@@ -243,191 +233,7 @@ MAY_CHANGE = frozenset({
     "max_skips", "minutes", "allow_data_change",
 })
 
-_HEAD_FLAGS = ("head", "head_depth", "window", "density", "steps", "loss_weight")
-_DIFFUSION_FLAGS = ("diffusion_blocks", "diffusion_width", "diffusion_repeat", "diffusion_loss")
-
 
 def flag(name: str) -> str:
     """The command-line form of a field's name."""
     return "--" + name.replace("_", "-")
-
-
-def _refuse(values: dict, names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if values[name] is not None:
-            raise ValueError(f"{flag(name)} {values[name]} {why}")
-
-
-def _refuse_unknown(values: dict) -> None:
-    """Names that are not among the choices of their setting."""
-    for name, hint in get_type_hints(Config).items():
-        choices = [c for part in (hint, *get_args(hint)) for c in get_args(part)
-                   if isinstance(c, str)]
-        if choices and values[name] is not None and values[name] not in choices:
-            raise ValueError(f"{flag(name)} {values[name]}: expected one of {', '.join(choices)}")
-
-
-def _refuse_foreign(values: dict) -> None:
-    """Flags that mean nothing for the chosen system."""
-    if values["system"] != "heptapod":
-        _refuse(values, _HEAD_FLAGS,
-                f"belongs to the 2D head; --system {values['system']} has none")
-
-
-def _resolve_tokens(values: dict, given: Config) -> None:
-    tokenizer = values["tokenizer"]
-    if values["tokenizer"] in ("kl16", "vq16"):
-        if values["patch_size"] not in (None, 16):
-            raise ValueError(f"--patch-size {values['patch_size']}: {tokenizer} has 16 px patches")
-        values["patch_size"] = 16
-    elif values["patch_size"] is None:
-        values["patch_size"] = 16 if values["image_size"] >= 128 else 4
-    if tokenizer == "patch-vq":
-        values["codes"] = 128 if values["codes"] is None else values["codes"]
-        if not 2 <= values["codes"] <= 65536:
-            raise ValueError(f"--codes {values['codes']}: expected 2 to 65536")
-    else:
-        _refuse(values, ("codes",),
-                f"sets the codebook of patch-vq, not of --tokenizer {tokenizer}")
-    if tokenizer == "patch":
-        _refuse(values, ("tokenizer_weights",), "given, but --tokenizer patch has no weights")
-    if tokenizer not in CONTINUOUS:
-        _refuse(values, _DIFFUSION_FLAGS, f"needs continuous tokens; {tokenizer} is discrete")
-    if values["data"] != "logograms":
-        _refuse(values, ("logogram_count",), "needs --data logograms")
-    elif values["logogram_count"] is None:
-        values["logogram_count"] = 50_000
-    if values["data"] == "synthetic" and values["num_classes"] is None:
-        values["num_classes"] = 1000
-    if values["flip"] is None:
-        values["flip"] = (tokenizer in ("kl16", "vq16") and values["image_size"] == 256
-                          and values["size"] != "tiny" and values["data"] != "synthetic")
-    elif values["flip"] and values["data"] == "synthetic":
-        raise ValueError("--flip: synthetic tokens have no images to mirror")
-    for name in ("image_size", "patch_size", "num_classes", "logogram_count"):
-        if values[name] is not None and values[name] < 1:
-            raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
-    size, patch = values["image_size"], values["patch_size"]
-    if size % patch:
-        below, above = size // patch * patch, -(-size // patch) * patch
-        divisors = [p for p in range(1, size + 1) if size % p == 0]
-        nearest = sorted(divisors, key=lambda p: abs(p - patch))[:2]
-        raise ValueError(
-            f"--image-size {size} is not a multiple of the patch of {patch} px: the nearest image "
-            f"sizes are {max(below, patch)} and {above}"
-            + ("" if tokenizer in ("kl16", "vq16")
-               else f", the nearest --patch-size {nearest[0]} or {nearest[-1]}"))
-
-
-def _resolve_model(values: dict, preset: Preset) -> None:
-    total = 2 * preset.depth
-    grid = values["image_size"] // values["patch_size"]
-    if values["system"] == "heptapod":
-        if values["head_depth"] is None:
-            values["head_depth"] = preset.depth
-        if values["depth"] is None:
-            values["depth"] = total - values["head_depth"]
-        if values["depth"] < 1 or values["head_depth"] < 1:
-            raise ValueError(
-                f"--head-depth {values['head_depth']}: expected 1 to {total - 1}, so that the "
-                f"backbone keeps a block (or give --depth too)")
-        _resolve_head(values, grid)
-    else:
-        # Same parameters as Heptapod's backbone and head together.
-        values["depth"] = total if values["depth"] is None else values["depth"]
-        values["density"] = None
-    for name in ("width", "heads"):
-        values[name] = getattr(preset, name) if values[name] is None else values[name]
-    for name in ("depth", "width", "heads"):
-        if values[name] < 1:
-            raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
-    if values["width"] % values["heads"]:
-        raise ValueError(f"--width {values['width']} is not a multiple of --heads "
-                         f"{values['heads']}")
-    if values["tokenizer"] in CONTINUOUS:
-        for name in ("diffusion_blocks", "diffusion_width"):
-            values[name] = getattr(preset, name) if values[name] is None else values[name]
-        if values["diffusion_repeat"] is None:
-            values["diffusion_repeat"] = 4
-        for name in ("diffusion_blocks", "diffusion_width", "diffusion_repeat"):
-            if values[name] < 1:
-                raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
-        values["diffusion_loss"] = values["diffusion_loss"] or "mse+vb"
-    if values["embedding_std"] <= 0:
-        raise ValueError(f"--embedding-std {values['embedding_std']}: expected more than 0")
-    if not 0.0 <= values["dropout"] < 1.0:
-        raise ValueError(f"--dropout {values['dropout']}: expected 0 <= P < 1")
-
-
-def _resolve_head(values: dict, grid: int) -> None:
-    tokens = grid * grid
-    if values["head"] is None:
-        values["head"] = "local" if values["window"] not in (None, tokens) else "global"
-    if values["head"] == "global":
-        if values["window"] not in (None, tokens):
-            raise ValueError(f"--window {values['window']} contradicts --head global, whose window "
-                             f"is the whole grid of {tokens} tokens; use --head local")
-        values["window"] = tokens
-    else:
-        sides = [s for s in range(1, grid) if grid % s == 0]
-        windows = [s * s for s in sides]
-        if not windows:
-            raise ValueError(f"--head local: a {grid}x{grid} grid has no smaller windows")
-        if values["window"] is None:
-            values["window"] = min(windows, key=lambda w: abs(math.log(w / (tokens / 4))))
-        if values["window"] not in windows:
-            raise ValueError(f"--window {values['window']}: a {grid}x{grid} grid divides into "
-                             f"windows of {', '.join(map(str, windows))} tokens")
-    if not 1 <= values["density"] <= tokens:
-        raise ValueError(f"--density {values['density']}: expected 1 to {tokens} steps per "
-                         "sequence")
-    values["steps"] = values["steps"] or "antithetic"
-    values["loss_weight"] = values["loss_weight"] or "position"
-
-
-def _resolve_recipe(values: dict, given: Config) -> None:
-    for name in ("images", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
-                 "log_every"):
-        if values[name] is not None and values[name] < 1:
-            raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
-    if values["sample_every"] < 0:
-        raise ValueError(f"--sample-every {values['sample_every']}: expected 0 or more")
-    if not 0.0 <= values["warmup"] < 1.0:
-        raise ValueError(f"--warmup {values['warmup']}: expected a share 0 <= W < 1 of the images")
-    if values["clip"] < 0 or values["lr_per_256"] <= 0 or values["weight_decay"] < 0:
-        raise ValueError("--clip and --weight-decay: expected 0 or more; --lr-per-256: more than 0")
-    if not all(0.0 <= d < 1.0 for d in values["ema"]) or len(values["ema"]) > 4:
-        raise ValueError(f"--ema {values['ema']}: expected up to four decays 0 <= D < 1")
-    if len(set(values["ema"])) != len(values["ema"]):
-        raise ValueError(f"--ema {values['ema']}: a decay is named twice")
-    if not 0 <= given.seed < 2**63:
-        raise ValueError(f"--seed {given.seed}: expected 0 to 2**63 - 1")
-
-
-def share_of_batch(config: Config, world_size: int) -> tuple[int, int]:
-    """(sequences per rank, micro-batches per step) of a resolved config.
-
-    Raises ValueError naming --batch or --micro-batch when they do not divide, or when antithetic
-    pairs would be split.
-    """
-    batch, micro = config.batch, config.micro_batch
-    if batch % world_size:
-        raise ValueError(f"--batch {batch} does not divide over {world_size} ranks: the nearest "
-                         f"are {batch // world_size * world_size} and "
-                         f"{-(-batch // world_size) * world_size}")
-    share = batch // world_size
-    divisors = [d for d in range(1, share + 1) if share % d == 0]
-    pairs = config.steps == "antithetic"
-    if micro is None:
-        fitting = [d for d in divisors if d <= PRESETS[config.size].micro_batch
-                   and not (pairs and d % 2)]
-        micro = max(fitting, default=share)
-    if share % micro:
-        nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
-        raise ValueError(f"--micro-batch {micro} does not divide the {share} sequences of a rank: "
-                         f"the nearest are {' and '.join(map(str, nearest))}")
-    if pairs and micro % 2:
-        raise ValueError(f"a micro-batch of {micro} is odd, but --steps antithetic works on pairs: "
-                         "use an even --micro-batch (and an even --batch per rank), or "
-                         "--steps uniform")
-    return share, share // micro

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from heptapod_fast.config import MAY_CHANGE, PRESETS, Config, share_of_batch
+from heptapod_fast.config import MAY_CHANGE, PRESETS, Config
+from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.systems import build_system
 from heptapod_fast.tokenizers import token_spec
 
@@ -117,8 +118,7 @@ def test_window_and_head_follow_from_each_other(settings, head, window):
     (dict(tokenizer="kl16", image_size=32, patch_size=8), "--patch-size 8"),
     (dict(tokenizer="kl16"), "--image-size 24"),
     (dict(tokenizer="patch", codes=16), "--codes 16"),
-    (dict(codes=1), "--codes 1"),
-    (dict(codes=65537), "--codes 65537"),
+    (dict(codes=1), "--codes must be 2 or more"),
     (dict(tokenizer="patch", tokenizer_weights="x"), "--tokenizer-weights"),
     (dict(diffusion_blocks=2), "--diffusion-blocks"),
     (dict(diffusion_width=2), "--diffusion-width"),

@@ -16,8 +16,9 @@ OPTIONAL = ("PIL", "safetensors", "google_crc32c", "tyro", "zarr", "rich", "scip
 
 # From the ground up; a module imports its own floor and those below. The counter-based generator
 # and its operation define each other's numbers, so rng shares the floor of ops.
-FLOORS = (("config", "progress"), ("ops", "rng", "kernels"), ("grid",), ("tokenizers", "data"),
-          ("model", "pictures"), ("sampling",), ("systems",), ("evaluation",), ("train", "runs"))
+FLOORS = (("progress",), ("ops", "rng", "kernels"), ("grid",), ("tokenizers", "data"),
+          ("config", "resolve", "pictures"), ("model",), ("sampling",), ("systems",),
+          ("evaluation",), ("train", "runs"))
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from _cli import main, parse
 
-from heptapod_fast.config import Config, share_of_batch
+from heptapod_fast.config import Config
+from heptapod_fast.resolve import share_of_batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 
 from _cli import main, parse
 
-from heptapod_fast.config import Config, share_of_batch
+from heptapod_fast.config import Config
+from heptapod_fast.resolve import share_of_batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from heptapod_fast.config import share_of_batch
 from heptapod_fast.pictures import save_grid
 from heptapod_fast.progress import duration
+from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunError
 from heptapod_fast.sampling import SampleOptions

@@ -41,7 +41,7 @@ def decays(name: str, parameter: Tensor, continuous: bool) -> bool:
 
 def ema_name(decay: float) -> str:
     """Name of a moving average on disk and on the command line."""
-    return f"ema-{decay:g}"
+    return f"ema-{decay}"
 
 
 class Optimizer:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from heptapod_fast import ops
-from heptapod_fast.config import Config, share_of_batch
+from heptapod_fast.config import Config
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
 from heptapod_fast.progress import Progress
+from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunDir, RunError, choose_precision, open_tokenizer
 from heptapod_fast.systems import System, build_system

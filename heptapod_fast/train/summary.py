@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from heptapod_fast.config import Config, flag, share_of_batch
+from heptapod_fast.config import Config, flag
 from heptapod_fast.data.logograms import logogram_classes
+from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import token_spec
 from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
