@@ -61,7 +61,7 @@ def make(kind, tokenizer, device):
         loss.mean.backward()
         for parameter in system.parameters():
             parameter.grad = None
-        return float(loss.mean)
+        return loss.mean.item()
 
     return run
 

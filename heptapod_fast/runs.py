@@ -79,6 +79,13 @@ class RunDir:
         return RunError(f"cannot write to the run directory {self.path}: {error} (--out names "
                         "another)")
 
+    def images_seen(self) -> int:
+        """Images of the newest checkpoint that verifies, 0 without one."""
+        try:
+            return checkpoints.load_step(self.checkpoints, None).state["images"]
+        except checkpoints.CheckpointError:
+            return 0
+
     def release(self) -> None:
         """Let others write."""
         if self._lock is not None:

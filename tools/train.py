@@ -62,14 +62,14 @@ def run(config: Config, world) -> int:
         changed = directory.claim(config)
         if changed:
             say(f"continuing with {'; '.join(changed)}")
-    begin = time.monotonic()
+    begin, seen = time.monotonic(), directory.images_seen()
+    if seen >= config.images:
+        say(f"{directory.path} is finished: {seen:,} images. Sample from it with: "
+            f"python tools/sample.py {directory.path}   or train on with a larger --images")
+        return 0
     session, resumed = prepare(config, world, say)
     if resumed:
         say(f"resumed   at {session.images:,} images (step {session.optimizer.step_count:,})")
-    if session.images >= config.images:
-        say(f"{directory.path} is finished: {session.images:,} images. Sample from it with: "
-            f"python tools/sample.py {directory.path}   or train on with a larger --images")
-        return 0
     say(f"prepared  in {duration(time.monotonic() - begin)}")
     outcome = train(session)
     for number in (signal.SIGINT, signal.SIGTERM):

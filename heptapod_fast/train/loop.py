@@ -53,14 +53,14 @@ def train(run: Run) -> str:
             loss, norm = training_step(run, *micro)
             meter.add(loss, norm, config.batch)
             late = time.monotonic() - meter.started > 60 * (config.minutes or float("inf"))
-            stop = world.any(caught.stop or late)
+            asked, caught.save = caught.save, False
+            stop, asked = world.any(caught.stop or late, asked)
             finished = run.images >= config.images
             if due(run, config.log_every) or finished or stop:
                 log(run, meter, metrics)
                 check_skips(run)
             # Saved before sampling: a failure there must not cost the run.
             again = failed_save and due(run, config.log_every)
-            asked, caught.save = world.any(caught.save), False
             if due(run, config.checkpoint_every) or finished or stop or again or asked:
                 failed_save = not try_save(run, meter, metrics, last=finished or stop)
             if stop and not finished:

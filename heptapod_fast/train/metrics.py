@@ -123,7 +123,7 @@ class Meter:
         record = {"images": images, "loss": loss, "grad_norm": norm,
                   "images_per_second": round(rate, 1), "seconds": round(now - self.started, 3),
                   "other_seconds": round(self.away, 3),
-                  "eta_seconds": round((self.total - images) / max(overall, 1e-9), 1)}
+                  "eta_seconds": round(max(self.total - images, 0) / max(overall, 1e-9), 1)}
         record["tflops"] = round(rate * self.flops / 1e12, 4)
         if self.peak:
             record["mfu"] = round(rate * self.flops / (self.peak * self.ranks), 4)

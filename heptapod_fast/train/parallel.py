@@ -45,13 +45,13 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is up on any rank."""
         if self.size == 1:
-            return flag
-        value = torch.tensor([int(flag)], device=self.device)
+            return flags
+        value = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return tuple(bool(v) for v in value.tolist())
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -57,7 +57,7 @@ class Run:
                                  self.config.keep_checkpoints)
             except CheckpointError as caught:
                 error = caught
-        if self.world.any(error is not None):
+        if any(self.world.any(error is not None)):
             raise error or CheckpointError("rank 0 could not write the checkpoint")
 
 
