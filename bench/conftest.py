@@ -2,10 +2,11 @@
 
 import statistics
 import time
-from pathlib import Path
 
 import pytest
 import torch
+
+from heptapod_fast.train.parallel import choose_device, device_name
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -34,11 +35,9 @@ def measure(device, benchmark):
         else:
             benchmark(lambda: (function(), torch.cuda.synchronize()))
             seconds = _gpu_seconds(function)
-            benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
-        benchmark.extra_info["threads"] = torch.get_num_threads()
-        benchmark.extra_info["torch"] = torch.__version__
         if seconds:
-            benchmark.extra_info["ms"] = round(seconds * 1e3, 4)
+            if device == "cuda":
+                benchmark.extra_info["GPU ms"] = round(seconds * 1e3, 4)
             benchmark.extra_info["GB/s"] = round(bytes_moved / seconds / 1e9, 2)
 
     return run
@@ -87,22 +86,17 @@ def versus(device, benchmark):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What the tables of tools/report.py say about the machine."""
-    machine_info["device"] = (torch.cuda.get_device_name() if torch.cuda.is_available() else
-                              f"{_cpu_name()}, {torch.get_num_threads()} threads")
+    """What the tables of tools/report.py say about the machine, and nothing else about it."""
+    version = machine_info["python_version"]
+    machine_info.clear()
+    machine_info["python_version"] = version
+    machine_info["device"] = device_name(choose_device("auto"))
     machine_info["torch"] = torch.__version__
-    machine_info["command"] = "pytest bench/ --benchmark-only"
+    machine_info["command"] = " ".join(["pytest", *config.invocation_params.args])
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Keep the statistics, drop single timings: results are committed."""
+    output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
-
-
-def _cpu_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
-            return line.split(":")[1].strip() + amx
-    return "CPU"

@@ -1,6 +1,7 @@
 """The run directory: what is in it, who may write to it, and how a run is read back.
 
-    RUN_DIR/  config.json  metrics.jsonl  samples/  checkpoints/  tokenizer.safetensors (if fitted)
+    RUN_DIR/  config.json  environment.json  metrics.jsonl  samples/  checkpoints/
+              tokenizer.safetensors (if fitted)
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class RunDir:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.environment = self.path / "environment.json"
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer.safetensors"

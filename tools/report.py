@@ -41,7 +41,10 @@ def report_run(folder: Path) -> None:
     if not records:
         raise ValueError(f"{run.metrics} has no record with a loss")
     last, rates = records[-1], [r["images_per_second"] for r in records]
-    numbers = {
+    kept = ("system", "size", "data", "tokenizer", "image_size", "batch", "seed")
+    numbers = {name: getattr(config, name) for name in kept}
+    numbers |= json.loads(run.environment.read_text())
+    numbers |= {
         "images": last["images"], "steps": last["step"], "epochs": last["epoch"],
         "loss": last["loss"], "images_per_second_median": median(rates),
         "images_per_second_range": [min(rates), max(rates)],
@@ -49,16 +52,12 @@ def report_run(folder: Path) -> None:
     }
     if "mfu" in last:
         numbers["mfu_median"] = median(r["mfu"] for r in records)
-    evaluation = folder / "evaluation.json"
-    if evaluation.exists():
+    if (evaluation := folder / "evaluation.json").exists():
         numbers["evaluation"] = json.loads(evaluation.read_text())
     (folder / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
     lines = [f"# {config.system} {config.size} on {config.data}", "",
-             f"{config.tokenizer} tokens, {config.image_size} px, batch {config.batch}, seed "
-             f"{config.seed}. {last['images']:,} of {config.images:,} images, last session "
-             f"{duration(last['seconds'])}.", "", "| | |", "|---|---|"]
-    lines += [f"| {k.replace('_', ' ')} | {show(v)} |" for k, v in numbers.items()
-              if k != "evaluation"]
+             f"{last['images']:,} of {config.images:,} images, last session "
+             f"{duration(last['seconds'])}.", "", *table(numbers, leave_out="evaluation")]
     lines += ["", f"FLOPs: {FLOPS_FORMULA}."]
     if len(records) > 1:
         save_chart([r["images"] for r in records], [r["loss"] for r in records],
@@ -66,11 +65,16 @@ def report_run(folder: Path) -> None:
                    "loss")
         lines += ["", "![loss](loss.png)"]
     if evaluation.exists():
-        lines += ["", "## Evaluation", "", "| | |", "|---|---|"]
-        lines += [f"| {k} | {show(v)} |" for k, v in numbers["evaluation"].items()]
+        lines += ["", "## Evaluation", "", *table(numbers["evaluation"])]
         lines += ["", "![samples](evaluation.png)"]
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     print(f"written: {folder / 'report.md'}")
+
+
+def table(values: dict, leave_out: str = "") -> list[str]:
+    """Markdown of two columns."""
+    rows = [f"| {k.replace('_', ' ')} | {show(v)} |" for k, v in values.items() if k != leave_out]
+    return ["| | |", "|---|---|", *rows]
 
 
 def show(value) -> str:
@@ -86,7 +90,7 @@ def report_bench(folder: Path) -> None:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
-    text = "\n\n".join(bench_table(path) for path in files)
+    text = "\n\n".join([bench_table(path) for path in files] + runs_table(folder / "runs"))
     (folder / "README.md").write_text("# Measured\n\nMade by `python tools/report.py "
                                       f"bench/results` from the JSON files here.\n\n{text}\n")
     print(f"written: {folder / 'README.md'}")
@@ -117,15 +121,28 @@ def bench_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def runs_table(folder: Path) -> list[str]:
+    """One table of the training runs whose report.json was copied into `folder`; [] without any."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not rows:
+        return []
+    lines = ["**Training runs** (`report.json` of each in `bench/results/runs`)", "",
+             "| run | images | images/s, median | symmetry accuracy | device |",
+             "|---|---:|---:|---:|---|"]
+    for r in rows:
+        accuracy = r.get("evaluation", {}).get("symmetry_accuracy")
+        lines.append(f"| {r['system']} {r['size']}, {r['data']} {r['image_size']} px, "
+                     f"{r['tokenizer']} | {r['images']:,} | {r['images_per_second_median']:.0f} | "
+                     f"{accuracy or float('nan'):.3f} | {r['device']}, torch {r['torch']} |")
+    return ["\n".join(lines)]
+
+
 def work() -> int:
     """Tell a run from a folder of results."""
     folder = Path(parse(Arguments).path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a directory: expected RUN_DIR or bench/results")
-    if (folder / "config.json").exists():
-        report_run(folder)
-    else:
-        report_bench(folder)
+    (report_run if (folder / "config.json").exists() else report_bench)(folder)
     return 0
 
 

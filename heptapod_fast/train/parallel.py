@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                              f"{torch.cuda.device_count()} (torchrun --nproc_per_node)")
         return torch.device("cuda", local_rank)
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with AMX and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return f"{names[0] if names else 'CPU'}{amx}, {torch.get_num_threads()} threads"
 
 
 def start(device: str = "auto") -> World:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from heptapod_fast.tokenizers import Tokenizer, token_spec
 from heptapod_fast.train import checkpoint as checkpoints
 from heptapod_fast.train.checkpoint import CheckpointError
 from heptapod_fast.train.optimizer import Optimizer
-from heptapod_fast.train.parallel import World
+from heptapod_fast.train.parallel import World, device_name
 
 
 @dataclass
@@ -120,6 +121,11 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     update = ops.dispatch.choose("adamw_ema", world.device, torch.float32, config.adamw_ema)
     for line in describe(config, source, world, dtype, attention, update):
         say(line)
+    if world.main:
+        directory.environment.write_text(json.dumps({
+            "device": device_name(world.device), "ranks": world.size, "torch": torch.__version__,
+            "python": platform.python_version(), "activations": str(dtype),
+            "attention": str(attention), "adamw_ema": str(update)}, indent=1) + "\n")
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
     system = build_system(config, spec, classes, world.device, attention.implementation)
     system.set_dtype(dtype)
@@ -167,8 +173,6 @@ def describe(config: Config, source: TokenSource, world: World, dtype: torch.dty
              update) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
     share, micros = share_of_batch(config, world.size)
-    device = (torch.cuda.get_device_name(world.device) if world.device.type == "cuda"
-              else f"CPU, {torch.get_num_threads()} threads")
     name = str(dtype).removeprefix("torch.")
     why = "asked for" if config.precision != "auto" else "native here" if name == "bfloat16" else (
         "this hardware has no fast bf16")
@@ -176,8 +180,8 @@ def describe(config: Config, source: TokenSource, world: World, dtype: torch.dty
         f"run       {config.run_dir()}",
         f"data      {config.data}: {source.num_images:,} images, {source.num_classes} classes, "
         f"flip {'on' if config.flip else 'off'}; {config.images / source.num_images:.2f} epochs",
-        f"device    {device}, {world.size} rank{'s' * (world.size > 1)}; {name} activations "
-        f"({why})",
+        f"device    {device_name(world.device)}, {world.size} rank{'s' * (world.size > 1)}; {name} "
+        f"activations ({why})",
         f"batch     {config.batch} = {world.size} ranks x {micros} micro-batches x "
         f"{share // micros}",
         f"rate      {config.learning_rate:.3g} = {config.lr_per_256:g} x {config.batch} / 256, "

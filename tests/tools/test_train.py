@@ -138,7 +138,8 @@ def test_a_class_that_was_renamed_is_refused_for_good(tmp_path, pictures):
     words = flags(out=tmp_path / "run", data=pictures, **FOLDER)
     assert command("train", *words).code == 0
     (pictures / "2-fold").rename(pictures / "two")
-    result = command("train", *words, "--allow-data-change")
+    more = flags(out=tmp_path / "run", data=pictures, **FOLDER | {"images": 32})
+    result = command("train", *more, "--allow-data-change")
     refused(result, "class names", "--data")
     assert "--allow-data-change" not in result.err
 
