@@ -45,7 +45,8 @@ def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: R
     uniform: n distinct steps, drawn for every sequence by itself.
     mar: MAR's masking ratio, a truncated normal on [0.7, 1] around 1 with deviation 0.25, one
     ratio per
-        micro-batch and slot (mar:models/mar.py:66,165); ceil(N * ratio) positions are masked.
+        micro-batch and slot (mar:models/mar.py:66,165); ceil(N * ratio) positions are masked. The n
+        steps of a sequence may coincide, and the draw depends on the cut into micro-batches.
 
     Raises ValueError on an odd antithetic batch.
     """
@@ -67,6 +68,13 @@ def mar_ratio(uniform: Tensor) -> Tensor:
     normal = torch.distributions.Normal(1.0, 0.25)
     low, high = normal.cdf(torch.tensor(0.7)), normal.cdf(torch.tensor(1.0))
     return normal.icdf(low.to(uniform) + uniform * (high - low).to(uniform)).clamp_(0.7, 1.0)
+
+
+def take_tokens(tokens_BN: Tensor, position_BM: Tensor) -> Tensor:
+    """Tokens at the given positions: (B, M) codes, or (B, M, C) vectors."""
+    if tokens_BN.dim() == 3:
+        position_BM = position_BM[..., None].expand(-1, -1, tokens_BN.shape[-1])
+    return tokens_BN.gather(1, position_BM)
 
 
 class Rows(NamedTuple):

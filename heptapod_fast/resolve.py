@@ -159,6 +159,8 @@ def _resolve_recipe(values: dict) -> None:
             raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
     if values["sample_every"] < 0:
         raise ValueError(f"--sample-every {values['sample_every']}: expected 0 or more")
+    if values["minutes"] is not None and not values["minutes"] > 0:
+        raise ValueError(f"--minutes {values['minutes']}: expected more than 0")
     if not 0.0 <= values["warmup"] < 1.0:
         raise ValueError(f"--warmup {values['warmup']}: expected a share 0 <= W < 1 of the images")
     if values["clip"] < 0 or values["lr_per_256"] <= 0 or values["weight_decay"] < 0:

@@ -1,6 +1,6 @@
 """The run directory: what is in it, who may write to it, and how a run is read back.
 
-    RUN_DIR/  config.json  environment.json  metrics.jsonl  samples/  checkpoints/
+    RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
               tokenizer.safetensors (if fitted)
 """
 
@@ -39,7 +39,7 @@ class RunDir:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.environment = self.path / "environment.json"
+        self.sessions = self.path / "sessions.jsonl"  # what each start ran on
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer.safetensors"
@@ -81,12 +81,11 @@ class RunDir:
         return RunError(f"cannot write to the run directory {self.path}: {error} (--out names "
                         "another)")
 
-    def images_seen(self) -> int:
-        """Images of the newest checkpoint that verifies, 0 without one."""
-        try:
-            return checkpoints.load_step(self.checkpoints, None).state["images"]
-        except checkpoints.CheckpointError:
-            return 0
+    def finished(self, images: int) -> int:
+        """Images of the newest checkpoint if it verifies and holds `images` or more, else 0."""
+        seen = checkpoints.peek(self.checkpoints).get("images", 0)
+        done = seen >= images and not checkpoints.problems(checkpoints.listed(self.checkpoints)[-1])
+        return seen if done else 0
 
     def release(self) -> None:
         """Let others write."""

@@ -18,7 +18,7 @@ OPTIONAL = ("PIL", "safetensors", "google_crc32c", "tyro", "zarr", "rich", "scip
 # and its operation define each other's numbers, so rng shares the floor of ops.
 FLOORS = (("progress",), ("ops", "rng", "kernels"), ("grid",), ("tokenizers", "data"),
           ("config", "resolve", "pictures"), ("model",), ("sampling",), ("systems",),
-          ("evaluation",), ("train", "runs"))
+          ("evaluation",), ("train", "runs", "reports"))
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

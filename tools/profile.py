@@ -75,7 +75,8 @@ def write(profiler, out: Path, steps: int, config: Config) -> None:
     def own(event) -> float:
         return (event.self_device_time_total if cuda else event.self_cpu_time_total) / steps / 1000
 
-    phases = {e.key: e.cpu_time_total / steps / 1000 for e in events
+    phases = {e.key: (e.device_time_total if cuda else e.cpu_time_total) / steps / 1000
+              for e in events
               if e.key in ("data", "forward", "backward", "optimizer")}
     whole = sum(phases.values())
     rows = sorted((e for e in events if e.key not in phases), key=own, reverse=True)[:25]

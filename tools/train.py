@@ -62,8 +62,8 @@ def run(config: Config, world) -> int:
         changed = directory.claim(config)
         if changed:
             say(f"continuing with {'; '.join(changed)}")
-    begin, seen = time.monotonic(), directory.images_seen()
-    if seen >= config.images:
+    begin, seen = time.monotonic(), directory.finished(config.images)
+    if seen:
         say(f"{directory.path} is finished: {seen:,} images. Sample from it with: "
             f"python tools/sample.py {directory.path}   or train on with a larger --images")
         return 0

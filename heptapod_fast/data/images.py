@@ -148,11 +148,12 @@ class ImageFolder:
                            len(files), self.image_size, path, *size)
 
     def _fingerprint(self, files: list[tuple[Path, int]]) -> str:
+        """Of names, labels and decoded pixels: a picture repainted in place is another set."""
         digest = hashlib.sha256(f"{PREPROCESSING}/{self.image_size}\n".encode())
         for path, label in files:
-            relative = path.relative_to(self.folder)
-            digest.update(os.fsencode(relative.as_posix()))
-            digest.update(f"\0{path.stat().st_size}\0{label}\n".encode())
+            digest.update(os.fsencode(path.relative_to(self.folder).as_posix()))
+            digest.update(f"\0{label}\n".encode())
+        digest.update(self._pixels.numpy())
         return digest.hexdigest()
 
 
@@ -302,4 +303,4 @@ def check_memory(need: int, image_size: int, folder: Path) -> None:
     if free is not None and need > 0.9 * free:
         raise ValueError(f"{folder}: decoded at --image-size {image_size} the images take "
                          f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available; lower "
-                         "--image-size, use fewer images, or make a cache with tools/cache.py")
+                         "--image-size or use fewer images")

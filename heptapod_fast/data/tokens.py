@@ -115,14 +115,14 @@ class TokenizedImages:
             images = torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
             tokens = self._encode(images)
         else:
-            rows = (mirrored * self.num_images + ids).to(self.device)
+            rows = (mirrored * self.num_images + ids).to(self.device, non_blocking=True)
             tokens = self._codes.index_select(0, rows).long()
         labels = self.source.labels[ids]
-        return Batch(tokens, labels.to(self.device), index.to(self.device))
+        return Batch(tokens, labels, index).to(self.device)
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.tokenizer.encode(to_unit(images.to(self.device)))
+            return self.tokenizer.encode(to_unit(images.to(self.device, non_blocking=True)))
 
     def _encode_all(self, progress: Callable[[int, int], None] | None) -> Tensor:
         """(views * n, N) codes: all images, then all mirror images."""
@@ -177,6 +177,6 @@ class SyntheticTokens:
 
     def batch(self, index: Tensor) -> Batch:
         """(B,) int64 global sample indices -> the batch on `device`; a pure function."""
-        index = index.to(self.device).long()
+        index = index.to(self.device, non_blocking=True).long()
         row, label = self._rng.bits("synthetic.sample", index, 2).unbind(-1)
         return Batch(self._pool[row % len(self._pool)], label % self.num_classes, index)

@@ -103,8 +103,8 @@ class Diffusion(nn.Module):
     def run(self, xt_RC: Tensor, y_RW: Tensor) -> Tensor:
         """The MLP itself, given the sum of time embedding and condition; float32 in and out.
 
-        First and last layer work in float32: at small t the noise is finer than bf16 resolves, and
-        at large t an error of eps_hat is multiplied by up to 20,000.
+        The first layer works in float32 because at small t the noise is finer than bf16 resolves,
+        the last because the loss is.
         """
         silu_y = F.silu(y_RW)
         x_RW = self.input(xt_RC).to(y_RW.dtype)

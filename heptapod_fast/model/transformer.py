@@ -3,7 +3,8 @@
 Suffixes: B sequences, N elements, D width, H heads, E head dim, M keys, R packed rows, P sequences
 of a dropout mask. A block is MAR's (timm's ViT block): pre-LayerNorm with eps 1e-6, fused qkv with
 bias, MLP of 4 x D with erf GELU. Parameters are float32 masters; products run in the dtype of the
-activations, which is chosen once, where a sequence is embedded.
+activations, which is chosen once, where a sequence is embedded. In bf16 the residual stream is bf16
+too, where MAR's autocast keeps it in float32; normalisation statistics and losses are float32.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class LayerNorm(nn.LayerNorm):
 class Drop:
     """Counter-based dropout of one forward pass; `site` numbers the places where it acts.
 
-    key_PS2: (P, sites, 2) int64 below 2**32; counter_PN: element of its sequence that each row is.
+    key_PS2: (P, sites, 2) int64 below 2**32; counter_PN: which element of its sequence a row is,
+    (N,) for whole sequences and (R,) for packed rows.
     """
 
     key_PS2: Tensor

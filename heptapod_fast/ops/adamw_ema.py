@@ -146,19 +146,8 @@ def _validate_scalars(params, count, lr, step, grad_scale, ema_decays, beta1, be
         raise ValueError(f"adamw_ema takes betas in [0, 1), got {beta1} and {beta2}")
 
 
-def _compiled(name: str) -> dispatch.Check:
-    def check(device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != name:
-            return f"runs on {name} tensors, these are on {device.type}"
-        if dtype != torch.float32:
-            return f"updates float32 parameters, not {dtype}"
-        return library.why_not(name)
-
-    return check
-
-
-dispatch.register("adamw_ema", "cuda", _compiled("cuda"))
-dispatch.register("adamw_ema", "cpu", _compiled("cpu"))
+dispatch.register("adamw_ema", "cuda", library.check("cuda"))
+dispatch.register("adamw_ema", "cpu", library.check("cpu"))
 dispatch.register("adamw_ema", "reference", lambda device, dtype: None)
 
 if library.available("cpu"):

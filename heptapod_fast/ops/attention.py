@@ -52,11 +52,11 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return scores_BHNM.softmax(dim=-1) @ v
 
 
-def _sdpa_usable(device: torch.device, dtype: torch.dtype) -> str | None:
+def _sdpa_avoided(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return "its backward is slower than plain matmuls on CPU"
     return None
 
 
-dispatch.register("attention", "sdpa", _sdpa_usable)
+dispatch.register("attention", "sdpa", lambda device, dtype: None, avoid=_sdpa_avoided)
 dispatch.register("attention", "reference", lambda device, dtype: None)

@@ -14,7 +14,7 @@ import torch
 
 Check = Callable[[torch.device, torch.dtype], str | None]
 
-_registry: dict[str, dict[str, Check]] = {}
+_registry: dict[str, dict[str, tuple[Check, Check]]] = {}
 
 
 class Unavailable(RuntimeError):
@@ -33,16 +33,18 @@ class Choice:
         return f"{self.operation}: {self.implementation} ({self.reason})"
 
 
-def register(operation: str, name: str, check: Check) -> None:
+def register(operation: str, name: str, check: Check,
+             avoid: Check = lambda device, dtype: None) -> None:
     """Adds an implementation behind those already registered for `operation`.
 
     check(device, dtype): None if it can run there, otherwise why not and what to install or change.
+    avoid(device, dtype): None, or why it should not be taken unless asked for.
     Raises ValueError if the name is taken ("auto" always is).
     """
     entries = _registry.setdefault(operation, {})
     if name == "auto" or name in entries:
         raise ValueError(f"{operation} already has an implementation named {name!r}")
-    entries[name] = check
+    entries[name] = check, avoid
 
 
 def implementations(operation: str) -> tuple[str, ...]:
@@ -66,13 +68,14 @@ def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
         if forced not in names:
             raise ValueError(f"{operation} has no implementation {forced!r}; "
                              f"there are: auto, {', '.join(names)}")
-        why_not = _registry[operation][forced](device, dtype)
+        why_not = _registry[operation][forced][0](device, dtype)
         if why_not is not None:
             raise Unavailable(f"{operation}: {forced!r} was asked for and cannot run: {why_not}")
         return Choice(operation, forced, "asked for")
     skipped: list[str] = []
     for name in names:
-        why_not = _registry[operation][name](device, dtype)
+        check, avoid = _registry[operation][name]
+        why_not = check(device, dtype) or avoid(device, dtype)
         if why_not is None:
             first = f"preferred for {dtype} on {device.type}"
             return Choice(operation, name, "; ".join(skipped) or first)

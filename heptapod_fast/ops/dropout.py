@@ -66,7 +66,9 @@ def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float,
     apply = _reference
     if dispatch.choose("dropout", x.device, x.dtype, implementation).implementation == "triton":
         from heptapod_fast.kernels.dropout import dropout as apply
-    return _Dropout.apply(x.contiguous(), key0, key1, counter, p, apply)
+    # Kernels read keys and counters as plain arrays; a table of keys gives strided views.
+    return _Dropout.apply(x.contiguous(), key0.contiguous(), key1.contiguous(),
+                          counter.contiguous(), p, apply)
 
 
 def _triton_usable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,6 +76,8 @@ def _triton_usable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"runs on cuda tensors, these are on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
+    if importlib.util.find_spec("heptapod_fast.kernels") is None:
+        return "the kernels are not installed: pip install --no-build-isolation -e ."
     return None
 
 

@@ -59,6 +59,16 @@ def why_not(device_type: str) -> str | None:
     return f"the compiled operators know cpu and cuda, not {device_type}"
 
 
+def check(device_type: str):
+    """A check for `dispatch.register`: tensors on that device, operators for it loaded."""
+    def usable(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != device_type:
+            return f"runs on {device_type} tensors, these are on {device.type}"
+        return why_not(device_type)
+
+    return usable
+
+
 def available(device_type: str) -> bool:
     """Whether the compiled operators for tensors on "cpu" or "cuda" are loaded."""
     return why_not(device_type) is None

@@ -69,17 +69,8 @@ def reference(index: Tensor, slot: Tensor, blocks: int, key: tuple[int, int]) ->
     return torch.stack(words, dim=-1).flatten(-2)
 
 
-def _compiled(name: str) -> dispatch.Check:
-    def check(device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != name:
-            return f"runs on {name} tensors, these are on {device.type}"
-        return library.why_not(name)
-
-    return check
-
-
-dispatch.register("philox", "cuda", _compiled("cuda"))
-dispatch.register("philox", "cpu", _compiled("cpu"))
+dispatch.register("philox", "cuda", library.check("cuda"))
+dispatch.register("philox", "cpu", library.check("cpu"))
 dispatch.register("philox", "reference", lambda device, dtype: None)
 
 if library.available("cpu"):

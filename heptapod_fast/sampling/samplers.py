@@ -114,13 +114,14 @@ def sample_vectors(loss, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor
 
     limit: the estimate of x_0 is clipped to [-limit, limit] at every step (0: never). Where tokens
     have a known range this is what keeps the first steps from diverging: they multiply the error
-    of eps_hat by up to 20,000 (mar:models/diffloss.py samples latents, without a limit).
+    of eps_hat by up to 20,000 (mar:models/diffloss.py samples latents, without a limit). For the
+    same reason the network runs in float32 here, whatever it was trained in.
 
     loss: model.token_losses.Diffusion. Noise is keyed by (index, slot) and the denoising step.
     ddpm: x' = mean + temperature * sigma * noise, sigma from the learned range. ddim: eta = 0;
     temperature scales the initial noise only.
     """
-    times = respaced(options.diffusion_steps)
+    times, z_RD = respaced(options.diffusion_steps), z_RD.float()
     abar = (1 - ops.cosine_betas()).cumprod(0)[times]
     betas = 1 - abar / torch.cat((torch.ones(1, dtype=abar.dtype), abar[:-1]))
     tables = ops.schedule_tables(betas).to(z_RD.device)

@@ -32,9 +32,7 @@ class NextToken(System):
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Sum of the token loss over all N steps of every sequence."""
         order_BN = self.orders(batch.index, rng)
-        index_BN = order_BN if batch.tokens.dim() == 2 else (
-            order_BN[..., None].expand_as(batch.tokens))
-        ordered_BN = batch.tokens.gather(1, index_BN)
+        ordered_BN = gridlib.take_tokens(batch.tokens, order_BN)
         x_BND = torch.cat((
             self.backbone.embed_start(batch.labels, order_BN[:, 0]),
             self.backbone.embed_tokens(ordered_BN[:, :-1], order_BN[:, 1:], 1)), dim=1)
@@ -57,7 +55,7 @@ class NextToken(System):
             raise ValueError(f"--positions-per-step and --position-order: {self.config.system} "
                              "predicts one next token in a given order; a 2D distribution is what "
                              "allows more")
-        index_B = torch.arange(len(classes), device=classes.device) if index is None else index
+        classes, index_B = self.place_sampling(classes, index)
         order_BN = self.orders(index_B, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)

@@ -108,6 +108,12 @@ class System(nn.Module):
         uniform_R = rng.uniform("sample.token", index_R, 1, slot_R)[:, 0]
         return sample_codes(self.token_loss.logits(z_RD), uniform_R, options)
 
+    def place_sampling(self, classes: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Classes and keys of the draws (default 0..B-1) on the device of the parameters."""
+        device = self.backbone.label.weight.device
+        index = torch.arange(len(classes)) if index is None else index
+        return classes.to(device), index.to(device)
+
     def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
         """Refuse classes out of range and options that this system does not know."""
         options.check(self.num_tokens, self.spec.vocabulary)

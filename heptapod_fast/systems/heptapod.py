@@ -56,9 +56,7 @@ class Heptapod(System):
     def states(self, batch: Batch, order_BN: Tensor, rng: Rng) -> Tensor:
         """h_0..h_{N-1} of every sequence: (B, N, D)."""
         before_BM = order_BN[:, :-1]
-        index_BM = before_BM if batch.tokens.dim() == 2 else (
-            before_BM[..., None].expand(-1, -1, batch.tokens.shape[-1]))
-        tokens_BM = batch.tokens.gather(1, index_BM)
+        tokens_BM = gridlib.take_tokens(batch.tokens, before_BM)
         x_BND = torch.cat((self.backbone.embed_start(batch.labels),
                            self.backbone.embed_tokens(tokens_BM, before_BM, 1)), dim=1)
         sites = Block.SITES * len(self.backbone.blocks)
@@ -108,7 +106,7 @@ class Heptapod(System):
         if options.position_order == "confidence" and self.config.head == "local":
             raise ValueError("--position-order confidence compares the whole grid; a run with "
                              "--head local predicts one window at a time")
-        index_B = torch.arange(len(classes), device=classes.device) if index is None else index
+        classes, index_B = self.place_sampling(classes, index)
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)

@@ -135,8 +135,8 @@ def listed(folder: Path) -> list[Path]:
     return [p for _, p in sorted((int(m[1]), p) for m, p in named if m)]
 
 
-def problems(path: Path) -> list[str]:
-    """What is wrong with a checkpoint directory, file by file; empty if it verifies."""
+def problems(path: Path, only: str | None = None) -> list[str]:
+    """What is wrong with a checkpoint directory (or one file of it); empty if it verifies."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         expected = {name: (entry["bytes"], entry["crc32c"]) for name, entry in manifest.items()}
@@ -144,6 +144,8 @@ def problems(path: Path) -> list[str]:
         return [f"{MANIFEST}: {error}"]
     found = []
     for name, (size, crc) in expected.items():
+        if only not in (None, name):
+            continue
         file = path / name
         if not file.is_file():
             found.append(f"{name}: missing")
@@ -151,7 +153,9 @@ def problems(path: Path) -> list[str]:
             found.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
         elif checksum(file) != crc:
             found.append(f"{name}: checksum does not match, the file was changed or damaged")
-    extra = {p.name for p in path.iterdir()} - set(expected) - {MANIFEST}
+    # File managers and network file systems leave hidden files behind.
+    there = {p.name for p in path.iterdir() if not p.name.startswith(".")}
+    extra = there - set(expected) - {MANIFEST}
     found += [f"{name}: not part of the checkpoint" for name in sorted(extra)]
     if STATE not in expected:
         found.append(f"{STATE}: missing from {MANIFEST}")
@@ -186,6 +190,17 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             "Restore one from a copy, or start anew with another --out or after removing "
             f"{folder.parent}")
     return None
+
+
+def peek(folder: Path) -> dict[str, Any]:
+    """State of the newest checkpoint; {} if there is none or its state does not verify.
+
+    Reads no tensors: for a quick look only.
+    """
+    for path in listed(folder)[-1:]:
+        if not any(text.startswith((STATE, MANIFEST)) for text in problems(path, only=STATE)):
+            return json.loads((path / STATE).read_text())
+    return {}
 
 
 def load_step(folder: Path, step: int | None) -> Checkpoint:

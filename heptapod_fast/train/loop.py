@@ -45,6 +45,8 @@ def train(run: Run) -> str:
     metrics = MetricsFile(run.directory.metrics, run.say)
     if world.main:
         metrics.rewind(run.images)
+        sessions = MetricsFile(run.directory.sessions, run.say)
+        sessions.write({"images": run.images, **run.environment})
     meter = Meter(config.images, training_flops(run.system), peak_flops(world.device), world.size)
     run.system.train()
     failed_save = False
@@ -52,14 +54,15 @@ def train(run: Run) -> str:
         while run.images < config.images:
             loss, norm = training_step(run, *micro)
             meter.add(loss, norm, config.batch)
-            late = time.monotonic() - meter.started > 60 * (config.minutes or float("inf"))
+            late = config.minutes is not None and (
+                time.monotonic() - run.started > 60 * config.minutes)
             asked, caught.save = caught.save, False
             stop, asked = world.any(caught.stop or late, asked)
             finished = run.images >= config.images
             if due(run, config.log_every) or finished or stop:
                 log(run, meter, metrics)
                 check_skips(run)
-            # Saved before sampling: a failure there must not cost the run.
+            # Where both are due, saving comes first: a failed grid must not cost the run.
             again = failed_save and due(run, config.log_every)
             if due(run, config.checkpoint_every) or finished or stop or again or asked:
                 failed_save = not try_save(run, meter, metrics, last=finished or stop)
@@ -75,7 +78,8 @@ def training_step(run: Run, share: int, micro_batches: int) -> tuple[Tensor, Ten
 
     A rank holds a contiguous block of the batch, cut into micro-batches. The loss is divided by the
     expected number of supervised positions at once and by the true one in the optimizer, so that
-    neither ranks nor micro-batches change it.
+    neither ranks nor micro-batches change it (--steps mar draws per micro-batch, and is the
+    exception).
     """
     world, system, size = run.world, run.system, share // micro_batches
     expected = system.expected_count(run.config.batch)

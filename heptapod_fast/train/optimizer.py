@@ -47,8 +47,8 @@ def ema_name(decay: float) -> str:
 class Optimizer:
     """State and step of the optimizer. All tensors are float32 and ordered as `names`.
 
-    A step with a non-finite gradient norm changes nothing and is counted, without the host waiting
-    for the device: its gradient scale is 0.
+    A step with a non-finite gradient norm changes no parameter, moment or average and is counted,
+    without the host waiting for the device: its gradient scale is 0.
     """
 
     def __init__(self, system: nn.Module, config: Config, implementation: str):
@@ -78,14 +78,13 @@ class Optimizer:
         good = norm.isfinite()
         scale = torch.where(good, scale, torch.zeros_like(norm))
         self.skipped += (~good).float()
-
-        def scalar(value):
-            return torch.tensor(value, dtype=torch.float32, device=norm.device)
-
+        # One small copy that the host does not wait for.
+        host = torch.tensor([lr, self.step_count,
+                             *(ema_decay(d, self.step_count) for d in self.config.ema)])
+        scalars = host.to(norm.device, torch.float32, non_blocking=True)
         ops.adamw_ema(
             data, grads, self.exp_avgs, self.exp_avg_sqs, list(self.emas.values()),
-            lr=scalar(lr), step=scalar(float(self.step_count)), grad_scale=scale.float(),
-            ema_decays=scalar([ema_decay(d, self.step_count) for d in self.config.ema]),
+            lr=scalars[0], step=scalars[1], grad_scale=scale.float(), ema_decays=scalars[2:],
             weight_decays=self.weight_decays, beta1=self.config.beta1, beta2=self.config.beta2,
             eps=1e-8, implementation=self.implementation)
         for parameter in self.parameters:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -38,6 +38,8 @@ class Run:
     system: System
     optimizer: Optimizer
     rng: Rng
+    environment: dict[str, str | int]
+    started: float
     images: int = 0
 
     def state(self) -> dict:
@@ -62,7 +64,7 @@ class Run:
             raise error or CheckpointError("rank 0 could not write the checkpoint")
 
 
-def open_images(config: Config) -> ImageSource | None:
+def open_images(config: Config, show_progress: bool = True) -> ImageSource | None:
     """The images behind --data; None for synthetic tokens.
 
     Raises FileNotFoundError or ValueError naming the flag at fault.
@@ -84,19 +86,18 @@ def open_images(config: Config) -> ImageSource | None:
     from heptapod_fast.data.images import ImageFolder
 
     return ImageFolder(config.data, config.image_size, max_broken=config.max_broken,
-                       allow_upscale=config.allow_upscale, progress=Progress("decoding"))
+                       allow_upscale=config.allow_upscale,
+                       progress=Progress("decoding") if show_progress else None)
 
 
-def open_tokens(config: Config, run: RunDir, device: torch.device,
-                images: ImageSource | None) -> tuple[TokenSource, Tokenizer | None]:
-    """Tokens of the images (or synthetic ones), and the tokenizer."""
-    spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
-    tokenizer = open_tokenizer(config, run, images, Progress("fitting the codebook", "rounds"))
+def open_tokens(config: Config, world: World, images: ImageSource | None,
+                tokenizer: Tokenizer | None) -> TokenSource:
+    """Tokens of the images, or synthetic ones."""
     if images is None:
-        return SyntheticTokens(spec, config.num_classes, config.seed), tokenizer
-    tokens = TokenizedImages(images, tokenizer.to(device), config.seed, flip=config.flip,
-                             device=device, progress=Progress("tokenising"))
-    return tokens, tokenizer
+        spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
+        return SyntheticTokens(spec, config.num_classes, config.seed, device=world.device)
+    return TokenizedImages(images, tokenizer, config.seed, flip=config.flip, device=world.device,
+                           progress=Progress("tokenising") if world.main else None)
 
 
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[Run, bool]:
@@ -104,14 +105,17 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
 
     Returns the run and whether it was resumed. The caller has claimed the run directory.
     """
+    started = time.monotonic()
     directory = RunDir(config.run_dir())
-    images = open_images(config)
+    images = open_images(config, world.main)
     # One rank fits the tokenizer, the others read what it saved.
     if not world.main:
         world.barrier()
-    source, tokenizer = open_tokens(config, directory, world.device, images)
+    tokenizer = open_tokenizer(config, directory, images,
+                               Progress("fitting the codebook", "rounds") if world.main else None)
     if world.main:
         world.barrier()
+    source = open_tokens(config, world, images, tokenizer)
     classes = source.num_classes
     if config.num_classes is not None and config.num_classes != classes:
         raise ValueError(f"--num-classes {config.num_classes}: {config.data} has {classes} classes")
@@ -119,18 +123,18 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     dtype = choose_precision(config.precision, world.device)
     attention = ops.dispatch.choose("attention", world.device, dtype, config.attention)
     update = ops.dispatch.choose("adamw_ema", world.device, torch.float32, config.adamw_ema)
-    for line in describe(config, source, world, dtype, attention, update):
+    choices = [attention, update, ops.dispatch.choose("philox", world.device, torch.int64)]
+    if config.dropout:
+        choices.append(ops.dispatch.choose("dropout", world.device, dtype))
+    for line in describe(config, source, world, dtype, choices):
         say(line)
-    if world.main:
-        directory.environment.write_text(json.dumps({
-            "device": device_name(world.device), "ranks": world.size, "torch": torch.__version__,
-            "python": platform.python_version(), "activations": str(dtype),
-            "attention": str(attention), "adamw_ema": str(update)}, indent=1) + "\n")
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
     system = build_system(config, spec, classes, world.device, attention.implementation)
     system.set_dtype(dtype)
     run = Run(config, world, directory, say, source, tokenizer, system,
-              Optimizer(system, config, update.implementation), Rng(config.seed))
+              Optimizer(system, config, update.implementation), Rng(config.seed),
+              {"device": device_name(world.device), "ranks": world.size,
+               "torch": torch.__version__, "activations": str(dtype)}, started)
     return run, resume(run)
 
 
@@ -169,8 +173,8 @@ def changed_data(run: Run, changed: list[str]) -> str:
             f"Restore it, choose another --out{anyway}")
 
 
-def describe(config: Config, source: TokenSource, world: World, dtype: torch.dtype, attention,
-             update) -> list[str]:
+def describe(config: Config, source: TokenSource, world: World, dtype: torch.dtype,
+             choices: list) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
     share, micros = share_of_batch(config, world.size)
     name = str(dtype).removeprefix("torch.")
@@ -186,6 +190,6 @@ def describe(config: Config, source: TokenSource, world: World, dtype: torch.dty
         f"{share // micros}",
         f"rate      {config.learning_rate:.3g} = {config.lr_per_256:g} x {config.batch} / 256, "
         f"warm-up over {config.warmup_images:,} images, then {config.lr_schedule}",
-        f"kernels   {attention}; {update}",
+        *(f"operator  {choice}" for choice in choices),
         f"          {ops.library.status()}",
     ]

@@ -6,6 +6,7 @@ import dataclasses
 
 from heptapod_fast.config import Config, flag
 from heptapod_fast.data.logograms import logogram_classes
+from heptapod_fast.grid import expected_rows
 from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import token_spec
@@ -58,9 +59,10 @@ def derived(config: Config, spec, classes: int, why: str, share: int, micros: in
     yield "micro-batches", f"{micros} = {config.batch} / {world_size} ranks / {share // micros}"
     if config.system == "heptapod":
         setting = f"w{config.window}n{config.density}"
-        mean = config.density * (spec.num_tokens + 1) / 2
-        rows = f"{mean:g} = {config.density} x ({spec.num_tokens} + 1) / 2 rows per image"
-        yield "supervision", f"{setting}, {rows if config.head == 'global' else 'local windows'}"
+        rows = expected_rows(1, spec.num_tokens, config.density, config.steps)
+        how = (f"{rows:g} = {config.density} x ({spec.num_tokens} + 1) / 2 rows per image"
+               if config.steps != "mar" else f"{rows:g} rows per image, MAR's mean ratio")
+        yield "supervision", f"{setting}, {how if config.head == 'global' else 'local windows'}"
     yield "run directory", config.run_dir()
 
 
@@ -112,7 +114,8 @@ def activation_values(config: Config, system: System) -> float:
     if config.system == "heptapod":
         n = config.density
         if config.head == "global":
-            rows = n * (tokens + 1) / 2
+            # Antithetic rows are packed, others padded to all positions.
+            rows = n * (tokens + 1) / 2 if config.steps == "antithetic" else n * tokens
             total += n * config.head_depth * block(tokens + 1, tokens + 1)
         else:
             rows = n * config.window

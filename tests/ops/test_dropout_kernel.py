@@ -10,9 +10,14 @@ triton = pytest.importorskip("triton")
 
 from heptapod_fast.kernels import dropout as module  # noqa: E402
 
+from heptapod_fast.model.transformer import Drop  # noqa: E402
+from heptapod_fast.ops import dispatch  # noqa: E402
 from heptapod_fast.ops import dropout as reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
 def draw(shape, packed):
@@ -28,6 +33,26 @@ def test_kernel_equals_reference(shape, p):
     x, key0, key1, counter = draw(shape, packed=len(shape) == 2)
     expected = reference(x, key0, key1, counter, p, implementation="reference")
     assert torch.equal(module.dropout(x, key0, key1, counter, p), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernel_reads_the_keys_of_a_table(packed, monkeypatch):
+    """As the model calls it: keys are columns of a (P, sites, 2) table, strided views."""
+    monkeypatch.setitem(dispatch._registry["dropout"], "triton",
+                        (lambda device, dtype: None, lambda device, dtype: None))
+    keys = torch.randint(0, 2**32, (3, 4, 2), device=DEVICE)
+    drop = Drop(keys, torch.arange(5, device=DEVICE), 0.5)
+    x = torch.randn(3, 5, 16, device=DEVICE)
+    if packed:
+        sequence = torch.tensor([2, 0, 1, 2], device=DEVICE)
+        element = torch.tensor([1, 4, 0, 3], device=DEVICE)
+        drop, x = drop.packed(sequence, element), x[sequence, element]
+    shape = (-1,) + (1,) * (x.dim() - 2)
+    for site in range(4):
+        key0, key1 = (keys[:, site, i] if not packed else keys[sequence, site, i] for i in (0, 1))
+        expected = reference(x, key0.view(shape), key1.view(shape), drop.counter_PN, 0.5,
+                             implementation="reference")
+        assert torch.equal(drop(x, site), expected)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
