@@ -20,6 +20,7 @@ def resolve(config: Config) -> Config:
     """`config` with every None replaced by what follows from the size and the other settings."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     _refuse_unknown(values)
+    _refuse_absurd(values)
     _refuse_foreign(values)
     preset = PRESETS[config.size]
     for name, default in preset.defaults.items():
@@ -152,13 +153,35 @@ def _resolve_head(values: dict, grid: int) -> None:
     values["loss_weight"] = values["loss_weight"] or "position"
 
 
+# What no machine can do; larger values would hang before they fail.
+_LIMITS = {"image_size": 2**14, "depth": 2**10, "head_depth": 2**10, "width": 2**16, "batch": 2**22,
+           "codes": 2**20, "diffusion_blocks": 2**10, "diffusion_width": 2**16}
+
+
+def _refuse_absurd(values: dict) -> None:
+    """Numbers that are not finite, or beyond every machine."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            raise ValueError(f"{flag(name)} {value}: expected a finite number")
+        if name in _LIMITS and value is not None and value > _LIMITS[name]:
+            raise ValueError(f"{flag(name)} {value}: expected at most {_LIMITS[name]:,}")
+
+
 def _resolve_recipe(values: dict) -> None:
     for name in ("images", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
                  "log_every"):
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
-    if values["sample_every"] < 0:
-        raise ValueError(f"--sample-every {values['sample_every']}: expected 0 or more")
+    for name in ("sample_every", "max_skips", "max_broken"):
+        if values[name] < 0:
+            raise ValueError(f"{flag(name)} {values[name]}: expected 0 or more")
+    for name in ("beta1", "beta2"):
+        if not 0.0 <= values[name] < 1.0:
+            raise ValueError(f"{flag(name)} {values[name]}: expected 0 <= B < 1")
+    if values["batch"] > values["images"]:
+        raise ValueError(f"--batch {values['batch']} is more than --images {values['images']}: "
+                         "a run has at least one step")
     if values["minutes"] is not None and not values["minutes"] > 0:
         raise ValueError(f"--minutes {values['minutes']}: expected more than 0")
     if not 0.0 <= values["warmup"] < 1.0:

@@ -158,6 +158,12 @@ def test_window_and_head_follow_from_each_other(settings, head, window):
     (dict(steps="mirrored"), "--steps mirrored"),
     (dict(loss_weight="token"), "--loss-weight token"),
     (dict(tokenizer="vae"), "--tokenizer vae"),
+    (dict(clip=float("nan")), "--clip nan"), (dict(lr_per_256=float("inf")), "--lr-per-256 inf"),
+    (dict(ema=(float("nan"),)), "--ema"), (dict(beta1=1.0), "--beta1 1.0"),
+    (dict(beta2=-0.1), "--beta2 -0.1"), (dict(minutes=0.0), "--minutes 0.0"),
+    (dict(max_skips=-1), "--max-skips -1"),
+    (dict(images=32), "--batch 64 is more than --images 32"),
+    (dict(batch=10**11), "--batch 100000000000"), (dict(depth=10**11), "--depth 100000000000"),
 ])
 def test_refusals_name_the_flag(settings, message):
     with pytest.raises(ValueError) as error:
@@ -209,7 +215,7 @@ def test_every_setting_that_matters_changes_the_run_directory():
 
 
 @pytest.mark.parametrize("change", [
-    dict(images=1), dict(checkpoint_every=1), dict(keep_checkpoints=9), dict(device="cpu"),
+    dict(images=777), dict(checkpoint_every=1), dict(keep_checkpoints=9), dict(device="cpu"),
     dict(precision="fp32"), dict(attention="sdpa"), dict(micro_batch=2), dict(minutes=3.0)])
 def test_settings_that_do_not_matter_keep_the_run_directory(change):
     assert set(change) <= MAY_CHANGE

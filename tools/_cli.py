@@ -47,6 +47,12 @@ def main(work: Callable[[], int | None]) -> None:
     except (ValueError, OSError, RunError, CheckpointError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0][:200]}): lower --micro-batch or "
+              "--batch, or choose a smaller --size", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted before there was anything to save", file=sys.stderr)
         code = 130

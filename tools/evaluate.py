@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +66,8 @@ def work() -> int:
     images = generate(system, labels, Rng(arguments.seed), options, arguments.batch,
                       Progress("sampling"))
     results: dict[str, object] = {"images_seen": system.images_seen, "samples": arguments.count,
-                                  "checkpoint": system.checkpoint.name, "seed": arguments.seed}
+                                  "checkpoint": system.checkpoint.name, "seed": arguments.seed,
+                                  "weights": arguments.ema or "first average", **asdict(options)}
     for metric in metrics:
         metric.update(images, labels)
         results |= metric.compute()

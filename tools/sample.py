@@ -58,6 +58,10 @@ def chosen_classes(text: str | None, available: int) -> list[int]:
 def work() -> int:
     """Parse, load, sample, write."""
     arguments = parse(Arguments)
+    for flag, path, ending in (("--out", arguments.out, ".png"),
+                               ("--save-npz", arguments.save_npz, ".npz")):
+        if path is not None and not path.endswith(ending):
+            raise ValueError(f"{flag} {path}: expected a name that ends in {ending}")
     from heptapod_fast.pictures import save_grid
     from heptapod_fast.progress import Progress
     from heptapod_fast.rng import Rng
@@ -79,7 +83,8 @@ def work() -> int:
     name = f"sample-{step}-seed{arguments.seed}.png"
     out = arguments.out or Path(arguments.run) / "samples" / name
     save_grid(images, out, columns=max(1, min(8, -(-count // len(classes)))))
-    print(f"{count} images of classes {', '.join(system.class_names[c] for c in classes)} after "
+    drawn = ", ".join(system.class_names[c] for c in dict.fromkeys(labels.tolist()))
+    print(f"{count} images of classes {drawn} after "
           f"{system.images_seen:,} training images: {out}")
     save_singles(arguments, images, labels)
     return 0

@@ -46,7 +46,7 @@ class SampleOptions:
         if not 1 <= self.positions_per_step <= num_tokens:
             raise ValueError(f"--positions-per-step {self.positions_per_step}: expected 1 to "
                              f"{num_tokens}, the tokens of an image")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature {self.temperature}: expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: expected 0 < P <= 1")

@@ -51,8 +51,10 @@ class NextToken(System):
         """One token per step with a KV cache; see System.sample."""
         options = SampleOptions() if options is None else options
         self.check_sampling(classes, options)
-        if options.positions_per_step != 1 or options.position_order != "random":
-            raise ValueError(f"--positions-per-step and --position-order: {self.config.system} "
+        how = (options.positions_per_step, options.position_order, options.position_schedule)
+        if how != (1, "random", "constant"):
+            raise ValueError(f"--positions-per-step, --position-order and --position-schedule: "
+                             f"{self.config.system} "
                              "predicts one next token in a given order; a 2D distribution is what "
                              "allows more")
         classes, index_B = self.place_sampling(classes, index)

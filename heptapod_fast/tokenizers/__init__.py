@@ -46,7 +46,8 @@ def load_tokenizer(name: str, weights: str | Path | None = None, **settings: int
     """
     if name in ("kl16", "vq16"):
         raise ValueError(f"the encoder and decoder of --tokenizer {name} are not part of this "
-                         f"version: use one of {', '.join(_LOADED)}")
+                         f"version: use one of {', '.join(_LOADED)}, or --data synthetic to "
+                         "measure speed")
     if name not in _LOADED:
         raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(_LOADED)}")
     if weights is None:

@@ -177,6 +177,9 @@ class Tokenizer(ABC):
         tensors = {key: value.cpu().contiguous() for key, value in self.state().items()}
         try:
             save_file(tensors, partial, metadata=metadata)
+            umask = os.umask(0)  # safetensors makes private files
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

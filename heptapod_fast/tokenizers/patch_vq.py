@@ -5,6 +5,7 @@ Tensor names: M distinct patches, V codes, E = 3 * p * p values of a patch.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from heptapod_fast.tokenizers.patch import patchify, unpatchify
 if TYPE_CHECKING:  # data builds on tokenizers, not the other way round
     from heptapod_fast.data.sources import ImageSource
 
+logger = logging.getLogger(__name__)
 FIT_PATCHES = 200_000
 SEED_PATCHES_PER_CODE = 32
 ITERATIONS = 30
@@ -78,6 +80,8 @@ class PatchVQ(Tokenizer):
                              f"found {chosen.dtype} {tuple(chosen.shape)}: check --image-size")
         patches_ME, counts_M = _distinct(patchify(chosen, patch_size).flatten(0, 1))
         if len(patches_ME) <= codes:
+            logger.warning("WARNING: the images have %d distinct patches; %d of --codes %d are "
+                           "never used", len(patches_ME), codes - len(patches_ME), codes)
             spare_VE = torch.full((codes - len(patches_ME), patches_ME.shape[1]), UNUSED)
             return cls(torch.cat((to_unit(patches_ME), spare_VE)), image_size, patch_size)
         points_ME = to_unit(patches_ME)

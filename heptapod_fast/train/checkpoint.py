@@ -11,6 +11,7 @@ not verify is renamed to `.corrupt`, and the one before it is taken. There is no
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from heptapod_fast.train import faults
 
+logger = logging.getLogger(__name__)
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 _NAME = re.compile(r"step-(\d{8,})$")
 
@@ -85,6 +87,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, A
     for name, tensors in files.items():
         host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(host, folder / f"{name}.safetensors")
+        readable(folder / f"{name}.safetensors")
     faults.point(f"files={state['step']}")
     (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
     manifest = {}
@@ -95,6 +98,13 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, A
     _sync(folder / MANIFEST)
     _sync(folder)
     faults.point(f"manifest={state['step']}")
+
+
+def readable(path: Path) -> None:
+    """The permissions that the umask gives new files (safetensors makes private ones)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _sync(path: Path) -> None:
@@ -219,8 +229,9 @@ def load_step(folder: Path, step: int | None) -> Checkpoint:
         try:
             return load(path)
         except CheckpointError as error:
+            logger.warning("WARNING: %s; looking at the checkpoint before it", error)
             errors.append(str(error))
-    raise CheckpointError("; ".join(errors))
+    raise CheckpointError(f"{'; '.join(errors)}. Restore one from a copy, or train again")
 
 
 def clean(folder: Path) -> None:

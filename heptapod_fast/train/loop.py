@@ -125,8 +125,11 @@ def check_skips(run: Run) -> None:
     skipped = int(run.optimizer.skipped)
     if skipped > run.config.max_skips:
         raise RunError(f"{skipped} steps had a non-finite gradient and were skipped (--max-skips "
-                       f"{run.config.max_skips}): lower --lr-per-256, or try --precision fp32. "
-                       "The last checkpoint is good.")
+                       f"{run.config.max_skips}): the run has diverged. Start anew with another "
+                       "--out and a lower --lr-per-256, or --precision fp32")
+    if run.images >= run.config.images and skipped == run.optimizer.step_count:
+        raise RunError("no step of this run had a finite gradient: nothing was learnt. Start "
+                       "anew with another --out and a lower --lr-per-256")
 
 
 def try_save(run: Run, meter: Meter, metrics: MetricsFile, last: bool) -> bool:
@@ -142,8 +145,10 @@ def try_save(run: Run, meter: Meter, metrics: MetricsFile, last: bool) -> bool:
             if run.world.main:
                 metrics.write({"images": run.images, "checkpoint_failed": str(error)})
             if last and attempt == attempts:
-                raise
-            run.say(f"WARNING: {error}. Earlier checkpoints are intact; trying again "
+                raise CheckpointError(f"{error}. Free the space, or mend what is wrong, and run "
+                                      "the same command: it continues from the newest "
+                                      "checkpoint, if there is one") from error
+            run.say(f"WARNING: {error}. Nothing written before was touched; trying again "
                     + ("in 5 s" if last else "at the next progress line, training goes on"))
             if last:
                 time.sleep(5)

@@ -139,4 +139,5 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     count = f"{images:>{len(f'{total:,}')},}/{total:,} ({done:4.0%})"
     return (f"images {count}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"norm {record['grad_norm']:6.3f}  {record['images_per_second']:>6,.0f} images/s{mfu}  "
-            f"ETA {duration(record['eta_seconds'])}")
+            f"ETA {duration(record['eta_seconds'])}"
+            + (f"  skipped {record['skipped']}" if record.get("skipped") else ""))

@@ -18,7 +18,7 @@ from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunDir, RunError, choose_precision, open_tokenizer
 from heptapod_fast.systems import System, build_system
-from heptapod_fast.tokenizers import Tokenizer, token_spec
+from heptapod_fast.tokenizers import Tokenizer, load_tokenizer, token_spec
 from heptapod_fast.train import checkpoint as checkpoints
 from heptapod_fast.train.checkpoint import CheckpointError
 from heptapod_fast.train.optimizer import Optimizer
@@ -71,12 +71,14 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
     """
     if config.data == "synthetic":
         return None
+    if config.data is not None and config.tokenizer in ("kl16", "vq16"):
+        load_tokenizer(config.tokenizer, config.tokenizer_weights)
     if config.data == "logograms":
         from heptapod_fast.data.logograms import Logograms
 
         return Logograms(config.image_size, config.logogram_count, config.seed,
                          num_classes=config.num_classes)
-    if config.data is None:
+    if not config.data:
         raise ValueError(
             "--data is missing: name a folder of images (one subfolder per class), or use --data "
             "logograms with --tokenizer patch-vq or patch, or --data synthetic to measure speed")

@@ -292,6 +292,14 @@ def test_fingerprint(tmp_path):
     assert ImageFolder(tmp_path / "two", 16).fingerprint != first.fingerprint
 
 
+def test_a_picture_repainted_in_place_changes_the_fingerprint(tmp_path):
+    path = tmp_path / "a" / "x.bmp"
+    save(path, picture(seed=1))
+    before, size = ImageFolder(tmp_path, 16).fingerprint, path.stat().st_size
+    save(path, picture(seed=2))
+    assert path.stat().st_size == size and ImageFolder(tmp_path, 16).fingerprint != before
+
+
 def test_workers_do_not_change_the_result(tmp_path):
     for k in range(30):
         save(tmp_path / f"c{k % 3}" / f"{k}.png", picture(20, 24, seed=k))

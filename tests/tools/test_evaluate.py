@@ -28,6 +28,7 @@ def test_numbers_and_grid_are_written(trained, tmp_path):
     numbers = json.loads((tmp_path / "deep" / "e.json").read_text())
     assert 0 <= numbers["symmetry_accuracy"] <= 1 and numbers["samples"] == 10
     assert numbers["images_seen"] == 32 and numbers["checkpoint"] == "step-00000004"
+    assert numbers["temperature"] == 1.0 and numbers["positions_per_step"] == 1
     assert (tmp_path / "deep" / "e.png").exists() and "symmetry_accuracy" in result.out
 
 

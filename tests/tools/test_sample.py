@@ -35,6 +35,11 @@ def test_a_grid_goes_where_it_is_told(trained, tmp_path):
         assert image.size == (3 * 98 + 2, 2 * 98 + 2)
 
 
+@pytest.mark.parametrize("flag, name", [("--out", "grid.jpg"), ("--save-npz", "arrays")])
+def test_names_must_say_what_is_in_the_file(trained, tmp_path, flag, name):
+    refused(command("sample", trained, flag, tmp_path / name), flag, "ends in")
+
+
 def test_without_a_name_it_lies_with_the_run(trained):
     before = set((trained / "samples").iterdir())
     assert command("sample", trained, "--count", 2, "--seed", 7).code == 0

@@ -168,6 +168,30 @@ def test_a_file_too_many_is_found(tmp_path):
     assert problems(path) == ["extra.safetensors: not part of the checkpoint"]
 
 
+def test_hidden_files_of_file_managers_do_not_count(tmp_path):
+    save(tmp_path, 1)
+    (listed(tmp_path)[-1] / ".DS_Store").write_text("x")
+    assert problems(listed(tmp_path)[-1]) == []
+
+
+def test_files_follow_the_umask(tmp_path):
+    save(tmp_path, 1)
+    probe = tmp_path / "probe"
+    probe.write_text("")
+    modes = {p.stat().st_mode for p in listed(tmp_path)[-1].iterdir()}
+    assert modes == {probe.stat().st_mode}
+
+
+def test_a_peek_reads_the_state_alone(tmp_path):
+    assert checkpoint.peek(tmp_path) == {}
+    save(tmp_path, 1)
+    newest = listed(tmp_path)[-1]
+    flip(newest / "model.safetensors")
+    assert checkpoint.peek(tmp_path)["step"] == 1
+    flip(newest / "state.json")
+    assert checkpoint.peek(tmp_path) == {}
+
+
 def test_all_damaged_is_an_error_now_and_later(tmp_path):
     for step in (1, 2):
         flip(save(tmp_path, step) / "model.safetensors")

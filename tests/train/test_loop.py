@@ -159,6 +159,12 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(Optimizer, "step", bad_step)
 
 
+def test_a_run_without_a_single_good_step_is_no_success(tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(1, 100)))
+    with pytest.raises(RunError, match="nothing was learnt"):
+        train_here(tmp_path)
+
+
 def test_steps_with_a_bad_gradient_are_skipped_and_counted(tmp_path, monkeypatch):
     poison(monkeypatch, {2, 5})
     run, outcome = train_here(tmp_path, max_skips=2)
