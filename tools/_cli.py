@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 # The folder of a script comes first in sys.path, where profile.py would stand in for the standard
-# library's module of that name (which torch imports).
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+# library's module of that name (which torch imports): it goes to the end.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE] + [str(_HERE)]
 
 import tyro  # noqa: E402
 

@@ -67,6 +67,8 @@ def write(profiler, out: Path, steps: int, config: Config) -> None:
     """trace.json for chrome://tracing, profile.md with phases and the costliest operators."""
     import torch
 
+    from heptapod_fast.train.parallel import choose_device, device_name
+
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     cuda = torch.cuda.is_available()
@@ -80,7 +82,7 @@ def write(profiler, out: Path, steps: int, config: Config) -> None:
               if e.key in ("data", "forward", "backward", "optimizer")}
     whole = sum(phases.values())
     rows = sorted((e for e in events if e.key not in phases), key=own, reverse=True)[:25]
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    device = device_name(choose_device(config.device))
     lines = [f"# One training step: {config.system} {config.size}, batch {config.batch}", "",
              f"{device}, torch {torch.__version__}; {steps} steps under torch.profiler, which "
              f"slows them down. {config.batch / whole * 1000:,.0f} images/s while profiled.", "",

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import tyro
 from _cli import main, parse
-
-from heptapod_fast.sampling import SampleOptions
+from _sampling import SamplingArguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(SampleOptions):
+class Arguments(SamplingArguments):
     """Sample images from a run's moving average."""
 
-    run: tyro.conf.Positional[str]
-    """Run directory."""
     classes: str | None = None
     """Class numbers separated by commas; default: all, or the first ten of more than 64."""
     count: int | None = None
     """Images in total, spread evenly over the classes; default: 8 per class."""
-    ema: str | None = None
-    """Moving average by name or decay, "none" for the raw weights; default: the run's first."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; default: the newest."""
-    seed: int = 0
-    """Seed of the samples."""
-    batch: int = 256
-    """Images per batch; does not change what comes out."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to sample."""
     out: str | None = None
     """Grid to write; default: RUN_DIR/samples/sample-STEP-SEED.png."""
     save_images: str | None = None
@@ -63,22 +48,14 @@ def work() -> int:
         if path is not None and not path.endswith(ending):
             raise ValueError(f"{flag} {path}: expected a name that ends in {ending}")
     from heptapod_fast.pictures import save_grid
-    from heptapod_fast.progress import Progress
-    from heptapod_fast.rng import Rng
-    from heptapod_fast.runs import load_run
-    from heptapod_fast.sampling.generate import generate, spread
+    from heptapod_fast.sampling.generate import spread
 
-    system = load_run(arguments.run, arguments.checkpoint, arguments.ema, arguments.device)
-    if system.tokenizer is None:
-        raise ValueError(f"{arguments.run} was trained on synthetic tokens: nothing can be decoded")
+    system = arguments.load()
     classes = chosen_classes(arguments.classes, system.num_classes)
     count = 8 * len(classes) if arguments.count is None else arguments.count
-    if count < 1 or arguments.batch < 1:
-        raise ValueError(f"--count {count}, --batch {arguments.batch}: expected at least 1")
+    arguments.check_count(count)
     labels = spread(classes, count)
-    options = SampleOptions(**{f.name: getattr(arguments, f.name) for f in fields(SampleOptions)})
-    images = generate(system, labels, Rng(arguments.seed), options, arguments.batch,
-                      Progress("sampling"))
+    images = arguments.images(system, labels)
     step = system.checkpoint.name
     name = f"sample-{step}-seed{arguments.seed}.png"
     out = arguments.out or Path(arguments.run) / "samples" / name
