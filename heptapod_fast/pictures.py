@@ -68,10 +68,11 @@ def save_chart(x: list[float], y: list[float], path: str | Path, title: str, x_l
         (tick_x, _), (_, tick_y) = place(px, low_y), place(low_x, py)
         draw.line((left, tick_y, width - right, tick_y), fill="#dddddd")
         draw.text((left - 6, tick_y), f"{py:.3g}", fill="black", font=font, anchor="rm")
-        draw.text((tick_x, height - bottom + 6), f"{px:,.0f}", fill="black", font=font, anchor="mt")
+        draw.text((tick_x, height - bottom + 6), f"{px:,.0f}", fill="black", font=font,
+                  anchor="lt" if k == 0 else "rt" if k == 4 else "mt")
     draw.line([place(a, b) for a, b in zip(x, y, strict=True)], fill="#1f5fa8", width=2)
     draw.text((left, 12), title, fill="black", font=font)
     draw.text((width - right, height - 8), x_label, fill="black", font=font, anchor="rb")
-    draw.text((left, top - 4), y_label, fill="black", font=font, anchor="lb")
+    draw.text((left - 6, 12), y_label, fill="black", font=font, anchor="ra")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
