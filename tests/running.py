@@ -155,3 +155,12 @@ def refused(result: Result, *texts: str) -> None:
     assert "Traceback" not in result.out, result.out
     for text in texts:
         assert text in result.err, result.err
+
+
+def fill(module):
+    """Parameters none of which is 0 or 1, so that a start of zeros hides nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module

@@ -6,17 +6,10 @@ import torch
 from heptapod_fast import grid
 from heptapod_fast.model.heads import GlobalHead, LocalHead, place
 from heptapod_fast.rng import Rng
+from tests.running import fill
 
 WIDTH, SIDE, TOKENS = 16, 4, 16
 ORDER = grid.random_orders(torch.arange(2), TOKENS, Rng(0))
-
-
-def fill(module):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def global_head(depth=2):

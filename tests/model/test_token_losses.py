@@ -9,16 +9,9 @@ import torch.nn.functional as F
 from heptapod_fast import ops
 from heptapod_fast.model.token_losses import Categorical, Diffusion, timestep_features
 from heptapod_fast.rng import Rng
+from tests.running import fill
 
 D, C, W, REPEAT = 12, 3, 8, 4
-
-
-def fill(module):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def diffusion(bound=True, blocks=2):
