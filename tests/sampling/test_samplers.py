@@ -216,3 +216,38 @@ def test_good_options_pass():
     SampleOptions().check(16, 0)
     SampleOptions(top_k=11, top_p=0.5, temperature=0.0, position_order="confidence",
                   positions_per_step=16, position_schedule="cosine").check(16, 11)
+
+
+class WildNet:
+    """A diffusion network with noise of the wrong sign; remembers the dtype it ran in."""
+
+    channels = 4
+
+    def condition(self, z):
+        self.dtype = z.dtype
+        return z
+
+    def embed_time(self, dtype):
+        return torch.zeros(1000, 6, dtype=dtype)
+
+    def run(self, x, y):
+        return torch.cat((-x, torch.zeros_like(x)), dim=-1)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_tokens_of_a_known_range_stay_in_it_whatever_the_network_says(sampler):
+    options = SampleOptions(diffusion_steps=20, diffusion_sampler=sampler)
+    rows = torch.arange(50)
+
+    def draw(limit):
+        return sample_vectors(WildNet(), torch.zeros(50, 6), Rng(0), rows, rows, options, limit)
+
+    assert draw(0.5).abs().max() <= 0.5 + 1e-6
+    assert draw(0.0).abs().max() > 10
+
+
+def test_the_network_samples_in_float32_whatever_it_was_trained_in():
+    net, rows = WildNet(), torch.arange(2)
+    sample_vectors(net, torch.zeros(2, 6, dtype=torch.bfloat16), Rng(0), rows, rows,
+                   SampleOptions(diffusion_steps=2), 1.0)
+    assert net.dtype == torch.float32
