@@ -11,38 +11,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+from heptapod_fast.kernels import offline
+from heptapod_fast.kernels.randomness import keep, row_keys
+from heptapod_fast.ops.dropout import Mask
 
 
 @triton.jit
-def _dropout(x_ptr, out_ptr, key0_ptr, key1_ptr, counter_ptr, width, rows_per_key, counters,
-             threshold, scale, BLOCK: tl.constexpr):
+def _dropout(x_ptr, out_ptr, key_ptr, counter_ptr, width, rows_per_key, counters, scale,
+             THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    key0 = tl.load(key0_ptr + row // rows_per_key).to(tl.uint32)
-    key1 = tl.load(key1_ptr + row // rows_per_key).to(tl.uint32)
-    counter = tl.load(counter_ptr + row % counters)
-    element = (counter * width + column).to(tl.uint32)
-    hashed = _mix(_mix(element ^ key0) ^ key1)
+    key0, key1, counter = row_keys(key_ptr, counter_ptr, row, rows_per_key, counters)
+    kept = keep(key0, key1, counter, column, width, THRESHOLD)
     x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    kept = hashed.to(tl.int64) >= threshold
     out = tl.where(kept, x * scale, 0.0)
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
-    """x (..., D) contiguous; keys int64 with one value per `x.shape[0]`, counter int64 over the
-    last row dimension. Returns a new tensor of x's dtype."""
-    rows, width = x.numel() // x.shape[-1], x.shape[-1]
-    out = torch.empty_like(x)
-    block = min(1024, triton.next_power_of_2(width))
-    grid = (rows, triton.cdiv(width, block))
-    _dropout[grid](x, out, key0, key1, counter, width, rows // key0.numel(), counter.numel(),
-                   round(p * 2**32), 1.0 / (1.0 - p), BLOCK=block)
+BLOCK = 1024
+
+
+def dropout(x: Tensor, mask: Mask) -> Tensor:
+    """x (..., D) contiguous -> a new tensor of its shape and dtype."""
+    width = x.shape[-1]
+    rows, out = x.numel() // max(1, width), torch.empty_like(x)
+    if x.numel():
+        _dropout[(rows, triton.cdiv(width, BLOCK))](
+            x, out, mask.key_P2, mask.counter_N, width, rows // len(mask.key_P2),
+            len(mask.counter_N), 1.0 / (1.0 - mask.p), THRESHOLD=mask.threshold(), BLOCK=BLOCK,
+            num_warps=4)
     return out
+
+
+def compile_cases(arch: str):
+    """See offline.py."""
+    types = dict(x_ptr="*bf16", out_ptr="*bf16", key_ptr="*i64", counter_ptr="*i64", width="i32",
+                 rows_per_key="i32", counters="i32", scale="fp32")
+    yield offline.Case("dropout", _dropout, types,
+                       dict(THRESHOLD=round(0.1 * 2**32), BLOCK=BLOCK), dict(num_warps=4),
+                       unaligned=("rows_per_key", "counters"))

@@ -1,7 +1,17 @@
 """Small systems and batches that many tests share."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
+
+# Before any kernel is imported: without a GPU they run in Triton's interpreter.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests import interpreter
+
+    interpreter.install()
 
 from heptapod_fast.config import Config
 from heptapod_fast.data import Batch

@@ -58,9 +58,11 @@ class Drop:
 
     def __call__(self, x: Tensor, site: int) -> Tensor:
         """x (P, N, D), or (R, D) after `packed`."""
-        key = self.key_PS2[:, site]
-        shape = (-1,) + (1,) * (x.dim() - 2)
-        return ops.dropout(x, key[:, 0].view(shape), key[:, 1].view(shape), self.counter_PN, self.p)
+        return ops.dropout(x, self.mask(site))
+
+    def mask(self, site: int) -> ops.Mask:
+        """The mask of one site, for an operation that has dropout fused into it."""
+        return ops.Mask(self.key_PS2[:, site], self.counter_PN, self.p)
 
     def packed(self, sequence_R: Tensor, element_R: Tensor) -> Drop:
         """The same masks for packed rows: row r is element element_R[r] of sequence_R[r]."""

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: decided here, from device and dtype, and only here.
+"""Which implementation of an operation runs: decided here, from device, dtype and shape.
 
 Each operation registers its implementations in order of preference, the plain-PyTorch reference
 last. `choose` takes the first usable one, or the one asked for by name; asking for one that cannot
@@ -7,6 +7,9 @@ run is an error that says what to install. Nothing falls back in silence.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +18,8 @@ import torch
 Check = Callable[[torch.device, torch.dtype], str | None]
 
 _registry: dict[str, dict[str, tuple[Check, Check]]] = {}
+_forced: dict[str, str] = {}
+_told: set[str] = set()
 
 
 class Unavailable(RuntimeError):
@@ -54,6 +59,17 @@ def implementations(operation: str) -> tuple[str, ...]:
     return tuple(_registry[operation])
 
 
+def force(operation: str, implementation: str) -> None:
+    """From here on `choose(..., "auto")` means this implementation; "auto" lifts it.
+
+    Raises ValueError for an unknown operation or name.
+    """
+    if implementation not in ("auto", *implementations(operation)):
+        raise ValueError(f"{operation} has no implementation {implementation!r}; there are: auto, "
+                         f"{', '.join(implementations(operation))}")
+    _forced[operation] = implementation
+
+
 def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
            forced: str = "auto") -> Choice:
     """The implementation of `operation` for tensors of `dtype` on `device`.
@@ -64,6 +80,7 @@ def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
     """
     device = torch.device(device)
     names = implementations(operation)
+    forced = _forced.get(operation, "auto") if forced == "auto" else forced
     if forced != "auto":
         if forced not in names:
             raise ValueError(f"{operation} has no implementation {forced!r}; "
@@ -82,3 +99,54 @@ def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
         skipped.append(f"not {name}: {why_not}")
     raise Unavailable(f"{operation}: nothing can run {dtype} on {device.type}: "
                       f"{'; '.join(skipped)}")
+
+
+@torch.compiler.assume_constant_result
+def select(operation: str, device: torch.device, dtype: torch.dtype, forced: str = "auto",
+           unsupported: str | None = None) -> str:
+    """The name alone, for the call itself; torch.compile takes it for a constant.
+
+    unsupported: why the kernels cannot take these arguments (layout, width), None if they can. Then
+    "auto" means the reference, and says so once; asking for a kernel raises `Unavailable`.
+    """
+    chosen = choose(operation, device, dtype, forced).implementation
+    if unsupported is None or chosen == "reference":
+        return chosen
+    message = f"{operation}: {chosen!r} cannot take these tensors: {unsupported}"
+    if forced != "auto" or _forced.get(operation, "auto") != "auto":
+        raise Unavailable(message)
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(f"{message}; the plain-PyTorch reference runs instead", stacklevel=3)
+    return "reference"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors (for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if importlib.util.find_spec("heptapod_fast.kernels") is None:
+        return "the kernels are not installed: pip install --no-build-isolation -e ."
+    return None
+
+
+_why_no_triton = _missing_triton()
+TRITON_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def triton_check(device: torch.device, dtype: torch.dtype) -> str | None:
+    """A check for `register`: Triton is there, and the tensors suit its kernels."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"runs on cuda tensors, these are on {device.type}"
+    if dtype not in TRITON_DTYPES:
+        return f"takes {' and '.join(str(d) for d in TRITON_DTYPES)}, these are {dtype}"
+    return _why_no_triton
+
+
+def triton_avoid(device: torch.device, dtype: torch.dtype) -> str | None:
+    """For `register`: the interpreter is for tests, never a choice of its own."""
+    return None if device.type == "cuda" else "the interpreter is for tests"

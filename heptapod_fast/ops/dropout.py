@@ -12,14 +12,58 @@ change the mask.
 
 from __future__ import annotations
 
-import importlib.util
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.operators import differentiable, operator
 
 _MASK = 0xFFFFFFFF
+
+
+class Mask(NamedTuple):
+    """A dropout mask, described, for R rows in order: P sequences of R / P rows each.
+
+    key_P2: (P, 2) int64 below 2**32, one key per sequence; counter_N: (N,) int64, row r of all rows
+    counts as counter_N[r % N]. For whole sequences N = R / P; for packed rows P = N = R.
+    """
+
+    key_P2: Tensor
+    counter_N: Tensor
+    p: float
+
+    def threshold(self) -> int:
+        """Hashes below it are dropped."""
+        return round(self.p * 2**32)
+
+    def keep(self, rows: int, width: int) -> Tensor:
+        """(rows, width) boolean, True where an element survives."""
+        key_R2 = self.key_P2.repeat_interleave(rows // len(self.key_P2), dim=0)
+        counter_R = self.counter_N.repeat(rows // len(self.counter_N))
+        return keep_mask(key_R2[:, 0], key_R2[:, 1], counter_R, width, self.p)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The reference: x (..., D) -> the same, masked and scaled."""
+        keep = self.keep(x.numel() // x.shape[-1], x.shape[-1]).view(x.shape)
+        return torch.where(keep, x * (1.0 / (1.0 - self.p)), x.new_zeros(()))
+
+    def check(self, operation: str, rows: int) -> None:
+        """ValueError unless the mask describes so many rows."""
+        keys, counters = self.key_P2, self.counter_N
+        if not 0 <= self.p < 1:
+            raise ValueError(f"{operation} drops with 0 <= p < 1, got {self.p}")
+        if (keys.shape[1:] != (2,) or counters.dim() != 1 or keys.dtype != torch.int64
+                or counters.dtype != torch.int64 or not len(keys) or not len(counters)
+                or rows % len(keys) or rows % len(counters)):
+            raise ValueError(f"{operation} takes an int64 mask of keys (P, 2) and counters (N,), P "
+                             f"and N dividing {rows} rows; got {keys.dtype} {tuple(keys.shape)} "
+                             f"and {counters.dtype} {tuple(counters.shape)}")
+
+    def arrays(self) -> tuple[Tensor, Tensor]:
+        """Keys and counters as kernels read them, contiguous (a table of keys gives views)."""
+        return self.key_P2.contiguous(), self.counter_N.contiguous()
 
 
 def keep_mask(key0: Tensor, key1: Tensor, counter: Tensor, width: int, p: float) -> Tensor:
@@ -36,50 +80,36 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, key0, key1, counter, p, apply):
-        ctx.save_for_backward(key0, key1, counter)
-        ctx.p, ctx.run = p, apply
-        return apply(x, key0, key1, counter, p)
+def dropout(x: Tensor, mask: Mask | None, implementation: str = "auto") -> Tensor:
+    """x (..., D), mask over its rows (None or p = 0: x itself) -> the same shape and dtype.
 
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.run(grad.contiguous(), *ctx.saved_tensors, ctx.p), *(None,) * 5
-
-
-def _reference(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float) -> Tensor:
-    keep = keep_mask(key0, key1, counter, x.shape[-1], p)
-    return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def dropout(x: Tensor, key0: Tensor, key1: Tensor, counter: Tensor, p: float,
-            implementation: str = "auto") -> Tensor:
-    """x (..., D); keys int64 below 2**32, of shape (x.shape[0], 1, ...) or (x.shape[0],) for
-    two-dimensional x; counter int64, of shape x.shape[1:-1], or (x.shape[0],) for two-dimensional
-    x.
-
-    implementation: "auto", "triton" or "reference". p = 0 returns x itself.
+    implementation: "auto", "triton" or "reference". Raises ValueError if the mask does not fit.
     """
-    if p == 0.0:
+    if mask is None or mask.p == 0.0:
         return x
-    apply = _reference
-    if dispatch.choose("dropout", x.device, x.dtype, implementation).implementation == "triton":
-        from heptapod_fast.kernels.dropout import dropout as apply
-    # Kernels read keys and counters as plain arrays; a table of keys gives strided views.
-    return _Dropout.apply(x.contiguous(), key0.contiguous(), key1.contiguous(),
-                          counter.contiguous(), p, apply)
+    mask.check("dropout", x.numel() // max(1, x.shape[-1]))
+    if dispatch.select("dropout", x.device, x.dtype, implementation) == "reference":
+        return mask.apply(x)
+    return _operator(x.contiguous(), *mask.arrays(), mask.p)
 
 
-def _triton_usable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"runs on cuda tensors, these are on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    if importlib.util.find_spec("heptapod_fast.kernels") is None:
-        return "the kernels are not installed: pip install --no-build-isolation -e ."
-    return None
+def _kernel(x: Tensor, key_P2: Tensor, counter_N: Tensor, p: float) -> Tensor:
+    from heptapod_fast.kernels.dropout import dropout as run
+
+    return run(x, Mask(key_P2, counter_N, p))
 
 
-dispatch.register("dropout", "triton", _triton_usable)
+def _setup(ctx, inputs, output) -> None:
+    _, key_P2, counter_N, ctx.p = inputs
+    ctx.save_for_backward(key_P2, counter_N)
+
+
+def _backward(ctx, grad: Tensor):
+    return _operator(grad.contiguous(), *ctx.saved_tensors, ctx.p), None, None, None
+
+
+_operator = operator("dropout(Tensor x, Tensor key, Tensor counter, float p) -> Tensor", _kernel,
+                     lambda x, key, counter, p: torch.empty_like(x))
+differentiable(_operator, _backward, _setup)
+dispatch.register("dropout", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("dropout", "reference", lambda device, dtype: None)

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from heptapod_fast.model.transformer import Drop
-from heptapod_fast.ops import dropout
-from heptapod_fast.ops.dropout import keep_mask
+from heptapod_fast.ops import Mask, dispatch, dropout
+from heptapod_fast.ops.dropout import _operator, keep_mask
 from heptapod_fast.rng import Rng
+from tests.numerics import DEVICE, check_compiles, check_operator, needs_triton
 
 
-def keys(batch, seed=0):
-    words = Rng(seed).bits("k", torch.arange(batch), 2)
-    return words[:, :1], words[:, 1:]
+def draw_mask(batch, length, p, seed=0):
+    return Mask(Rng(seed).bits("k", torch.arange(batch), 2), torch.arange(length), p)
 
 
 def correlation(a, b):
@@ -27,7 +27,7 @@ def mix(x):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_rate_and_scale(p):
     x = torch.ones(16, 50, 128)
-    y = dropout(x, *keys(16), torch.arange(50), p)
+    y = dropout(x, draw_mask(16, 50, p))
     kept = y != 0
     assert float(kept.double().mean()) == pytest.approx(1 - p, abs=0.005)
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
@@ -55,24 +55,24 @@ def test_mask_depends_on_keys_rows_and_columns():
 
 def test_backward_has_the_same_mask():
     x = torch.randn(4, 6, 10, requires_grad=True)
-    y = dropout(x, *keys(4), torch.arange(6), 0.4)
+    y = dropout(x, draw_mask(4, 6, 0.4))
     y.backward(torch.ones_like(y))
     torch.testing.assert_close(x.grad, (y != 0) / 0.6)
     # A gradient without strides of its own, as that of a sum.
     again = x.detach().clone().requires_grad_()
-    dropout(again, *keys(4), torch.arange(6), 0.4).sum().backward()
+    dropout(again, draw_mask(4, 6, 0.4)).sum().backward()
     assert torch.equal(again.grad, x.grad)
 
 
 def test_gradients_by_finite_differences():
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x: dropout(x, *keys(2), torch.arange(3), 0.4, implementation="reference"), (x,))
+        lambda x: dropout(x, draw_mask(2, 3, 0.4), implementation="reference"), (x,))
 
 
 def test_p_zero_returns_the_input_itself():
     x = torch.randn(2, 3, 4)
-    assert dropout(x, *keys(2), torch.arange(3), 0.0) is x
+    assert dropout(x, draw_mask(2, 3, 0.0)) is x and dropout(x, None) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,3 +87,52 @@ def test_packed_rows_get_the_mask_of_the_dense_ones(dtype):
         packed = drop.packed(sequence, element)(x[sequence, element], site)
         assert torch.equal(packed, dense[sequence, element])
     assert not torch.equal(drop(x, 0), drop(x, 1))
+
+
+def test_masks_that_do_not_fit_are_refused():
+    x, mask = torch.randn(2, 3, 4), draw_mask(2, 3, 0.5)
+    with pytest.raises(ValueError, match="dividing 4 rows"):
+        dropout(x[:, :2], mask)
+    with pytest.raises(ValueError, match="0 <= p < 1"):
+        dropout(x, mask._replace(p=1.0))
+    with pytest.raises(ValueError, match=r"int64.*torch.int32"):
+        dropout(x, mask._replace(key_P2=mask.key_P2.int()))
+
+
+def on_device(shape, p, packed=False):
+    keys = torch.randint(0, 2**32, (shape[0], 2), device=DEVICE)
+    counter = torch.randint(0, 2**20, shape[:1] if packed else shape[1:-1], device=DEVICE)
+    return torch.randn(shape, device=DEVICE), Mask(keys, counter, p)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 4, 1030), (6, 33), (1, 1, 1), (5, 2, 64)])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_kernel_equals_reference(shape, p):
+    x, mask = on_device(shape, p, packed=len(shape) == 2)
+    expected = dropout(x, mask, implementation="reference")
+    assert torch.equal(dropout(x, mask, implementation="triton"), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernel_reads_the_keys_of_a_table(packed, monkeypatch):
+    """As the model calls it: keys are columns of a (P, sites, 2) table, strided views."""
+    monkeypatch.setitem(dispatch._forced, "dropout", "triton")
+    keys = torch.randint(0, 2**32, (3, 4, 2), device=DEVICE)
+    drop = Drop(keys, torch.arange(5, device=DEVICE), 0.5)
+    x = torch.randn(3, 5, 16, device=DEVICE)
+    if packed:
+        sequence = torch.tensor([2, 0, 1, 2], device=DEVICE)
+        element = torch.tensor([1, 4, 0, 3], device=DEVICE)
+        drop, x = drop.packed(sequence, element), x[sequence, element]
+    for site in range(4):
+        expected = dropout(x, drop.mask(site), implementation="reference")
+        assert torch.equal(drop(x, site), expected)
+
+
+@needs_triton
+def test_operator():
+    x, mask = on_device((3, 5, 24), 0.3)
+    check_operator(_operator, x.requires_grad_(), *mask.arrays(), mask.p)
+    check_compiles(lambda x: dropout(x, mask, implementation="triton"), (x,), [torch.randn_like(x)])

@@ -1,0 +1,83 @@
+"""bias_gelu: dropout(act(x + bias)), what stands between the two products of an MLP.
+
+    u   = x + b_column
+    y   = keep / (1 - p) * act(u)            act = erf GELU, u * Phi(u), or SiLU, u * sigmoid(u)
+    dx  = keep / (1 - p) * act'(u) * dy
+    db  = sum over rows of dx                two stages, float32, in a fixed order
+
+Kernels compute in float32 and round once. Only x is kept for the backward pass: the mask and the
+activation are computed again. cuBLASLt's fused GELU is the tanh form, which is another function.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.operators import differentiable, operator
+
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
+
+
+def bias_gelu(x: Tensor, bias: Tensor, mask: Mask | None = None, activation: str = "gelu",
+              implementation: str = "auto") -> Tensor:
+    """x (..., F) float32 or bfloat16, bias (F,) float32 -> the shape and dtype of x.
+
+    mask: dropout over the rows of x. activation: "gelu" or "silu". implementation: "auto",
+    "triton" or "reference". Raises ValueError on another activation or a bias or mask that does
+    not fit.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"bias_gelu knows {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias_gelu takes a bias of shape {tuple(x.shape[-1:])}, got "
+                         f"{tuple(bias.shape)}")
+    mask = None if mask is None or mask.p == 0.0 else mask
+    if mask is not None:
+        mask.check("bias_gelu", x.numel() // max(1, x.shape[-1]))
+    if dispatch.select("bias_gelu", x.device, x.dtype, implementation) == "reference":
+        y = ACTIVATIONS[activation](x + bias.to(x.dtype))
+        return y if mask is None else mask.apply(y)
+    keys, p = ((None, None), 0.0) if mask is None else (mask.arrays(), mask.p)
+    return _operator(x.contiguous(), bias.float().contiguous(), *keys, p, activation)
+
+
+def _mask(key: Tensor | None, counter: Tensor | None, p: float) -> Mask | None:
+    return None if key is None else Mask(key, counter, p)
+
+
+def _forward(x, bias, key, counter, p, activation):
+    from heptapod_fast.kernels import bias_gelu as kernels
+
+    return kernels.forward(x, bias, _mask(key, counter, p), activation)
+
+
+def _backward(grad, x, bias, key, counter, p, activation):
+    from heptapod_fast.kernels import bias_gelu as kernels
+
+    return kernels.backward(grad, x, bias, _mask(key, counter, p), activation)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, bias, key, counter, ctx.p, ctx.activation = inputs
+    ctx.save_for_backward(x, bias, key, counter)
+
+
+def _gradient(ctx, grad: Tensor):
+    dx, dbias = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.p, ctx.activation)
+    return dx, dbias, None, None, None, None
+
+
+_operator = operator(
+    "bias_gelu(Tensor x, Tensor bias, Tensor? key, Tensor? counter, float p, str activation) "
+    "-> Tensor", _forward, lambda x, *_: torch.empty_like(x))
+_backward_operator = operator(
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor? key, Tensor? counter, float p, "
+    "str activation) -> (Tensor, Tensor)", _backward,
+    lambda grad, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)))
+differentiable(_operator, _gradient, _setup)
+dispatch.register("bias_gelu", "triton", dispatch.triton_check, dispatch.triton_avoid)
+dispatch.register("bias_gelu", "reference", lambda device, dtype: None)

@@ -1,0 +1,34 @@
+"""Registers the operations with PyTorch: `torch.ops.heptapod_fast.NAME`.
+
+An operator here is what the kernels compute: one opaque call for torch.compile and CUDA graphs,
+with a fake implementation for tracing. It runs on CUDA tensors, and on CPU tensors in Triton's
+interpreter. The plain-PyTorch reference is no operator: torch.compile sees through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._ops import OpOverload
+
+_library = torch.library.Library("heptapod_fast", "FRAGMENT")
+
+
+def operator(schema: str, kernel: Callable, fake: Callable) -> OpOverload:
+    """Defines heptapod_fast::NAME from "NAME(Tensor x, ...) -> ..." and returns its overload.
+
+    kernel: runs it; imports Triton when it is called, not before. fake: allocates the outputs.
+    """
+    name = schema.split("(", 1)[0]
+    # Strides are kept because the kernels check them themselves.
+    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+    torch.library.register_fake(f"heptapod_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.heptapod_fast, name).default
+
+
+def differentiable(op: OpOverload, backward: Callable, setup_context: Callable) -> None:
+    """Gives an operator its gradient; see torch.library.register_autograd."""
+    torch.library.register_autograd(op._name, backward, setup_context=setup_context, lib=_library)

@@ -1,0 +1,140 @@
+"""Compiles every kernel in every configuration of the tuning table, without a GPU.
+
+    python -m heptapod_fast.kernels.offline [--arch sm_80 sm_90 sm_100] [--json FILE]
+
+prints registers, stack, shared memory and matrix instructions of each as a table. A stack is a
+spill. Kernel modules name their cases in `compile_cases(arch)`. Triton's own cache, keyed by
+source, makes a second run quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration, as the launcher would call it.
+
+    types: argument -> "*bf16", "i32", "fp32"...; arguments that are None at the launch belong into
+    constexprs. unaligned: pointers and integers that are not divisible by 16. tensor_cores: whether
+    matrix instructions must appear (HGMMA on sm_90). spill: bytes of stack that are accepted, with
+    the reason in `why`.
+    """
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constexprs: dict
+    options: dict[str, int]
+    unaligned: tuple[str, ...] = ()
+    tensor_cores: bool = False
+    spill: int = 0
+    why: str = ""
+    only: tuple[str, ...] = field(default=ARCHITECTURES)
+
+
+def cases(arch: str) -> Iterator[Case]:
+    """Every case of every kernel module, for one architecture."""
+    package = importlib.import_module("heptapod_fast.kernels")
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
+        if info.name == "offline":
+            continue
+        module = importlib.import_module(f"heptapod_fast.kernels.{info.name}")
+        for case in getattr(module, "compile_cases", lambda arch: ())(arch):
+            if arch in case.only:
+                yield case
+
+
+def compile_case(case: Case, arch: str) -> dict:
+    """{"registers", "stack", "shared", "hgmma", "hmma", ...} of one case."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    types = dict(case.types) | {name: "constexpr" for name in case.constexprs}
+    missing = [name for name in names if name not in types]
+    if missing or set(types) - set(names):
+        raise ValueError(f"{case.name}: arguments without a type {missing}, unknown "
+                         f"{sorted(set(types) - set(names))}")
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+                 if types[name][0] in "*i" and name not in case.unaligned}
+    constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
+    source = ASTSource(case.kernel, {name: types[name] for name in names}, constexprs, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32),
+                              options=dict(case.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        assembly = _cuobjdump("--dump-sass", file.name)
+    number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
+    return {"case": case.name, "arch": arch, **case.options, "registers": number["REG"],
+            "stack": number["STACK"], "shared": compiled.metadata.shared,
+            "hgmma": assembly.count("HGMMA"), "hmma": len(re.findall(r"\bHMMA", assembly)),
+            "allowed": case.spill, "why": case.why, "tensor_cores": case.tensor_cores}
+
+
+def _cuobjdump(*arguments: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def faults(found: dict) -> list[str]:
+    """What is wrong with a compiled case: spills, shared memory, missing matrix instructions."""
+    wrong = []
+    if found["stack"] > found["allowed"]:
+        wrong.append(f"{found['stack']} bytes of stack, {found['allowed']} accepted")
+    if found["shared"] > SHARED_LIMIT[found["arch"]]:
+        wrong.append(f"{found['shared']} bytes of shared memory")
+    if found["tensor_cores"] and not found["hgmma" if found["arch"] == "sm_90" else "hmma"]:
+        wrong.append("no matrix instructions")
+    return wrong
+
+
+def markdown(results: list[dict]) -> str:
+    """The figures as a table."""
+    lines = ["| kernel | arch | warps | stages | registers | stack | shared KB | HGMMA | HMMA |",
+             "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for r in results:
+        lines.append(f"| {r['case']} | {r['arch']} | {r.get('num_warps', 4)} | "
+                     f"{r.get('num_stages', 3)} | {r['registers']} | {r['stack']} | "
+                     f"{r['shared'] / 1024:.1f} | {r['hgmma']} | {r['hmma']} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description="Compile every kernel offline.")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    results = [compile_case(case, arch) for arch in options.arch for case in cases(arch)
+               if options.only in case.name]
+    print(markdown(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    wrong = [f"{r['case']} on {r['arch']}: {fault}" for r in results for fault in faults(r)]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
