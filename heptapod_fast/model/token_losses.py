@@ -1,6 +1,7 @@
 """Token losses: the distribution of one token given one vector z of the head.
 
-Both classes answer `loss(z, target, ...) -> (R,) float32` and say how a token is drawn from z.
+Both classes answer `loss(z, target, ...) -> (total, loss_R)` and say how a token is drawn from z:
+the weighted sum over rows, which is what gradients flow from, and the loss of each row for records.
 Suffixes: R rows, D width of z, V codes, C channels of a continuous token, W width of the diffusion
 MLP, T = 1000 diffusion steps.
 """
@@ -18,6 +19,12 @@ from heptapod_fast.model.transformer import EPS, LayerNorm, Linear
 from heptapod_fast.rng import Rng
 
 
+def weighted_sum(loss_R: Tensor, weight_R: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(sum of loss * weight, the losses without their graph); weight None: 1 everywhere."""
+    total = loss_R.sum() if weight_R is None else (loss_R * weight_R).sum()
+    return total, loss_R.detach()
+
+
 class Categorical(nn.Module):
     """Discrete tokens: a linear layer to V logits, cross-entropy."""
 
@@ -26,9 +33,10 @@ class Categorical(nn.Module):
         self.output = Linear(width, vocabulary, init="normal")
 
     def loss(self, z_RD: Tensor, target_R: Tensor, rng: Rng, index_R: Tensor,
-             slot_R: Tensor) -> Tensor:
-        """(R,) nats; rng, index and slot are not used."""
-        return ops.linear_cross_entropy(z_RD, self.output.weight, self.output.bias, target_R)
+             slot_R: Tensor, weight_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Nats; rng, index and slot are not used."""
+        loss_R = ops.linear_cross_entropy(z_RD, self.output.weight, self.output.bias, target_R)
+        return weighted_sum(loss_R, weight_R)
 
     def logits(self, z_RD: Tensor) -> Tensor:
         """(R, V) float32."""
@@ -75,8 +83,8 @@ class Diffusion(nn.Module):
         self.register_buffer("sinusoids", timestep_features(len(tables[0])), persistent=False)
 
     def loss(self, z_RD: Tensor, target_RC: Tensor, rng: Rng, index_R: Tensor,
-             slot_R: Tensor) -> Tensor:
-        """(R,) float32: mean over `repeat` fresh (timestep, noise) pairs per token.
+             slot_R: Tensor, weight_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean over `repeat` fresh (timestep, noise) pairs per token.
 
         Draws are keyed by the global sample index and a slot that tells the rows of a sample apart.
         """
@@ -89,7 +97,7 @@ class Diffusion(nn.Module):
         condition = self.condition(z_RD).repeat_interleave(self.repeat, dim=0)
         prediction = self.net(xt, t, condition)
         loss = ops.diffusion_loss(prediction, x0, xt, noise, t, self.tables, self.bound)
-        return loss.view(-1, self.repeat).mean(1)
+        return weighted_sum(loss.view(-1, self.repeat).mean(1), weight_R)
 
     def net(self, xt_RC: Tensor, t_R: Tensor, condition_RW: Tensor) -> Tensor:
         """Noisy tokens, timesteps and projected conditions -> (R, 2C): (eps_hat, v)."""

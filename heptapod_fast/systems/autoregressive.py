@@ -42,8 +42,8 @@ class NextToken(System):
         sequence_R = torch.arange(len(order_BN), device=order_BN.device).repeat_interleave(
             self.num_tokens)
         position_R = order_BN.flatten()
-        loss_R = self.token_losses(z_RD, batch, sequence_R, position_R, position_R, rng)
-        return Loss(loss_R.sum(), float(len(loss_R)), {})
+        total, _ = self.token_losses(z_RD, batch, sequence_R, position_R, position_R, rng)
+        return Loss(total, float(len(position_R)), {})
 
     @torch.no_grad()
     def sample(self, classes: Tensor, rng: Rng, options: SampleOptions | None = None,

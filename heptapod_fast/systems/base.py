@@ -94,10 +94,12 @@ class System(nn.Module):
         return Drop(key_PS2, counter, self.config.dropout)
 
     def token_losses(self, z_RD: Tensor, batch: Batch, sequence_R: Tensor, position_R: Tensor,
-                     slot_R: Tensor, rng: Rng) -> Tensor:
-        """Loss of each row against the token at its position: (R,)."""
+                     slot_R: Tensor, rng: Rng,
+                     weight_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Against the token at each row's position: the weighted sum, and (R,) losses for logs."""
         target = batch.tokens.flatten(0, 1)[sequence_R * self.num_tokens + position_R]
-        return self.token_loss.loss(z_RD, target, rng, batch.index[sequence_R], slot_R)
+        return self.token_loss.loss(z_RD, target, rng, batch.index[sequence_R], slot_R,
+                                    weight_R)
 
     def draw_tokens(self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor,
                     options: SampleOptions) -> tuple[Tensor, Tensor | None]:

@@ -48,10 +48,10 @@ class Heptapod(System):
             rows, z_RD = self.local_head(h_BND, order_BN, steps_Bn, index_B, rng)
         sequence_R = rows.pair_R // config.density
         slot_R = rows.pair_R % config.density * self.num_tokens + rows.position_R
-        loss_R = self.token_losses(z_RD, batch, sequence_R, rows.position_R, slot_R, rng)
-        if rows.weight_R is None:
-            return Loss(loss_R.sum(), float(len(loss_R)), {})
-        return Loss((loss_R * rows.weight_R).sum(), rows.weight_R.sum(), {})
+        total, _ = self.token_losses(z_RD, batch, sequence_R, rows.position_R, slot_R, rng,
+                                     rows.weight_R)
+        count = float(len(sequence_R)) if rows.weight_R is None else rows.weight_R.sum()
+        return Loss(total, count, {})
 
     def states(self, batch: Batch, order_BN: Tensor, rng: Rng) -> Tensor:
         """h_0..h_{N-1} of every sequence: (B, N, D)."""

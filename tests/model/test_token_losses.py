@@ -49,7 +49,8 @@ def test_mlp_is_upstreams():
 @pytest.mark.parametrize("bound", [True, False])
 def test_loss_is_the_mean_over_repeats_with_fresh_draws(bound):
     m, (z, x0, index, slot) = diffusion(bound), rows()
-    loss = m.loss(z, x0, Rng(1), index, slot)
+    total, loss = m.loss(z, x0, Rng(1), index, slot)
+    torch.testing.assert_close(total, loss.sum())
     for r in range(len(z)):
         each, drawn = [], []
         for i in range(REPEAT):
@@ -66,9 +67,10 @@ def test_loss_is_the_mean_over_repeats_with_fresh_draws(bound):
 
 def test_draws_of_a_row_are_its_own():
     m, (z, x0, index, slot) = diffusion(), rows()
-    loss = m.loss(z, x0, Rng(1), index, slot)
-    assert torch.allclose(m.loss(z[2:3], x0[2:3], Rng(1), index[2:3], slot[2:3]), loss[2:3])
-    same = m.loss(z[:1].expand(5, -1), x0[:1].expand(5, -1), Rng(1), index, slot)
+    _, loss = m.loss(z, x0, Rng(1), index, slot)
+    _, alone = m.loss(z[2:3], x0[2:3], Rng(1), index[2:3], slot[2:3])
+    assert torch.allclose(alone, loss[2:3])
+    _, same = m.loss(z[:1].expand(5, -1), x0[:1].expand(5, -1), Rng(1), index, slot)
     assert len(same.unique()) == 5
 
 
@@ -109,14 +111,18 @@ def test_first_and_last_layer_work_in_float32():
     for name in ("input", "output", "condition"):
         getattr(m, name).register_forward_hook(
             lambda module, inputs, out, name=name: dtypes.update({name: out.dtype}))
-    loss = m.loss(z.bfloat16(), x0, Rng(1), index, slot)
+    total, loss = m.loss(z.bfloat16(), x0, Rng(1), index, slot)
     assert dtypes == {"input": torch.float32, "output": torch.float32, "condition": torch.bfloat16}
-    assert loss.dtype == torch.float32
+    assert total.dtype == loss.dtype == torch.float32
 
 
 def test_categorical_loss_and_logits_agree():
     m, (z, _, index, slot) = fill(Categorical(D, 7)), rows()
     target = torch.tensor([0, 6, 2, 2, 5])
     expected = F.cross_entropy(m.logits(z), target, reduction="none")
-    torch.testing.assert_close(m.loss(z, target, Rng(0), index, slot), expected)
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0])
+    total, loss = m.loss(z, target, Rng(0), index, slot, weight)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(total, (weight * expected).sum())
+    assert not loss.requires_grad and total.requires_grad
     assert m.logits(z.bfloat16()).dtype == torch.float32

@@ -106,7 +106,8 @@ def dense_loss(system, batch):
     pair = torch.arange(len(batch) * n).repeat_interleave(TOKENS)
     position = torch.arange(TOKENS).repeat(len(batch) * n)
     slot = pair % n * TOKENS + position
-    loss = system.token_losses(z, batch, pair // n, position, slot, RNG).view(-1, TOKENS)
+    _, loss = system.token_losses(z, batch, pair // n, position, slot, RNG)
+    loss = loss.view(-1, TOKENS)
     unseen = (grid.ranks(order)[:, None] >= steps[..., None]).flatten(0, 1).float()
     if config.loss_weight == "step":
         return (loss * unseen).sum(1).div(unseen.sum(1)).sum(), float(len(loss))
