@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
 #include "clones.h"
 
 namespace {
@@ -49,13 +50,6 @@ HEPTAPOD_CLONES void average(float* __restrict ema, const float* __restrict p, i
   for (int64_t i = 0; i < n; ++i) ema[i] = lerp(ema[i], p[i], weight);
 }
 
-HEPTAPOD_CLONES void widen(float* __restrict to, const uint16_t* __restrict from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = uint32_t{from[i]} << 16;
-    std::memcpy(&to[i], &bits, sizeof bits);
-  }
-}
-
 // float32 -> bfloat16, round to nearest even, NaN to 0x7fc0 as PyTorch does.
 HEPTAPOD_CLONES void narrow(uint16_t* __restrict to, const float* __restrict from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -69,7 +63,7 @@ HEPTAPOD_CLONES void narrow(uint16_t* __restrict to, const float* __restrict fro
 struct Slot {
   float *p, *m, *v;
   const void* g;
-  float* ema[4];
+  float* const* ema;
   uint16_t* copy;
   float decay;
 };
@@ -105,7 +99,6 @@ void adamw_ema_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
                    Tensor grad_scale, Tensor ema_decays, std::vector<double> weight_decays,
                    double beta1, double beta2, double eps) {
   const size_t n = params.size(), k = static_cast<size_t>(ema_decays.numel());
-  STD_TORCH_CHECK(k <= 4, "adamw_ema: at most 4 averages");
   STD_TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
                       emas.size() == n * k && weight_decays.size() == n &&
                       (copies.empty() || copies.size() == n),
@@ -126,13 +119,14 @@ void adamw_ema_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
   for (size_t e = 0; e < k; ++e) weights.push_back(1.0f - read(ema_decays)[e]);
 
   std::vector<Slot> slots(n);
+  std::vector<float*> addresses(n * k);
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < n; ++i) {
     Slot& s = slots[i];
     s = Slot{write(params[i]), write(exp_avgs[i]), write(exp_avg_sqs[i]),
-             grads[i].const_data_ptr(), {}, nullptr,
+             grads[i].const_data_ptr(), addresses.data() + i * k, nullptr,
              static_cast<float>(1.0 - rate * weight_decays[i])};
-    for (size_t e = 0; e < k; ++e) s.ema[e] = write(emas[e * n + i]);
+    for (size_t e = 0; e < k; ++e) addresses[i * k + e] = write(emas[e * n + i]);
     if (!copies.empty()) s.copy = static_cast<uint16_t*>(copies[i].mutable_data_ptr());
     const int64_t size = params[i].numel();
     for (int64_t at = 0; at < size; at += kChunk)

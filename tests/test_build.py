@@ -1,5 +1,6 @@
 """The build: what the library needs from PyTorch, and installs that have less than everything."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,9 +15,10 @@ from heptapod_fast.ops import library
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = Path(torch.__file__).parent
-# Used by the headers of torch 2.13 when no target version is set; absent from torch 2.11.
-TOO_NEW = {"torch_exception_get_what", "torch_exception_get_what_without_backtrace",
-           "torch_new_stable_ivalue"}
+ALLOWED = ROOT / "tests" / "stable_abi_2_11.txt"
+ARCHITECTURES = {"sm_80", "sm_90a"}
+# Kernels that may use the stack, each with its reason. None does: no spills, no local arrays.
+STACK: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")
@@ -36,34 +38,38 @@ def nm(which, path):
             for line in out.stdout.splitlines()]
 
 
-def newer_than_2_11():
-    """Functions the installed PyTorch's C headers declare for releases after 2.11 only."""
-    found, depth, since = set(), 0, None
-    for header in (TORCH / "include/torch/csrc/stable/c").glob("*.h"):
-        for line in header.read_text().splitlines():
-            if re.match(r"#\s*if", line):
-                depth += 1
-                version = re.search(r"FEATURE_VERSION >= TORCH_VERSION_2_(\d+)_0", line)
-                if version and int(version[1]) > 11 and since is None:
-                    since = depth
-            elif re.match(r"#\s*endif", line):
-                since = None if since == depth else since
-                depth -= 1
-            elif since is not None:
-                found |= set(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", line))
+def allowed():
+    """{library: C functions that it has in torch 2.11.0}."""
+    found = {}
+    for line in ALLOWED.read_text().splitlines():
+        if line.startswith("["):
+            names = found.setdefault(line.strip("[]"), set())
+        elif line and not line.startswith("#"):
+            names.add(line)
     return found
 
 
-def test_no_symbol_is_newer_than_the_oldest_supported_torch(needed):
-    newer = newer_than_2_11() | TOO_NEW
-    assert not newer & set(needed)
-    if torch.__version__ >= "2.13":
-        assert len(newer) > len(TOO_NEW), "the headers' version guards were not recognised"
+def of_torch(needed, kind):
+    """PyTorch's C functions among the symbols of one kind, "U" (strong) or "w" (weak)."""
+    return {name for name, k in needed.items() if k == kind and re.match(r"(aoti_)?torch_", name)}
+
+
+def test_every_symbol_exists_in_the_oldest_supported_torch(needed):
+    """Strong ones in every build of it, weak ones only where they need CUDA."""
+    there = allowed()
+    strong, weak = of_torch(needed, "U"), of_torch(needed, "w")
+    assert len(there["libtorch_cpu.so"]) > 100 and strong
+    assert not strong - there["libtorch_cpu.so"]
+    assert not weak - there["libtorch_cuda.so"]
+    # Newer headers use these unless TORCH_TARGET_VERSION says 2.11: the list must not know them.
+    assert not there["libtorch_cpu.so"] & {"torch_exception_get_what", "torch_new_stable_ivalue"}
 
 
 def test_only_the_stable_interface_is_used(needed):
-    torch_cpp = [name for name in needed if re.match(r"_ZN?K?(3c10|2at|5torch)", name)]
-    assert not torch_cpp
+    """No C++ symbol of torch, c10 or at: neither functions nor type information."""
+    pattern = r"_Z.*(?<!\d)(3c10|2at|5torch)(?=\d)"
+    assert re.match(pattern, "_ZN3c105ErrorD1Ev") and re.match(pattern, "_ZTIN5torch3jit6ObjectE")
+    assert not [name for name in needed if re.match(pattern, name)]
 
 
 def test_nothing_of_cuda_torch_is_needed_to_load(needed):
@@ -71,8 +77,7 @@ def test_nothing_of_cuda_torch_is_needed_to_load(needed):
     there = set()
     for name in ("libtorch_cpu.so", "libc10.so"):
         there |= {line.split()[-1] for line in nm("--defined-only", TORCH / "lib" / name)}
-    strong = {name for name, kind in needed.items()
-              if kind == "U" and re.match(r"(aoti_)?torch_", name)}
+    strong = of_torch(needed, "U")
     assert strong and not strong - there
     assert needed.get("aoti_torch_get_current_cuda_stream", "w") == "w"
 
@@ -87,6 +92,51 @@ def test_dependencies(needed):
     assert "libtorch.so" in libraries
     assert not [name for name in libraries if "cuda" in name]
     assert "RPATH" not in out and "RUNPATH" not in out
+
+
+@pytest.fixture(scope="module")
+def cuobjdump(needed):
+    """cuobjdump(flag): its output for the built library."""
+    if "CUDA" not in library.status():
+        pytest.skip("the library was built without CUDA")
+    spec = importlib.util.find_spec("triton")
+    folders = [Path(spec.origin).parent / "backends/nvidia/bin"] if spec else []
+    folders += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    found = [folder / "cuobjdump" for folder in folders if (folder / "cuobjdump").exists()]
+    if not found:
+        pytest.skip("cuobjdump is neither in CUDA's folder nor in triton's")
+    return lambda flag: subprocess.run([found[0], flag, library.PATH], capture_output=True,
+                                       text=True, check=True).stdout
+
+
+def test_machine_code_for_every_architecture(cuobjdump):
+    """Each .cu file for each of them, and PTX for chips that are neither."""
+    files = len(list((ROOT / "csrc").glob("*.cu")))
+    elves = re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("--list-elf"))
+    assert {arch: elves.count(arch) for arch in set(elves)} == dict.fromkeys(ARCHITECTURES, files)
+    assert len(re.findall(r"\.sm_80\.ptx", cuobjdump("--list-ptx"))) == files
+
+
+def test_no_kernel_spills(cuobjdump):
+    """No bytes of stack or local memory in any kernel, and no kernel left out."""
+    arch, usage = None, {}
+    for line in cuobjdump("--dump-resource-usage").splitlines():
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = ")
+        elif match := re.match(r"\s*Function (\S+):", line):
+            function = match[1]
+        elif "STACK:" in line:
+            numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", line))
+            usage[arch, function] = {name: int(value) for name, value in numbers.items()}
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cu"))
+    kernels = set(re.findall(r"__global__ void (?:__launch_bounds__\(\w+\)\s+)?(\w+)\(", sources))
+    assert len(kernels) >= 4
+    for arch in ARCHITECTURES:
+        names = {name for a, name in usage if a == arch}
+        assert not {k for k in kernels if not any(k in name for name in names)}, arch
+    spilling = {key: use for key, use in usage.items() if (use["STACK"] or use["LOCAL"])
+                and not any(name in key[1] for name in STACK)}
+    assert not spilling
 
 
 def run_python(code, folder, **environment):

@@ -149,7 +149,6 @@ def test_window_and_head_follow_from_each_other(settings, head, window):
     (dict(weight_decay=-0.1), "--weight-decay"),
     (dict(ema=(0.9, 0.9)), "--ema"),
     (dict(ema=(1.0,)), "--ema"),
-    (dict(ema=(0.1, 0.2, 0.3, 0.4, 0.5)), "--ema"),
     (dict(embedding_std=0.0), "--embedding-std 0.0"),
     (dict(seed=-1), "--seed -1"),
     (dict(seed=2**63), "--seed"),

@@ -13,8 +13,8 @@ how a step with bad gradients is skipped without the host having to look at them
 
 Learning rate, step, gradient scale and decays are tensors on the parameters' device, so that one
 captured CUDA graph serves every step. Bytes per parameter with k averages: 28 + 8 k, 2 more with a
-copy, 2 fewer with bfloat16 gradients. Peer: apex's `fused_adam_swa` (one average
-and one weight decay).
+copy, 2 fewer with bfloat16 gradients; on CUDA every four averages beyond the fourth read the
+parameters again (4 bytes). Peer: apex's `fused_adam_swa` (one average and one weight decay).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heptapod_fast.ops import dispatch, library
+from heptapod_fast.ops import dispatch, library, sharded
+from heptapod_fast.ops.global_norm import global_norm
 
-MAX_EMAS = 4
+__all__ = ["adamw_ema", "global_norm"]
 
 
 def adamw_ema(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
@@ -38,14 +39,24 @@ def adamw_ema(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
     """Updates params, exp_avgs, exp_avg_sqs, every list of emas and copies in place.
 
     params, exp_avgs, exp_avg_sqs: n contiguous float32 tensors, shapes equal place by place; grads:
-    likewise, all float32 or all bfloat16; emas: k <= 4 such lists; copies: n bfloat16 tensors or
-    None. lr, step (1 at the first call) and grad_scale: 0-dim float32 on the params' device;
-    ema_decays: (k,) float32 there. weight_decays: n floats. implementation: "auto", "cuda", "cpu"
-    or "reference". Raises ValueError on anything else, saying what is supported.
+    likewise, all float32 or all bfloat16; emas: k >= 0 lists like params; copies: n bfloat16
+    tensors or None. lr, step (1 at the first call) and grad_scale: 0-dim float32 on the params'
+    device; ema_decays: (k,) float32 there. weight_decays: n floats. DTensors are updated shard by
+    shard; what belongs to one parameter has its mesh and placements, and no partial sums.
+    implementation: "auto", "cuda", "cpu" or "reference". Raises ValueError on anything else, saying
+    what is supported.
     """
     emas = [list(ema) for ema in emas]
     copies = list(copies) if copies is not None else []
-    _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight_decays)
+    _validate_lengths(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight_decays)
+    kind = sharded.dtensor_class()
+    if kind is not None and _any_distributed(kind, params, grads, exp_avgs, exp_avg_sqs, copies,
+                                             *emas):
+        names = _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
+        params, grads, exp_avgs, exp_avg_sqs, *emas = sharded.local_lists(
+            names, "adamw_ema").values()
+        copies = emas.pop() if copies else []
+    _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
     _validate_scalars(params, len(emas), lr, step, grad_scale, ema_decays, beta1, beta2)
     if not params:
         return
@@ -60,18 +71,6 @@ def adamw_ema(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
                 list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), flat, copies, lr,
                 step, grad_scale, ema_decays, [float(decay) for decay in weight_decays], beta1,
                 beta2, eps)
-
-
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together: 0-dim float32 on their device, without a host sync.
-
-    Deterministic: norms of the tensors, then the norm of those, in the order given; accumulated in
-    float32 also for bfloat16 gradients. Raises ValueError on an empty list.
-    """
-    if not grads:
-        raise ValueError("global_norm needs at least one gradient")
-    norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _reference(params, grads, exp_avgs, exp_avg_sqs, emas, copies, lr, step, grad_scale, ema_decays,
@@ -101,23 +100,32 @@ def _bias_correction(beta: float, step: Tensor) -> Tensor:
     return -torch.expm1(step.double() * (math.log(beta) if beta > 0 else -math.inf))
 
 
-def _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight_decays) -> None:
-    n = len(params)
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+def _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies) -> dict[str, Sequence[Tensor]]:
+    """Every list of tensors under the name that error messages call it by."""
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {f"emas[{e}]": ema for e, ema in enumerate(emas)}
-    lists |= {"copies": copies} if copies else {}
+    return lists | ({"copies": copies} if copies else {})
+
+
+def _any_distributed(kind: type, *lists: Sequence[Tensor]) -> bool:
+    return any(isinstance(tensor, kind) for tensors in lists for tensor in tensors)
+
+
+def _validate_lengths(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight_decays) -> None:
+    lists = _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
     for name, tensors in (lists | {"weight_decays": weight_decays}).items():
-        if len(tensors) != n:
-            raise ValueError(f"adamw_ema takes lists of one length: {n} params, "
+        if len(tensors) != len(params):
+            raise ValueError(f"adamw_ema takes lists of one length: {len(params)} params, "
                              f"{len(tensors)} {name}")
-    if len(emas) > MAX_EMAS:
-        raise ValueError(f"adamw_ema keeps at most {MAX_EMAS} averages, got {len(emas)}")
-    if not n:
+
+
+def _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies) -> None:
+    if not params:
         return
     device = params[0].device
     grad_dtype = grads[0].dtype if grads[0].dtype == torch.bfloat16 else torch.float32
     dtypes = {"grads": grad_dtype, "copies": torch.bfloat16}
-    for name, tensors in {"params": params, **lists}.items():
+    for name, tensors in _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies).items():
         dtype = dtypes.get(name, torch.float32)
         for i, (tensor, param) in enumerate(zip(tensors, params)):
             if (tensor.dtype != dtype or tensor.device != device or tensor.shape != param.shape

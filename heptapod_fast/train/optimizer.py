@@ -72,7 +72,7 @@ class Optimizer:
         """
         self.step_count += 1
         data, grads = [p.detach() for p in self.parameters], [p.grad for p in self.parameters]
-        norm = ops.global_norm(grads) * correction
+        norm = ops.global_norm(grads, self.implementation) * correction
         limit = self.config.clip / (norm + 1e-6) if self.config.clip else torch.inf
         scale = correction * torch.clamp(torch.as_tensor(limit, device=norm.device), max=1.0)
         good = norm.isfinite()

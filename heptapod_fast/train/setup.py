@@ -126,8 +126,9 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     attention = ops.dispatch.choose("attention", world.device, dtype, config.attention)
     update = ops.dispatch.choose("adamw_ema", world.device, torch.float32, config.adamw_ema)
     choices = [attention, update, ops.dispatch.choose("philox", world.device, torch.int64)]
-    if config.dropout:
-        choices.append(ops.dispatch.choose("dropout", world.device, dtype))
+    for operation in ops.dispatch.operations("triton"):
+        ops.dispatch.force(operation, config.kernels)
+        choices.append(ops.dispatch.choose(operation, world.device, dtype))
     for line in describe(config, source, world, dtype, choices):
         say(line)
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
@@ -192,6 +193,6 @@ def describe(config: Config, source: TokenSource, world: World, dtype: torch.dty
         f"{share // micros}",
         f"rate      {config.learning_rate:.3g} = {config.lr_per_256:g} x {config.batch} / 256, "
         f"warm-up over {config.warmup_images:,} images, then {config.lr_schedule}",
-        *(f"operator  {choice}" for choice in choices),
+        *(f"operator  {line}" for line in ops.dispatch.summary(choices)),
         f"          {ops.library.status()}",
     ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from heptapod_fast.ops import library
 from heptapod_fast.train.optimizer import Optimizer, decays, ema_decay, learning_rate
 
 ADAM = ("exp_avgs", "exp_avg_sqs")
@@ -104,6 +105,20 @@ def test_steps_equal_torch_with_clip_grad_norm(make_system, size):
         torch.testing.assert_close(optimizer.step(1e-2), norm)
     torch.testing.assert_close([p.detach() for p in optimizer.parameters],
                                [t.detach() for t in twins], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not library.available("cpu"), reason=library.status())
+def test_the_compiled_operators_take_the_same_steps(make_system):
+    results = []
+    for implementation in ("cpu", "reference"):
+        system = make_system(ema=(0.5, 0.9), clip=1.0)
+        optimizer = Optimizer(system, system.config, implementation)
+        norms = []
+        for _ in range(3):
+            fill_gradients(optimizer)
+            norms.append(optimizer.step(1e-2))
+        results.append((norms, everything(optimizer)))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
 def test_correction_scales_gradients_before_clipping(make_system):
