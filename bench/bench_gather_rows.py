@@ -1,4 +1,9 @@
-"""What supervision-density gather is worth, each part alone, against the masked form.
+"""gather_rows and scatter_rows against their peers, and what supervision-density gather is worth.
+
+    pytest bench/bench_gather_rows.py --benchmark-only
+
+The operations alone: bytes are one read and one write of every row. The whole step, each part
+alone, against the masked form:
 
     masked      the last block runs for every element, the token loss for every position, and a mask
                 removes the seen ones afterwards (MAR's way)
@@ -8,9 +13,12 @@
 Forward and backward; equal losses are asserted. `--size tiny` on CPU, `--size B` on CUDA.
 """
 
+import functools
+
 import pytest
 import torch
 
+from bench import harness
 from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
 from heptapod_fast.config import Config
@@ -107,3 +115,57 @@ def bench_last_block(versus, device):
         ops.gather_rows(block(x).flatten(0, 1), flat).sum().backward()
 
     versus(inside, after)
+
+
+# ------------------------------------------------------------------------ the operations themselves
+
+# Sequences, elements of each, width. The last block of the head gathers, and its input scatters the
+# states of the backbone; in the backward pass it is the other way round.
+SHAPES = {"cuda": {"B": (128, 257, 768), "L": (128, 257, 1024), "H": (128, 257, 1280)},
+          "cpu": {"tiny": (8, 37, 48)}}
+
+
+def rows_and_index(device, sequences, elements, width):
+    """(all rows, packed rows, index): half of the rows, in random order within each sequence."""
+    half = elements // 2
+    order = torch.rand(sequences, elements, device=device).argsort(1)[:, :half]
+    index = (order + torch.arange(sequences, device=device)[:, None] * elements).flatten()
+    make = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+    return make(sequences * elements, width), make(len(index), width), index
+
+
+def gathering(implementation, wrap=lambda f: f):
+    def prepare(made):
+        x, _, index = made
+        function = wrap(lambda x, index: ops.gather_rows(x, index, implementation))
+        return functools.partial(function, x, index)
+
+    return prepare
+
+
+def scattering(implementation, wrap=lambda f: f):
+    def prepare(made):
+        x, packed, index = made
+        rows = len(x)
+        function = wrap(lambda y, index: ops.scatter_rows(y, index, rows, implementation))
+        return functools.partial(function, packed, index)
+
+    return prepare
+
+
+def cases(device):
+    found = []
+    for size, (sequences, elements, width) in SHAPES[device].items():
+        rows, packed = sequences * elements, sequences * (elements // 2)
+        for name, make, moved in (("gather_rows", gathering, 2 * packed),
+                                  ("scatter_rows", scattering, packed + rows)):
+            found.append(harness.Case(
+                name, f"{size}, {packed} of {rows} x {width}",
+                functools.partial(rows_and_index, device, sequences, elements, width),
+                {"ours": make("triton" if device == "cuda" else "auto"), "eager": make("reference"),
+                 "compiled": make("reference", harness.compiled)},
+                bytes=moved * width * 2, gate=">= 1x best peer"))
+    return found
+
+
+bench_operations = harness.benchmark_of(cases)

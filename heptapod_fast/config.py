@@ -167,6 +167,8 @@ class Config:
     """Where to train."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Activations: bf16 where the hardware has it (masters stay fp32)."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Implementation of every operation that has a Triton kernel, attention aside."""
     attention: Literal["auto", "reference", "sdpa"] = "auto"
     """Implementation of attention."""
     adamw_ema: Literal["auto", "reference", "cpu", "cuda"] = "auto"
@@ -229,7 +231,7 @@ class Config:
 # from here on; device, precision and implementations change rounding.
 MAY_CHANGE = frozenset({
     "out", "images", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "device",
-    "precision", "attention", "adamw_ema", "micro_batch", "max_broken",
+    "precision", "kernels", "attention", "adamw_ema", "micro_batch", "max_broken",
     "max_skips", "minutes", "allow_data_change",
 })
 

@@ -12,13 +12,12 @@ so that a kernel can make the same numbers again instead of storing them.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from heptapod_fast.ops.philox import philox, philox4x32
+from heptapod_fast.ops.philox import philox, philox4x32, to_integer, to_normal, to_uniform
 
 __all__ = ["Rng", "philox4x32"]
 
@@ -56,22 +55,16 @@ class Rng:
 
     def uniform(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
         """(..., count) float32, uniform on the open interval (0, 1); arguments as `bits`."""
-        high_bits = (self.bits(stream, index, count, slot) >> 8).float()
-        # The largest value, 1 - 2**-25, would round to 1.
-        return ((high_bits + 0.5) * 2.0**-24).clamp_(max=1.0 - 2.0**-24)
+        return to_uniform(self.bits(stream, index, count, slot))
 
     def normal(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
         """(..., count) float32, standard normal by Box-Muller; arguments as `bits`."""
-        pairs = self.uniform(stream, index, count + count % 2, slot).unflatten(-1, (-1, 2))
-        radius = (-2.0 * pairs[..., 0].log()).sqrt()
-        angle = (2.0 * math.pi) * pairs[..., 1]
-        both = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-        return both.flatten(-2)[..., :count]
+        return to_normal(self.bits(stream, index, count + count % 2, slot))[..., :count]
 
     def integers(self, stream: str, index: Tensor, count: int, high: int,
                  slot: Tensor | int = 0) -> Tensor:
         """(..., count) int64, uniform on 0..high-1 (bias below high / 2**32)."""
-        return (self.bits(stream, index, count, slot) * high) >> 32
+        return to_integer(self.bits(stream, index, count, slot), high)
 
     def permutation(self, stream: str, index: Tensor, length: int) -> Tensor:
         """index (B,) -> (B, length) int64: one uniformly random permutation per sequence."""

@@ -1,10 +1,13 @@
 """Inline functions for kernels that make random numbers again instead of reading them.
 
 `keep` is the mask of `heptapod_fast.ops.dropout`, `philox_words` the generator of
-`heptapod_fast.ops.philox`: integers, equal bit for bit to the references.
+`heptapod_fast.ops.philox`: integers, equal bit for bit to the references. So are uniform numbers
+and integers made of words; normal numbers are equal to float32 rounding.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -59,3 +62,70 @@ def philox_words(index, slot, block, key0, key1):
         k0 = k0 + 0x9E3779B9
         k1 = k1 + 0xBB67AE85
     return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform(word):
+    """float32 on the open interval (0, 1) from a uint32 word."""
+    high_bits = (word >> 8).to(tl.int32).to(tl.float32)
+    return tl.minimum((high_bits + 0.5) * 5.9604644775390625e-08, 0.999999940395355224609375)
+
+
+@triton.jit
+def integer_below(word, high):
+    """int64 on 0..high-1 from a uint32 word; high: int32 scalar."""
+    return tl.umulhi(word, tl.zeros_like(word) + high.to(tl.uint32)).to(tl.int64)
+
+
+@triton.jit
+def _sine_cosine(u):
+    """sin and cos of 2 pi u for u in (0, 1): an exact reduction to an eighth of a turn on either
+    side of a quarter, then Taylor series (the first terms left out are below 2e-9 and 2e-10)."""
+    quarter = (4.0 * u + 0.5).to(tl.int32)
+    angle = 6.283185307179586 * (u - 0.25 * quarter.to(tl.float32))
+    z = angle * angle
+    sine = angle + angle * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    cosine = 1.0 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320
+                                                                    - z * (1 / 3628800)))))
+    odd = (quarter & 1) == 1
+    by_sine = tl.where(odd, cosine, sine)
+    by_cosine = tl.where(odd, sine, cosine)
+    return (tl.where((quarter & 2) == 2, -by_sine, by_sine),
+            tl.where(((quarter + 1) & 2) == 2, -by_cosine, by_cosine))
+
+
+@triton.jit
+def normal_pair(word0, word1):
+    """Two float32 standard normal tensors from two words, by Box-Muller."""
+    radius = tl.sqrt(-2.0 * tl.log(uniform(word0)))
+    sine, cosine = _sine_cosine(uniform(word1))
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def row_normals(index_R, slot_R, key0, key1, BLOCK: tl.constexpr):
+    """(R, BLOCK) float32 standard normal, BLOCK a multiple of 4: columns 4b..4b+3 are made of the
+    four words of block b, every word once."""
+    block = tl.arange(0, BLOCK // 4)[None, :] + tl.zeros_like(slot_R)[:, None]
+    w0, w1, w2, w3 = philox_words(index_R[:, None], slot_R[:, None], block, key0, key1)
+    n0, n1 = normal_pair(w0, w1)
+    n2, n3 = normal_pair(w2, w3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def row_draws(index_ptr, slot_ptr, row, rows, REPEAT: tl.constexpr):
+    """(token, index, slot) of flat rows token * REPEAT + k; rows past the last are read as it."""
+    row = tl.minimum(row, rows - 1)
+    token = row // REPEAT
+    return token, tl.load(index_ptr + token), tl.load(slot_ptr + token) * REPEAT + row % REPEAT
+
+
+def noise_block(channels: int) -> int:
+    """The BLOCK of `row_normals` for so many channels."""
+    return max(4, triton.next_power_of_2(channels))
+
+
+def signed(key: Sequence[int]) -> list[int]:
+    """Words below 2**32 as int32 of the same bits, so that every key has one type at the launch."""
+    return [(word + 2**31) % 2**32 - 2**31 for word in key]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,6 +51,27 @@ def buckets(operation: str, kernel: str, arch: str = NEWEST) -> dict[int, dict[s
     return {int(k): rows[k] for k in sorted(rows, key=int)}
 
 
+def row(operation: str, kernel: str, arch: str, bucket: int) -> dict[str, int]:
+    """One configuration, the object itself: bench/tune.py changes it in place."""
+    return table(operation)[arch][kernel][str(bucket)]
+
+
+_used: set[tuple[str, str, str, int]] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[set[tuple[str, str, str, int]]]:
+    """Collects the (operation, kernel, architecture, bucket) of every lookup in this context."""
+    global _used
+    lookup.cache_clear()
+    _used = set()
+    try:
+        yield _used
+    finally:
+        _used = None
+        lookup.cache_clear()
+
+
 @functools.cache
 def lookup(operation: str, kernel: str, size: int, device: torch.device) -> dict[str, int]:
     """The configuration for a size; ValueError above the last bucket. CPU (the interpreter): sm_90.
@@ -56,10 +79,12 @@ def lookup(operation: str, kernel: str, size: int, device: torch.device) -> dict
     arch = NEWEST
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        arch = f"sm_{10 * major + minor}"
+        arch = nearest(operation, 10 * major + minor)
     rows = buckets(operation, kernel, arch)
     for most, config in rows.items():
         if size <= most:
+            if _used is not None:
+                _used.add((operation, kernel, arch, most))
             return config
     raise ValueError(f"{operation}: size {size} is above {max(rows)}, the last one in "
                      f"kernels/configs/{operation}.json")

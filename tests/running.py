@@ -157,6 +157,13 @@ def refused(result: Result, *texts: str) -> None:
         assert text in result.err, result.err
 
 
+def dense(block, x, **options):
+    """A block as a function of tensors: the residual stream summed up."""
+    from heptapod_fast.model.transformer import Stream
+
+    return block(Stream(x), **options).value()
+
+
 def fill(module):
     """Parameters none of which is 0 or 1, so that a start of zeros hides nothing."""
     generator = torch.Generator().manual_seed(0)

@@ -1,13 +1,17 @@
 """Where a training step spends its time: `python tools/profile.py --size tiny`.
 
-Writes a Chrome trace and a Markdown table with torch.profiler. Under nsys (`nsys profile -c
+`--op layer_norm` runs the benchmark's cases of one operation instead (bench/bench_NAME.py). Writes
+a Chrome trace and a Markdown table with torch.profiler. Under nsys (`nsys profile -c
 cudaProfilerApi python tools/profile.py ...`) it marks the steps with NVTX ranges instead.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -23,6 +27,8 @@ class Arguments(Config):
 
     profile_steps: int = 10
     """Steps that are measured, after as many unmeasured ones."""
+    op: str | None = None
+    """Profile one operation at the shapes of its benchmark instead of training steps."""
     profile_out: str = "profile"
     """Folder for trace.json and profile.md."""
 
@@ -30,13 +36,14 @@ class Arguments(Config):
 def work() -> int:
     """Build the run without resuming anything, warm up, measure."""
     arguments = parse(Arguments)
+    if arguments.profile_steps < 1:
+        raise ValueError(f"--profile-steps {arguments.profile_steps}: expected at least 1")
+    if arguments.op is not None:
+        return operation(arguments)
     config = Config(**{f.name: getattr(arguments, f.name) for f in fields(Config)})
     if config.data is None and config.size != "tiny":
         config = replace(config, data="synthetic")
     config = config.resolve()
-    if arguments.profile_steps < 1:
-        raise ValueError(f"--profile-steps {arguments.profile_steps}: expected at least 1")
-    import torch
 
     from heptapod_fast.train import parallel
     from heptapod_fast.train.loop import training_step
@@ -49,17 +56,53 @@ def work() -> int:
     run.system.train()
     for _ in range(arguments.profile_steps):
         training_step(run, *micro)
+    profiler = record(lambda: training_step(run, *micro), arguments.profile_steps)
+    if profiler is not None:
+        write(profiler, Path(arguments.profile_out), arguments.profile_steps, config)
+    return 0
+
+
+def record(step: Callable[[], object], steps: int):
+    """A torch.profiler that has seen `steps` calls; under nsys NVTX ranges instead, and None."""
+    import torch
+
     if "NSYS_PROFILING_SESSION_ID" in os.environ:
         torch.cuda.cudart().cudaProfilerStart()
         with torch.autograd.profiler.emit_nvtx():
-            for _ in range(arguments.profile_steps):
-                training_step(run, *micro)
+            for _ in range(steps):
+                step()
         torch.cuda.cudart().cudaProfilerStop()
-        return 0
+        return None
     with torch.profiler.profile() as profiler:
-        for _ in range(arguments.profile_steps):
-            training_step(run, *micro)
-    write(profiler, Path(arguments.profile_out), arguments.profile_steps, config)
+        for _ in range(steps):
+            step()
+    return profiler
+
+
+def operation(arguments: Arguments) -> int:
+    """Profile what runs for one operation by default, one case of its benchmark after the other."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    known = sorted(p.stem[6:] for p in Path(sys.path[0], "bench").glob("bench_*.py")
+                   if "def cases" in p.read_text())
+    if arguments.op not in known:
+        raise ValueError(f"--op {arguments.op}: expected one of {', '.join(known)}")
+    device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
+    cases = importlib.import_module(f"bench.bench_{arguments.op}").cases(device)
+    out = Path(arguments.profile_out)
+    out.mkdir(parents=True, exist_ok=True)
+    for number, case in enumerate(cases):
+        call = case.contenders["ours"](case.inputs())
+        call()
+        with torch.profiler.record_function(f"{case.operation}: {case.name}"):
+            profiler = record(call, arguments.profile_steps)
+        if profiler is not None:
+            table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=12)
+            (out / f"{arguments.op}-{number}.txt").write_text(f"{case.name}\n{table}\n")
+            profiler.export_chrome_trace(str(out / f"{arguments.op}-{number}.json"))
+            print(f"{case.name}\n{table}")
+    print(f"written: {out}")
     return 0
 
 

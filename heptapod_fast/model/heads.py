@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
-from heptapod_fast.model.transformer import EPS, Block, LayerNorm, Linear, no_drop
+from heptapod_fast.model.transformer import (
+    EPS,
+    NO_DROP,
+    Block,
+    LayerNorm,
+    Linear,
+    Stream,
+)
 
 
 class GlobalHead(nn.Module):
@@ -30,15 +37,16 @@ class GlobalHead(nn.Module):
         self.norm = LayerNorm(width, eps=EPS)
 
     def forward(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, pair_R: Tensor,
-                position_R: Tensor, drop=no_drop) -> Tensor:
+                position_R: Tensor, drop=NO_DROP) -> Tensor:
         """h (B, M, D) with M > max(steps): the states so far; rows: see grid.Rows.
 
         Returns (R, D): the head's output for every row, after the final LayerNorm.
         """
-        x_SLD = self.assemble(h_BND, order_BN, steps_Bn)
+        stream = Stream(self.assemble(h_BND, order_BN, steps_Bn))
         for block in self.blocks[:-1]:
-            x_SLD = block(x_SLD, drop=drop)
-        return self.norm(self.blocks[-1].forward_rows(x_SLD, pair_R, position_R + 1, drop))
+            stream = block(stream, drop=drop)
+        rows = self.blocks[-1].forward_rows(stream, pair_R, position_R + 1, drop)
+        return rows.normed(self.norm)[1]
 
     def assemble(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor) -> Tensor:
         """The head's input (S, N + 1, D): element 0 is h_0, element 1 + p stands for position p."""
@@ -77,19 +85,22 @@ class LocalBlock(nn.Module):
         self.block = Block(width, heads, layer, attention)
         self.site = layer
 
-    def forward(self, x_SWD: Tensor, h_BMD: Tensor, visible_BQM: Tensor, drop,
-                cross_drop) -> Tensor:
-        """x: the windows' queries; visible (B, n * W, M): which states each query may look at.
+    def forward(self, stream: Stream, h_BMD: Tensor, visible_BQM: Tensor, drop,
+                cross_drop) -> Stream:
+        """stream: the windows' queries (S, W, D); visible (B, n * W, M): which states each query
+        may look at.
 
         Keys and values are projected once per sequence, whatever the number of steps.
         """
         batch = len(h_BMD)
-        q_BQHE = self.q(self.norm(x_SWD)).view(batch, -1, self.heads, x_SWD.shape[-1] // self.heads)
+        x_SWD, y_SWD = stream.normed(self.norm)
+        q_BQHE = self.q(y_SWD).view(batch, -1, self.heads, x_SWD.shape[-1] // self.heads)
         k_BMHE, v_BMHE = self.kv(h_BMD).unflatten(-1, (2, self.heads, -1)).unbind(2)
         seen = ops.attention(q_BQHE, k_BMHE, v_BMHE, mask=visible_BQM[:, None],
                              implementation=self.attention)
-        x_SWD = x_SWD + cross_drop(self.proj(seen.flatten(-2).view_as(x_SWD)), self.site)
-        return self.block(x_SWD, drop=drop)
+        branch_SWD = self.proj.product(seen.flatten(-2).view_as(x_SWD))
+        stream = Stream(x_SWD, branch_SWD, self.proj.bias, cross_drop.mask(self.site))
+        return self.block(stream, drop=drop)
 
 
 class LocalHead(nn.Module):
@@ -114,14 +125,14 @@ class LocalHead(nn.Module):
         """next: (S,) grid positions -> (S, W) positions of the windows that hold them."""
         return self.windows[self.owner[next_S]]
 
-    def forward(self, h_BMD: Tensor, steps_Bn: Tensor, position_SW: Tensor, drop=no_drop,
-                cross_drop=no_drop) -> Tensor:
+    def forward(self, h_BMD: Tensor, steps_Bn: Tensor, position_SW: Tensor, drop=NO_DROP,
+                cross_drop=NO_DROP) -> Tensor:
         """h (B, M, D), steps (B, n), windows (S, W) -> (S * W, D), after the final LayerNorm."""
         states, window = h_BMD.shape[1], position_SW.shape[1]
-        x_SWD = (self.query + self.position(position_SW)).to(h_BMD.dtype)
+        stream = Stream((self.query + self.position(position_SW)).to(h_BMD.dtype))
         times = torch.arange(states, device=h_BMD.device)
         visible_BnM = times <= steps_Bn[..., None]
         visible_BQM = visible_BnM.repeat_interleave(window, dim=1)
         for block in self.blocks:
-            x_SWD = block(x_SWD, h_BMD, visible_BQM, drop, cross_drop)
-        return self.norm(x_SWD).flatten(0, 1)
+            stream = block(stream, h_BMD, visible_BQM, drop, cross_drop)
+        return stream.normed(self.norm)[1].flatten(0, 1)

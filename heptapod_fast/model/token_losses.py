@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 from heptapod_fast import ops
 from heptapod_fast.model.transformer import EPS, LayerNorm, Linear
+from heptapod_fast.ops.diffusion_mlp import (
+    BlockWeights,
+    DiffusionWeights,
+    diffusion_mlp,
+    reference_of_sum,
+)
 from heptapod_fast.rng import Rng
 
 
@@ -35,8 +41,8 @@ class Categorical(nn.Module):
     def loss(self, z_RD: Tensor, target_R: Tensor, rng: Rng, index_R: Tensor,
              slot_R: Tensor, weight_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nats; rng, index and slot are not used."""
-        loss_R = ops.linear_cross_entropy(z_RD, self.output.weight, self.output.bias, target_R)
-        return weighted_sum(loss_R, weight_R)
+        return ops.linear_cross_entropy(z_RD, self.output.weight, self.output.bias, target_R,
+                                        weight_R)
 
     def logits(self, z_RD: Tensor) -> Tensor:
         """(R, V) float32."""
@@ -44,7 +50,7 @@ class Categorical(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), modulated by SiLU(y)."""
+    """Parameters of x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), modulated by SiLU(y)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -53,10 +59,10 @@ class ResBlock(nn.Module):
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width, init="zero")
 
-    def forward(self, x_RW: Tensor, silu_y_RW: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(silu_y_RW).chunk(3, dim=-1)
-        hidden = torch.addcmul(shift, self.norm(x_RW), 1 + scale)
-        return torch.addcmul(x_RW, gate, self.fc2(F.silu(self.fc1(hidden))))
+    def weights(self) -> BlockWeights:
+        """What `ops.diffusion_mlp` takes."""
+        layers = (self.norm, self.fc1, self.fc2, self.modulation)
+        return BlockWeights(*(p for layer in layers for p in (layer.weight, layer.bias)))
 
 
 class Diffusion(nn.Module):
@@ -88,39 +94,34 @@ class Diffusion(nn.Module):
 
         Draws are keyed by the global sample index and a slot that tells the rows of a sample apart.
         """
-        index = index_R[:, None].expand(-1, self.repeat)
-        slot = slot_R[:, None] * self.repeat + torch.arange(self.repeat, device=slot_R.device)
-        t = rng.integers("diffusion.time", index, 1, self.tables.shape[1], slot).flatten()
-        noise = rng.normal("diffusion.noise", index, self.channels, slot).flatten(0, 1)
-        x0 = target_RC.float().repeat_interleave(self.repeat, dim=0)
-        xt = ops.add_noise(x0, noise, t, self.tables)
-        condition = self.condition(z_RD).repeat_interleave(self.repeat, dim=0)
-        prediction = self.net(xt, t, condition)
-        loss = ops.diffusion_loss(prediction, x0, xt, noise, t, self.tables, self.bound)
-        return weighted_sum(loss.view(-1, self.repeat).mean(1), weight_R)
+        draws = ops.Draws(index_R, slot_R, self.repeat, rng.key("diffusion.time"),
+                          rng.key("diffusion.noise"))
+        xt, t = ops.diffusion_inputs(target_RC, draws, self.tables)
+        prediction = self.net(xt, t, self.condition(z_RD))
+        loss = ops.diffusion_loss(prediction, target_RC, xt, t, draws, self.tables, self.bound)
+        return weighted_sum(loss, weight_R)
 
-    def net(self, xt_RC: Tensor, t_R: Tensor, condition_RW: Tensor) -> Tensor:
-        """Noisy tokens, timesteps and projected conditions -> (R, 2C): (eps_hat, v)."""
-        time_RW = F.embedding(t_R, self.embed_time(condition_RW.dtype))
-        return self.run(xt_RC, time_RW + condition_RW)
+    def net(self, xt_RC: Tensor, t_R: Tensor, condition_MW: Tensor) -> Tensor:
+        """Noisy tokens, timesteps and projected conditions -> (R, 2C) float32: (eps_hat, v).
+
+        There are R / M rows in a row to each condition.
+        """
+        time_TW = self.embed_time(condition_MW.dtype)
+        return diffusion_mlp(xt_RC, t_R, time_TW, condition_MW, self.weights(), EPS)
+
+    def weights(self) -> DiffusionWeights:
+        """What `ops.diffusion_mlp` takes."""
+        layers = (self.input, self.modulation, self.output)
+        return DiffusionWeights(*(p for layer in layers for p in (layer.weight, layer.bias)),
+                                tuple(block.weights() for block in self.blocks))
 
     def embed_time(self, dtype: torch.dtype) -> Tensor:
         """(T, W): the embedding of every timestep."""
         return self.time2(F.silu(self.time1(self.sinusoids.to(dtype))))
 
     def run(self, xt_RC: Tensor, y_RW: Tensor) -> Tensor:
-        """The MLP itself, given the sum of time embedding and condition; float32 in and out.
-
-        The first layer works in float32 because at small t the noise is finer than bf16 resolves,
-        the last because the loss is.
-        """
-        silu_y = F.silu(y_RW)
-        x_RW = self.input(xt_RC).to(y_RW.dtype)
-        for block in self.blocks:
-            x_RW = block(x_RW, silu_y)
-        shift, scale = self.modulation(silu_y).chunk(2, dim=-1)
-        hidden = torch.addcmul(shift, ops.layer_norm(x_RW, None, None, EPS), 1 + scale)
-        return self.output(hidden.float())
+        """The MLP in plain PyTorch, given the sum of time embedding and condition: (R, 2C)."""
+        return reference_of_sum(xt_RC, y_RW, self.weights(), EPS)
 
 
 def timestep_features(steps: int, size: int = 256) -> Tensor:

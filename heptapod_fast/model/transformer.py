@@ -10,6 +10,7 @@ too, where MAR's autocast keeps it in float32; normalisation statistics and loss
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias, for an operation that adds it on its way."""
+        return F.linear(x, self.weight.to(x.dtype))
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm through the operation of the same name."""
@@ -56,12 +61,8 @@ class Drop:
     counter_PN: Tensor
     p: float
 
-    def __call__(self, x: Tensor, site: int) -> Tensor:
-        """x (P, N, D), or (R, D) after `packed`."""
-        return ops.dropout(x, self.mask(site))
-
     def mask(self, site: int) -> ops.Mask:
-        """The mask of one site, for an operation that has dropout fused into it."""
+        """The mask of one site over the rows of (P, N, D), or of (R, D) after `packed`."""
         return ops.Mask(self.key_PS2[:, site], self.counter_PN, self.p)
 
     def packed(self, sequence_R: Tensor, element_R: Tensor) -> Drop:
@@ -69,9 +70,43 @@ class Drop:
         return Drop(self.key_PS2[sequence_R], element_R, self.p)
 
 
-def no_drop(x: Tensor, site: int) -> Tensor:
+class NoDrop:
     """Dropout that is off."""
-    return x
+
+    def mask(self, site: int) -> None:
+        """No mask."""
+
+    def packed(self, sequence_R: Tensor, element_R: Tensor) -> NoDrop:
+        """Itself."""
+        return self
+
+
+NO_DROP = NoDrop()
+
+
+class Stream(NamedTuple):
+    """The residual stream: x + dropout(branch + bias), the sum not taken yet.
+
+    The next LayerNorm takes it in the same pass over memory.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None
+    mask: ops.Mask | None = None
+
+    def normed(self, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+        """(the sum, its LayerNorm)."""
+        if self.branch is None:
+            return self.x, norm(self.x)
+        return ops.add_layer_norm(self.x, self.branch, self.bias, norm.weight, norm.bias,
+                                  self.mask, norm.eps)
+
+    def value(self) -> Tensor:
+        """The sum alone."""
+        if self.branch is None:
+            return self.x
+        return self.x + ops.dropout(self.branch + self.bias.to(self.x.dtype), self.mask)
 
 
 class Block(nn.Module):
@@ -89,37 +124,40 @@ class Block(nn.Module):
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
 
-    def forward(self, x_BND: Tensor, *, causal: bool = False, drop=no_drop, cache=None) -> Tensor:
-        """(B, N, D) -> (B, N, D). cache: keys and values of earlier elements (sampling.KVCache)."""
-        return self.finish(x_BND, self.attend(x_BND, causal=causal, cache=cache), drop)
+    def forward(self, stream: Stream, *, causal: bool = False, drop=NO_DROP,
+                cache=None) -> Stream:
+        """A stream of (B, N, D). cache: keys and values of earlier elements (sampling.KVCache)."""
+        x_BND, y_BND = stream.normed(self.norm1)
+        return self.finish(x_BND, self.attend(y_BND, causal=causal, cache=cache), drop)
 
-    def forward_rows(self, x_BND: Tensor, sequence_R: Tensor, element_R: Tensor,
-                     drop=no_drop) -> Tensor:
+    def forward_rows(self, stream: Stream, sequence_R: Tensor, element_R: Tensor,
+                     drop=NO_DROP) -> Stream:
         """As a bidirectional `forward`, but only the given elements come out, packed: (R, D).
 
         The rows are gathered after attention: projection and MLP never see the others.
         """
+        x_BND, y_BND = stream.normed(self.norm1)
         row_R = sequence_R * x_BND.shape[1] + element_R
-        attended_RD = ops.gather_rows(self.attend(x_BND).flatten(0, 1), row_R)
-        if drop is not no_drop:
-            drop = drop.packed(sequence_R, element_R)
-        return self.finish(ops.gather_rows(x_BND.flatten(0, 1), row_R), attended_RD, drop)
+        attended_RD = ops.gather_rows(self.attend(y_BND).flatten(0, 1), row_R)
+        return self.finish(ops.gather_rows(x_BND.flatten(0, 1), row_R), attended_RD,
+                           drop.packed(sequence_R, element_R))
 
-    def attend(self, x_BND: Tensor, *, causal: bool = False, cache=None) -> Tensor:
-        """Attention before its projection: (B, N, D)."""
-        qkv = self.qkv(self.norm1(x_BND)).unflatten(-1, (3, self.heads, -1))
+    def attend(self, y_BND: Tensor, *, causal: bool = False, cache=None) -> Tensor:
+        """Attention between its two products, of normalised y: (B, N, D)."""
+        qkv = self.qkv(y_BND).unflatten(-1, (3, self.heads, -1))
         q_BNHE, k_BMHE, v_BMHE = qkv.unbind(2)
         if cache is not None:
             k_BMHE, v_BMHE = cache.append(self.layer, k_BMHE, v_BMHE)
         out = ops.attention(q_BNHE, k_BMHE, v_BMHE, causal=causal, implementation=self.attention)
         return out.flatten(-2)
 
-    def finish(self, x: Tensor, attended: Tensor, drop) -> Tensor:
-        """Projection, residual and MLP; x and attended (..., D) -> (..., D)."""
+    def finish(self, x: Tensor, attended: Tensor, drop) -> Stream:
+        """Projection, residual and MLP; x and attended (..., D)."""
         site = 3 * self.layer
-        x = x + drop(self.proj(attended), site)
-        hidden = drop(F.gelu(self.fc1(self.norm2(x))), site + 1)
-        return x + drop(self.fc2(hidden), site + 2)
+        stream = Stream(x, self.proj.product(attended), self.proj.bias, drop.mask(site))
+        x, y = stream.normed(self.norm2)
+        hidden = ops.bias_gelu(self.fc1.product(y), self.fc1.bias, drop.mask(site + 1))
+        return Stream(x, self.fc2.product(hidden), self.fc2.bias, drop.mask(site + 2))
 
 
 class Backbone(nn.Module):
@@ -154,8 +192,9 @@ class Backbone(nn.Module):
         times = self.time.weight[first_time:first_time + position_BM.shape[1]]
         return (self.token(tokens_BM) + self.position(position_BM) + times).to(self.dtype)
 
-    def forward(self, x_BND: Tensor, drop=no_drop, cache=None) -> Tensor:
+    def forward(self, x_BND: Tensor, drop=NO_DROP, cache=None) -> Tensor:
         """(B, N, D) -> h (B, N, D), after the final LayerNorm."""
+        stream = Stream(x_BND)
         for block in self.blocks:
-            x_BND = block(x_BND, causal=True, drop=drop, cache=cache)
-        return self.norm(x_BND)
+            stream = block(stream, causal=True, drop=drop, cache=cache)
+        return stream.normed(self.norm)[1]

@@ -4,6 +4,7 @@ Imports with nothing but torch (and triton where there is a GPU) and works on CP
 """
 
 from heptapod_fast.ops import dispatch, library
+from heptapod_fast.ops.adaln import adaln
 from heptapod_fast.ops.adamw_ema import adamw_ema, global_norm
 from heptapod_fast.ops.attention import attention, causal_mask
 from heptapod_fast.ops.bias_gelu import bias_gelu
@@ -11,18 +12,22 @@ from heptapod_fast.ops.diffusion_loss import (
     STEPS,
     add_noise,
     cosine_betas,
+    diffusion_inputs,
     diffusion_loss,
     schedule_tables,
 )
+from heptapod_fast.ops.diffusion_mlp import BlockWeights, DiffusionWeights, diffusion_mlp
 from heptapod_fast.ops.dropout import Mask, dropout
+from heptapod_fast.ops.flow_loss import flow_inputs, flow_loss
 from heptapod_fast.ops.gather_rows import gather_rows, scatter_rows
-from heptapod_fast.ops.layer_norm import layer_norm
+from heptapod_fast.ops.layer_norm import add_layer_norm, layer_norm
 from heptapod_fast.ops.linear_cross_entropy import linear_cross_entropy
-from heptapod_fast.ops.philox import philox4x32
+from heptapod_fast.ops.philox import Draws, philox4x32
 
 __all__ = [
-    "STEPS", "Mask", "adamw_ema", "add_noise", "attention", "bias_gelu", "causal_mask",
-    "cosine_betas", "diffusion_loss", "dispatch", "dropout", "gather_rows", "global_norm",
-    "layer_norm", "library", "linear_cross_entropy", "philox4x32", "scatter_rows",
-    "schedule_tables",
+    "BlockWeights", "DiffusionWeights", "Draws", "Mask", "STEPS", "adaln", "adamw_ema",
+    "add_layer_norm", "add_noise", "attention", "bias_gelu", "causal_mask", "cosine_betas",
+    "diffusion_inputs", "diffusion_loss", "diffusion_mlp", "dispatch", "dropout", "flow_inputs",
+    "flow_loss", "gather_rows", "global_norm", "layer_norm", "library", "linear_cross_entropy",
+    "philox4x32", "scatter_rows", "schedule_tables",
 ]

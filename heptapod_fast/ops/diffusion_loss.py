@@ -2,7 +2,8 @@
 
 Notation of Nichol and Dhariwal 2021, constants as in MAR (mar:models/diffloss.py,
 diffusion/gaussian_diffusion.py): epsilon prediction, learned-range variance, MSE + VB. Everything
-is float32 (the bound at t = 999 is 720 times the MSE), C channels, one row per (token, repeat):
+is float32 (the bound at t = 999 is 720 times the MSE), C channels, one row per (token, repeat),
+t and eps drawn as `philox.Draws` says:
 
     x_t     = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                                        (noise)
     mse     = mean_c (eps - eps_hat)^2
@@ -17,6 +18,10 @@ is float32 (the bound at t = 999 is 720 times the MSE), C channels, one row per 
 eps_hat is detached in vb, so that the bound trains the variance channels only. The t = 0 term takes
 x_0 for a pixel in [-1, 1] with 256 levels even where it is a latent: MAR does, and published
 weights were trained that way.
+
+eps is never stored: the kernels make it again from its counter, forward and backward. Shapes: M
+tokens, R = M * repeat rows (row m * repeat + k is the k-th of token m), C channels, K = 2C, T
+steps.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ import math
 
 import torch
 from torch import Tensor
+
+from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.philox import Draws, to_integer
 
 STEPS = 1000
 TABLES = ("sqrt_abar", "sqrt_one_minus_abar", "sqrt_recip_abar", "sqrt_recip_minus_one",
@@ -38,8 +47,9 @@ def cosine_betas(steps: int = STEPS) -> Tensor:
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
 
 
-def schedule_tables(betas: Tensor) -> Tensor:
-    """(T,) float64 betas -> (8, T) float32, rows named by TABLES (see the module's docstring)."""
+def schedule_tables(betas: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(T,) float64 betas -> (8, T) in `dtype`, rows named by TABLES (see the module's docstring).
+    """
     alphas = 1 - betas
     abar = alphas.cumprod(0)
     previous = torch.cat((torch.ones(1, dtype=abar.dtype), abar[:-1]))
@@ -49,7 +59,7 @@ def schedule_tables(betas: Tensor) -> Tensor:
     rows = (abar.sqrt(), (1 - abar).sqrt(), (1 / abar).sqrt(), (1 / abar - 1).sqrt(),
             betas * previous.sqrt() / (1 - abar), (1 - previous) * alphas.sqrt() / (1 - abar),
             betas.log(), clipped.log())
-    return torch.stack(rows).float()
+    return torch.stack(rows).to(dtype)
 
 
 def add_noise(x0_RC: Tensor, noise_RC: Tensor, t_R: Tensor, tables: Tensor) -> Tensor:
@@ -57,13 +67,64 @@ def add_noise(x0_RC: Tensor, noise_RC: Tensor, t_R: Tensor, tables: Tensor) -> T
     return tables[0][t_R, None] * x0_RC + tables[1][t_R, None] * noise_RC
 
 
-def diffusion_loss(prediction_RK: Tensor, x0_RC: Tensor, xt_RC: Tensor, noise_RC: Tensor,
-                   t_R: Tensor, tables: Tensor, bound: bool = True) -> Tensor:
-    """prediction (R, 2C) = (eps_hat, v); x0, xt, noise (R, C) float32; t (R,) -> (R,) float32.
+def diffusion_inputs(x0_MC: Tensor, draws: Draws, tables: Tensor,
+                     implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """x0 (M, C), tables (8, T) float32 -> x_t (R, C) float32 and t (R,) int64.
 
-    bound False leaves the VB away: the plain MSE.
+    No gradient flows to x0. implementation: "auto", "triton" or "reference". Raises ValueError on
+    draws or tables that do not fit.
     """
-    eps_RC, v_RC = prediction_RK.float().chunk(2, dim=-1)
+    _check("diffusion_inputs", x0_MC, draws, tables)
+    x0_MC = _at_least_float32(x0_MC.detach())
+    chosen = dispatch.select("diffusion_loss", x0_MC.device, x0_MC.dtype, implementation,
+                             _too_wide(x0_MC))
+    if chosen == "reference":
+        t_R = to_integer(draws.times(), tables.shape[1])
+        noise_RC = draws.noise(x0_MC.shape[1], x0_MC.dtype)
+        x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
+        return add_noise(x0_RC, noise_RC, t_R, tables), t_R
+    return _inputs_operator(x0_MC.contiguous(), *draws.arrays(), tables.contiguous(), draws.repeat,
+                            [*draws.time_key, *draws.noise_key])
+
+
+def diffusion_loss(prediction_RK: Tensor, x0_MC: Tensor, xt_RC: Tensor, t_R: Tensor, draws: Draws,
+                   tables: Tensor, bound: bool = True, implementation: str = "auto") -> Tensor:
+    """The mean over its repeats of each token's loss, (M,) float32.
+
+    prediction (R, 2C) = (eps_hat, v), float32 or bfloat16; x0 (M, C); x_t (R, C) and t (R,) as
+    `diffusion_inputs` made them of the same draws (the kernels make the noise again and need no
+    x_t); tables (8, T) float32. bound False leaves the VB away: the plain MSE. The gradient flows
+    to the prediction alone, in its dtype. implementation: "auto", "triton" or "reference". Raises
+    ValueError on shapes, draws or tables that do not fit.
+    """
+    _check("diffusion_loss", x0_MC, draws, tables)
+    channels, rows = x0_MC.shape[1], len(x0_MC) * draws.repeat
+    if (prediction_RK.shape != (rows, 2 * channels) or xt_RC.shape != (rows, channels)
+            or t_R.shape != (rows,) or t_R.dtype != torch.int64):
+        raise ValueError(
+            f"diffusion_loss takes prediction ({rows}, {2 * channels}), x_t ({rows}, {channels}) "
+            f"and int64 t ({rows},) for {len(x0_MC)} tokens and repeat = {draws.repeat}; got "
+            f"{tuple(prediction_RK.shape)}, {tuple(xt_RC.shape)} and {t_R.dtype} "
+            f"{tuple(t_R.shape)}")
+    x0_MC = _at_least_float32(x0_MC.detach())
+    chosen = dispatch.select("diffusion_loss", prediction_RK.device, prediction_RK.dtype,
+                             implementation, _too_wide(x0_MC))
+    if chosen == "reference":
+        prediction = _at_least_float32(prediction_RK)
+        noise_RC = draws.noise(channels, prediction.dtype)
+        x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
+        loss_R = row_losses(prediction, x0_RC, xt_RC.detach(), noise_RC, t_R, tables, bound)
+        return loss_R.view(-1, draws.repeat).mean(1)
+    return _operator(prediction_RK.contiguous(), x0_MC.contiguous(), t_R.contiguous(),
+                     tables.contiguous(), *draws.arrays(), draws.repeat, list(draws.noise_key),
+                     bound)
+
+
+def row_losses(prediction_RK: Tensor, x0_RC: Tensor, xt_RC: Tensor, noise_RC: Tensor, t_R: Tensor,
+               tables: Tensor, bound: bool = True) -> Tensor:
+    """The reference, given its draws: prediction (R, 2C) = (eps_hat, v); x0, xt, noise (R, C)
+    float32; t (R,) -> (R,) float32. bound False: the plain MSE."""
+    eps_RC, v_RC = _at_least_float32(prediction_RK).chunk(2, dim=-1)
     loss_R = (noise_RC - eps_RC).square().mean(-1)
     if not bound:
         return loss_R
@@ -102,3 +163,72 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+WIDEST = 4096
+"""Channels of the widest tile in kernels/configs/diffusion_loss.json and flow_loss.json."""
+
+
+def _too_wide(x0_MC: Tensor) -> str | None:
+    channels = x0_MC.shape[1]
+    return None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check(operation: str, x0_MC: Tensor, draws: Draws, tables: Tensor) -> None:
+    draws.check(operation, x0_MC)
+    if tables.dim() != 2 or len(tables) != len(TABLES) or tables.dtype != torch.float32:
+        raise ValueError(f"{operation} takes float32 tables of shape ({len(TABLES)}, T), got "
+                         f"{tables.dtype} {tuple(tables.shape)}")
+
+
+def _inputs(x0, index, slot, tables, repeat, key):
+    from heptapod_fast.kernels import diffusion_loss as kernels
+
+    return kernels.inputs(x0, index, slot, tables, repeat, key)
+
+
+def _forward(*arguments):
+    from heptapod_fast.kernels import diffusion_loss as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _backward(*arguments):
+    from heptapod_fast.kernels import diffusion_loss as kernels
+
+    return kernels.backward(*arguments)
+
+
+def _fake_inputs(x0, index, slot, tables, repeat, key):
+    rows = x0.shape[0] * repeat
+    return x0.new_empty(rows, x0.shape[1]), index.new_empty(rows)
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.repeat, ctx.key, ctx.bound = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, grad: Tensor):
+    found = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key,
+                               ctx.bound)
+    return found, *[None] * 8
+
+
+_arguments = ("Tensor prediction, Tensor x0, Tensor t, Tensor tables, Tensor index, Tensor slot, "
+              "int repeat, int[] key, bool bound")
+_inputs_operator = operator(
+    "diffusion_inputs(Tensor x0, Tensor index, Tensor slot, Tensor tables, int repeat, int[] key) "
+    "-> (Tensor, Tensor)", _inputs, _fake_inputs)
+_operator = operator(f"diffusion_loss({_arguments}) -> Tensor", _forward,
+                     lambda prediction, x0, *_: x0.new_empty(x0.shape[0]))
+_backward_operator = operator(
+    f"diffusion_loss_backward(Tensor grad, {_arguments}) -> Tensor", _backward,
+    lambda grad, prediction, *_: torch.empty_like(prediction))
+differentiable(_operator, _gradient, _setup)
+dispatch.register("diffusion_loss", "triton", dispatch.triton_check, dispatch.triton_avoid)
+dispatch.register("diffusion_loss", "reference", lambda device, dtype: None)

@@ -59,6 +59,11 @@ def implementations(operation: str) -> tuple[str, ...]:
     return tuple(_registry[operation])
 
 
+def operations(implementation: str) -> tuple[str, ...]:
+    """The operations that have an implementation of this name, sorted."""
+    return tuple(sorted(name for name, found in _registry.items() if implementation in found))
+
+
 def force(operation: str, implementation: str) -> None:
     """From here on `choose(..., "auto")` means this implementation; "auto" lifts it.
 
@@ -99,6 +104,15 @@ def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
         skipped.append(f"not {name}: {why_not}")
     raise Unavailable(f"{operation}: nothing can run {dtype} on {device.type}: "
                       f"{'; '.join(skipped)}")
+
+
+def summary(choices: list[Choice]) -> list[str]:
+    """One line for all operations that run the same way for the same reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        groups.setdefault((choice.implementation, choice.reason), []).append(choice.operation)
+    return [f"{', '.join(names)}: {implementation} ({reason})"
+            for (implementation, reason), names in groups.items()]
 
 
 @torch.compiler.assume_constant_result

@@ -1,17 +1,185 @@
-"""layer_norm: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension.
+"""layer_norm, alone and behind a residual sum: the two places of a pre-norm Transformer block.
 
-Statistics are computed in float32 whatever the dtype of x. Weight and bias are float32 masters;
-they follow the dtype of x.
+    s = x + keep / (1 - p) * (branch + branch_bias)      the residual stream, rounded to x's dtype
+    n = (s - mean(s)) * r,   r = 1 / sqrt(var(s) + eps)  over the last dimension, in float32
+    y = n * weight + bias
+
+    ds      = r * (g - mean(g) - n * mean(g * n)) + dsum,   g = weight * dy
+    dbranch = keep / (1 - p) * ds
+    dweight, dbias, dbranch_bias = sums over rows of dy * n, dy and dbranch: two stages, float32
+
+y is computed from the rounded sum, which is all that the backward pass keeps besides the float32
+mean and r of every row. Weight and biases are float32 masters; the reference casts them to x's
+dtype, the kernels compute in float32 and round once.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.operators import differentiable, operator
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
-    """x (..., D), weight and bias (D,) or None -> (..., D) in x's dtype."""
+MAX_WIDTH = 4096
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6,
+               implementation: str = "auto") -> Tensor:
+    """x (..., D) float32 or bfloat16, weight and bias (D,) float32 or both None -> as x.
+
+    implementation: "auto", "triton" (D up to MAX_WIDTH) or "reference" (any floating dtype). Raises
+    ValueError if the parameters do not fit.
+    """
+    _check_parameters("layer_norm", x, weight, bias)
+    if _select(x, implementation) == "reference":
+        return _reference(x, weight, bias, eps)
+    y, _ = _operator(x.contiguous(), _master(weight), _master(bias), eps)
+    return y
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, branch_bias: Tensor | None, weight: Tensor | None,
+                   bias: Tensor | None, mask: Mask | None = None, eps: float = 1e-6,
+                   implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """(sum, layer_norm(sum)) with sum = x + dropout(branch + branch_bias), both as x.
+
+    x, branch (..., D) of one dtype, float32 or bfloat16; branch_bias (D,) float32 or None; weight
+    and bias (D,) float32 or both None; mask: dropout over the rows of branch. implementation:
+    "auto", "triton" (D up to MAX_WIDTH) or "reference". Raises ValueError if shapes, dtypes or the
+    mask do not fit.
+    """
+    _check_parameters("add_layer_norm", x, weight, bias)
+    if branch.shape != x.shape or branch.dtype != x.dtype:
+        raise ValueError(f"add_layer_norm takes a branch like x, {x.dtype} {tuple(x.shape)}, got "
+                         f"{branch.dtype} {tuple(branch.shape)}")
+    if branch_bias is not None and branch_bias.shape != x.shape[-1:]:
+        raise ValueError(f"add_layer_norm takes a branch_bias of shape {tuple(x.shape[-1:])}, got "
+                         f"{tuple(branch_bias.shape)}")
+    mask = None if mask is None or mask.p == 0.0 else mask
+    if mask is not None:
+        mask.check("add_layer_norm", x.numel() // max(1, x.shape[-1]))
+    if _select(x, implementation) == "reference":
+        branch = branch if branch_bias is None else branch + branch_bias.to(x.dtype)
+        total = x + (branch if mask is None else mask.apply(branch))
+        return total, _reference(total, weight, bias, eps)
+    keys, p = ((None, None), 0.0) if mask is None else (mask.arrays(), mask.p)
+    total, y, _ = _add_operator(x.contiguous(), branch.contiguous(), _master(branch_bias),
+                                _master(weight), _master(bias), *keys, p, eps)
+    return total, y
+
+
+def _check_parameters(operation: str, x: Tensor, weight: Tensor | None,
+                      bias: Tensor | None) -> None:
+    if weight is None and bias is None:
+        return
+    if weight is None or bias is None:
+        raise ValueError(f"{operation} takes weight and bias, or neither; one of them is None")
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(f"{operation} takes weight and bias of shape {tuple(x.shape[-1:])}, got "
+                         f"{tuple(weight.shape)} and {tuple(bias.shape)}")
+
+
+def _select(x: Tensor, implementation: str) -> str:
+    width = x.shape[-1]
+    why = f"rows are {width} wide, at most {MAX_WIDTH} fit" if width > MAX_WIDTH else None
+    return dispatch.select("layer_norm", x.device, x.dtype, implementation, why)
+
+
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     if weight is not None:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _master(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float().contiguous()
+
+
+def _mask(key: Tensor | None, counter: Tensor | None, p: float) -> Mask | None:
+    return None if key is None else Mask(key, counter, p)
+
+
+def _forward(x, weight, bias, eps):
+    from heptapod_fast.kernels import layer_norm as kernels
+
+    return kernels.forward(x, weight, bias, eps)
+
+
+def _add_forward(x, branch, branch_bias, weight, bias, key, counter, p, eps):
+    from heptapod_fast.kernels import layer_norm as kernels
+
+    return kernels.add_forward(x, branch, branch_bias, weight, bias, _mask(key, counter, p), eps)
+
+
+def _backward(grad, grad_sum, total, stats, weight, key, counter, p, branch_bias):
+    from heptapod_fast.kernels import layer_norm as kernels
+
+    return kernels.backward(grad, grad_sum, total, stats, weight, _mask(key, counter, p),
+                            branch_bias)
+
+
+def _stats_like(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel() // max(1, x.shape[-1]), 2), dtype=torch.float32)
+
+
+def _fake_backward(grad, grad_sum, total, stats, weight, key, counter, p, branch_bias):
+    sums = 2 * (weight is not None) + branch_bias
+    dbranch = total.new_empty(0) if key is None else torch.empty_like(total)
+    return (torch.empty_like(total), dbranch,
+            total.new_empty((sums, total.shape[-1]), dtype=torch.float32))
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], weight)
+
+
+def _gradient(ctx, grad: Tensor | None, _):
+    if grad is None:
+        return None, None, None, None
+    x, stats, weight = ctx.saved_tensors
+    dx, _, sums = _backward_operator(grad.contiguous(), None, x, stats, weight, None, None, 0.0,
+                                     False)
+    return dx, *(sums.unbind() if weight is not None else (None, None)), None
+
+
+def _add_setup(ctx, inputs, output) -> None:
+    _, _, branch_bias, weight, _, key, counter, ctx.p, _ = inputs
+    ctx.branch_bias = branch_bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], output[2], weight, key, counter)
+
+
+def _add_gradient(ctx, grad_sum: Tensor | None, grad: Tensor | None, _):
+    total, stats, weight, key, counter = ctx.saved_tensors
+    if grad is None and grad_sum is None:
+        return (None,) * 9
+    # A sum without its norm is rare (no block does it): it need not be fast.
+    grad = torch.zeros_like(total) if grad is None else grad.contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    dx, dbranch, sums = _backward_operator(grad, grad_sum, total, stats, weight, key, counter,
+                                           ctx.p, ctx.branch_bias)
+    rows = list(sums.unbind())
+    dbranch_bias = rows.pop() if ctx.branch_bias else None
+    dweight, dbias = rows or (None, None)
+    return dx, dx if key is None else dbranch, dbranch_bias, dweight, dbias, None, None, None, None
+
+
+_operator = operator(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)", _forward,
+    lambda x, *_: (torch.empty_like(x), _stats_like(x)))
+_add_operator = operator(
+    "add_layer_norm(Tensor x, Tensor branch, Tensor? branch_bias, Tensor? weight, Tensor? bias, "
+    "Tensor? key, Tensor? counter, float p, float eps) -> (Tensor, Tensor, Tensor)", _add_forward,
+    lambda x, *_: (torch.empty_like(x), torch.empty_like(x), _stats_like(x)))
+_backward_operator = operator(
+    "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor total, Tensor stats, "
+    "Tensor? weight, Tensor? key, Tensor? counter, float p, bool branch_bias) "
+    "-> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+differentiable(_operator, _gradient, _setup)
+differentiable(_add_operator, _add_gradient, _add_setup)
+dispatch.register("layer_norm", "triton", dispatch.triton_check, dispatch.triton_avoid)
+dispatch.register("layer_norm", "reference", lambda device, dtype: None)

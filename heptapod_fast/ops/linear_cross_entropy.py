@@ -1,16 +1,127 @@
-"""linear_cross_entropy: loss_r = logsumexp_v(z_r . W_v + b_v) - (z_r . W_y + b_y).
+"""linear_cross_entropy: the weighted sum of cross-entropies of logits that are a linear layer.
 
-The logits are a product in the dtype of z; softmax statistics and the loss are float32.
+    logits_r = z_r W^T + b
+    loss_r   = logsumexp_v(logits_rv) - mean_k logits_r[target_rk]           in nats
+    total    = sum_r weight_r * loss_r
+
+    dlogits  = weight_r * (softmax(logits_r) - mean_k onehot(target_rk))
+    dz       = dlogits W,   dW = dlogits^T z,   db = sum_r dlogits_r         times the total's own
+
+K = 1 is the usual loss; NPP scores one set of logits against the K codes of a patch. The logits are
+a product in the dtype of z, rounded once; softmax and loss are float32.
+
+The kernels make the gradients together with the loss, chunk by chunk, so that no logits outlive
+their chunk: dlogits are rounded to the dtype of z once, dW and db are float32 throughout and are
+multiplied by the total's gradient in the backward pass. A target outside 0..V-1 raises in the
+reference on CPU; the kernels take its logit for 0 and give it no gradient, because finding out
+would mean waiting for the device.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.operators import differentiable, operator
 
-def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor,
-                         target_R: Tensor) -> Tensor:
-    """z (R, D), weight (V, D), bias (V,), target (R,) int64 -> (R,) float32 loss in nats."""
-    logits_RV = F.linear(z_RD, weight_VD.to(z_RD.dtype), bias_V.to(z_RD.dtype))
-    return F.cross_entropy(logits_RV.float(), target_R, reduction="none")
+MOST_TARGETS = 16
+
+
+def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target: Tensor,
+                         row_weight_R: Tensor | None = None, chunk: int | None = None,
+                         implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """-> (total (), float32, differentiable in z, weight and bias; losses (R,), float32, without).
+
+    z (R, D) float32 or bfloat16; weight (V, D) and bias (V,), which follow the dtype of z; target
+    (R,) or (R, K) int64, K <= 16, repeats allowed; row_weight (R,): numbers without a gradient,
+    None for 1. A row of weight 0 has no gradient. chunk: rows whose logits are held at a time
+    (default: from the table), for the kernels alone. implementation: "auto", "triton" or
+    "reference". Raises ValueError on shapes, dtypes of targets or chunks that do not fit.
+    """
+    _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk)
+    row_weight_R = None if row_weight_R is None else row_weight_R.detach()
+    if dispatch.select("linear_cross_entropy", z_RD.device, z_RD.dtype,
+                       implementation) == "reference":
+        return _reference(z_RD, weight_VD, bias_V, target, row_weight_R)
+    gradients = torch.is_grad_enabled() and (z_RD.requires_grad or weight_VD.requires_grad
+                                             or bias_V.requires_grad)
+    total, loss_R, *_ = _operator(
+        z_RD.contiguous(), weight_VD.contiguous(), bias_V.contiguous(),
+        (target if target.dim() == 2 else target[:, None]).contiguous(),
+        None if row_weight_R is None else row_weight_R.float().contiguous(), chunk, gradients)
+    return total, loss_R
+
+
+def _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk) -> None:
+    name, rows = "linear_cross_entropy", len(z_RD)
+    if z_RD.dim() != 2 or weight_VD.dim() != 2 or z_RD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"{name} takes z (R, D) and weight (V, D), got {tuple(z_RD.shape)} and "
+                         f"{tuple(weight_VD.shape)}")
+    if bias_V.shape != weight_VD.shape[:1]:
+        raise ValueError(f"{name} takes a bias of shape {tuple(weight_VD.shape[:1])}, got "
+                         f"{tuple(bias_V.shape)}")
+    if (target.dtype != torch.int64 or target.dim() not in (1, 2) or len(target) != rows
+            or target.dim() == 2 and not 1 <= target.shape[1] <= MOST_TARGETS):
+        raise ValueError(f"{name} takes int64 targets ({rows},) or ({rows}, K) with K from 1 to "
+                         f"{MOST_TARGETS}, got {target.dtype} {tuple(target.shape)}")
+    if row_weight_R is not None and row_weight_R.shape != (rows,):
+        raise ValueError(f"{name} takes row weights of shape ({rows},), got "
+                         f"{tuple(row_weight_R.shape)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{name} works on chunks of at least 1 row, got {chunk}")
+
+
+def _reference(z_RD, weight_VD, bias_V, target, row_weight_R) -> tuple[Tensor, Tensor]:
+    logits_RV = F.linear(z_RD, weight_VD.to(z_RD.dtype), bias_V.to(z_RD.dtype)).float()
+    if target.dim() == 1:
+        loss_R = F.cross_entropy(logits_RV, target, reduction="none")
+    else:
+        loss_R = logits_RV.logsumexp(1) - logits_RV.gather(1, target).mean(1)
+    total = loss_R.sum() if row_weight_R is None else (loss_R * row_weight_R.float()).sum()
+    return total, loss_R.detach()
+
+
+def _forward(z, weight, bias, target, row_weight, chunk, gradients):
+    from heptapod_fast.kernels import linear_cross_entropy as kernels
+
+    return kernels.forward(z, weight, bias, target, row_weight, chunk, gradients)
+
+
+def _fake(z, weight, bias, target, row_weight, chunk, gradients):
+    single = dict(dtype=torch.float32, device=z.device)
+    made = [z.new_empty(0), torch.empty(0, **single), torch.empty(0, **single)]
+    if gradients:
+        made = [torch.empty_like(z), torch.empty(weight.shape, **single),
+                torch.empty(bias.shape, **single)]
+    return torch.empty((), **single), torch.empty(z.shape[0], **single), *made
+
+
+def _setup(ctx, inputs, output) -> None:
+    z, weight, bias, *_, ctx.gradients = inputs
+    ctx.dtypes = weight.dtype, bias.dtype
+    # Only the total has a gradient; the others come as None instead of as zeros to be made.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+def _gradient(ctx, grad_total: Tensor | None, *_):
+    if not ctx.gradients:
+        raise RuntimeError("linear_cross_entropy was told that no gradients are wanted")
+    if grad_total is None:
+        return (None,) * 7
+    dz, dweight, dbias = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    return (dz * grad_total if wanted[0] else None,
+            (dweight * grad_total).to(ctx.dtypes[0]) if wanted[1] else None,
+            (dbias * grad_total).to(ctx.dtypes[1]) if wanted[2] else None, None, None, None, None)
+
+
+_operator = operator(
+    "linear_cross_entropy(Tensor z, Tensor weight, Tensor bias, Tensor target, Tensor? row_weight, "
+    "int? chunk, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _fake)
+differentiable(_operator, _gradient, _setup)
+dispatch.register("linear_cross_entropy", "triton", dispatch.triton_check, dispatch.triton_avoid)
+dispatch.register("linear_cross_entropy", "reference", lambda device, dtype: None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from heptapod_fast.config import Config
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model.token_losses import Categorical, Diffusion
-from heptapod_fast.model.transformer import Backbone, Drop, no_drop
+from heptapod_fast.model.transformer import NO_DROP, Backbone, Drop
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions, sample_codes, sample_vectors
 from heptapod_fast.tokenizers.base import TokenSpec
@@ -88,7 +88,7 @@ class System(nn.Module):
              rng: Rng):
         """Dropout masks of one forward pass over P sequences of `length` elements."""
         if self.config.dropout == 0.0 or not self.training:
-            return no_drop
+            return NO_DROP
         key_PS2 = rng.bits(f"dropout.{stream}", index_P, 2 * sites, slot_P).unflatten(-1, (-1, 2))
         counter = torch.arange(length, device=index_P.device)
         return Drop(key_PS2, counter, self.config.dropout)

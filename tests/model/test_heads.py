@@ -6,7 +6,7 @@ import torch
 from heptapod_fast import grid
 from heptapod_fast.model.heads import GlobalHead, LocalHead, place
 from heptapod_fast.rng import Rng
-from tests.running import fill
+from tests.running import dense, fill
 
 WIDTH, SIDE, TOKENS = 16, 4, 16
 ORDER = grid.random_orders(torch.arange(2), TOKENS, Rng(0))
@@ -61,7 +61,7 @@ def test_global_rows_are_elements_of_the_dense_output():
     out = head(h, ORDER, steps, rows.pair_R, rows.position_R)
     x = head.assemble(h, ORDER, steps)
     for block in head.blocks:
-        x = block(x)
+        x = dense(block, x)
     torch.testing.assert_close(out, head.norm(x)[rows.pair_R, rows.position_R + 1],
                                rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from heptapod_fast import ops
 from heptapod_fast.model.token_losses import Categorical, Diffusion, timestep_features
+from heptapod_fast.ops.diffusion_loss import row_losses
 from heptapod_fast.rng import Rng
+from tests.numerics import needs_triton
 from tests.running import fill
 
 D, C, W, REPEAT = 12, 3, 8, 4
@@ -46,6 +48,30 @@ def test_mlp_is_upstreams():
                                rtol=1e-4, atol=1e-5)
 
 
+def test_rows_share_the_condition_of_their_token():
+    m, (z, *_) = diffusion(), rows(3)
+    x, t = torch.randn(12, C), torch.arange(12) * 90
+    condition = m.condition(z)
+    torch.testing.assert_close(m.net(x, t, condition),
+                               m.net(x, t, condition.repeat_interleave(4, dim=0)))
+
+
+@needs_triton
+def test_kernels_give_every_parameter_its_gradient():
+    gradients = {}
+    for implementation in ("reference", "triton"):
+        m, (z, *_) = diffusion(), rows(3)
+        ops.dispatch.force("diffusion_mlp", implementation)
+        try:
+            out = m.net(torch.ones(12, C), torch.arange(12) * 90, m.condition(z))
+        finally:
+            ops.dispatch.force("diffusion_mlp", "auto")
+        (out * torch.arange(6.0)).sum().backward()
+        gradients[implementation] = {name: p.grad for name, p in m.named_parameters()}
+    assert all(bool(g.any()) for g in gradients["reference"].values())
+    torch.testing.assert_close(gradients["triton"], gradients["reference"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("bound", [True, False])
 def test_loss_is_the_mean_over_repeats_with_fresh_draws(bound):
     m, (z, x0, index, slot) = diffusion(bound), rows()
@@ -58,7 +84,7 @@ def test_loss_is_the_mean_over_repeats_with_fresh_draws(bound):
             t = Rng(1).integers("diffusion.time", index[r], 1, 1000, key)
             noise = Rng(1).normal("diffusion.noise", index[r], C, key)[None]
             xt = ops.add_noise(x0[r:r + 1], noise, t, m.tables)
-            each.append(ops.diffusion_loss(upstream_mlp(m, xt, t, z[r:r + 1]), x0[r:r + 1], xt,
+            each.append(row_losses(upstream_mlp(m, xt, t, z[r:r + 1]), x0[r:r + 1], xt,
                                            noise, t, m.tables, bound))
             drawn.append((int(t), float(noise[0, 0])))
         torch.testing.assert_close(loss[r], torch.cat(each).mean(), rtol=1e-3, atol=1e-4)
@@ -79,12 +105,27 @@ def test_timesteps_cover_0_to_999():
     assert int(t.min()) == 0 and int(t.max()) == 999
 
 
-def test_condition_runs_once_per_token_and_time_once_per_call():
+def watch(monkeypatch, m, note):
+    """Calls note(name, input, output) for the first and last layer, which are no module calls."""
+    plain, names = F.linear, {id(m.input.weight): "input", id(m.output.weight): "output"}
+
+    def linear(x, weight, bias=None):
+        out = plain(x, weight, bias)
+        if id(weight) in names:
+            note(names[id(weight)], x, out)
+        return out
+
+    monkeypatch.setattr(F, "linear", linear)
+
+
+def test_condition_runs_once_per_token_and_time_once_per_call(monkeypatch):
     m, (z, x0, index, slot) = diffusion(), rows()
     seen = {}
-    for name in ("condition", "time1", "time2", "input", "output"):
+    note = lambda name, x: seen.setdefault(name, []).append(len(x))
+    watch(monkeypatch, m, lambda name, x, out: note(name, x))
+    for name in ("condition", "time1", "time2"):
         getattr(m, name).register_forward_pre_hook(
-            lambda module, inputs, name=name: seen.setdefault(name, []).append(len(inputs[0])))
+            lambda module, inputs, name=name: note(name, inputs[0]))
     m.loss(z, x0, Rng(1), index, slot)
     assert seen == {"condition": [5], "time1": [1000], "time2": [1000], "input": [5 * REPEAT],
                     "output": [5 * REPEAT]}
@@ -105,12 +146,12 @@ def test_time_table_equals_direct_embedding():
         torch.testing.assert_close(m.embed_time(torch.float32)[t], direct)
 
 
-def test_first_and_last_layer_work_in_float32():
+def test_first_and_last_layer_work_in_float32(monkeypatch):
     m, (z, x0, index, slot) = diffusion(), rows()
     dtypes = {}
-    for name in ("input", "output", "condition"):
-        getattr(m, name).register_forward_hook(
-            lambda module, inputs, out, name=name: dtypes.update({name: out.dtype}))
+    watch(monkeypatch, m, lambda name, x, out: dtypes.update({name: out.dtype}))
+    m.condition.register_forward_hook(
+        lambda module, inputs, out: dtypes.update(condition=out.dtype))
     total, loss = m.loss(z.bfloat16(), x0, Rng(1), index, slot)
     assert dtypes == {"input": torch.float32, "output": torch.float32, "condition": torch.bfloat16}
     assert total.dtype == loss.dtype == torch.float32

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from heptapod_fast.model.transformer import Backbone, Block, Drop
+from heptapod_fast import ops
+from heptapod_fast.model.transformer import Backbone, Block, Drop, NoDrop, Stream
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache
+from tests.running import dense
 
 WIDTH, HEADS = 16, 2
 
@@ -49,7 +51,7 @@ def test_block_is_the_standard_pre_norm_block(causal):
     ours, x = block(), torch.randn(3, 6, WIDTH)
     mask = nn.Transformer.generate_square_subsequent_mask(6) if causal else None
     expected = torchs_own(ours).train()(x, src_mask=mask)
-    torch.testing.assert_close(ours(x, causal=causal), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense(ours, x, causal=causal), expected, rtol=1e-4, atol=1e-4)
 
 
 def drop_of(batch, length, p=0.3, sites=6):
@@ -65,30 +67,38 @@ def test_gathered_rows_equal_the_full_block(dropped):
     results = []
     for packed in (True, False):
         x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        out = (module.forward_rows(x, sequence, element, **options) if packed
-               else module(x, **options)[sequence, element])
+        out = (module.forward_rows(Stream(x), sequence, element, **options).value() if packed
+               else dense(module, x, **options)[sequence, element])
         grads = torch.autograd.grad((out * out.detach().cos()).sum(), (x, *module.parameters()))
         results.append((out, *grads))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+class Recorder(NoDrop):
+    """Dropout that is off and notes where it was asked for."""
+
+    def __init__(self):
+        self.sites = []
+
+    def mask(self, site):
+        self.sites.append(site)
+
+
 def test_dropout_acts_on_its_three_places():
-    """A recorder instead of dropout: after the projection, after GELU, after the second layer."""
-    seen = []
-
-    def record(x, site):
-        seen.append((site, x.shape[-1]))
-        return x
-
-    block(2)(torch.randn(1, 4, WIDTH), drop=record)
-    assert seen == [(6, WIDTH), (7, 4 * WIDTH), (8, WIDTH)]
+    """After the projection, after GELU, after the second layer: a block written out."""
+    module, drop, x = block(2), drop_of(3, 5, sites=9), torch.randn(3, 5, WIDTH)
+    drops = [lambda y, site=site: ops.dropout(y, drop.mask(site)) for site in (6, 7, 8)]
+    h = x + drops[0](module.proj(module.attend(module.norm1(x))))
+    hidden = drops[1](nn.functional.gelu(module.fc1(module.norm2(h))))
+    expected = h + drops[2](module.fc2(hidden))
+    torch.testing.assert_close(dense(module, x, drop=drop), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_of_the_backbone_uses_every_site_once():
-    sites = []
-    backbone()(torch.randn(1, 4, WIDTH), drop=lambda x, site: (sites.append(site), x)[1])
-    assert sites == list(range(6))
+    drop = Recorder()
+    backbone()(torch.randn(1, 4, WIDTH), drop=drop)
+    assert drop.sites == list(range(6))
 
 
 def test_backbone_is_causal():

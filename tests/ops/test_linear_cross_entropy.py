@@ -1,53 +1,239 @@
-"""linear_cross_entropy against its definition in float64, values and gradients."""
+"""linear_cross_entropy: the definition in float64, the kernels against the reference, the operator.
+"""
 
+import pytest
 import torch
 
 from heptapod_fast.ops import linear_cross_entropy
+from heptapod_fast.ops.linear_cross_entropy import _operator
+from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_triton
+
+# Rows, width, codes, targets per row, chunk. bf16 with an even number of codes takes the kernel
+# that holds a row, the rest the one that works in blocks of 1024 codes and 4 rows.
+SHAPES = [(9, 8, 64, 1, None), (1, 16, 1000, 1, None), (11, 8, 130, 4, 4), (5, 24, 13, 16, 2),
+          (7, 8, 2050, 2, 4), (6, 8, 1101, 1, 6)]
 
 
-def inputs(scale=1.0):
+def inputs(scale=1.0, rows=9, width=8, codes=13, targets=1, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    z, weight = (scale * torch.randn(shape, generator=generator) for shape in ((9, 8), (13, 8)))
-    bias = torch.randn(13, generator=generator)
-    return z, weight, bias, torch.randint(13, (9,), generator=generator)
+    z, weight = (scale * torch.randn(shape, generator=generator)
+                 for shape in ((rows, width), (codes, width)))
+    bias = torch.randn(codes, generator=generator)
+    target = torch.randint(codes, (rows, targets), generator=generator)
+    z, weight, bias, target = (x.to(DEVICE) for x in (z.to(dtype), weight, bias, target))
+    return z, weight, bias, target[:, 0] if targets == 1 else target
 
 
-def exact(z, weight, bias, target):
+def draw(rows, width, codes, targets, dtype):
+    """Leaves, targets with a repeat, row weights with zeros."""
+    *leaves, target = inputs(1.0, rows, width, codes, targets, dtype)
+    if targets > 1:
+        target[:, 1] = target[:, 0]
+    row_weight = torch.rand(rows, device=DEVICE) * (torch.arange(rows, device=DEVICE) % 4 != 2)
+    return *(leaf.requires_grad_() for leaf in leaves), target, row_weight
+
+
+def exact(z, weight, bias, target, row_weight=None):
+    """(total, losses), written out in float64."""
     logits = z.double() @ weight.double().t() + bias.double()
     peak = logits.amax(1, keepdim=True)
     total = peak[:, 0] + (logits - peak).exp().sum(1).log()
-    return total - logits[torch.arange(len(z)), target]
+    chosen = torch.stack([logits[r][t].mean() for r, t in enumerate(target.view(len(z), -1))])
+    loss = total - chosen
+    return (loss if row_weight is None else loss * row_weight).sum(), loss
 
 
-def gradients(function, arguments):
+def gradients(function, arguments, row_weight):
     *tensors, target = arguments
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    weights = torch.arange(1.0, len(target) + 1)
-    (function(*leaves, target) * weights).sum().backward()
+    (3 * function(*leaves, target, row_weight)[0]).backward()
     return [leaf.grad for leaf in leaves]
 
 
-def test_values():
+@pytest.mark.parametrize("targets", [1, 4])
+def test_values(targets):
     for scale in (0.1, 1.0, 30.0):
-        arguments = inputs(scale)
-        out = linear_cross_entropy(*arguments)
-        assert out.dtype == torch.float32 and out.shape == (9,)
-        torch.testing.assert_close(out.double(), exact(*arguments), rtol=1e-4, atol=1e-4)
+        arguments = inputs(scale, targets=targets)
+        total, loss = linear_cross_entropy(*arguments, implementation="reference")
+        assert total.dtype == loss.dtype == torch.float32
+        assert total.shape == () and loss.shape == (9,)
+        expected, losses = exact(*arguments)
+        torch.testing.assert_close(loss.double(), losses, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients():
-    ours, theirs = (gradients(f, inputs()) for f in (linear_cross_entropy, exact))
+@pytest.mark.parametrize("targets", [1, 4])
+def test_gradients(targets):
+    weights = torch.arange(9.0, device=DEVICE)
+    ours, theirs = (gradients(f, inputs(targets=targets), weights)
+                    for f in (linear_cross_entropy, exact))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_keeps_float32_masters_and_statistics():
-    z, weight, bias, target = inputs()
-    out = linear_cross_entropy(z.bfloat16(), weight, bias, target)
-    rounded = exact(z.bfloat16(), weight.bfloat16(), bias.bfloat16(), target)
-    assert out.dtype == torch.float32
+@pytest.mark.parametrize("implementation",
+                         ["reference", pytest.param("triton", marks=needs_triton)])
+def test_bf16_keeps_float32_masters_and_statistics(implementation):
+    z, weight, bias, target = inputs(codes=14)
+    total, loss = linear_cross_entropy(z.bfloat16(), weight, bias, target,
+                                       implementation=implementation)
+    _, rounded = exact(z.bfloat16(), weight.bfloat16(), bias.bfloat16(), target)
+    assert total.dtype == loss.dtype == torch.float32
     # Each of the two logits may be half a bf16 step off; the sums over codes are exact beside it.
-    assert float((out.double() - rounded).abs().max()) < 2 * 2**-8 * 16
-    masters = gradients(lambda z, w, b, t: linear_cross_entropy(z.bfloat16(), w, b, t),
-                        (z, weight, bias, target))
+    assert float((loss.double() - rounded).abs().max()) < 2 * 2**-8 * 16
+    masters = gradients(
+        lambda z, w, b, t, r: linear_cross_entropy(z.bfloat16(), w, b, t, r,
+                                                   implementation=implementation),
+        (z, weight, bias, target), None)
     assert all(g.dtype == torch.float32 for g in masters)
+    if implementation == "triton":  # not rounded to bf16 on the way
+        assert all(bool((g != g.bfloat16()).any()) for g in masters[1:])
+
+
+@needs_triton
+@pytest.mark.parametrize("rows, width, codes, targets, chunk", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kernel_by_the_rule(rows, width, codes, targets, chunk, dtype, weighted):
+    *leaves, target, row_weight = draw(rows, width, codes, targets, dtype)
+    row_weight = row_weight if weighted else None
+
+    def run(implementation):
+        return lambda *leaves: linear_cross_entropy(*leaves, target, row_weight, chunk,
+                                                    implementation)
+
+    upstream = [torch.tensor(1.7, device=DEVICE), None]
+    compare(run("triton"), run("reference"), leaves, upstream,
+            exact=lambda *leaves: exact(*leaves, target, row_weight))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, codes, targets, chunk", [(11, 64, 1, None), (13, 130, 3, 7)])
+def test_programs_of_several_rows(monkeypatch, dtype, rows, codes, targets, chunk):
+    """As large batches have them: the next row on its way, bias gradients over rows."""
+    from heptapod_fast.kernels import linear_cross_entropy as kernels
+
+    plan = kernels._plan
+    monkeypatch.setattr(kernels, "_plan", lambda logits: (*plan(logits)[:2], 2))
+    *leaves, target, row_weight = draw(rows, 8, codes, targets, dtype)
+
+    def run(implementation):
+        return lambda *leaves: linear_cross_entropy(*leaves, target, row_weight, chunk,
+                                                    implementation)
+
+    compare(run("triton"), run("reference"), leaves, [torch.tensor(1.7, device=DEVICE), None],
+            exact=lambda *leaves: exact(*leaves, target, row_weight))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_weight_zero_change_nothing(dtype):
+    z, weight, bias, target, row_weight = draw(9, 8, 64, 1, dtype)
+    z = z.detach()
+    z[row_weight == 0] = 3e38
+    total, loss = linear_cross_entropy(z.requires_grad_(), weight, bias, target, row_weight,
+                                       implementation="triton")
+    total.backward()
+    kept = row_weight > 0
+    assert 0 < int(kept.sum()) < 9 and not bool(loss.isfinite().all())
+    assert torch.equal(z.grad[~kept], torch.zeros_like(z.grad[~kept]))
+    found = [total.detach(), z.grad[kept], weight.grad, bias.grad]
+    leaves = [x.detach()[kept] if x is z else x.detach() for x in (z, weight, bias)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    alone, _ = linear_cross_entropy(*leaves, target[kept], row_weight[kept],
+                                    implementation="triton")
+    alone.backward()
+    for a, b in zip(found, [alone.detach(), *(leaf.grad for leaf in leaves)]):
+        torch.testing.assert_close(a, b)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_out_of_range_count_for_nothing(dtype):
+    z, weight, bias, target, _ = draw(4, 8, 64, 1, dtype)
+    target[1], target[2] = -100, 2**32 + 5
+    total, loss = linear_cross_entropy(z, weight, bias, target, implementation="triton")
+    total.backward()
+    logits = z.double() @ weight.to(dtype).double().t() + bias.double()
+    torch.testing.assert_close(loss[1:3].double(), logits[1:3].logsumexp(1), rtol=0.01, atol=0.01)
+    expected = (logits[1:3].softmax(1) @ weight.double()).to(dtype)
+    torch.testing.assert_close(z.grad[1:3], expected, rtol=0.02, atol=0.02)
+
+
+@needs_triton
+def test_large_and_odd_vocabularies_go_in_blocks():
+    from heptapod_fast.kernels import linear_cross_entropy as kernels
+
+    for codes, dtype, kernel in ((16384, torch.bfloat16, kernels._rows),
+                                 (12, torch.bfloat16, kernels._rows),
+                                 (13, torch.bfloat16, kernels._blocks),
+                                 (40_000, torch.bfloat16, kernels._blocks),
+                                 (16384, torch.float32, kernels._blocks)):
+        found, tile, programs = kernels._plan(torch.empty(3, codes, dtype=dtype, device=DEVICE))
+        assert found is kernel and 1 <= programs <= 3 and "programs" not in tile
+
+
+@needs_triton
+def test_chunks_are_alike():
+    from heptapod_fast.kernels.linear_cross_entropy import chunk_rows
+
+    assert chunk_rows(16448, 5632) == 5504 and chunk_rows(9, 4) == 4 and chunk_rows(9, 9) == 9
+    assert chunk_rows(1000, 4096) == 1024
+
+
+@needs_triton
+def test_losses_alone_when_no_gradient_is_wanted():
+    arguments = inputs(codes=64, dtype=torch.bfloat16)
+    _, weight, *_ = arguments
+    alone = linear_cross_entropy(*arguments, implementation="triton")
+    weight.requires_grad_()
+    with torch.no_grad():
+        without = linear_cross_entropy(*arguments, implementation="triton")
+    full = linear_cross_entropy(*arguments, implementation="triton")
+    assert full[0].requires_grad and not full[1].requires_grad
+    for result in (alone, without):
+        assert not result[0].requires_grad
+        assert all(torch.equal(a, b) for a, b in zip(result, full))
+    # A second backward pass of the same graph finds the gradients as they were.
+    first, second = (torch.autograd.grad(full[0], weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator(dtype):
+    *leaves, target, row_weight = draw(6, 8, 64, 2, dtype)
+    check_operator(_operator, *leaves, target, row_weight, 4, True)
+    check_operator(_operator, *(leaf.detach() for leaf in leaves), target, None, None, False)
+    check_compiles(lambda *leaves: linear_cross_entropy(*leaves, target, row_weight,
+                                                        implementation="triton"),
+                   leaves, [torch.tensor(0.5, device=DEVICE), None])
+    with torch.no_grad():
+        check_compiles(lambda z, w, b: linear_cross_entropy(z, w, b, target,
+                                                            implementation="triton"), leaves)
+
+
+@needs_triton
+def test_no_rows():
+    leaves = [x.requires_grad_() for x in inputs(rows=9)[:3]]
+    target = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    total, loss = linear_cross_entropy(leaves[0][:0], *leaves[1:], target, implementation="triton")
+    total.backward()
+    assert float(total.detach()) == 0 and loss.shape == (0,)
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
+
+
+def test_refusals():
+    z, weight, bias, target = inputs()
+    with pytest.raises(ValueError, match=r"z \(R, D\) and weight \(V, D\), got \(9, 7\)"):
+        linear_cross_entropy(z[:, :7], weight, bias, target)
+    with pytest.raises(ValueError, match=r"bias of shape \(13,\), got \(12,\)"):
+        linear_cross_entropy(z, weight, bias[:12], target)
+    for wrong in (target.int(), target[:8], target[:, None].repeat(1, 17), target[:, None][:, :0]):
+        with pytest.raises(ValueError, match=r"\(9,\) or \(9, K\) with K from 1 to 16, got"):
+            linear_cross_entropy(z, weight, bias, wrong)
+    with pytest.raises(ValueError, match=r"row weights of shape \(9,\), got \(1,\)"):
+        linear_cross_entropy(z, weight, bias, target, torch.ones(1))
+    with pytest.raises(ValueError, match="at least 1 row, got 0"):
+        linear_cross_entropy(z, weight, bias, target, chunk=0)

@@ -7,6 +7,7 @@ from heptapod_fast import grid
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.sampling.generate import generate, spread
+from tests.running import dense
 
 RNG, TOKENS = Rng(4), 16
 KINDS = ("discrete", "continuous")
@@ -40,7 +41,7 @@ def head_at(system, h, order, seen, position):
         return z[torch.arange(3), (window == position[:, None]).int().argmax(1)]
     x = system.head.assemble(h, order, step)
     for block in system.head.blocks:
-        x = block(x)
+        x = dense(block, x)
     return system.head.norm(x)[torch.arange(3), position + 1]
 
 

@@ -15,6 +15,15 @@ def test_a_trace_and_a_table_are_written(tmp_path):
     assert json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
 
 
+def test_one_operation(tmp_path):
+    result = command("profile", "--size", "tiny", "--op", "bias_gelu", "--profile-steps", 2,
+                     "--profile-out", tmp_path)
+    assert result.code == 0, result.err
+    assert "aten::gelu" in (tmp_path / "bias_gelu-0.txt").read_text()
+    assert json.loads((tmp_path / "bias_gelu-0.json").read_text())["traceEvents"]
+    refused(command("profile", "--size", "tiny", "--op", "nothing"), "--op nothing", "bias_gelu")
+
+
 def test_help_and_refusals():
     assert "--profile-steps" in command("profile", "--help").out
     refused(command("profile", *flags(batch=9)), "--batch")

@@ -1,0 +1,197 @@
+"""Tables from the files that bench/gpu.py writes: GPU.md, and PENDING.md for what is not settled.
+
+Nothing is typed: figures come from gpu/*.json, gates from the benchmarks' own cases.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+from bench.gpu_sections import OPERATIONS, SECTIONS
+
+CONFIGS = Path(__file__).resolve().parent.parent / "kernels/configs"
+
+
+def write(out: Path) -> None:
+    """DIR/GPU.md and DIR/PENDING.md from DIR/gpu/*.json."""
+    results = [json.loads(path.read_text()) for path in sorted((out / "gpu").glob("*.json"))]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "GPU.md").write_text(gpu_page(results))
+    (out / "PENDING.md").write_text(pending_page(results))
+
+
+# ------------------------------------------------------------------------------------------- GPU.md
+
+def gpu_page(results: list[dict]) -> str:
+    """Every result, newest last."""
+    lines = ["# Measured on GPUs", "",
+             "Made by `python bench/gpu.py` from `gpu/*.json`. Times are medians of CUDA-graph "
+             "replays over inputs larger than L2, all contenders in turns; the share is that of "
+             "the floor (bytes over measured copy bandwidth, or products over the measured square "
+             "product, whichever is longer)."]
+    if not results:
+        lines += ["", "Nothing has been measured on a GPU yet; see PENDING.md."]
+    for result in results:
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        lines += ["", f"## {result['gpu']}, {result['date']}", "", f"{versions}; code "
+                  f"{', '.join(sorted({s['code'] for s in result['sections'].values()}))}."]
+        for name, section in result["sections"].items():
+            lines += ["", f"### {name}", ""]
+            if section["status"] != "done":
+                lines += [f"{section['status']}: {section['why'].splitlines()[-1][:300]}"
+                          if section["why"] else section["status"], ""]
+            lines += section_table(name, section["rows"], ceilings_of(result))
+    return "\n".join(lines) + "\n"
+
+
+def ceilings_of(result: dict) -> dict[str, float]:
+    """{"copy": bytes/s, "product": FLOP/s} as measured in the same file; empty if they were not."""
+    rows = result["sections"].get("ceilings", {}).get("rows", [])
+    found: dict[str, float] = {}
+    for row in rows:
+        for contender in row["contenders"].values():
+            if contender["seconds"] and row["case"].startswith("copy"):
+                found["copy"] = max(found.get("copy", 0.0), row["bytes"] / contender["seconds"])
+            elif contender["seconds"] and "square" in row["case"]:
+                found["product"] = row["flops"] / contender["seconds"]
+    return found
+
+
+def section_table(name: str, rows: list[dict], ceilings: dict[str, float]) -> list[str]:
+    """Markdown of one section."""
+    if name == "build":
+        return [f"- {row['case']}: {'passed' if row['passed'] else 'FAILED'}"
+                f"{', ' + row['summary'] if 'summary' in row else ''}" for row in rows]
+    if name.startswith("step") or name == "baselines":
+        return step_table(rows)
+    if name == "ceilings":
+        return ["| what | us | GB/s | TFLOP/s |", "|---|---:|---:|---:|",
+                *(ceiling_line(row) for row in rows)]
+    lines = ["| case | ours us | share of floor | best peer | its us | ratio | gate | aim |",
+             "|---|---:|---:|---|---:|---:|---|---|"]
+    return lines + [operation_line(row, ceilings) for row in rows]
+
+
+def ceiling_line(row: dict) -> str:
+    """One measured ceiling."""
+    seconds = next(iter(row["contenders"].values()))["seconds"]
+    if not seconds:
+        return f"| {row['case']} | failed | | |"
+    rate = f"{row['flops'] / seconds / 1e12:.0f}" if row["flops"] else ""
+    return f"| {row['case']} | {seconds * 1e6:.1f} | {row['bytes'] / seconds / 1e9:.0f} | {rate} |"
+
+
+def judged(row: dict, ceilings: dict[str, float]) -> dict:
+    """Ours against the floor and the best peer; whether gate and aim are met (None: unknown)."""
+    ours = row["contenders"].get("ours", {}).get("seconds")
+    peers = {name: c["seconds"] for name, c in row["contenders"].items()
+             if c["seconds"] and not name.startswith("ours")}
+    best = min(peers, key=peers.get) if peers else None
+    floor = max((row["bytes"] / ceilings["copy"] if "copy" in ceilings else 0.0,
+                 row["flops"] / ceilings["product"] if "product" in ceilings else 0.0))
+    found = {"ours": ours, "peer": best, "peer_seconds": peers.get(best),
+             "ratio": peers[best] / ours if best and ours else None,
+             "share": floor / ours if floor and ours else None}
+    copy = row["bytes"] / ours / ceilings["copy"] if ours and "copy" in ceilings else None
+    for key in ("gate", "aim"):
+        found[key] = meets(row.get(key, ""), found["ratio"], copy)
+    return found
+
+
+def meets(wanted: str, ratio: float | None, copy: float | None) -> bool | None:
+    """Whether "1.15x best peer" and "75% of copy bandwidth", one or both, are reached."""
+    answers = []
+    for number, unit in re.findall(r"([\d.]+)\s*(x|%)", wanted):
+        found = ratio if unit == "x" else copy
+        answers.append(None if found is None else
+                       found >= (float(number) if unit == "x" else float(number) / 100))
+    return None if not answers or None in answers else all(answers)
+
+
+def operation_line(row: dict, ceilings: dict[str, float]) -> str:
+    """One case of an operation."""
+    found = judged(row, ceilings)
+    if not found["ours"]:
+        why = row["contenders"].get("ours", {}).get("why", "no contender of ours")
+        return f"| {row['case']} | failed: {why.splitlines()[0][:120] if why else ''} | | | | | | |"
+    says = {True: "met", False: "missed", None: "unknown"}
+    cell = lambda key: f"{row[key]}: {says[found[key]]}" if row.get(key) else ""
+    share = f"{found['share']:.0%}" if found["share"] else ""
+    peer = (f"{found['peer']} | {found['peer_seconds'] * 1e6:.1f} | {found['ratio']:.2f}"
+            if found["peer"] else "| |")
+    return (f"| {row['case']} | {found['ours'] * 1e6:.1f} | {share} | {peer} | {cell('gate')} | "
+            f"{cell('aim')} |")
+
+
+def step_table(rows: list[dict]) -> list[str]:
+    """Training steps, and the kernels of those that were profiled."""
+    lines = ["| configuration | batch | images/s | quartiles | TFLOP/s | MFU | memory GB |",
+             "|---|---:|---:|---|---:|---:|---:|"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['case']} | | failed: {row['failed'][:120]} | | | | |")
+            continue
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+        lines.append(f"| {row['case']} | {row['batch']} | {row['images_per_second']} | "
+                     f"{row['quartiles'][0]} to {row['quartiles'][1]} | {row['tflops']} | {mfu} | "
+                     f"{row['memory_GB']} |")
+    for row in rows:
+        if row.get("kernels"):
+            lines += ["", f"Device time of one step, {row['case']}:", "",
+                      "| kernel | us | calls |", "|---|---:|---:|"]
+            lines += [f"| `{k['kernel'][:90]}` | {k['us']} | {k['calls']} |"
+                      for k in row["kernels"][:25]]
+    return lines
+
+
+# --------------------------------------------------------------------------------------- PENDING.md
+
+def pending_page(results: list[dict]) -> str:
+    """Sections that no file settles, gates that are missed or unknown, untuned configurations."""
+    lines = ["# Not settled on a GPU yet", "",
+             "Made by `python bench/gpu.py` from the files in `gpu/` (`python bench/gpu.py --list` "
+             "names the sections)."]
+    if not results:
+        lines += ["", "No GPU has run this code so far; figures for one are models or absent."]
+    done = {name for result in results for name, section in result["sections"].items()
+            if section["status"] == "done"}
+    missing = [name for name in SECTIONS if name not in done]
+    if missing:
+        lines += ["", "## Sections never finished", ""]
+        lines += [f"- `{name}`: {SECTIONS[name].__doc__.splitlines()[0]}" for name in missing]
+    lines += open_gates(results) + open_tables()
+    return "\n".join(lines) + "\n"
+
+
+def open_gates(results: list[dict]) -> list[str]:
+    """Gates of the benchmarks' cases by their newest measurement."""
+    newest: dict[tuple[str, str], dict] = {}
+    for result in results:
+        for name, section in result["sections"].items():
+            if name.startswith("op-"):
+                for row in section["rows"]:
+                    newest[name[3:], row["case"]] = judged(row, ceilings_of(result))
+    lines = []
+    for operation in OPERATIONS:
+        for case in importlib.import_module(f"bench.bench_{operation}").cases("cuda"):
+            found = newest.get((operation, case.name), {"gate": None, "aim": None})
+            if case.gate and found["gate"] is not True:
+                verdict = "missed" if found["gate"] is False else "not measured"
+                if found.get("ratio"):
+                    verdict += f" ({found['ratio']:.2f}x the best peer, {found['peer']})"
+                lines.append(f"- {operation}, {case.name}: {case.gate} ({verdict})")
+    return ["", "## Gates", "", *lines] if lines else []
+
+
+def open_tables() -> list[str]:
+    """Operations whose configurations no GPU has chosen."""
+    untuned = [path.stem for path in sorted(CONFIGS.glob("*.json"))
+               if not json.loads(path.read_text())["tuned"]]
+    lines = ["", "## Configurations", ""]
+    if untuned:
+        lines.append("- chosen from registers and occupancy alone, `python bench/tune.py` has not "
+                     f"run: {', '.join(untuned)}")
+    return lines + ["- sm_80 and sm_100: compiled (no spills), never tuned or run"]

@@ -1,0 +1,95 @@
+"""Whole systems with every kernel in place of its reference: the wiring, on CPU or GPU."""
+
+import pytest
+import torch
+
+from heptapod_fast.ops import dispatch
+from heptapod_fast.rng import Rng
+from tests.numerics import DEVICE, needs_triton
+
+HEPTAPOD = dict(depth=1, head_depth=1)
+CASES = [("discrete", dict(HEPTAPOD, dropout=0.1)),
+         ("continuous", dict(HEPTAPOD, dropout=0.1, diffusion_repeat=2)),
+         ("continuous", dict(HEPTAPOD, diffusion_loss="mse", diffusion_repeat=1)),
+         ("discrete", dict(HEPTAPOD, head="local", window=4, density=2, dropout=0.1)),
+         ("discrete", dict(HEPTAPOD, steps="uniform", loss_weight="step")),
+         ("discrete", dict(system="1d-random", depth=1))]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """kernels(True): every operation that has a Triton kernel runs it."""
+    monkeypatch.setattr(dispatch, "_forced", {})
+
+    def switch(on):
+        for operation in dispatch.operations("triton"):
+            dispatch.force(operation, "triton" if on else "reference")
+
+    return switch
+
+
+def loss_and_gradients(system, batch):
+    system.zero_grad()
+    loss = system.loss(batch, Rng(0)).mean
+    loss.backward()
+    return loss.detach(), [p.grad for p in system.parameters()]
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens, settings", CASES)
+def test_kernels_give_the_loss_and_gradients_of_the_reference(kernels, make_system, make_batch,
+                                                              tokens, settings):
+    system = make_system(tokens, device=DEVICE, **settings).train()
+    batch = make_batch(system, 2).to(DEVICE)
+    kernels(False)
+    expected_loss, expected = loss_and_gradients(system, batch)
+    kernels(True)
+    loss, gradients = loss_and_gradients(system, batch)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    for (name, _), found, wanted in zip(system.named_parameters(), gradients, expected):
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * scale + 1e-7,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", ["discrete", "continuous"])
+def test_bf16_gradients_are_as_close_to_float32_as_the_references(kernels, make_system, make_batch,
+                                                                 tokens):
+    """Relative to each parameter's largest gradient; the kernels round less often."""
+    system = make_system(tokens, device=DEVICE, dropout=0.1, **HEPTAPOD).train()
+    batch = make_batch(system, 4).to(DEVICE)
+    kernels(False)
+    _, exact = loss_and_gradients(system, batch)
+    system.set_dtype(torch.bfloat16)
+    errors = []
+    for on in (False, True):
+        kernels(on)
+        _, found = loss_and_gradients(system, batch)
+        errors.append(sum(float((f - e).norm() / e.norm()) for f, e in zip(found, exact)))
+    assert errors[1] < 1.2 * errors[0]
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", ["discrete", "continuous"])
+def test_two_runs_give_the_same_bits(kernels, make_system, make_batch, tokens):
+    system = make_system(tokens, device=DEVICE, dropout=0.1, **HEPTAPOD).train()
+    batch = make_batch(system, 2).to(DEVICE)
+    kernels(True)
+    first, second = (loss_and_gradients(system, batch) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+
+
+@needs_triton
+def test_the_backbone_is_one_graph(kernels, make_system, make_batch):
+    """torch.compile(fullgraph=True) of the backbone, with dropout, kernels on."""
+    kernels(True)
+    system = make_system("discrete", device=DEVICE, dropout=0.1, **HEPTAPOD).train()
+    x = torch.randn(2, 16, 32, device=DEVICE)
+    drop = system.drop("backbone", torch.arange(2, device=DEVICE), 0,
+                       3 * len(system.backbone.blocks), 16, Rng(0))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: system.backbone(x, drop), fullgraph=True,
+                             backend="aot_eager")
+    torch.testing.assert_close(compiled(x), system.backbone(x, drop))
