@@ -2,7 +2,7 @@
 
     python bench/gpu.py --out DIR [--sections NAME ...] [--minutes 9]
     python bench/gpu.py --list
-    python bench/gpu.py --merge FILE.json ... [--out bench/results]
+    python bench/gpu.py --merge [FILE.json ...] [--out bench/results]
 
 Needs one CUDA device, torch, triton, numpy, pytest and nvcc. Sections run by worth, each in a
 process of its own, and are skipped or cut off when the minutes are over; sections that the result
@@ -40,11 +40,11 @@ def main() -> int:
         return 0
     if options.list:
         for name, section in SECTIONS.items():
-            print(f"{name:26}{section.__doc__.splitlines()[0]}")
+            print(f"{name:28}{section.__doc__.splitlines()[0]}")
         return 0
-    if options.merge:
+    if options.merge is not None:
         for path in options.merge:
-            merge(json.loads(path.read_text()), options.out)
+            merge(read(path), options.out)
     else:
         measure(options)
     gpu_report.write(options.out)
@@ -60,12 +60,26 @@ def parse() -> argparse.Namespace:
                         help="these, done before or not; --list names them")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--list", action="store_true", help="name the sections and stop")
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE",
-                        help="add result files measured elsewhere; no GPU needed")
+    parser.add_argument("--merge", type=Path, nargs="*", metavar="FILE",
+                        help="add result files measured elsewhere (none: write the pages anew); "
+                             "no GPU needed")
     parser.add_argument("--worker", choices=list(SECTIONS), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def read(path: Path) -> dict:
+    """A result file; SystemExit says what is wrong with it."""
+    try:
+        result = json.loads(path.read_text())
+        missing = {"gpu", "date", "versions", "code", "sections"} - result.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"--merge {path}: not a result of bench/gpu.py: {error}") from None
+    if missing:
+        raise SystemExit(f"--merge {path}: not a result of bench/gpu.py, it lacks "
+                         f"{', '.join(sorted(missing))}")
+    return result
 
 
 def measure(options: argparse.Namespace) -> None:

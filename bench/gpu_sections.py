@@ -65,8 +65,13 @@ def emit_case(case, emit: Emit, deadline: float) -> None:
     from bench import harness
 
     results = harness.measure(case, deadline=deadline)
-    emit({"case": case.name, "bytes": case.bytes, "flops": case.flops, "gate": case.gate,
+    emit({"case": case_name(case), "bytes": case.bytes, "flops": case.flops, "gate": case.gate,
           "aim": case.aim, "contenders": {r.contender: asdict(r) for r in results}})
+
+
+def case_name(case) -> str:
+    """The name of a case within its section: gather_rows measures scatter_rows too."""
+    return f"{case.operation}: {case.name}"
 
 
 def build(emit: Emit, deadline: float) -> None:
@@ -112,16 +117,21 @@ def last_line(done: subprocess.CompletedProcess) -> str:
     return lines[-1].strip("= ") if lines else tail(done, 200)
 
 
-def operation(name: str) -> Callable[[Emit, float], None]:
-    """A section that measures every case of bench/bench_NAME.py against its peers."""
+def cases_of(name: str, larger: bool) -> list:
+    """The cases of bench/bench_NAME.py at sizes L and H (`larger`), or all others."""
+    cases = importlib.import_module(f"bench.bench_{name}").cases("cuda")
+    return [case for case in cases if bool(re.search(r"\b[LH],", case.name)) == larger]
+
+
+def operation(name: str, larger: bool = False) -> Callable[[Emit, float], None]:
+    """A section that measures cases of bench/bench_NAME.py against their peers."""
     def section(emit: Emit, deadline: float) -> None:
-        module = importlib.import_module(f"bench.bench_{name}")
-        for case in module.cases("cuda"):
+        for case in cases_of(name, larger):
             if time.monotonic() > deadline:
                 raise TimeoutError("out of time")
             emit_case(case, emit, deadline)
 
-    section.__doc__ = f"{name} against its peers."
+    section.__doc__ = f"{name} against its peers, {'sizes L and H' if larger else 'size B'}."
     return section
 
 
@@ -249,6 +259,8 @@ SECTIONS: dict[str, Callable[[Emit, float], None]] = {
     **{f"op-{name}": operation(name) for name in OPERATIONS[:5]},
     "step-L": step("L"), "step-H": step("H"), "baselines": baselines,
     **{f"op-{name}": operation(name) for name in OPERATIONS[5:]},
+    **{f"op-{name}-LH": operation(name, larger=True) for name in OPERATIONS
+       if name not in ("diffusion_loss", "flow_loss")},
 }
 
 

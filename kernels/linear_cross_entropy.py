@@ -6,10 +6,10 @@
 
 The kernel `_rows` holds a whole row of logits in the registers of one program, with the next row on
 its way, and the column sums of its rows (the bias gradient) beside it: one program fills a
-multiprocessor. It reads bfloat16 in pairs, because the compiler would keep a row that it carries
-into the next iteration as one register per element. `_blocks` is for all else (float32, an odd
-number of codes, rows that do not fit): an online maximum and sum, then a second read. Both add the
-bias gradient up in float32, before dlogits are rounded, in a fixed order.
+multiprocessor. It reads bfloat16 in pairs, because the compiler would give each element of a row
+that it carries into the next iteration a register of its own. `_blocks` is for all else (float32,
+an odd number of codes, rows that do not fit): an online maximum and sum, then a second read. Both
+add the bias gradient up in float32, before dlogits are rounded, in a fixed order.
 
 The table's chunks fill the multiprocessors of an A100 (sm_80) and an H100 or H200 (sm_90) once with
 128 x 256 tiles of dz, the product whose sum over V is long and whose result is small.
@@ -162,8 +162,8 @@ def _plan(logits: Tensor) -> tuple[object, dict, int]:
     fits = columns % 2 == 0 and columns <= tuning.largest("linear_cross_entropy", "rows")
     if logits.dtype == torch.bfloat16 and fits:
         tile = dict(tuning.lookup("linear_cross_entropy", "rows", columns, logits.device))
-        tile["BLOCK"] = triton.next_power_of_2(columns // 2)
-        tile["WHOLE"] = tile["BLOCK"] == columns // 2
+        tile["BLOCK"] = triton.next_power_of_2(columns)
+        tile["WHOLE"] = tile["BLOCK"] == columns
         return _rows, tile, min(tile.pop("programs"), rows)
     tile = dict(tuning.lookup("linear_cross_entropy", "blocks", columns, logits.device))
     return _blocks, tile, min(tile.pop("programs"), triton.cdiv(rows, tile["ROWS"]))
@@ -197,8 +197,6 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, row_weight:
     weight, bias = weight.to(z.dtype), bias.to(z.dtype)
     logits = torch.empty(min(chunk, rows), columns, dtype=z.dtype, device=z.device)
     kernel, tile, programs = _plan(logits)
-    # Pairs of columns are one element to `_rows`, and its sums are all low halves, then all high.
-    pairs = kernel is _rows
     partials = torch.empty(triton.cdiv(rows, chunk) if gradients else 0, programs, columns,
                            **single)
     for i, start in enumerate(range(0, rows, chunk)):
@@ -206,10 +204,10 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, row_weight:
         count = part.stop - start
         logits = logits[:count]
         torch.addmm(bias, z[part], weight.t(), out=logits)
+        views = (logits, logits.view(torch.int32)) if kernel is _rows else (logits,)
         kernel[(programs,)](
-            logits.view(torch.int32) if pairs else logits, target[part],
-            None if row_weight is None else row_weight[part], loss[part], weighted[part],
-            partials[i] if gradients else None, count, columns // 2 if pairs else columns,
+            *views, target[part], None if row_weight is None else row_weight[part], loss[part],
+            weighted[part], partials[i] if gradients else None, count, columns,
             triton.cdiv(count, programs), K=target.shape[1], GRADIENT=gradients, **tile)
         if gradients:
             torch.mm(logits, weight, out=dz[part])
@@ -219,7 +217,6 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, row_weight:
                 addmm_float_(dweight, logits.t(), z[part])
     if gradients:
         dbias = column_sum(partials.flatten(0, 1))
-        dbias = dbias.view(2, -1).t().reshape(-1) if pairs else dbias
     return weighted.sum(), loss, dz, dweight, dbias
 
 
@@ -235,7 +232,7 @@ def compile_cases(arch: str):
         for *variant, whole in VARIANTS if largest else VARIANTS[:1]:
             name = f"rows of {size}{'' if whole else ', partly filled'}"
             # 16 warps can have 128 registers each, which only Blackwell's compiler finds too few.
-            tight = largest and arch == "sm_100" and (variant[0] == 16 or not whole)
+            tight = largest and arch == "sm_100" and variant[0] > 1
             yield _case(name, _rows, dict(tile, BLOCK=size, WHOLE=whole),
                         dict(logits_ptr="*bf16", pair_ptr="*i32"), *variant,
                         spill=48 if tight else 0)

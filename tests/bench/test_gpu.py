@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_report
-from bench.gpu_sections import OPERATIONS, SECTIONS
+from bench.gpu_sections import OPERATIONS, SECTIONS, case_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +54,8 @@ def row(ours, peers, gate, flops=0.0, case="a case"):
     (1.5e-3, {}, ">= 75% of copy bandwidth", False),
     (1.1e-3, {"eager": 1.6e-3}, "1.4x best peer; 85% of copy bandwidth", True),
     (1.2e-3, {"eager": 9e-3}, "1.4x best peer; 85% of copy bandwidth", False),
+    (2e-3, {"eager": 2e-3, "compiled": 3e-3}, ">= 1.5x compiled", True),
+    (2e-3, {"eager": 9e-3}, ">= 1.5x compiled", None),
     (None, {"eager": 9e-3}, ">= 1.5x best peer", None)])
 def test_gates_are_judged_by_the_best_peer_and_the_measured_copy(ours, peers, gate, expected):
     ceilings = gpu_report.ceilings_of(result(ceilings=CEILINGS))
@@ -71,7 +73,9 @@ def test_the_floor_is_the_longer_of_bytes_and_products():
 def test_pages_of_a_measurement(tmp_path):
     layer = importlib_cases("layer_norm")
     gated = next(case for case in layer if case.gate)
-    rows = [row(1e-3, {"eager": 3e-3, "liger": None}, gated.gate, case=gated.name)]
+    rows = [row(1e-3, {"eager": 3e-3, "liger": None}, gated.gate, case=case_name(gated))]
+    rows[0]["contenders"]["ours"]["ungraphed"] = 2e-3
+    rows[0]["contenders"]["eager"]["ungraphed"] = 5e-3
     measured = result(ceilings=CEILINGS, op_layer_norm=section(rows),
                       op_adaln=section([], "partial", "some\nout of time"),
                       build=section([dict(case="tests", passed=False, summary="1 failed")]))
@@ -80,11 +84,13 @@ def test_pages_of_a_measurement(tmp_path):
     done = gpu("--merge", path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out/GPU.md").read_text()
-    assert f"| {gated.name} | 1000.0 | 100% | eager | 3000.0 | 3.00 | {gated.gate}: met |" in page
+    line = f"| {case_name(gated)} | 1000.0 | 100% | eager | 3000.0 | 3.00 | 2.50 | {gated.gate}: "
+    assert line + "met |" in page
     assert "partial: out of time" in page and "tests: FAILED, 1 failed" in page
     pending = (tmp_path / "out/PENDING.md").read_text()
-    assert "`op-layer_norm`" not in pending and "`op-adaln`" in pending and "`step-B`" in pending
-    assert f"layer_norm, {gated.name}" not in pending
+    assert "`op-layer_norm`" not in pending and "`op-layer_norm-LH`" in pending
+    assert "`op-adaln`" in pending and "`step-B`" in pending
+    assert case_name(gated) not in pending and "layer_norm: add_layer_norm" in pending
     assert "adaln" in pending.split("## Gates")[1]
 
 
@@ -112,6 +118,10 @@ def test_runs_add_up_and_a_cut_off_one_loses_nothing(tmp_path):
 def test_without_a_gpu_it_says_what_it_can_do(tmp_path):
     done = gpu("--out", tmp_path)
     assert done.returncode != 0 and "--merge" in done.stderr and "Traceback" not in done.stderr
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    done = gpu("--merge", broken, "--out", tmp_path)
+    assert done.returncode != 0 and "broken.json" in done.stderr and "Trace" not in done.stderr
     listed = gpu("--list")
     assert listed.returncode == 0
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(SECTIONS)
