@@ -23,6 +23,7 @@ from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
 from heptapod_fast.config import Config
 from heptapod_fast.data.tokens import SyntheticTokens
+from heptapod_fast.model.transformer import Block, Stream
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import choose_precision
 from heptapod_fast.systems.heptapod import Heptapod
@@ -37,10 +38,10 @@ class Masked(Heptapod):
         return rows, self.whole_head(h_BND, order_BN, steps_Bn)[:, 1:].flatten(0, 1)
 
     def whole_head(self, h_BND, order_BN, steps_Bn):
-        x_SLD = self.head.assemble(h_BND, order_BN, steps_Bn)
+        stream = Stream(self.head.assemble(h_BND, order_BN, steps_Bn))
         for block in self.head.blocks:
-            x_SLD = block(x_SLD)
-        return self.head.norm(x_SLD)
+            stream = block(stream)
+        return stream.normed(self.head.norm)[1]
 
 
 class Gathered(Masked):
@@ -95,8 +96,6 @@ def bench_last_block(versus, device):
     config = Config(size="B" if device == "cuda" else "tiny").resolve()
     batch, tokens = (128, 256) if device == "cuda" else (128, 36)
     with torch.device(device):
-        from heptapod_fast.model.transformer import Block
-
         block = Block(config.width, config.heads, 0, "reference")
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -109,10 +108,10 @@ def bench_last_block(versus, device):
     flat = rows.pair_R * (tokens + 1) + rows.position_R + 1
 
     def inside():
-        block.forward_rows(x, rows.pair_R, rows.position_R + 1).sum().backward()
+        block.forward_rows(Stream(x), rows.pair_R, rows.position_R + 1).value().sum().backward()
 
     def after():
-        ops.gather_rows(block(x).flatten(0, 1), flat).sum().backward()
+        ops.gather_rows(block(Stream(x)).value().flatten(0, 1), flat).sum().backward()
 
     versus(inside, after)
 

@@ -240,8 +240,9 @@ def compile_cases(arch: str):
     for dtype in ("bf16", "fp32"):
         for *variant, whole in VARIANTS:
             if whole:
-                yield _case(f"blocks {dtype}", _blocks, tile,
-                            dict(logits_ptr=f"*{dtype}"), *variant)
+                # Triton 3.6 spills an address or two with several targets; 3.7 none.
+                yield _case(f"blocks {dtype}", _blocks, tile, dict(logits_ptr=f"*{dtype}"),
+                            *variant, spill=16 if variant[0] > 1 else 0)
 
 
 def _case(name: str, kernel: object, tile: dict, types: dict, targets: int, gradient: bool,
