@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +91,22 @@ def compile_case(case: Case, arch: str) -> dict:
             "allowed": case.spill, "why": case.why, "tensor_cores": case.tensor_cores}
 
 
+def compile_all(architectures: list[str], only: str = "") -> list[dict]:
+    """Figures of every case whose name contains `only`; as many processes as there are cores."""
+    jobs = [(arch, i) for arch in architectures
+            for i, case in enumerate(cases(arch)) if only in case.name]
+    # Processes of their own: a forked one would share what PyTorch has started.
+    workers = ProcessPoolExecutor(max(1, min(len(jobs), len(os.sched_getaffinity(0)))),
+                                  mp_context=multiprocessing.get_context("spawn"))
+    with workers:
+        return list(workers.map(_compile_job, jobs, chunksize=4))
+
+
+def _compile_job(job: tuple[str, int]) -> dict:
+    arch, index = job
+    return compile_case(list(cases(arch))[index], arch)
+
+
 def _cuobjdump(*arguments: str) -> str:
     import triton
 
@@ -126,8 +145,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
-    results = [compile_case(case, arch) for arch in options.arch for case in cases(arch)
-               if options.only in case.name]
+    results = compile_all(options.arch, options.only)
     print(markdown(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
