@@ -73,25 +73,29 @@ def show(value) -> str:
 
 
 def report_bench(folder: Path, root: Path) -> None:
-    """One table per results file; those of ROOT/bench/results also go into ROOT/README.md."""
+    """One table per results file; for ROOT/bench/results, ROOT/README.md gets the short form."""
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
-    text = "\n\n".join([bench_table(path) for path in files] + runs_table(folder / "runs"))
+    pages = ["\n\n".join([bench_table(path, brief) for path in files]
+                         + runs_table(folder / "runs")) for brief in (False, True)]
     (folder / "README.md").write_text("# Measured\n\nMade by `python tools/report.py "
-                                      f"bench/results` from the JSON files here.\n\n{text}\n")
+                                      f"bench/results` from the JSON files here.\n\n{pages[0]}\n")
     print(f"written: {folder / 'README.md'}")
     readme = root / "README.md"
     ours = folder.resolve() == root / "bench" / "results"
     if ours and readme.exists() and MARKS[0] in readme.read_text():
         before, rest = readme.read_text().split(MARKS[0])
         _, after = rest.split(MARKS[1])
-        readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+        readme.write_text(f"{before}{MARKS[0]}\n{pages[1]}\n{MARKS[1]}{after}")
         print(f"written: {readme}")
 
 
-def bench_table(path: Path) -> str:
-    """Markdown of one pytest-benchmark file. ValueError names a file that is none."""
+def bench_table(path: Path, brief: bool = False) -> str:
+    """Markdown of one pytest-benchmark file. ValueError names a file that is none.
+
+    brief: without the single operations, which CPUs run at toy shapes.
+    """
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or "benchmarks" not in data:
         raise ValueError(f"{path} is not a result of pytest-benchmark")
@@ -102,6 +106,8 @@ def bench_table(path: Path) -> str:
              "| benchmark | median ms | quartiles | notes |", "|---|---:|---|---|"]
     for b in data["benchmarks"]:
         s = b["stats"]
+        if brief and "us" in b["extra_info"]:
+            continue
         notes = ", ".join(f"{k} {show(v)}" for k, v in b["extra_info"].items())
         lines.append(f"| {b['name']} | {1e3 * s['median']:.3f} | {1e3 * s['q1']:.3f} to "
                      f"{1e3 * s['q3']:.3f} | {notes} |")

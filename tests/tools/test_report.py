@@ -34,6 +34,16 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     refused(command("report", tmp_path), "other.json is not a result")
 
 
+def test_the_short_form_leaves_single_operations_out(tmp_path):
+    from heptapod_fast.reports import bench_table
+
+    single = {**RESULT["benchmarks"][0], "name": "bench_op", "extra_info": {"us": 3.0}}
+    (tmp_path / "ops.json").write_text(json.dumps(
+        RESULT | {"benchmarks": [*RESULT["benchmarks"], single]}))
+    assert "bench_op" in bench_table(tmp_path / "ops.json")
+    assert "bench_op" not in bench_table(tmp_path / "ops.json", brief=True)
+
+
 def test_other_folders_leave_the_projects_readme_alone(tmp_path):
     readme = ROOT / "README.md"
     before = readme.read_bytes() if readme.exists() else None
