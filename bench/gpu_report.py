@@ -136,16 +136,16 @@ def operation_line(row: dict, ceilings: dict[str, float]) -> str:
 
 def step_table(rows: list[dict]) -> list[str]:
     """Training steps, and the kernels of those that were profiled."""
-    lines = ["| configuration | batch | images/s | quartiles | TFLOP/s | MFU | memory GB |",
-             "|---|---:|---:|---|---:|---:|---:|"]
+    lines = ["| configuration | batch | images/s | quartiles | TFLOP/s | MFU | memory GB | "
+             "estimated |", "|---|---:|---:|---|---:|---:|---:|---:|"]
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['case']} | | failed: {row['failed'][:120]} | | | | |")
+            lines.append(f"| {row['case']} | | failed: {row['failed'][:120]} | | | | | |")
             continue
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
         lines.append(f"| {row['case']} | {row['batch']} | {row['images_per_second']} | "
                      f"{row['quartiles'][0]} to {row['quartiles'][1]} | {row['tflops']} | {mfu} | "
-                     f"{row['memory_GB']} |")
+                     f"{row['memory_GB']} | {row['estimated_GB']} |")
     for row in rows:
         if row.get("kernels"):
             lines += ["", f"Device time of one step, {row['case']}:", "",

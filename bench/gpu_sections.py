@@ -198,10 +198,19 @@ def training_step(size: str, name: str, settings: dict, profile: bool = False,
            "tflops": round(batch / median * flops / 1e12, 1),
            "mfu": round(batch / median * flops / peak, 4) if peak else None,
            "memory_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+           "estimated_GB": estimated(prepared),
            "first_step_seconds": round(first, 1), "operators": lines}
     if profile:
         row["kernels"] = kernel_times(lambda: one_step(prepared, *micro), steps=3)
     return row
+
+
+def estimated(prepared) -> float:
+    """What --dry-run says of the memory of this run."""
+    from heptapod_fast.train.summary import memory_lines
+
+    total = memory_lines(prepared.config, prepared.system, prepared.config.batch)[2]
+    return float(total.split()[1])
 
 
 def prepared_run(size: str, settings: dict, device: str = "cuda", batch: int | None = None):
