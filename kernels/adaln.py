@@ -30,7 +30,7 @@ class Branch(NamedTuple):
     gate: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr,
              bias_ptr, new_ptr, out_ptr, mean_ptr, rstd_ptr, rows, width, gate_stride,
              shift_stride, scale_stride, eps, BRANCH: tl.constexpr, AFFINE: tl.constexpr,
@@ -69,7 +69,7 @@ def _forward(x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, shift_ptr, scale_ptr,
         tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slab"])
 def _backward(dnew_ptr, dout_ptr, x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, scale_ptr,
               weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dgate_ptr, dscale_ptr,
               partial_ptr, rows, width, slab, dout_stride, gate_stride, scale_stride, dgate_stride,

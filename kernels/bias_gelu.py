@@ -32,7 +32,7 @@ def _activate(u, GELU: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "counters"])
 def _forward(x_ptr, bias_ptr, out_ptr, key_ptr, counter_ptr, rows, width, rows_per_key, counters,
              scale, GELU: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr,
              BLOCK: tl.constexpr):
@@ -52,7 +52,7 @@ def _forward(x_ptr, bias_ptr, out_ptr, key_ptr, counter_ptr, rows, width, rows_p
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slab", "counters"])
 def _backward(grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, key_ptr, counter_ptr, rows, width,
               slab, rows_per_key, counters, scale, GELU: tl.constexpr, THRESHOLD: tl.constexpr,
               ROWS: tl.constexpr, BLOCK: tl.constexpr):

@@ -15,13 +15,13 @@ from torch import Tensor
 from heptapod_fast.kernels import offline
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _column_sum(partial_ptr, out_ptr, programs, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(0, programs, ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = first + tl.arange(0, ROWS).to(tl.int64)
         mask = (row < programs)[:, None] & inside[None, :]
         total += tl.load(partial_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=inside)

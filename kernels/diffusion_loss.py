@@ -103,6 +103,9 @@ def _bound(error, v, x0_ptr, x0_at, inside, t, table_ptr, steps):
         nll, by_scale = _first_step(x0, shift * error, 0.5 * (log_posterior[:, None] + rise))
         value = tl.where((t == 0)[:, None], nll, value)
         slope = tl.where((t == 0)[:, None], 0.5 * by_scale, slope)
+    # A NaN must not end in a minimum or maximum, which on GPUs return the other number.
+    value = tl.where(v == v, value, v)
+    slope = tl.where(v == v, slope, v)
     return value * 1.4426950408889634, slope * (0.5 * 1.4426950408889634) * span
 
 
@@ -154,7 +157,7 @@ def _backward(grad_ptr, prediction_ptr, x0_ptr, t_ptr, table_ptr, index_ptr, slo
     tl.store(out_ptr + at, (2.0 * grad * error).to(out_ptr.dtype.element_ty), mask=inside)
     if BOUND:
         v = tl.load(prediction_ptr + at + CHANNELS, mask=inside, other=0.0).to(tl.float32)
-        t = tl.load(t_ptr + row, mask=row < rows, other=1)
+        t = tl.load(t_ptr + row, mask=row < rows, other=0)
         x0_at = token[:, None] * CHANNELS + channel[None, :]
         _, slope = _bound(error, v, x0_ptr, x0_at, inside, t, table_ptr, steps)
         by_v = grad * slope

@@ -25,7 +25,7 @@ from heptapod_fast.ops.diffusion_mlp import DiffusionWeights
 SHARED, PER_BLOCK, LAST = 3, 6, 3  # tensors that `forward` keeps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _silu_sum(time_ptr, t_ptr, condition_ptr, out_ptr, rows, width, repeat, ROWS: tl.constexpr,
               BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -47,7 +47,7 @@ def _slope(y):
     return share * (1.0 + y * (1.0 - share))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _condition_gradient(ds_ptr, time_ptr, t_ptr, condition_ptr, out_ptr, tokens, width, repeat,
                         ROWS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -16,7 +16,7 @@ from heptapod_fast.kernels.randomness import keep, row_keys
 from heptapod_fast.ops.dropout import Mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counters"])
 def _dropout(x_ptr, out_ptr, key_ptr, counter_ptr, width, rows_per_key, counters, scale,
              THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from heptapod_fast.kernels import offline, tuning
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "limit"])
 def _copy(x_ptr, source_ptr, out_ptr, rows, limit, width, stride, ROWS: tl.constexpr,
           BLOCK: tl.constexpr):
     """out[r] = x[source[r]] where 0 <= source[r] < limit, else 0."""
@@ -27,7 +27,7 @@ def _copy(x_ptr, source_ptr, out_ptr, rows, limit, width, stride, ROWS: tl.const
     tl.store(out_ptr + row[:, None] * width + column[None, :], x, mask=live[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "count"])
 def _invert(index_ptr, inverse_ptr, count, limit, BLOCK: tl.constexpr):
     """inverse[index[r]] = r."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -72,7 +72,7 @@ def _centre(x, mean, column, WIDTH: tl.constexpr, FULL: tl.constexpr):
     return x if FULL else tl.where(column < WIDTH, x, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slab", "counters"])
 def _forward(x_ptr, branch_ptr, branch_bias_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, stats_ptr,
              key_ptr, counter_ptr, rows, slab, rows_per_key, counters, scale, eps,
              BIAS: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
@@ -163,7 +163,7 @@ def _store_sums(out_ptr, column, dweight, dbias, dbranch, AFFINE: tl.constexpr,
         _store(out_ptr + 2 * AFFINE * WIDTH, column, dbranch, WIDTH, FULL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slab", "counters"])
 def _backward(grad_ptr, grad_sum_ptr, sum_ptr, stats_ptr, weight_ptr, dx_ptr, dbranch_ptr,
               partial_ptr, key_ptr, counter_ptr, rows, slab, rows_per_key, counters, scale,
               BIAS: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,

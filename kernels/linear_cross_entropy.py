@@ -49,7 +49,7 @@ def _chosen(logits_ptr, target_ptr, row, last, columns, K: tl.constexpr):
     return total / K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slab"])
 def _rows(logits_ptr, pair_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_ptr, rows,
           columns, slab, K: tl.constexpr, GRADIENT: tl.constexpr, WHOLE: tl.constexpr,
           BLOCK: tl.constexpr):
@@ -112,13 +112,19 @@ def _tile(logits_ptr, target_ptr, row, column, last, columns, K: tl.constexpr, R
     return at, inside, x, hits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slab"])
 def _blocks(logits_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_ptr, rows, columns,
             slab, K: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
             BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     first = program * slab
     last = tl.minimum(first + slab, rows)
+    if GRADIENT:
+        if first >= last:  # no rows are left for this program, yet its sums are added up
+            for left in tl.range(0, columns, BLOCK):
+                column = left + tl.arange(0, BLOCK)
+                tl.store(partial_ptr + program * columns + column, tl.zeros((BLOCK,), tl.float32),
+                         mask=column < columns)
     for start in tl.range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         live = row < last
@@ -154,6 +160,27 @@ def _blocks(logits_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_
                 tl.store(sums, before + tl.sum(gradient, axis=0), mask=column < columns)
             # The next rows' sums may be read by other threads than wrote these.
             tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["count"])
+def _scale(x_ptr, factor_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+    out = x * tl.load(factor_ptr)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=at < count)
+
+
+SCALE_BLOCK = 2048
+
+
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a 0-dim float32 tensor, rounded once; PyTorch would round a factor on the device to
+    the dtype of x first."""
+    out = torch.empty_like(x)
+    if x.numel():
+        _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, factor, out, x.numel(),
+                                                       BLOCK=SCALE_BLOCK, num_warps=8)
+    return out
 
 
 def _plan(logits: Tensor) -> tuple[object, dict, int]:
@@ -243,6 +270,11 @@ def compile_cases(arch: str):
                 # Triton 3.6 spills an address or two with several targets; 3.7 none.
                 yield _case(f"blocks {dtype}", _blocks, tile, dict(logits_ptr=f"*{dtype}"),
                             *variant, spill=16 if variant[0] > 1 else 0)
+
+
+    yield offline.Case("linear_cross_entropy scale", _scale,
+                       dict(x_ptr="*bf16", factor_ptr="*fp32", out_ptr="*bf16", count="i32"),
+                       dict(BLOCK=SCALE_BLOCK), dict(num_warps=8))
 
 
 def _case(name: str, kernel: object, tile: dict, types: dict, targets: int, gradient: bool,

@@ -74,7 +74,8 @@ def compile_case(case: Case, arch: str) -> dict:
         raise ValueError(f"{case.name}: arguments without a type {missing}, unknown "
                          f"{sorted(set(types) - set(names))}")
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-                 if types[name][0] in "*i" and name not in case.unaligned}
+                 if types[name][0] in "*i" and name not in case.unaligned
+                 and name not in (case.kernel.do_not_specialize or ())}
     constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
     source = ASTSource(case.kernel, {name: types[name] for name in names}, constexprs, divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32),

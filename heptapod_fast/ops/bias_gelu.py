@@ -19,6 +19,7 @@ from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.dropout import Mask
 from heptapod_fast.ops.operators import differentiable, operator
 
+MAX_WIDTH = 16_384  # kernels/configs/bias_gelu.json
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
 
 
@@ -38,7 +39,8 @@ def bias_gelu(x: Tensor, bias: Tensor, mask: Mask | None = None, activation: str
     mask = None if mask is None or mask.p == 0.0 else mask
     if mask is not None:
         mask.check("bias_gelu", x.numel() // max(1, x.shape[-1]))
-    if dispatch.select("bias_gelu", x.device, x.dtype, implementation) == "reference":
+    unsupported = f"width {len(bias)} is above {MAX_WIDTH}" if len(bias) > MAX_WIDTH else None
+    if dispatch.select("bias_gelu", x.device, x.dtype, implementation, unsupported) == "reference":
         y = ACTIVATIONS[activation](x + bias.to(x.dtype))
         return y if mask is None else mask.apply(y)
     keys, p = ((None, None), 0.0) if mask is None else (mask.arrays(), mask.p)

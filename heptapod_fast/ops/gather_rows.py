@@ -22,6 +22,8 @@ from torch import Tensor
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.operators import differentiable, operator
 
+MAX_WIDTH = 65_536  # kernels/configs/gather_rows.json
+
 
 def gather_rows(x_MD: Tensor, index_R: Tensor, implementation: str = "auto") -> Tensor:
     """x (M, D), index (R,) int64 without repeats -> (R, D), contiguous.
@@ -31,7 +33,8 @@ def gather_rows(x_MD: Tensor, index_R: Tensor, implementation: str = "auto") -> 
     shapes or another dtype of the index.
     """
     _check("gather_rows", x_MD, index_R)
-    if dispatch.select("gather_rows", x_MD.device, x_MD.dtype, implementation) == "reference":
+    if dispatch.select("gather_rows", x_MD.device, x_MD.dtype, implementation,
+                       _too_wide(x_MD)) == "reference":
         return _GatherRows.apply(x_MD, index_R)
     return _gather(_rows(x_MD), index_R.contiguous())
 
@@ -45,7 +48,8 @@ def scatter_rows(x_RD: Tensor, index_R: Tensor, rows: int, implementation: str =
     if len(x_RD) != len(index_R) or rows < 0:
         raise ValueError(f"scatter_rows takes as many rows as indices and a number of rows to make,"
                          f" got {len(x_RD)} rows, {len(index_R)} indices, rows={rows}")
-    if dispatch.select("scatter_rows", x_RD.device, x_RD.dtype, implementation) == "reference":
+    if dispatch.select("scatter_rows", x_RD.device, x_RD.dtype, implementation,
+                       _too_wide(x_RD)) == "reference":
         return _ScatterRows.apply(x_RD, index_R, rows)
     return _scatter(_rows(x_RD), index_R.contiguous(), rows)
 
@@ -54,6 +58,11 @@ def _check(name: str, x: Tensor, index: Tensor) -> None:
     if x.dim() != 2 or index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"{name} takes rows (M, D) and an int64 index (R,), got {tuple(x.shape)} "
                          f"and {index.dtype} {tuple(index.shape)}")
+
+
+def _too_wide(x: Tensor) -> str | None:
+    width = x.shape[1]
+    return f"rows are {width} wide, at most {MAX_WIDTH} fit" if width > MAX_WIDTH else None
 
 
 def _rows(x: Tensor) -> Tensor:

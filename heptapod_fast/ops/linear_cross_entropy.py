@@ -27,6 +27,7 @@ from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.operators import differentiable, operator
 
 MOST_TARGETS = 16
+MAX_WIDTH, MAX_CODES = 65_536, 1_000_000  # kernels/configs/linear_cross_entropy.json
 
 
 def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target: Tensor,
@@ -42,8 +43,12 @@ def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target
     """
     _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk)
     row_weight_R = None if row_weight_R is None else row_weight_R.detach()
-    if dispatch.select("linear_cross_entropy", z_RD.device, z_RD.dtype,
-                       implementation) == "reference":
+    unsupported = None
+    if z_RD.shape[1] > MAX_WIDTH or len(weight_VD) > MAX_CODES:
+        unsupported = (f"{len(weight_VD)} codes and width {z_RD.shape[1]}, where {MAX_CODES} and "
+                       f"{MAX_WIDTH} are the most")
+    if dispatch.select("linear_cross_entropy", z_RD.device, z_RD.dtype, implementation,
+                       unsupported) == "reference":
         return _reference(z_RD, weight_VD, bias_V, target, row_weight_R)
     gradients = torch.is_grad_enabled() and (z_RD.requires_grad or weight_VD.requires_grad
                                              or bias_V.requires_grad)
@@ -114,11 +119,19 @@ def _gradient(ctx, grad_total: Tensor | None, *_):
         return (None,) * 7
     dz, dweight, dbias = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    return (dz * grad_total if wanted[0] else None,
+    return (_scale_operator(dz, grad_total) if wanted[0] else None,
             (dweight * grad_total).to(ctx.dtypes[0]) if wanted[1] else None,
             (dbias * grad_total).to(ctx.dtypes[1]) if wanted[2] else None, None, None, None, None)
 
 
+def _scale(x: Tensor, factor: Tensor) -> Tensor:
+    from heptapod_fast.kernels import linear_cross_entropy as kernels
+
+    return kernels.scale(x, factor)
+
+
+_scale_operator = operator("linear_cross_entropy_backward(Tensor dz, Tensor grad) -> Tensor",
+                           _scale, lambda dz, grad: torch.empty_like(dz))
 _operator = operator(
     "linear_cross_entropy(Tensor z, Tensor weight, Tensor bias, Tensor target, Tensor? row_weight, "
     "int? chunk, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _fake)

@@ -7,6 +7,7 @@ interpreter. The plain-PyTorch reference is no operator: torch.compile sees thro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -23,10 +24,23 @@ def operator(schema: str, kernel: Callable, fake: Callable) -> OpOverload:
     name = schema.split("(", 1)[0]
     # Strides are kept because the kernels check them themselves.
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
+    _library.impl(name, kernel, "CPU")
+    _library.impl(name, _on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"heptapod_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.heptapod_fast, name).default
+
+
+def _on_its_device(kernel: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the tensors'."""
+    @functools.wraps(kernel)
+    def guarded(*arguments):
+        device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return kernel(*arguments)
+        with torch.cuda.device(device):
+            return kernel(*arguments)
+
+    return guarded
 
 
 def differentiable(op: OpOverload, backward: Callable, setup_context: Callable) -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.bias_gelu import _backward_operator, _operator, bias_gelu
 from heptapod_fast.ops.dropout import Mask
 from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_triton
@@ -74,6 +75,14 @@ def test_no_rows():
     x, bias = torch.randn(0, 8, device=DEVICE), torch.ones(8, device=DEVICE, requires_grad=True)
     bias_gelu(x, bias, implementation="triton").sum().backward()
     assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+@needs_triton
+def test_widths_beyond_the_table_go_to_the_reference_or_are_refused():
+    x, bias = torch.randn(1, 16_385, device=DEVICE), torch.randn(16_385, device=DEVICE)
+    with pytest.raises(dispatch.Unavailable, match="16385 is above 16384"):
+        bias_gelu(x, bias, implementation="triton")
+    assert bias_gelu(x, bias).shape == x.shape
 
 
 def test_refusals():

@@ -1,5 +1,7 @@
 """Who runs an operation: order, forcing by name, errors that say what to do."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -53,6 +55,43 @@ def test_names_are_taken_once_and_operations_are_known(operation):
             dispatch.register(operation, name, lambda device, dtype: None)
     with pytest.raises(ValueError, match="known: op"):
         dispatch.choose("no such", "cpu", torch.float32)
+
+
+def test_shapes_that_a_kernel_cannot_take_are_told_once_or_refused(monkeypatch):
+    monkeypatch.setattr(dispatch, "_registry", {})
+    monkeypatch.setattr(dispatch, "_told", set())
+    for name in ("triton", "reference"):
+        dispatch.register("op", name, lambda device, dtype: None)
+    cpu = torch.device("cpu")
+    assert dispatch.select("op", cpu, torch.float32) == "triton"
+    with pytest.warns(UserWarning, match="op: 'triton' cannot take.*too wide.*reference runs"):
+        assert dispatch.select("op", cpu, torch.float32, "auto", "too wide") == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.select("op", cpu, torch.float32, "auto", "too wide") == "reference"
+    with pytest.raises(dispatch.Unavailable, match="too wide"):
+        dispatch.select("op", cpu, torch.float32, "triton", "too wide")
+    monkeypatch.setitem(dispatch._forced, "op", "triton")
+    with pytest.raises(dispatch.Unavailable, match="too wide"):
+        dispatch.select("op", cpu, torch.float32, "auto", "too wide")
+
+
+def test_forcing_holds_until_it_is_lifted(operation, monkeypatch):
+    monkeypatch.setattr(dispatch, "_forced", {})
+    dispatch.force(operation, "reference")
+    assert dispatch.choose(operation, "cuda", torch.float32).implementation == "reference"
+    assert dispatch.choose(operation, "cuda", torch.float32, "fast").implementation == "fast"
+    dispatch.force(operation, "auto")
+    assert dispatch.choose(operation, "cuda", torch.float32).implementation == "fast"
+    with pytest.raises(ValueError, match="'quick'.*auto, fast"):
+        dispatch.force(operation, "quick")
+    assert dispatch.operations("fast") == ("op",) and dispatch.operations("quick") == ()
+
+
+def test_operations_that_run_alike_share_a_line():
+    choices = [dispatch.Choice(name, "triton" if name < "c" else "reference", "why")
+               for name in "abc"]
+    assert dispatch.summary(choices) == ["a, b: triton (why)", "c: reference (why)"]
 
 
 def test_a_missing_library_is_reported_not_raised(tmp_path, monkeypatch):

@@ -127,6 +127,33 @@ def test_programs_of_several_rows(monkeypatch, dtype, rows, codes, targets, chun
 
 
 @needs_triton
+@pytest.mark.parametrize("rows, chunk", [(13, None), (17, 14)])
+def test_programs_without_rows_leave_no_sums(monkeypatch, rows, chunk):
+    """13 rows in 10 slabs of 2 leave three programs idle; their sums are added up all the same."""
+    from heptapod_fast.kernels import tuning
+
+    table = tuning.table("linear_cross_entropy")["sm_90"]["blocks"]
+    for config in table.values():
+        monkeypatch.setitem(config, "programs", 10)
+        monkeypatch.setitem(config, "ROWS", 1)
+    *leaves, target, row_weight = draw(rows, 8, 11, 1, torch.float32)
+    compare(lambda *x: linear_cross_entropy(*x, target, row_weight, chunk, "triton")[0],
+            lambda *x: linear_cross_entropy(*x, target, row_weight, None, "reference")[0], leaves,
+            [torch.tensor(0.7, device=DEVICE)])
+
+
+@needs_triton
+def test_the_gradient_of_the_total_is_not_rounded():
+    """On a GPU PyTorch rounds a factor in device memory to the dtype of what it multiplies."""
+    *leaves, target, _ = draw(9, 8, 64, 1, torch.bfloat16)
+    total, _ = linear_cross_entropy(*leaves, target, implementation="triton")
+    dz, = torch.autograd.grad(total, leaves[0], retain_graph=True)
+    factor = 1 / 3.0
+    scaled, = torch.autograd.grad(total, leaves[0], torch.tensor(factor, device=DEVICE))
+    assert torch.equal(scaled, (dz.float() * torch.tensor(factor)).bfloat16())
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_weight_zero_change_nothing(dtype):
     z, weight, bias, target, row_weight = draw(9, 8, 64, 1, dtype)
