@@ -53,7 +53,7 @@ def cases(device):
             found.append(harness.Case(
                 "adaln", f"chain {direction}, {size}, {rows} x {width}",
                 functools.partial(inputs, device, rows, width),
-                {"ours": contender("auto", backward),
+                {"ours": contender(harness.fastest(device), backward),
                  "eager": contender("reference", backward),
                  "compiled": contender("reference", backward, harness.compiled)},
                 bytes=(17 if backward else 7) * rows * width * 2,

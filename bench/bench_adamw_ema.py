@@ -34,7 +34,7 @@ def inputs(device, layers, width):
     return params, [torch.randn_like(p) for p in params], [p.clone() for p in params]
 
 
-def ours(clip, implementation="auto"):
+def ours(clip, implementation):
     def prepare(made):
         params, grads, ema = made
         moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
@@ -123,47 +123,42 @@ def apex_adam_swa(made):
     return run
 
 
-def compiled(size):
-    """PyTorch's own recipe: torch.compile of the optimizer's step."""
-    def prepare(made):
-        if size not in ("B", "tiny"):
-            raise harness.Missing("compiling takes minutes at this size; see size B")
-        return with_optimizer(torch_adamw("foreach"), True, harness.compiled)(made)
-
-    return prepare
-
-
 def norm_alone(function):
     return lambda made: functools.partial(function, made[1])
 
 
 def cases(device):
-    found = []
+    found, fastest = [], "cuda" if device == "cuda" else "auto"
     for size, (layers, width) in SIZES[device].items():
         count = sum(torch.Size(shape).numel() for shape in shapes(layers, width))
         make = functools.partial(inputs, device, layers, width)
         name = f"{size}, {count / 1e6:.1f}M parameters"
         found.append(harness.Case(
             "adamw_ema", f"whole step, {name}", make,
-            {"ours": ours(clip=True),
+            {"ours": ours(True, fastest),
              "torch fused + foreach EMA + clip": with_optimizer(torch_adamw("fused"), True),
              "torch foreach": with_optimizer(torch_adamw("foreach"), True),
-             "apex": with_optimizer(apex_adam, True), "apex fused_adam_swa": apex_adam_swa,
-             "compiled": compiled(size)},
+             "apex": with_optimizer(apex_adam, True), "apex fused_adam_swa": apex_adam_swa},
             bytes=40 * count, gate=">= 1.4x best peer, 85% of copy bandwidth",
             aim=">= 2x best peer, 92% of copy bandwidth"))
         found.append(harness.Case(
             "adamw_ema", f"update and average alone, {name}", make,
-            {"ours": ours(clip=False),
+            {"ours": ours(False, fastest),
              "torch fused + foreach EMA": with_optimizer(torch_adamw("fused"), False)},
             bytes=36 * count, gate="85% of copy bandwidth", aim="92% of copy bandwidth"))
         found.append(harness.Case(
             "global_norm", f"norm alone, {name}", make,
-            {"ours": norm_alone(global_norm),
+            {"ours": norm_alone(functools.partial(global_norm, implementation=fastest)),
              "torch foreach": norm_alone(
                  functools.partial(torch.nn.utils.get_total_norm, foreach=True)),
              "eager": norm_alone(functools.partial(global_norm, implementation="reference"))},
             bytes=4 * count, gate="85% of copy bandwidth", aim="92% of copy bandwidth"))
+        if size in ("B", "tiny"):  # compiling hundreds of tensors takes minutes
+            found.append(harness.Case(
+                "adamw_ema", f"compiled peer, whole step, {name}", make,
+                {"ours": ours(True, fastest),
+                 "compiled": with_optimizer(torch_adamw("foreach"), True, harness.compiled)},
+                bytes=40 * count))
     return found
 
 

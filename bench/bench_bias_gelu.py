@@ -48,7 +48,7 @@ def cases(device):
                 found.append(harness.Case(
                     "bias_gelu", f"{what} {direction}, {size}, {rows} x {width}",
                     functools.partial(inputs, device, rows, width, drop),
-                    {"ours": contender("auto", activation, backward),
+                    {"ours": contender(harness.fastest(device), activation, backward),
                      "eager": contender("reference", activation, backward),
                      "compiled": contender("reference", activation, backward, harness.compiled)},
                     bytes=(3 if backward else 2) * rows * width * 2))

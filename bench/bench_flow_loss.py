@@ -41,13 +41,15 @@ def torch_draws(draws, channels):
     return torch.rand(rows, device=device), torch.randn(rows, channels, device=device)
 
 
-def ours(whole):
+def ours(device, whole):
+    how = harness.fastest(device)
+
     def prepare(made):
         x0, prediction, draws, upstream = made
 
         def call():
-            noised = flow_inputs(x0, draws) if whole else ()
-            loss = flow_loss(prediction, x0, draws)
+            noised = flow_inputs(x0, draws, how) if whole else ()
+            loss = flow_loss(prediction, x0, draws, how)
             return noised, torch.autograd.grad(loss, prediction, upstream)
 
         return call
@@ -83,7 +85,7 @@ def peer(draw, whole, wrap=lambda f: f):
 
 
 def contenders(device, whole):
-    found = {"ours": ours(whole), "eager": peer(philox_draws, whole),
+    found = {"ours": ours(device, whole), "eager": peer(philox_draws, whole),
              "compiled": peer(philox_draws, whole, harness.compiled)}
     if whole:
         found["eager, torch.randn"] = peer(torch_draws, whole)

@@ -68,8 +68,8 @@ def liger(backward):
     return prepare
 
 
-def contenders(operation, backward):
-    return {"ours": contender(operation, "auto", backward),
+def contenders(device, operation, backward):
+    return {"ours": contender(operation, harness.fastest(device), backward),
             "eager": contender(operation, "reference", backward),
             "compiled": contender(operation, "reference", backward, harness.compiled)}
 
@@ -86,7 +86,7 @@ def cases(device):
         for what, operation, inputs, forward_passes, backward_passes in kinds:
             for backward in (False, True):
                 passes = backward_passes if backward else forward_passes
-                peers = contenders(operation, backward)
+                peers = contenders(device, operation, backward)
                 if operation is layer_norm:
                     peers["liger"] = liger(backward)
                 direction = "backward" if backward else "forward"

@@ -17,7 +17,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "kernels/configs"
 
 def write(out: Path) -> None:
     """DIR/GPU.md and DIR/PENDING.md from DIR/gpu/*.json."""
-    results = [json.loads(path.read_text()) for path in sorted((out / "gpu").glob("*.json"))]
+    results = sorted((json.loads(path.read_text()) for path in (out / "gpu").glob("*.json")),
+                     key=lambda result: (result["date"], result["gpu"]))
     out.mkdir(parents=True, exist_ok=True)
     (out / "GPU.md").write_text(gpu_page(results))
     (out / "PENDING.md").write_text(pending_page(results))
@@ -37,36 +38,39 @@ def gpu_page(results: list[dict]) -> str:
         lines += ["", "Nothing has been measured on a GPU yet; see PENDING.md."]
     for result in results:
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        lines += ["", f"## {result['gpu']}, {result['date']}", "", f"{versions}; code "
-                  f"{', '.join(sorted({s['code'] for s in result['sections'].values()}))}."]
+        lines += ["", f"## {result['gpu']}, {result['date']}", "", f"{versions}."]
         for name, section in result["sections"].items():
             lines += ["", f"### {name}", ""]
             if section["status"] != "done":
                 lines += [f"{section['status']}: {section['why'].splitlines()[-1][:300]}"
                           if section["why"] else section["status"], ""]
-            lines += section_table(name, section["rows"], ceilings_of(result))
+            lines += section_table(name, section["rows"], ceilings_of(result, results))
     return "\n".join(lines) + "\n"
 
 
-def ceilings_of(result: dict) -> dict[str, float]:
-    """{"copy": bytes/s, "product": FLOP/s} as measured in the same file; empty if they were not."""
-    rows = result["sections"].get("ceilings", {}).get("rows", [])
-    found: dict[str, float] = {}
-    for row in rows:
-        for contender in row["contenders"].values():
-            if contender["seconds"] and row["case"].startswith("copy"):
-                found["copy"] = max(found.get("copy", 0.0), row["bytes"] / contender["seconds"])
-            elif contender["seconds"] and "square" in row["case"]:
-                found["product"] = row["flops"] / contender["seconds"]
-    return found
+def ceilings_of(result: dict, results: list[dict] = ()) -> dict[str, float]:
+    """{"copy": bytes/s, "product": FLOP/s} of the same file, or the newest of this kind of GPU."""
+    same = [other for other in results if other["gpu"] == result["gpu"]]
+    for source in (result, *reversed(same)):
+        found: dict[str, float] = {}
+        for row in source["sections"].get("ceilings", {}).get("rows", []):
+            for contender in row["contenders"].values():
+                if contender["seconds"] and ": copy " in row["case"]:
+                    rate = row["bytes"] / contender["seconds"]
+                    found["copy"] = max(found.get("copy", 0.0), rate)
+                elif contender["seconds"] and ": product square" in row["case"]:
+                    found["product"] = row["flops"] / contender["seconds"]
+        if found:
+            return found
+    return {}
 
 
 def section_table(name: str, rows: list[dict], ceilings: dict[str, float]) -> list[str]:
     """Markdown of one section."""
-    if name == "build":
-        return [f"- {row['case']}: {'passed' if row['passed'] else 'FAILED'}"
-                f"{', ' + row['summary'] if 'summary' in row else ''}" for row in rows]
-    if name.startswith("step") or name == "baselines":
+    if name in ("smoke", "tests"):
+        return [f"- {row['case']}: {'passed' if row['passed'] else 'FAILED'}, {row['summary']}"
+                for row in rows]
+    if name.startswith(("step", "baseline")):
         return step_table(rows)
     if name == "ceilings":
         return ["| what | us | GB/s | TFLOP/s |", "|---|---:|---:|---:|",
@@ -92,6 +96,9 @@ def judged(row: dict, ceilings: dict[str, float]) -> dict:
              if c["seconds"] and not name.startswith("ours")}
     best = min(peers, key=peers.get) if peers else None
     compiled = peers["compiled"] / ours if ours and "compiled" in peers else None
+    # A peer that broke might have been the best one: then only that it is met is unknown.
+    broken = any(c["why"] and not c.get("missing") for name, c in row["contenders"].items()
+                 if not name.startswith("ours"))
     floor = max((row["bytes"] / ceilings["copy"] if "copy" in ceilings else 0.0,
                  row["flops"] / ceilings["product"] if "product" in ceilings else 0.0))
     found = {"ours": ours, "peer": best, "peer_seconds": peers.get(best),
@@ -103,7 +110,10 @@ def judged(row: dict, ceilings: dict[str, float]) -> dict:
     copy = row["bytes"] / ours / ceilings["copy"] if ours and "copy" in ceilings else None
     for key in ("gate", "aim"):
         wanted = row.get(key, "")
-        found[key] = meets(wanted, compiled if "compiled" in wanted else found["ratio"], copy)
+        against = compiled if "compiled" in wanted else found["ratio"]
+        found[key] = meets(wanted, against, copy)
+        if found[key] and broken and "best peer" in wanted:
+            found[key] = None
     return found
 
 
@@ -181,14 +191,15 @@ def open_gates(results: list[dict]) -> list[str]:
         for name, section in result["sections"].items():
             if name.startswith("op-"):
                 for row in section["rows"]:
-                    key = name[3:].removesuffix("-LH"), row["case"]
-                    newest[key] = judged(row, ceilings_of(result))
+                    key = name[3:].removesuffix("-LH").removesuffix("-compiled"), row["case"]
+                    newest[key] = judged(row, ceilings_of(result, results))
     lines = []
     for operation in OPERATIONS:
         for case in importlib.import_module(f"bench.bench_{operation}").cases("cuda"):
             found = newest.get((operation, case_name(case)), {"gate": None, "aim": None})
             if case.gate and found["gate"] is not True:
-                verdict = "missed" if found["gate"] is False else "not measured"
+                verdict = ("missed" if found["gate"] is False else
+                           "unknown" if found.get("ours") else "not measured")
                 if found.get("ratio"):
                     verdict += f" ({found['ratio']:.2f}x the best peer, {found['peer']})"
                 lines.append(f"- {case_name(case)}: {case.gate} ({verdict})")

@@ -1,31 +1,88 @@
-"""The sections of bench/gpu.py: each measures one thing and yields rows of plain numbers.
+"""The sections of bench/gpu.py: each measures one thing and writes rows of plain numbers.
 
-A section runs in a process of its own; `emit(row)` writes a row at once, so that what was measured
-before a crash or the time limit stays.
+A section runs in a process of its own and writes a row as soon as it has one, so that what was
+measured before a crash or the time limit stays, and skips what an earlier run has written.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
+import importlib.util
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATIONS = ("layer_norm", "adaln", "diffusion_loss", "linear_cross_entropy", "adamw_ema",
+OPERATIONS = ("layer_norm", "adaln", "linear_cross_entropy", "adamw_ema", "diffusion_loss",
               "diffusion_mlp", "bias_gelu", "gather_rows", "flow_loss")
 BATCH = {"B": 128, "L": 128, "H": 64}
-Emit = Callable[[dict], None]
+RESTART = 75  # exit code: go on in a fresh process, this one cannot capture graphs any more
 
 
-def ceilings(emit: Emit, deadline: float) -> None:
+@dataclass
+class Work:
+    """Where a section writes to, until when, and what it need not do again.
+
+    done: names of rows that exist. failed: {case: {contender: why it cannot be captured}}.
+    """
+
+    rows: Path
+    deadline: float
+    done: set[str] = field(default_factory=set)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def emit(self, row: dict) -> None:
+        """Append one row."""
+        with self.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def check(self) -> None:
+        """TimeoutError when the time is over."""
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("out of time")
+
+    def wants(self, name: str) -> bool:
+        """Whether a row is still to be made; TimeoutError when there is no time for it."""
+        if name in self.done:
+            return False
+        self.check()
+        return True
+
+    def measure(self, case) -> None:
+        """One row with all contenders of a case. Exits with RESTART after a failed capture."""
+        from bench import harness
+
+        name = case_name(case)
+        if not self.wants(name):
+            return
+        try:
+            results = harness.measure(case, deadline=self.deadline, failed=self.failed.get(name))
+        except harness.CaptureFailed as error:
+            self.emit({"failed": [name, error.contender, str(error)]})
+            sys.exit(RESTART)
+        self.emit({"case": name, "bytes": case.bytes, "flops": case.flops, "gate": case.gate,
+                   "aim": case.aim, "contenders": {r.contender: asdict(r) for r in results}})
+        if any(result.why == harness.NO_TIME for result in results):
+            raise TimeoutError("out of time")
+
+
+def case_name(case) -> str:
+    """The name of a case within its section: gather_rows measures scatter_rows too."""
+    return f"{case.operation}: {case.name}"
+
+
+# ----------------------------------------------------------------------------------------- ceilings
+
+def ceilings(work: Work) -> None:
     """What this card reaches: device copy (bytes read plus written), products at our shapes."""
     import torch
 
@@ -36,10 +93,9 @@ def ceilings(emit: Emit, deadline: float) -> None:
             return (torch.randn(count, device="cuda", dtype=torch.bfloat16),
                     torch.empty(count, device="cuda", dtype=torch.bfloat16))
 
-        case = harness.Case("ceilings", f"copy {megabytes} MB", inputs,
-                            {"copy": lambda made: lambda: made[1].copy_(made[0])},
-                            bytes=2 * megabytes * 2**20)
-        emit_case(case, emit, deadline)
+        work.measure(harness.Case("ceilings", f"copy {megabytes} MB", inputs,
+                                  {"copy": lambda made: lambda: made[1].copy_(made[0])},
+                                  bytes=2 * megabytes * 2**20))
     rows = 128 * 257
     shapes = {"square": (8192, 8192, 8192)}
     for size, width, mlp in (("B", 768, 1024), ("L", 1024, 1280), ("H", 1280, 1536)):
@@ -53,116 +109,122 @@ def ceilings(emit: Emit, deadline: float) -> None:
             make = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
             return make(m, k), make(n, k)
 
-        case = harness.Case(
+        work.measure(harness.Case(
             "ceilings", f"product {name}, {m} x {n} x {k}", inputs,
             {"cuBLAS": lambda made: lambda: torch.mm(made[0], made[1].t())}, flops=2 * m * n * k,
-            bytes=2 * (m * k + n * k + m * n))
-        emit_case(case, emit, deadline)
+            bytes=2 * (m * k + n * k + m * n)))
 
 
-def emit_case(case, emit: Emit, deadline: float) -> None:
-    """Measure one case and emit a row with all of its contenders."""
-    from bench import harness
+# -------------------------------------------------------------------------------------------- tests
 
-    results = harness.measure(case, deadline=deadline)
-    emit({"case": case_name(case), "bytes": case.bytes, "flops": case.flops, "gate": case.gate,
-          "aim": case.aim, "contenders": {r.contender: asdict(r) for r in results}})
-
-
-def case_name(case) -> str:
-    """The name of a case within its section: gather_rows measures scatter_rows too."""
-    return f"{case.operation}: {case.name}"
+def smoke(work: Work) -> None:
+    """tests/gpu and the shortest test of every operation on this GPU."""
+    tests(work, "smoke", ["tests/gpu", "tests/ops", "-k",
+                          "gpu or no_rows or test_kernel_by_the_rule or test_kernels_by_the_rule",
+                          "-x"], 150)
 
 
-def build(emit: Emit, deadline: float) -> None:
-    """The compiled library on this machine, and every test that a GPU changes."""
+def all_tests(work: Work) -> None:
+    """Every test that a GPU changes: operators, kernels, whole systems."""
+    tests(work, "tests", ["tests/gpu", "tests/ops", "tests/systems/test_kernels.py",
+                          "--deselect", "tests/ops/test_offline.py", "--maxfail=40"], 300)
+
+
+def tests(work: Work, name: str, arguments: list[str], most: float) -> None:
+    """One run of pytest as a row; a run that was cut off is no row of its own."""
+    if not work.wants(name):
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p",
+               "no:cacheprovider", *arguments]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
     begin = time.monotonic()
-    done = run([sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q",
-                "-e", "."], deadline)
-    emit({"case": "pip install", "passed": done.returncode == 0, "output": tail(done),
-          "seconds": round(time.monotonic() - begin, 1)})
-    done = run([sys.executable, "-c", "from heptapod_fast.ops import library\n"
-                "print(library.status())\nassert library.available('cuda')"], deadline)
-    emit({"case": "compiled operators", "passed": done.returncode == 0, "output": tail(done)})
-    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    begin = time.monotonic()
-    done = run([sys.executable, "-m", "pytest", "tests/gpu", "tests/ops", "-q", "-rfE",
-                "--tb=short", "--deselect", "tests/ops/test_offline.py", *parallel], deadline)
-    emit({"case": "tests/gpu tests/ops", "passed": done.returncode == 0,
-          "summary": last_line(done), "output": tail(done, 12000),
-          "seconds": round(time.monotonic() - begin, 1)})
+    code, output = run(command, min(work.deadline, begin + most))
+    lines = [line for line in output.splitlines() if re.search(r"\d (passed|failed|error)", line)]
+    row = {"case": name, "passed": code == 0, "summary": lines[-1].strip("= ") if lines else "",
+           "output": "" if code == 0 else output[-12_000:],
+           "seconds": round(time.monotonic() - begin, 1)}
+    if code == 124:
+        work.emit(row | {"case": f"{name}, cut off", "summary": "out of time"})
+        raise TimeoutError("out of time")
+    work.emit(row)
 
 
-def run(command: list[str], deadline: float) -> subprocess.CompletedProcess:
-    """A command in the repository, stopped at the deadline; output and errors together."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run(command: list[str], deadline: float) -> tuple[int, str]:
+    """(exit code, output) of a command in the repository; with everything it started, it ends at
+    the deadline (code 124)."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, errors="replace",
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
     try:
-        return subprocess.run(command, cwd=ROOT, env=environment, text=True, errors="replace",
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout or b""
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return subprocess.CompletedProcess(command, 124, text + "\nout of time")
+        output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, code = process.communicate()[0], 124
+    return code, output.replace(str(ROOT), ".")
 
 
-def tail(done: subprocess.CompletedProcess, characters: int = 2000) -> str:
-    """The end of the output without this machine's paths."""
-    return done.stdout.replace(str(ROOT), ".")[-characters:]
+def environment() -> dict[str, str]:
+    """This checkout first; what the user put on PYTHONPATH stays."""
+    before = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT)] + [before] * bool(before))}
 
 
-def last_line(done: subprocess.CompletedProcess) -> str:
-    """What pytest counts."""
-    lines = [line for line in done.stdout.splitlines() if re.search(r"passed|failed|error", line)]
-    return lines[-1].strip("= ") if lines else tail(done, 200)
+# --------------------------------------------------------------------------------------- operations
+
+SIZED = re.compile(r"\b[LH],")
 
 
-def cases_of(name: str, larger: bool) -> list:
-    """The cases of bench/bench_NAME.py at sizes L and H (`larger`), or all others."""
-    cases = importlib.import_module(f"bench.bench_{name}").cases("cuda")
-    return [case for case in cases if bool(re.search(r"\b[LH],", case.name)) == larger]
+def operation(name: str, which: str = "first") -> Callable[[Work], None]:
+    """A section of cases of bench/bench_NAME.py: the first size, the larger ones, or compiled ones
+    that take long."""
+    def section(work: Work) -> None:
+        for case in importlib.import_module(f"bench.bench_{name}").cases("cuda"):
+            kind = ("slow" if case.name.startswith("compiled peer")
+                    else "larger" if SIZED.search(case.name) else "first")
+            if kind == which:
+                work.measure(case)
 
-
-def operation(name: str, larger: bool = False) -> Callable[[Emit, float], None]:
-    """A section that measures cases of bench/bench_NAME.py against their peers."""
-    def section(emit: Emit, deadline: float) -> None:
-        for case in cases_of(name, larger):
-            if time.monotonic() > deadline:
-                raise TimeoutError("out of time")
-            emit_case(case, emit, deadline)
-
-    section.__doc__ = f"{name} against its peers, {'sizes L and H' if larger else 'size B'}."
+    what = {"first": "size B", "larger": "sizes L and H", "slow": "torch.compile at size B"}[which]
+    section.__doc__ = f"{name} against its peers, {what}."
     return section
 
 
-def step(size: str) -> Callable[[Emit, float], None]:
+# -------------------------------------------------------------------------------------------- steps
+
+def step(size: str) -> Callable[[Work], None]:
     """Whole training steps of one size on synthetic tokens, with the kernels."""
-    def section(emit: Emit, deadline: float) -> None:
+    def section(work: Work) -> None:
         variants = [("latents, dropout 0.1", dict(tokenizer="kl16")),
                     ("latents, dropout 0", dict(tokenizer="kl16", dropout=0.0))]
         if size == "B":
             variants.append(("codes, dropout 0.1", dict(tokenizer="vq16")))
-        for i, (name, settings) in enumerate(variants):
-            if time.monotonic() > deadline:
-                raise TimeoutError("out of time")
-            emit(training_step(size, name, settings, profile=i == 0))
+        for name, settings in variants:
+            if work.wants(f"{size}, {name}"):
+                work.emit(training_step(size, name, settings | dict(kernels="triton"),
+                                        profile="0.1" in name))
 
     section.__doc__ = f"Training steps of size {size}, kernels on."
     return section
 
 
-def baselines(emit: Emit, deadline: float) -> None:
+def baseline(size: str) -> Callable[[Work], None]:
     """The same steps by plain PyTorch: eager, and torch.compile of backbone, head and MLP."""
-    for size in BATCH:
+    def section(work: Work) -> None:
         for name, compiled in (("eager", False), ("compiled", True)):
-            if time.monotonic() > deadline:
-                raise TimeoutError("out of time")
-            settings = dict(tokenizer="kl16", dropout=0.0, kernels="reference")
-            try:
-                emit(training_step(size, f"reference, {name}, latents, dropout 0", settings,
-                                   compiled=compiled))
-            except Exception as error:  # memory, or a graph that cannot be compiled
-                emit({"case": f"{size} {name}", "failed": f"{type(error).__name__}: {error}"[:600]})
+            name = f"reference, {name}, latents, dropout 0"
+            settings = dict(tokenizer="kl16", dropout=0.0, kernels="reference",
+                            adamw_ema="reference")
+            if work.wants(f"{size}, {name}"):
+                try:
+                    work.emit(training_step(size, name, settings, compiled=compiled))
+                except Exception as error:  # memory, or a graph that cannot be compiled
+                    work.emit({"case": f"{size}, {name}",
+                               "failed": f"{type(error).__name__}: {error}"[:600]})
+
+    section.__doc__ = f"The step of size {size} by plain PyTorch, eager and compiled."
+    return section
 
 
 def training_step(size: str, name: str, settings: dict, profile: bool = False,
@@ -173,11 +235,11 @@ def training_step(size: str, name: str, settings: dict, profile: bool = False,
     from heptapod_fast.train.loop import training_step as one_step
     from heptapod_fast.train.metrics import peak_flops, training_flops
 
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     prepared, micro, lines = prepared_run(size, settings)
     if compiled:
-        torch._dynamo.config.cache_size_limit = 64
         for part in (prepared.system.backbone, prepared.system.head):
             part.compile(dynamic=False)
         loss = prepared.system.token_loss
@@ -253,8 +315,10 @@ def kernel_times(function: Callable, steps: int, most: int = 40) -> list[dict]:
         for _ in range(steps):
             function()
         torch.cuda.synchronize()
+    # The loop's own ranges appear on the device too and would count everything twice.
+    cuda = torch.autograd.DeviceType.CUDA
     found = [event for event in profiler.key_averages()
-             if event.device_type == torch.autograd.DeviceType.CUDA]
+             if event.device_type == cuda and not event.is_user_annotation]
     found.sort(key=lambda event: event.self_device_time_total, reverse=True)
     rows = [{"kernel": event.key[:120], "us": round(event.self_device_time_total / steps, 1),
              "calls": round(event.count / steps, 1)} for event in found[:most]]
@@ -262,22 +326,15 @@ def kernel_times(function: Callable, steps: int, most: int = 40) -> list[dict]:
     return [{"kernel": "all", "us": round(total, 1), "calls": 0}, *rows]
 
 
-# By worth: what everything else is compared with, whether it is right, how fast it trains, why.
-SECTIONS: dict[str, Callable[[Emit, float], None]] = {
-    "build": build, "ceilings": ceilings, "step-B": step("B"),
+# By worth: whether it is right at all, what everything is compared with, how fast it trains, the
+# operations with a gate, everything else.
+SECTIONS: dict[str, Callable[[Work], None]] = {
+    "smoke": smoke, "ceilings": ceilings, "step-B": step("B"),
     **{f"op-{name}": operation(name) for name in OPERATIONS[:5]},
-    "step-L": step("L"), "step-H": step("H"), "baselines": baselines,
+    "tests": all_tests, "step-L": step("L"), "step-H": step("H"),
+    **{f"baseline-{size}": baseline(size) for size in BATCH},
     **{f"op-{name}": operation(name) for name in OPERATIONS[5:]},
-    **{f"op-{name}-LH": operation(name, larger=True) for name in OPERATIONS
+    **{f"op-{name}-LH": operation(name, "larger") for name in OPERATIONS
        if name not in ("diffusion_loss", "flow_loss")},
+    "op-adamw_ema-compiled": operation("adamw_ema", "slow"),
 }
-
-
-def work(name: str, rows: Path, seconds: float) -> None:
-    """Run one section in this process, appending a line of JSON per row."""
-    with rows.open("a") as file:
-        def emit(row: dict) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        SECTIONS[name](emit, time.monotonic() + seconds)

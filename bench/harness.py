@@ -8,6 +8,8 @@ functions run at small shapes: that shows that they work, not how fast they are.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +25,23 @@ CALLS_PER_GRAPH = 20
 
 class Missing(RuntimeError):
     """A peer is not installed, or cannot run here; str(error) says what to install."""
+
+
+class CaptureFailed(RuntimeError):
+    """A contender cannot be captured. The process is of no use for further captures then: PyTorch's
+    allocator goes on believing that one is under way."""
+
+    def __init__(self, contender: str, why: str):
+        super().__init__(why)
+        self.contender = contender
+
+
+NO_TIME = "no time left"
+
+
+def fastest(device: str) -> str:
+    """What "ours" asks for: on CUDA the kernel by name, because a fallback is no measurement."""
+    return "triton" if device == "cuda" else "auto"
 
 
 @dataclass(frozen=True)
@@ -67,37 +86,49 @@ def gradients(function: Callable, inputs: tuple, upstream: tuple, both: bool) ->
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile of a reference, static shapes."""
-    torch._dynamo.reset()
+    """torch.compile of a reference, static shapes; one compilation serves all sets of inputs."""
     return torch.compile(function, dynamic=False)
 
 
 @dataclass
 class Result:
-    """Seconds per call of one contender in one case; `why` if it did not run."""
+    """Seconds per call of one contender in one case; `why` if it did not run.
+
+    missing: it is not installed, which is no fault; otherwise a `why` is a failure.
+    """
 
     contender: str
     seconds: float | None
     quartiles: tuple[float, float] | None = None
     ungraphed: float | None = None
     why: str = ""
+    missing: bool = False
 
 
-def measure(case: Case, rounds: int = 21, deadline: float = float("inf")) -> list[Result]:
-    """Every contender of a case, interleaved; a contender that fails says why and is left out."""
+def measure(case: Case, rounds: int = 21, deadline: float = float("inf"),
+            failed: dict[str, str] | None = None) -> list[Result]:
+    """Every contender of a case, interleaved; a contender that fails says why and is left out.
+
+    failed: contenders that are known to fail, with the reason. Raises CaptureFailed.
+    """
+    gc.collect()  # compiled functions keep the last case's tensors in cycles
     ready, results = {}, []
     for name, contender in case.contenders.items():
+        if name in (failed or {}):
+            results.append(Result(name, None, why=failed[name]))
+            continue
         if time.monotonic() > deadline:
-            results.append(Result(name, None, why="no time left"))
+            results.append(Result(name, None, why=NO_TIME))
             continue
         try:
             ready[name] = _prepare(case, contender)
         except Missing as error:
-            results.append(Result(name, None, why=str(error)))
+            results.append(Result(name, None, why=str(error), missing=True))
+        except CaptureFailed as error:
+            raise CaptureFailed(name, str(error)) from error
         except Exception as error:  # a peer that breaks must not take the others with it
-            text = str(error).strip() or repr(error)
-            results.append(Result(name, None, why=f"{type(error).__name__}: {text[:500]}"))
-            if torch.cuda.is_available():
+            results.append(Result(name, None, why=_reason(error)))
+            with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
     times = {name: [] for name in ready}
     for _ in range(rounds):
@@ -109,15 +140,22 @@ def measure(case: Case, rounds: int = 21, deadline: float = float("inf")) -> lis
     return results
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or repr(error))[:500]}"
+
+
 def _prepare(case: Case, contender: Callable) -> tuple[Callable, int, float | None]:
     """(a function that makes `calls` calls, calls, seconds of one call without a graph)."""
+    torch._dynamo.reset()
     if not torch.cuda.is_available():
         call = contender(case.inputs())
         call()
         return call, 1, None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    sets = max(1, min(CALLS_PER_GRAPH, round(0.5 + L2_MULTIPLE * L2_BYTES / max(case.bytes, 1))))
+    # About half of a case's bytes are inputs; outputs share one place in the graph's memory.
+    sets = round(0.5 + L2_MULTIPLE * L2_BYTES / max(case.bytes / 2, 1))
+    sets = max(1, min(CALLS_PER_GRAPH, sets))
     # Autograd runs a backward pass on the stream of its forward pass: all on the capturing one.
     with torch.cuda.stream(stream):
         calls = [contender(case.inputs()) for _ in range(sets)]
@@ -128,9 +166,12 @@ def _prepare(case: Case, contender: Callable) -> tuple[Callable, int, float | No
         ungraphed = _ungraphed(calls)
     total = max(sets, CALLS_PER_GRAPH // sets * sets)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(total):
-            calls[i % sets]()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(total):
+                calls[i % sets]()
+    except Exception as error:
+        raise CaptureFailed("", f"cannot be captured, {_reason(error)}") from error
     graph.replay()
     return graph.replay, total, ungraphed
 

@@ -41,15 +41,12 @@ def main() -> None:
     from heptapod_fast.kernels import tuning
 
     deadline = time.monotonic() + 60 * options.minutes
-    touched = set()
     for operation in options.operations:
-        touched |= tune(operation, deadline)
-    for operation in sorted(touched):
-        text = render(tuning.table(operation) | {"tuned": about(torch)})
-        path = (options.out or tuning.FOLDER) / f"{operation}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        print(f"written: {path}")
+        for changed in sorted(tune(operation, deadline)):
+            path = (options.out or tuning.FOLDER) / f"{changed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(render(tuning.table(changed) | {"tuned": about(torch)}))
+            print(f"written: {path}", flush=True)
 
 
 def tune(operation: str, deadline: float) -> set[str]:
@@ -59,6 +56,8 @@ def tune(operation: str, deadline: float) -> set[str]:
     module = importlib.import_module(f"bench.bench_{operation}")
     users: dict[tuple, list] = {}
     for case in module.cases("cuda"):
+        if time.monotonic() > deadline:
+            break
         with tuning.recording() as used:
             if time_of(case) is not None:
                 for key in used:
@@ -76,8 +75,9 @@ def improve(key: tuple, cases: list, deadline: float) -> None:
     from heptapod_fast.kernels import tuning
 
     config = tuning.row(*key)
-    best = total(cases)
-    before = best
+    best = before = total(cases)
+    if best is None:
+        return
     for name in list(config):
         for factor in (2, 0.5):
             while time.monotonic() < deadline:
@@ -107,8 +107,11 @@ def time_of(case) -> float | None:
     """Seconds of our contender in a case; None if it fails (shared memory, registers, ...)."""
     ours = harness.Case(case.operation, case.name, case.inputs, {"ours": case.contenders["ours"]},
                         case.bytes, case.flops)
-    result = harness.measure(ours, rounds=7)[0]
-    return result.seconds
+    try:
+        return harness.measure(ours, rounds=7)[0].seconds
+    except harness.CaptureFailed:
+        raise SystemExit(f"{case.name}: a launch failed inside a CUDA graph; tables written so far "
+                         "hold, start again with the operations after it") from None
 
 
 def about(torch) -> dict:
