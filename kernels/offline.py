@@ -1,6 +1,7 @@
 """Compiles every kernel in every configuration of the tuning table, without a GPU.
 
-    python -m heptapod_fast.kernels.offline [--arch sm_80 sm_90 sm_100] [--json FILE]
+    python -m heptapod_fast.kernels.offline [--arch sm_80 sm_90 sm_100] [--only TEXT]
+        [--json FILE] [--markdown FILE]
 
 prints registers, stack, shared memory and matrix instructions of each as a table. A stack is a
 spill. Kernel modules name their cases in `compile_cases(arch)`. Triton's own cache, keyed by
@@ -139,17 +140,33 @@ def markdown(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def page(results: list[dict]) -> str:
+    """The table with what made it, and why the spills in it are accepted."""
+    import triton
+
+    excused = sorted({f"- {r['case']}, {r['arch']}: {r['stack']} bytes, {r['why']}"
+                      for r in results if r["stack"]})
+    return "\n".join([
+        "# Kernels, compiled without a GPU", "",
+        f"Made by `python -m heptapod_fast.kernels.offline`, Triton {triton.__version__}. Stages "
+        "are Triton's default where a kernel sets its own per loop. A stack is a spill.", "",
+        *(["Accepted spills:", "", *excused, ""] if excused else []), markdown(results), ""])
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description="Compile every kernel offline.")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
     results = compile_all(options.arch, options.only)
     print(markdown(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(page(results))
     wrong = [f"{r['case']} on {r['arch']}: {fault}" for r in results for fault in faults(r)]
     if wrong:
         raise SystemExit("\n".join(wrong))
