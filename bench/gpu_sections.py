@@ -121,7 +121,7 @@ def smoke(work: Work) -> None:
     """tests/gpu and the shortest test of every operation on this GPU."""
     tests(work, "smoke", ["tests/gpu", "tests/ops", "-k",
                           "gpu or no_rows or test_kernel_by_the_rule or test_kernels_by_the_rule",
-                          "-x"], 150)
+                          "--maxfail=10"], 150)
 
 
 def all_tests(work: Work) -> None:

@@ -43,7 +43,7 @@ def test_ours_is_eager_and_the_same_every_time(case):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert bool(found.isfinite().all())
         error = (found.double() - expected.double()).norm() / expected.double().norm()
-        assert float(error) < 0.02
+        assert float(error) < 0.05
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(tensors(ours()), first, strict=True))
 
