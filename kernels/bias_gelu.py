@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heptapod_fast.kernels import offline, tuning
 from heptapod_fast.kernels.columns import column_sum
-from heptapod_fast.kernels.randomness import keep, row_keys
+from heptapod_fast.kernels.randomness import keep, mask_arguments, row_keys
 from heptapod_fast.ops.dropout import Mask
 
 
@@ -82,16 +82,6 @@ def _backward(grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, key_ptr, counter_p
              mask=column < width)
 
 
-def _mask_arguments(mask: Mask | None, rows: int) -> tuple[dict, dict]:
-    """Arguments that describe the mask, and its constants."""
-    if mask is None:
-        return (dict(key_ptr=None, counter_ptr=None, rows_per_key=1, counters=1, scale=1.0),
-                dict(THRESHOLD=0))
-    return (dict(key_ptr=mask.key_P2, counter_ptr=mask.counter_N,
-                 rows_per_key=rows // len(mask.key_P2), counters=len(mask.counter_N),
-                 scale=1.0 / (1.0 - mask.p)), dict(THRESHOLD=mask.threshold()))
-
-
 def forward(x: Tensor, bias: Tensor, mask: Mask | None, activation: str) -> Tensor:
     """x (..., F) contiguous, bias (F,) float32 -> y in x's dtype."""
     width, out = x.shape[-1], torch.empty_like(x)
@@ -99,10 +89,9 @@ def forward(x: Tensor, bias: Tensor, mask: Mask | None, activation: str) -> Tens
     if rows == 0:
         return out
     tile = dict(tuning.lookup("bias_gelu", "forward", width, x.device))
-    values, constants = _mask_arguments(mask, rows)
     grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))
-    _forward[grid](x, bias, out, rows=rows, width=width, GELU=activation == "gelu", **values,
-                   **constants, **tile)
+    _forward[grid](x, bias, out, rows=rows, width=width, GELU=activation == "gelu",
+                   **mask_arguments(mask, rows), **tile)
     return out
 
 
@@ -117,10 +106,9 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor, mask: Mask | None,
     programs = min(tile.pop("programs"), triton.cdiv(rows, tile["ROWS"]))
     slab = triton.cdiv(rows, programs)
     partials = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    values, constants = _mask_arguments(mask, rows)
     _backward[(programs, triton.cdiv(width, tile["BLOCK"]))](
         grad, x, bias, dx, partials, rows=rows, width=width, slab=slab, GELU=activation == "gelu",
-        **values, **constants, **tile)
+        **mask_arguments(mask, rows), **tile)
     return dx, column_sum(partials)
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from heptapod_fast.kernels import offline
-from heptapod_fast.kernels.randomness import keep, row_keys
+from heptapod_fast.kernels.randomness import keep, mask_arguments, row_keys
 from heptapod_fast.ops.dropout import Mask
 
 
@@ -38,9 +38,7 @@ def dropout(x: Tensor, mask: Mask) -> Tensor:
     rows, out = x.numel() // max(1, width), torch.empty_like(x)
     if x.numel():
         _dropout[(rows, triton.cdiv(width, BLOCK))](
-            x, out, mask.key_P2, mask.counter_N, width, rows // len(mask.key_P2),
-            len(mask.counter_N), 1.0 / (1.0 - mask.p), THRESHOLD=mask.threshold(), BLOCK=BLOCK,
-            num_warps=4)
+            x, out, width=width, BLOCK=BLOCK, num_warps=4, **mask_arguments(mask, rows))
     return out
 
 

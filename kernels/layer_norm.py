@@ -19,7 +19,7 @@ from torch import Tensor
 
 from heptapod_fast.kernels import offline, tuning
 from heptapod_fast.kernels.columns import column_sum
-from heptapod_fast.kernels.randomness import keep, row_keys
+from heptapod_fast.kernels.randomness import keep, mask_arguments, row_keys
 from heptapod_fast.ops.dropout import Mask
 
 
@@ -242,15 +242,6 @@ def _constants(width: int, config: dict) -> tuple[int, dict]:
     return count, dict(config, WIDTH=width, MAIN=main, REST=rest, THREADS=threads)
 
 
-def _mask_arguments(mask: Mask | None, rows: int) -> dict:
-    if mask is None:
-        return dict(key_ptr=None, counter_ptr=None, rows_per_key=1, counters=1, scale=1.0,
-                    THRESHOLD=0)
-    return dict(key_ptr=mask.key_P2, counter_ptr=mask.counter_N,
-                rows_per_key=rows // len(mask.key_P2), counters=len(mask.counter_N),
-                scale=1.0 / (1.0 - mask.p), THRESHOLD=mask.threshold())
-
-
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None,
             eps: float) -> tuple[Tensor, Tensor]:
     """x (..., D) contiguous, weight and bias (D,) float32 -> y, stats (rows, 2): mean, 1 / std."""
@@ -274,7 +265,7 @@ def _launch_forward(x, branch, branch_bias, weight, bias, mask, eps):
         slab, constants = _tile("forward", width, x.device)
         _forward[(triton.cdiv(rows, slab),)](
             x, branch, branch_bias, weight, bias, total, y, stats, rows=rows, slab=slab, eps=eps,
-            BIAS=branch_bias is not None, **_mask_arguments(mask, rows), **constants)
+            BIAS=branch_bias is not None, **mask_arguments(mask, rows), **constants)
     return total, y, stats
 
 
@@ -298,7 +289,7 @@ def backward(grad: Tensor, grad_sum: Tensor | None, total: Tensor, stats: Tensor
     _backward[(programs,)](
         grad, grad_sum, total, stats, weight, dx, None if mask is None else dbranch,
         partials if sums else None, rows=rows, slab=slab, BIAS=branch_bias,
-        **_mask_arguments(mask, rows), **constants)
+        **mask_arguments(mask, rows), **constants)
     return dx, dbranch, column_sum(partials).view(sums, width) if sums else \
         partials.view(0, width)
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
+from heptapod_fast.ops.dropout import Mask
+
 
 @triton.jit
 def _mix(x):
@@ -27,6 +29,16 @@ def row_keys(key_ptr, counter_ptr, row, rows_per_key, counters):
     key0 = tl.load(at).to(tl.uint32)
     key1 = tl.load(at + 1).to(tl.uint32)
     return key0, key1, tl.load(counter_ptr + row % counters)
+
+
+def mask_arguments(mask: Mask | None, rows: int) -> dict:
+    """What kernels with dropout are launched with; without a mask THRESHOLD is 0."""
+    if mask is None:
+        return dict(key_ptr=None, counter_ptr=None, rows_per_key=1, counters=1, scale=1.0,
+                    THRESHOLD=0)
+    return dict(key_ptr=mask.key_P2, counter_ptr=mask.counter_N,
+                rows_per_key=rows // len(mask.key_P2), counters=len(mask.counter_N),
+                scale=1.0 / (1.0 - mask.p), THRESHOLD=mask.threshold())
 
 
 @triton.jit
