@@ -162,6 +162,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
     results = compile_all(options.arch, options.only)
+    if not results:
+        raise SystemExit(f"--only {options.only}: no case has this in its name")
     print(markdown(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.operators import differentiable, once, operator
 
 MAX_WIDTH = 4096  # columns that a program of the kernels holds in registers
 
@@ -67,6 +68,8 @@ def reference(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, gate
 
 
 def _check(x, branch, branch_bias, gate, shift, scale, weight, bias) -> None:
+    check_rows("adaln", x=x, branch=branch, branch_bias=branch_bias, gate=gate, shift=shift,
+               scale=scale, weight=weight, bias=bias)
     for names, arguments in (("branch, branch_bias and gate", (branch, branch_bias, gate)),
                              ("weight and bias", (weight, bias))):
         if len({a is None for a in arguments}) > 1:
@@ -104,7 +107,7 @@ def _forward(x, branch, branch_bias, gate, shift, scale, weight, bias, eps):
 
 def _forward_fake(x, branch, branch_bias, gate, shift, scale, weight, bias, eps):
     new = x.new_empty(0) if branch is None else torch.empty_like(x)
-    return new, torch.empty_like(x), x.new_empty(2, len(x), dtype=torch.float32)
+    return new, torch.empty_like(x), x.new_empty(2, x.shape[0], dtype=torch.float32)
 
 
 def _backward(dnew, dv, x, branch, branch_bias, gate, scale, weight, bias, stats):
@@ -154,5 +157,6 @@ _backward_operator = operator(
     "Tensor? gate, Tensor scale, Tensor? weight, Tensor? bias, Tensor stats) -> (Tensor, Tensor, "
     "Tensor, Tensor, Tensor)", _backward, _backward_fake)
 differentiable(_operator, _gradient, _setup)
+once(_backward_operator, "adaln")
 dispatch.register("adaln", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("adaln", "reference", lambda device, dtype: None)

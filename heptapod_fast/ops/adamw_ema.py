@@ -71,6 +71,10 @@ def adamw_ema(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
                 list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), flat, copies, lr,
                 step, grad_scale, ema_decays, [float(decay) for decay in weight_decays], beta1,
                 beta2, eps)
+            if not torch.compiler.is_compiling():
+                # A graph that still needs the old values must find out.
+                torch.autograd.graph.increment_version(
+                    [*params, *exp_avgs, *exp_avg_sqs, *flat, *copies])
 
 
 def _reference(params, grads, exp_avgs, exp_avg_sqs, emas, copies, lr, step, grad_scale, ema_decays,
@@ -138,14 +142,18 @@ def _refuse(name: str, i: int, tensor: Tensor, param: Tensor, device: torch.devi
     layout = "contiguous" if tensor.is_contiguous() else "non-contiguous"
     raise ValueError(f"adamw_ema takes {name} contiguous, {wanted.get(name, 'float32')}, on "
                      f"{device}, of the params' shapes; {name}[{i}] is {layout} {tensor.dtype} "
-                     f"{tuple(tensor.shape)} on {tensor.device}, params[{i}] is "
-                     f"{tuple(param.shape)}")
+                     f"{tuple(tensor.shape)} on {tensor.device}"
+                     + ("" if name == "params" else f", params[{i}] is {tuple(param.shape)}"))
 
 
 def _validate_scalars(params, count, lr, step, grad_scale, ema_decays, beta1, beta2) -> None:
-    device = params[0].device if params else lr.device
     scalars = {"lr": (lr, ()), "step": (step, ()), "grad_scale": (grad_scale, ()),
                "ema_decays": (ema_decays, (count,))}
+    for name, (tensor, _) in scalars.items():
+        if not torch.is_tensor(tensor):
+            raise ValueError(f"adamw_ema takes {name} as a float32 tensor on the parameters' "
+                             f"device, got {type(tensor).__name__}")
+    device = params[0].device if params else lr.device
     for name, (tensor, shape) in scalars.items():
         if tensor.dtype != torch.float32 or tensor.device != device or tensor.shape != shape:
             raise ValueError(f"adamw_ema takes {name} as float32 of shape {shape} on {device}, got "

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.checks import check_rows
 from heptapod_fast.ops.dropout import Mask
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.operators import differentiable, once, operator
 
 MAX_WIDTH = 16_384  # kernels/configs/bias_gelu.json
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
@@ -33,6 +34,7 @@ def bias_gelu(x: Tensor, bias: Tensor, mask: Mask | None = None, activation: str
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"bias_gelu knows {', '.join(ACTIVATIONS)}, not {activation!r}")
+    check_rows("bias_gelu", x=x, bias=bias, **({} if mask is None else mask.tensors()))
     if bias.shape != x.shape[-1:]:
         raise ValueError(f"bias_gelu takes a bias of shape {tuple(x.shape[-1:])}, got "
                          f"{tuple(bias.shape)}")
@@ -81,5 +83,6 @@ _backward_operator = operator(
     "str activation) -> (Tensor, Tensor)", _backward,
     lambda grad, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)))
 differentiable(_operator, _gradient, _setup)
+once(_backward_operator, "bias_gelu")
 dispatch.register("bias_gelu", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("bias_gelu", "reference", lambda device, dtype: None)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_integer
 
 STEPS = 1000
@@ -230,5 +230,6 @@ _backward_operator = operator(
     f"diffusion_loss_backward(Tensor grad, {_arguments}) -> Tensor", _backward,
     lambda grad, prediction, *_: torch.empty_like(prediction))
 differentiable(_operator, _gradient, _setup)
+once(_backward_operator, "diffusion_loss")
 dispatch.register("diffusion_loss", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("diffusion_loss", "reference", lambda device, dtype: None)

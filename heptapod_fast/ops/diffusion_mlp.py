@@ -30,7 +30,8 @@ from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.adaln import MAX_WIDTH
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.operators import differentiable, once, operator
 
 
 class BlockWeights(NamedTuple):
@@ -125,7 +126,29 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
+def _check_weights(xt, t, time, condition, weights) -> None:
+    names = [*weights._fields[:-1], *(f"blocks[{i}].{name}" for i in range(len(weights.blocks))
+                                      for name in BlockWeights._fields)]
+    check_rows("diffusion_mlp", condition=condition, time=time, xt=xt, t=t,
+               **dict(zip(names, weights.flat())))
+    width = condition.shape[-1]
+    sizes = dict(norm_weight=(width,), norm_bias=(width,), fc1_bias=(width,), fc2_bias=(width,),
+                 fc1_weight=(width, width), fc2_weight=(width, width), input_bias=(width,),
+                 output_bias=weights.output_weight.shape[:1])
+    for name, tensor in zip(names, weights.flat()):
+        parts = 3 if name.startswith("blocks") else 2
+        modulation = dict(modulation_weight=(parts * width, width),
+                          modulation_bias=(parts * width,))
+        wanted = (sizes | modulation).get(name.split(".")[-1])
+        if wanted is not None and tensor.shape != wanted:
+            raise ValueError(f"diffusion_mlp takes {name} of shape {tuple(wanted)}, got "
+                             f"{tuple(tensor.shape)}")
+    if t.dtype != torch.int64:
+        raise ValueError(f"diffusion_mlp takes t as int64, got {t.dtype}")
+
+
 def _check(xt, t, time, condition, weights) -> None:
+    _check_weights(xt, t, time, condition, weights)
     rows, tokens, width = len(xt), len(condition), condition.shape[-1]
     if condition.dim() != 2 or time.dim() != 2 or time.shape[1] != width:
         raise ValueError(f"diffusion_mlp takes time (T, W) and condition (M, W); got "
@@ -155,7 +178,7 @@ def _forward(xt, t, time, condition, weights, eps, keep):
 
 
 def _forward_fake(xt, t, time, condition, weights, eps, keep):
-    rows, width, of = len(xt), condition.shape[1], DiffusionWeights.of(weights)
+    rows, width, of = xt.shape[0], condition.shape[1], DiffusionWeights.of(weights)
     prediction = xt.new_empty(rows, len(of.output_bias))
     if not keep:
         return [prediction]
@@ -232,5 +255,6 @@ _backward_operator = operator(
     "diffusion_mlp_backward(Tensor grad, Tensor xt, Tensor t, Tensor time, Tensor condition, "
     "Tensor[] weights, Tensor[] saved) -> Tensor[]", _backward, _backward_fake)
 differentiable(_operator, _gradient, _setup)
+once(_backward_operator, "diffusion_mlp")
 dispatch.register("diffusion_mlp", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("diffusion_mlp", "reference", lambda device, dtype: None)

@@ -123,16 +123,23 @@ def select(operation: str, device: torch.device, dtype: torch.dtype, forced: str
     unsupported: why the kernels cannot take these arguments (layout, width), None if they can. Then
     "auto" means the reference, and says so once; asking for a kernel raises `Unavailable`.
     """
-    chosen = choose(operation, device, dtype, forced).implementation
+    choice = choose(operation, device, dtype, forced)
+    chosen = choice.implementation
+    if chosen == "reference" and choice.reason != "asked for" and device.type == "cuda":
+        _tell(f"{operation}: the plain-PyTorch reference runs, {choice.reason}")
     if unsupported is None or chosen == "reference":
         return chosen
     message = f"{operation}: {chosen!r} cannot take these tensors: {unsupported}"
     if forced != "auto" or _forced.get(operation, "auto") != "auto":
         raise Unavailable(message)
+    _tell(f"{message}; the plain-PyTorch reference runs instead")
+    return "reference"
+
+
+def _tell(message: str) -> None:
     if message not in _told:
         _told.add(message)
-        warnings.warn(f"{message}; the plain-PyTorch reference runs instead", stacklevel=3)
-    return "reference"
+        warnings.warn(message, stacklevel=4)
 
 
 def interpreted() -> bool:
@@ -156,6 +163,10 @@ def triton_check(device: torch.device, dtype: torch.dtype) -> str | None:
     """A check for `register`: Triton is there, and the tensors suit its kernels."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"runs on cuda tensors, these are on {device.type}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return "needs compute capability 8.0 or newer, this GPU has {}.{}".format(*capability)
     if dtype not in TRITON_DTYPES:
         return f"takes {' and '.join(str(d) for d in TRITON_DTYPES)}, these are {dtype}"
     return _why_no_triton

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.checks import check_rows
 from heptapod_fast.ops.operators import differentiable, operator
 
 _MASK = 0xFFFFFFFF
@@ -46,7 +47,7 @@ class Mask(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """The reference: x (..., D) -> the same, masked and scaled."""
-        keep = self.keep(x.numel() // x.shape[-1], x.shape[-1]).view(x.shape)
+        keep = self.keep(x.numel() // max(1, x.shape[-1]), x.shape[-1]).view(x.shape)
         return torch.where(keep, x * (1.0 / (1.0 - self.p)), x.new_zeros(()))
 
     def check(self, operation: str, rows: int) -> None:
@@ -60,6 +61,10 @@ class Mask(NamedTuple):
             raise ValueError(f"{operation} takes an int64 mask of keys (P, 2) and counters (N,), P "
                              f"and N dividing {rows} rows; got {keys.dtype} {tuple(keys.shape)} "
                              f"and {counters.dtype} {tuple(counters.shape)}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that errors call them."""
+        return {"mask.key_P2": self.key_P2, "mask.counter_N": self.counter_N}
 
     def arrays(self) -> tuple[Tensor, Tensor]:
         """Keys and counters as kernels read them, contiguous (a table of keys gives views)."""
@@ -87,6 +92,7 @@ def dropout(x: Tensor, mask: Mask | None, implementation: str = "auto") -> Tenso
     """
     if mask is None or mask.p == 0.0:
         return x
+    check_rows("dropout", x=x, **mask.tensors())
     mask.check("dropout", x.numel() // max(1, x.shape[-1]))
     if dispatch.select("dropout", x.device, x.dtype, implementation) == "reference":
         return mask.apply(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.diffusion_loss import WIDEST
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_uniform
 
 
@@ -117,5 +117,6 @@ _backward_operator = operator(
     f"flow_loss_backward(Tensor grad, {_arguments}) -> Tensor", _backward,
     lambda grad, prediction, *_: torch.empty_like(prediction))
 differentiable(_operator, _gradient, _setup)
+once(_backward_operator, "flow_loss")
 dispatch.register("flow_loss", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("flow_loss", "reference", lambda device, dtype: None)

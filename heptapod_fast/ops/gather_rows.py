@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.checks import check_rows
 from heptapod_fast.ops.operators import differentiable, operator
 
 MAX_WIDTH = 65_536  # kernels/configs/gather_rows.json
@@ -55,6 +56,7 @@ def scatter_rows(x_RD: Tensor, index_R: Tensor, rows: int, implementation: str =
 
 
 def _check(name: str, x: Tensor, index: Tensor) -> None:
+    check_rows(name, x=x, index=index)
     if x.dim() != 2 or index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"{name} takes rows (M, D) and an int64 index (R,), got {tuple(x.shape)} "
                          f"and {index.dtype} {tuple(index.shape)}")

@@ -30,6 +30,7 @@ def global_norm(grads: Sequence[Tensor], implementation: str = "auto") -> Tensor
     to take part. implementation: "auto", "cuda", "cpu" or "reference". Raises ValueError on an
     empty list and on anything else, saying what is supported.
     """
+    grads = [grads] if torch.is_tensor(grads) else list(grads)
     if not grads:
         raise ValueError("global_norm needs at least one gradient")
     for i, grad in enumerate(grads):

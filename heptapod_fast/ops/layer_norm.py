@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.checks import check_rows
 from heptapod_fast.ops.dropout import Mask
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.operators import differentiable, once, operator
 
 MAX_WIDTH = 4096
 
@@ -33,6 +34,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     implementation: "auto", "triton" (D up to MAX_WIDTH) or "reference" (any floating dtype). Raises
     ValueError if the parameters do not fit.
     """
+    check_rows("layer_norm", x=x, weight=weight, bias=bias)
     _check_parameters("layer_norm", x, weight, bias)
     if _select(x, implementation) == "reference":
         return _reference(x, weight, bias, eps)
@@ -50,6 +52,8 @@ def add_layer_norm(x: Tensor, branch: Tensor, branch_bias: Tensor | None, weight
     "auto", "triton" (D up to MAX_WIDTH) or "reference". Raises ValueError if shapes, dtypes or the
     mask do not fit.
     """
+    check_rows("add_layer_norm", x=x, branch=branch, branch_bias=branch_bias, weight=weight,
+               bias=bias, **({} if mask is None else mask.tensors()))
     _check_parameters("add_layer_norm", x, weight, bias)
     if branch.shape != x.shape or branch.dtype != x.dtype:
         raise ValueError(f"add_layer_norm takes a branch like x, {x.dtype} {tuple(x.shape)}, got "
@@ -181,5 +185,6 @@ _backward_operator = operator(
     "-> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 differentiable(_operator, _gradient, _setup)
 differentiable(_add_operator, _add_gradient, _add_setup)
+once(_backward_operator, "layer_norm")
 dispatch.register("layer_norm", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("layer_norm", "reference", lambda device, dtype: None)

@@ -13,8 +13,8 @@ a product in the dtype of z, rounded once; softmax and loss are float32.
 The kernels make the gradients together with the loss, chunk by chunk, so that no logits outlive
 their chunk: dlogits are rounded to the dtype of z once, dW and db are float32 throughout and are
 multiplied by the total's gradient in the backward pass. A target outside 0..V-1 raises in the
-reference on CPU; the kernels take its logit for 0 and give it no gradient, because finding out
-would mean waiting for the device.
+reference on CPU; the kernels take its logit for 0 and leave its onehot away, because finding out
+would mean waiting for the device. There is no index to be ignored: give such rows the weight 0.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.operators import differentiable, once, operator
 
 MOST_TARGETS = 16
+NO_INDEX = torch.iinfo(torch.int64).min  # -100 is out of range, not a target to be ignored
 MAX_WIDTH, MAX_CODES = 65_536, 1_000_000  # kernels/configs/linear_cross_entropy.json
 
 
@@ -37,7 +39,8 @@ def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target
 
     z (R, D) float32 or bfloat16; weight (V, D) and bias (V,), which follow the dtype of z; target
     (R,) or (R, K) int64, K <= 16, repeats allowed; row_weight (R,): numbers without a gradient,
-    None for 1. A row of weight 0 has no gradient. chunk: rows whose logits are held at a time
+    None for 1. A row of weight 0 adds nothing, whatever it holds, and if it is finite it
+    has no gradient. chunk: rows whose logits are held at a time
     (default: from the table), for the kernels alone. implementation: "auto", "triton" or
     "reference". Raises ValueError on shapes, dtypes of targets or chunks that do not fit.
     """
@@ -60,7 +63,9 @@ def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target
 
 
 def _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk) -> None:
-    name, rows = "linear_cross_entropy", len(z_RD)
+    name = "linear_cross_entropy"
+    check_rows(name, z=z_RD, weight=weight_VD, bias=bias_V, target=target, row_weight=row_weight_R)
+    rows = len(z_RD)
     if z_RD.dim() != 2 or weight_VD.dim() != 2 or z_RD.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"{name} takes z (R, D) and weight (V, D), got {tuple(z_RD.shape)} and "
                          f"{tuple(weight_VD.shape)}")
@@ -81,11 +86,13 @@ def _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk) -> None:
 def _reference(z_RD, weight_VD, bias_V, target, row_weight_R) -> tuple[Tensor, Tensor]:
     logits_RV = F.linear(z_RD, weight_VD.to(z_RD.dtype), bias_V.to(z_RD.dtype)).float()
     if target.dim() == 1:
-        loss_R = F.cross_entropy(logits_RV, target, reduction="none")
+        loss_R = F.cross_entropy(logits_RV, target, reduction="none", ignore_index=NO_INDEX)
     else:
         loss_R = logits_RV.logsumexp(1) - logits_RV.gather(1, target).mean(1)
-    total = loss_R.sum() if row_weight_R is None else (loss_R * row_weight_R.float()).sum()
-    return total, loss_R.detach()
+    if row_weight_R is None:
+        return loss_R.sum(), loss_R.detach()
+    weighted_R = torch.where(row_weight_R == 0, 0.0, loss_R * row_weight_R.float())
+    return weighted_R.sum(), loss_R.detach()
 
 
 def _forward(z, weight, bias, target, row_weight, chunk, gradients):
@@ -109,7 +116,7 @@ def _setup(ctx, inputs, output) -> None:
     # Only the total has a gradient; the others come as None instead of as zeros to be made.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(z, *output[2:])
 
 
 def _gradient(ctx, grad_total: Tensor | None, *_):
@@ -117,24 +124,27 @@ def _gradient(ctx, grad_total: Tensor | None, *_):
         raise RuntimeError("linear_cross_entropy was told that no gradients are wanted")
     if grad_total is None:
         return (None,) * 7
-    dz, dweight, dbias = ctx.saved_tensors
+    z, dz, dweight, dbias = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    return (_scale_operator(dz, grad_total) if wanted[0] else None,
+    return (_scale_operator(dz, grad_total, z) if wanted[0] else None,
             (dweight * grad_total).to(ctx.dtypes[0]) if wanted[1] else None,
             (dbias * grad_total).to(ctx.dtypes[1]) if wanted[2] else None, None, None, None, None)
 
 
-def _scale(x: Tensor, factor: Tensor) -> Tensor:
+def _scale(x: Tensor, factor: Tensor, z: Tensor) -> Tensor:
     from heptapod_fast.kernels import linear_cross_entropy as kernels
 
     return kernels.scale(x, factor)
 
 
-_scale_operator = operator("linear_cross_entropy_backward(Tensor dz, Tensor grad) -> Tensor",
-                           _scale, lambda dz, grad: torch.empty_like(dz))
+_scale_operator = operator(
+    "linear_cross_entropy_backward(Tensor dz, Tensor grad, Tensor z) -> Tensor", _scale,
+    lambda dz, grad, z: torch.empty_like(dz))
 _operator = operator(
     "linear_cross_entropy(Tensor z, Tensor weight, Tensor bias, Tensor target, Tensor? row_weight, "
     "int? chunk, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _fake)
 differentiable(_operator, _gradient, _setup)
+# z is an argument so that a second derivative is refused instead of forgotten.
+once(_scale_operator, "linear_cross_entropy")
 dispatch.register("linear_cross_entropy", "triton", dispatch.triton_check, dispatch.triton_avoid)
 dispatch.register("linear_cross_entropy", "reference", lambda device, dtype: None)

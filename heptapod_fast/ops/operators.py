@@ -46,3 +46,12 @@ def _on_its_device(kernel: Callable) -> Callable:
 def differentiable(op: OpOverload, backward: Callable, setup_context: Callable) -> None:
     """Gives an operator its gradient; see torch.library.register_autograd."""
     torch.library.register_autograd(op._name, backward, setup_context=setup_context, lib=_library)
+
+
+def once(backward_op: OpOverload, operation: str) -> None:
+    """The gradient of a gradient is an error that says so, where PyTorch would pass over it."""
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{operation}: the kernels are differentiable once; take "
+                           f"implementation='reference' for second derivatives")
+
+    torch.library.register_autograd(backward_op._name, refuse, lib=_library)

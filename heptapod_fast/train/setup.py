@@ -102,12 +102,38 @@ def open_tokens(config: Config, world: World, images: ImageSource | None,
                            progress=Progress("tokenising") if world.main else None)
 
 
+def choose_operators(config: Config, device: torch.device, dtype: torch.dtype) -> list:
+    """Who runs each operation: attention, the optimizer step, then all others.
+
+    Raises Unavailable naming the flag that asks for what cannot run.
+    """
+    choose = ops.dispatch.choose
+    wanted = [("--attention", config.attention, "attention", dtype),
+              ("--adamw-ema", config.adamw_ema, "adamw_ema", torch.float32),
+              ("--adamw-ema", config.adamw_ema, "global_norm", torch.float32),
+              ("--kernels", "auto", "philox", torch.int64)]
+    for operation in ops.dispatch.operations("triton"):
+        ops.dispatch.force(operation, config.kernels)
+        wanted.append(("--kernels", config.kernels, operation, dtype))
+    found = []
+    for flag, name, operation, kind in wanted:
+        try:
+            found.append(choose(operation, device, kind, name))
+        except ops.dispatch.Unavailable as error:
+            raise ops.dispatch.Unavailable(
+                f"{flag} {name}: {error}. Leave {flag} away to take what there is, or choose "
+                "another --device") from None
+    return found
+
+
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[Run, bool]:
     """Open everything that a resolved config names; the newest checkpoint is loaded.
 
     Returns the run and whether it was resumed. The caller has claimed the run directory.
     """
     started = time.monotonic()
+    dtype = choose_precision(config.precision, world.device)
+    choices = choose_operators(config, world.device, dtype)
     directory = RunDir(config.run_dir())
     images = open_images(config, world.main)
     # One rank fits the tokenizer, the others read what it saved.
@@ -122,20 +148,13 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     if config.num_classes is not None and config.num_classes != classes:
         raise ValueError(f"--num-classes {config.num_classes}: {config.data} has {classes} classes")
     config = replace(config, num_classes=classes)
-    dtype = choose_precision(config.precision, world.device)
-    attention = ops.dispatch.choose("attention", world.device, dtype, config.attention)
-    update = ops.dispatch.choose("adamw_ema", world.device, torch.float32, config.adamw_ema)
-    choices = [attention, update, ops.dispatch.choose("philox", world.device, torch.int64)]
-    for operation in ops.dispatch.operations("triton"):
-        ops.dispatch.force(operation, config.kernels)
-        choices.append(ops.dispatch.choose(operation, world.device, dtype))
     for line in describe(config, source, world, dtype, choices):
         say(line)
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
-    system = build_system(config, spec, classes, world.device, attention.implementation)
+    system = build_system(config, spec, classes, world.device, choices[0].implementation)
     system.set_dtype(dtype)
     run = Run(config, world, directory, say, source, tokenizer, system,
-              Optimizer(system, config, update.implementation), Rng(config.seed),
+              Optimizer(system, config, choices[1].implementation), Rng(config.seed),
               {"device": device_name(world.device), "ranks": world.size,
                "torch": torch.__version__, "activations": str(dtype)}, started)
     return run, resume(run)

@@ -206,6 +206,24 @@ def test_any_number_of_averages(implementation, count):
     assert all(map(torch.equal, before, ours.tensors()))
 
 
+def test_a_graph_that_needs_the_old_values_finds_out(implementation):
+    state = State("cuda" if implementation == "cuda" else "cpu", shapes=[(5,)])
+    param = state.params[0].requires_grad_()
+    loss = (param**2).sum()
+    state.params = [param.detach()]
+    state.step(state.grads(), 1, implementation)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_scalars_that_are_no_tensors_are_refused(implementation):
+    device = "cuda" if implementation == "cuda" else "cpu"
+    state = State(device, shapes=[(5,)])
+    state.scalar = lambda value: value
+    with pytest.raises(ValueError, match="lr as a float32 tensor.*got float"):
+        state.step(state.grads(), 1, implementation)
+
+
 def test_no_parameters_no_copies(implementation):
     State(device_of(implementation), shapes=[]).step([], 1, implementation)
     state = State(device_of(implementation), copies=False, decays=())

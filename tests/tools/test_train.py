@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from heptapod_fast import ops
 from heptapod_fast.data import Logograms, write_folder
 from heptapod_fast.train.metrics import read_metrics
 from tests.running import command, flags, refused
@@ -21,6 +22,15 @@ def pictures(tmp_path):
     folder = tmp_path / "my pictures é 文字"
     write_folder(Logograms(12, 24), folder, "png")
     return folder
+
+
+def test_a_kernel_that_cannot_run_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(ops.dispatch, "_forced", {})
+    out = tmp_path / "run"
+    result = command("train", *flags(out=out, device="cpu"), "--kernels", "triton")
+    refused(result, "--kernels triton", "runs on cuda tensors", "Leave --kernels away")
+    assert not (out / "tokenizer.safetensors").exists()
 
 
 def test_help_lists_the_contract():
