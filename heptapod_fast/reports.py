@@ -80,7 +80,10 @@ def report_bench(folder: Path, root: Path) -> None:
     pages = ["\n\n".join([bench_table(path, brief) for path in files]
                          + runs_table(folder / "runs")) for brief in (False, True)]
     (folder / "README.md").write_text("# Measured\n\nMade by `python tools/report.py "
-                                      f"bench/results` from the JSON files here.\n\n{pages[0]}\n")
+                                      f"bench/results` from the JSON files here. Single operations "
+                                      "on CPU are at toy shapes and show that the benchmarks work; "
+                                      "`ours` is then what runs by default there: C++ for adamw_ema "
+                                      f"and global_norm, else the reference.\n\n{pages[0]}\n")
     print(f"written: {folder / 'README.md'}")
     readme = root / "README.md"
     ours = folder.resolve() == root / "bench" / "results"
