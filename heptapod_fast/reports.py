@@ -11,6 +11,13 @@ from heptapod_fast.progress import duration
 from heptapod_fast.runs import RunDir
 from heptapod_fast.train.metrics import FLOPS_FORMULA, read_metrics
 
+BENCH_PAGE = """# Measured
+
+Made by `python tools/report.py bench/results` from the JSON files here. Single operations on CPU
+are at toy shapes and show that the benchmarks work; `ours` is then what runs by default there: C++
+for adamw_ema and global_norm, else the reference.
+
+"""
 MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -79,11 +86,7 @@ def report_bench(folder: Path, root: Path) -> None:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
     pages = ["\n\n".join([bench_table(path, brief) for path in files]
                          + runs_table(folder / "runs")) for brief in (False, True)]
-    (folder / "README.md").write_text("# Measured\n\nMade by `python tools/report.py "
-                                      f"bench/results` from the JSON files here. Single operations "
-                                      "on CPU are at toy shapes and show that the benchmarks work; "
-                                      "`ours` is then what runs by default there: C++ for adamw_ema "
-                                      f"and global_norm, else the reference.\n\n{pages[0]}\n")
+    (folder / "README.md").write_text(BENCH_PAGE + pages[0] + "\n")
     print(f"written: {folder / 'README.md'}")
     readme = root / "README.md"
     ours = folder.resolve() == root / "bench" / "results"
