@@ -214,4 +214,5 @@ def open_tables() -> list[str]:
     if untuned:
         lines.append("- chosen from registers and occupancy alone, `python bench/tune.py` has not "
                      f"run: {', '.join(untuned)}")
-    return lines + ["- sm_80 and sm_100: compiled (no spills), never tuned or run"]
+    return lines + ["- sm_80 and sm_100: compiled only (OFFLINE.md lists registers and spills), "
+                    "never tuned or run"]

@@ -22,9 +22,11 @@ from heptapod_fast.kernels.randomness import (
     integer_below,
     noise_block,
     philox_words,
+    repeat_rows,
     row_draws,
     row_normals,
     signed,
+    sum_repeats,
 )
 
 FREE = ["time0", "time1", "noise0", "noise1", "steps"]
@@ -114,14 +116,10 @@ def _forward(prediction_ptr, x0_ptr, t_ptr, table_ptr, index_ptr, slot_ptr, loss
              steps, noise0, noise1, BOUND: tl.constexpr, CHANNELS: tl.constexpr,
              REPEAT: tl.constexpr, REPEATS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     TOKENS: tl.constexpr = ROWS // REPEATS
-    place = tl.arange(0, ROWS)
-    mine = tl.program_id(0).to(tl.int64) * TOKENS + place // REPEATS
     channel = tl.arange(0, BLOCK)
     total = tl.zeros((TOKENS,), tl.float32)
     for first in tl.range(0, REPEAT, REPEATS):
-        repeat = first + place % REPEATS
-        valid = (mine < tokens) & (repeat < REPEAT)
-        row = tl.minimum(mine, tokens - 1) * REPEAT + tl.minimum(repeat, REPEAT - 1)
+        row, valid = repeat_rows(first, tokens, REPEAT, REPEATS, ROWS)
         inside = valid[:, None] & (channel < CHANNELS)[None, :]
         token, index, slot = row_draws(index_ptr, slot_ptr, row, tokens * REPEAT, REPEAT)
         at = prediction_ptr + row[:, None] * (2 * CHANNELS) + channel[None, :]
@@ -135,8 +133,7 @@ def _forward(prediction_ptr, x0_ptr, t_ptr, table_ptr, index_ptr, slot_ptr, loss
             x0_at = token[:, None] * CHANNELS + channel[None, :]
             bits, _ = _bound(error, v, x0_ptr, x0_at, inside, t, table_ptr, steps)
             loss += bits
-        sums = tl.sum(tl.where(inside, loss, 0.0), axis=1)
-        total += tl.sum(tl.reshape(sums, (TOKENS, REPEATS)), axis=1)
+        total += sum_repeats(loss, inside, TOKENS, REPEATS)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     tl.store(loss_ptr + token, total * (1.0 / (CHANNELS * REPEAT)), mask=token < tokens)
 
@@ -217,8 +214,9 @@ def compile_cases(arch: str):
     pointers = dict(x0_ptr="*fp32", t_ptr="*i64", table_ptr="*fp32", index_ptr="*i64",
                     slot_ptr="*i64", steps="i32", noise0="i32", noise1="i32")
     for channels in (16, 48, 192, 768, 4096):
-        tiles = {kernel: _bucket(kernel, channels, arch) for kernel in
-                 ("inputs", "forward", "backward")}
+        tiles = {kernel: dict(tuning.config("diffusion_loss", kernel, channels, arch),
+                              BLOCK=noise_block(channels))
+                 for kernel in ("inputs", "forward", "backward")}
         warps = {kernel: dict(num_warps=tile.pop("num_warps")) for kernel, tile in tiles.items()}
         shape = dict(CHANNELS=channels, REPEAT=4)
         yield offline.Case(f"diffusion_loss inputs, C = {channels}", _inputs,
@@ -236,9 +234,3 @@ def compile_cases(arch: str):
                                dict(types, grad_ptr="*fp32", out_ptr=f"*{dtype}", rows="i32"),
                                dict(tiles["backward"], **shape, BOUND=bound), warps["backward"],
                                unaligned=FREE)
-
-
-def _bucket(kernel: str, channels: int, arch: str) -> dict[str, int]:
-    rows = tuning.buckets("diffusion_loss", kernel, arch)
-    found = next(config for most, config in rows.items() if channels <= most)
-    return dict(found, BLOCK=noise_block(channels))

@@ -14,9 +14,11 @@ from heptapod_fast.kernels import offline, tuning
 from heptapod_fast.kernels.randomness import (
     noise_block,
     philox_words,
+    repeat_rows,
     row_draws,
     row_normals,
     signed,
+    sum_repeats,
     uniform,
 )
 
@@ -45,14 +47,10 @@ def _forward(prediction_ptr, x0_ptr, index_ptr, slot_ptr, loss_ptr, tokens, nois
              CHANNELS: tl.constexpr, REPEAT: tl.constexpr, REPEATS: tl.constexpr,
              ROWS: tl.constexpr, BLOCK: tl.constexpr):
     TOKENS: tl.constexpr = ROWS // REPEATS
-    place = tl.arange(0, ROWS)
-    mine = tl.program_id(0).to(tl.int64) * TOKENS + place // REPEATS
     channel = tl.arange(0, BLOCK)
     total = tl.zeros((TOKENS,), tl.float32)
     for first in tl.range(0, REPEAT, REPEATS):
-        repeat = first + place % REPEATS
-        valid = (mine < tokens) & (repeat < REPEAT)
-        row = tl.minimum(mine, tokens - 1) * REPEAT + tl.minimum(repeat, REPEAT - 1)
+        row, valid = repeat_rows(first, tokens, REPEAT, REPEATS, ROWS)
         inside = valid[:, None] & (channel < CHANNELS)[None, :]
         token, index, slot = row_draws(index_ptr, slot_ptr, row, tokens * REPEAT, REPEAT)
         guess = tl.load(prediction_ptr + row[:, None] * CHANNELS + channel[None, :], mask=inside,
@@ -60,8 +58,7 @@ def _forward(prediction_ptr, x0_ptr, index_ptr, slot_ptr, loss_ptr, tokens, nois
         x0 = tl.load(x0_ptr + token[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0)
         noise = row_normals(index, slot, noise0.to(tl.uint32), noise1.to(tl.uint32), BLOCK)
         error = guess - (noise - x0)
-        sums = tl.sum(tl.where(inside, error * error, 0.0), axis=1)
-        total += tl.sum(tl.reshape(sums, (TOKENS, REPEATS)), axis=1)
+        total += sum_repeats(error * error, inside, TOKENS, REPEATS)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     tl.store(loss_ptr + token, total * (1.0 / (CHANNELS * REPEAT)), mask=token < tokens)
 
@@ -131,8 +128,9 @@ def compile_cases(arch: str):
     """See offline.py."""
     pointers = dict(x0_ptr="*fp32", index_ptr="*i64", slot_ptr="*i64", noise0="i32", noise1="i32")
     for channels in (16, 48, 192, 768, 4096):
-        tiles = {kernel: _bucket(kernel, channels, arch) for kernel in
-                 ("inputs", "forward", "backward")}
+        tiles = {kernel: dict(tuning.config("flow_loss", kernel, channels, arch),
+                              BLOCK=noise_block(channels))
+                 for kernel in ("inputs", "forward", "backward")}
         warps = {kernel: dict(num_warps=tile.pop("num_warps")) for kernel, tile in tiles.items()}
         shape = dict(CHANNELS=channels, REPEAT=4)
         yield offline.Case(f"flow_loss inputs, C = {channels}", _inputs,
@@ -149,9 +147,3 @@ def compile_cases(arch: str):
             yield offline.Case(f"flow_loss backward, C = {channels}, {dtype}", _backward,
                                dict(types, grad_ptr="*fp32", out_ptr=f"*{dtype}", rows="i32"),
                                dict(tiles["backward"], **shape), warps["backward"], unaligned=KEYS)
-
-
-def _bucket(kernel: str, channels: int, arch: str) -> dict[str, int]:
-    rows = tuning.buckets("flow_loss", kernel, arch)
-    found = next(config for most, config in rows.items() if channels <= most)
-    return dict(found, BLOCK=noise_block(channels))

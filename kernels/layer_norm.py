@@ -319,11 +319,8 @@ def compile_cases(arch: str):
     """See offline.py. The model's widths, the widest one, and one with a masked part."""
     none = ("branch_ptr", "branch_bias_ptr", "sum_ptr")
     for width in (768, 1024, 1280, 1536, 3000, 4096):
-        configs = {}
-        for kernel in ("forward", "backward"):
-            rows = tuning.buckets("layer_norm", kernel, arch)
-            configs[kernel] = rows[min(size for size in rows if size >= width)]
-        there, back = configs["forward"], configs["backward"]
+        there, back = (tuning.config("layer_norm", kernel, width, arch)
+                       for kernel in ("forward", "backward"))
         yield _case("add_layer_norm+dropout forward", _forward, width, there, (), True, 0.1)
         yield _case("add_layer_norm+dropout backward", _backward, width, back, (), True, 0.1)
         if width <= 1280:

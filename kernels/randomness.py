@@ -126,6 +126,26 @@ def row_normals(index_R, slot_R, key0, key1, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def repeat_rows(first, tokens, REPEAT: tl.constexpr, REPEATS: tl.constexpr, ROWS: tl.constexpr):
+    """(row, whether it exists) for a program's ROWS // REPEATS tokens, repeats `first` onwards.
+
+    Row m * REPEAT + k is repeat k of token m; rows that do not exist point at one that does.
+    """
+    place = tl.arange(0, ROWS)
+    token = tl.program_id(0).to(tl.int64) * (ROWS // REPEATS) + place // REPEATS
+    repeat = first + place % REPEATS
+    valid = (token < tokens) & (repeat < REPEAT)
+    return tl.minimum(token, tokens - 1) * REPEAT + tl.minimum(repeat, REPEAT - 1), valid
+
+
+@triton.jit
+def sum_repeats(x, inside, TOKENS: tl.constexpr, REPEATS: tl.constexpr):
+    """Sum over the channels and repeats of each token: (TOKENS * REPEATS, C) -> (TOKENS,)."""
+    sums = tl.sum(tl.where(inside, x, 0.0), axis=1)
+    return tl.sum(tl.reshape(sums, (TOKENS, REPEATS)), axis=1)
+
+
+@triton.jit
 def row_draws(index_ptr, slot_ptr, row, rows, REPEAT: tl.constexpr):
     """(token, index, slot) of flat rows token * REPEAT + k; rows past the last are read as it."""
     row = tl.minimum(row, rows - 1)

@@ -51,6 +51,22 @@ def buckets(operation: str, kernel: str, arch: str = NEWEST) -> dict[int, dict[s
     return {int(k): rows[k] for k in sorted(rows, key=int)}
 
 
+def bucket(operation: str, kernel: str, size: int, arch: str) -> int:
+    """The smallest bucket that holds a size; ValueError above the last one."""
+    rows = buckets(operation, kernel, arch)
+    fitting = [most for most in rows if size <= most]
+    if not fitting:
+        raise ValueError(f"{operation}: size {size} is above {max(rows)}, the last one in "
+                         f"kernels/configs/{operation}.json")
+    return fitting[0]
+
+
+def config(operation: str, kernel: str, size: int, arch: str) -> dict[str, int]:
+    """The configuration for a size on an architecture, "sm_80" and the like: a copy."""
+    rows = buckets(operation, kernel, arch)
+    return dict(rows[bucket(operation, kernel, size, arch)])
+
+
 def row(operation: str, kernel: str, arch: str, bucket: int) -> dict[str, int]:
     """One configuration, the object itself: bench/tune.py changes it in place."""
     return table(operation)[arch][kernel][str(bucket)]
@@ -80,14 +96,10 @@ def lookup(operation: str, kernel: str, size: int, device: torch.device) -> dict
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         arch = nearest(operation, 10 * major + minor)
-    rows = buckets(operation, kernel, arch)
-    for most, config in rows.items():
-        if size <= most:
-            if _used is not None:
-                _used.add((operation, kernel, arch, most))
-            return config
-    raise ValueError(f"{operation}: size {size} is above {max(rows)}, the last one in "
-                     f"kernels/configs/{operation}.json")
+    most = bucket(operation, kernel, size, arch)
+    if _used is not None:
+        _used.add((operation, kernel, arch, most))
+    return row(operation, kernel, arch, most)
 
 
 @functools.cache

@@ -158,5 +158,4 @@ _backward_operator = operator(
     "Tensor, Tensor, Tensor)", _backward, _backward_fake)
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "adaln")
-dispatch.register("adaln", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("adaln", "reference", lambda device, dtype: None)
+dispatch.register_triton("adaln")

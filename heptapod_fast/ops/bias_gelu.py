@@ -45,24 +45,19 @@ def bias_gelu(x: Tensor, bias: Tensor, mask: Mask | None = None, activation: str
     if dispatch.select("bias_gelu", x.device, x.dtype, implementation, unsupported) == "reference":
         y = ACTIVATIONS[activation](x + bias.to(x.dtype))
         return y if mask is None else mask.apply(y)
-    keys, p = ((None, None), 0.0) if mask is None else (mask.arrays(), mask.p)
-    return _operator(x.contiguous(), bias.float().contiguous(), *keys, p, activation)
-
-
-def _mask(key: Tensor | None, counter: Tensor | None, p: float) -> Mask | None:
-    return None if key is None else Mask(key, counter, p)
+    return _operator(x.contiguous(), bias.float().contiguous(), *Mask.parts(mask), activation)
 
 
 def _forward(x, bias, key, counter, p, activation):
     from heptapod_fast.kernels import bias_gelu as kernels
 
-    return kernels.forward(x, bias, _mask(key, counter, p), activation)
+    return kernels.forward(x, bias, Mask.of(key, counter, p), activation)
 
 
 def _backward(grad, x, bias, key, counter, p, activation):
     from heptapod_fast.kernels import bias_gelu as kernels
 
-    return kernels.backward(grad, x, bias, _mask(key, counter, p), activation)
+    return kernels.backward(grad, x, bias, Mask.of(key, counter, p), activation)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -84,5 +79,4 @@ _backward_operator = operator(
     lambda grad, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)))
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "bias_gelu")
-dispatch.register("bias_gelu", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("bias_gelu", "reference", lambda device, dtype: None)
+dispatch.register_triton("bias_gelu")

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 if it was less precise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def check_rows(operation: str, **tensors: Tensor | None) -> None:
     """ValueError unless all tensors are on the device of the first, which holds floating-point rows
     (..., D). None stands for an argument that was left out."""

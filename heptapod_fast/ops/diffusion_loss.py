@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.checks import at_least_float32
 from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_integer
 
@@ -75,7 +76,7 @@ def diffusion_inputs(x0_MC: Tensor, draws: Draws, tables: Tensor,
     draws or tables that do not fit.
     """
     _check("diffusion_inputs", x0_MC, draws, tables)
-    x0_MC = _at_least_float32(x0_MC.detach())
+    x0_MC = at_least_float32(x0_MC.detach())
     chosen = dispatch.select("diffusion_loss", x0_MC.device, x0_MC.dtype, implementation,
                              _too_wide(x0_MC))
     if chosen == "reference":
@@ -106,11 +107,11 @@ def diffusion_loss(prediction_RK: Tensor, x0_MC: Tensor, xt_RC: Tensor, t_R: Ten
             f"and int64 t ({rows},) for {len(x0_MC)} tokens and repeat = {draws.repeat}; got "
             f"{tuple(prediction_RK.shape)}, {tuple(xt_RC.shape)} and {t_R.dtype} "
             f"{tuple(t_R.shape)}")
-    x0_MC = _at_least_float32(x0_MC.detach())
+    x0_MC = at_least_float32(x0_MC.detach())
     chosen = dispatch.select("diffusion_loss", prediction_RK.device, prediction_RK.dtype,
                              implementation, _too_wide(x0_MC))
     if chosen == "reference":
-        prediction = _at_least_float32(prediction_RK)
+        prediction = at_least_float32(prediction_RK)
         noise_RC = draws.noise(channels, prediction.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
         loss_R = row_losses(prediction, x0_RC, xt_RC.detach(), noise_RC, t_R, tables, bound)
@@ -124,7 +125,7 @@ def row_losses(prediction_RK: Tensor, x0_RC: Tensor, xt_RC: Tensor, noise_RC: Te
                tables: Tensor, bound: bool = True) -> Tensor:
     """The reference, given its draws: prediction (R, 2C) = (eps_hat, v); x0, xt, noise (R, C)
     float32; t (R,) -> (R,) float32. bound False: the plain MSE."""
-    eps_RC, v_RC = _at_least_float32(prediction_RK).chunk(2, dim=-1)
+    eps_RC, v_RC = at_least_float32(prediction_RK).chunk(2, dim=-1)
     loss_R = (noise_RC - eps_RC).square().mean(-1)
     if not bound:
         return loss_R
@@ -172,10 +173,6 @@ WIDEST = 4096
 def _too_wide(x0_MC: Tensor) -> str | None:
     channels = x0_MC.shape[1]
     return None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(operation: str, x0_MC: Tensor, draws: Draws, tables: Tensor) -> None:
@@ -231,5 +228,4 @@ _backward_operator = operator(
     lambda grad, prediction, *_: torch.empty_like(prediction))
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "diffusion_loss")
-dispatch.register("diffusion_loss", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("diffusion_loss", "reference", lambda device, dtype: None)
+dispatch.register_triton("diffusion_loss")

@@ -256,5 +256,4 @@ _backward_operator = operator(
     "Tensor[] weights, Tensor[] saved) -> Tensor[]", _backward, _backward_fake)
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "diffusion_mlp")
-dispatch.register("diffusion_mlp", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("diffusion_mlp", "reference", lambda device, dtype: None)
+dispatch.register_triton("diffusion_mlp")

@@ -7,6 +7,7 @@ run is an error that says what to install. Nothing falls back in silence.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -156,6 +157,14 @@ def _missing_triton() -> str | None:
 
 
 _why_no_triton = _missing_triton()
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; that of the kernels where there is none, for questions without a GPU."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
+
+
 TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -163,15 +172,16 @@ def triton_check(device: torch.device, dtype: torch.dtype) -> str | None:
     """A check for `register`: Triton is there, and the tensors suit its kernels."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"runs on cuda tensors, these are on {device.type}"
-    if device.type == "cuda" and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return "needs compute capability 8.0 or newer, this GPU has {}.{}".format(*capability)
+    if device.type == "cuda" and _capability(device) < (8, 0):
+        return ("needs compute capability 8.0 or newer, this GPU has "
+                "{}.{}".format(*_capability(device)))
     if dtype not in TRITON_DTYPES:
         return f"takes {' and '.join(str(d) for d in TRITON_DTYPES)}, these are {dtype}"
     return _why_no_triton
 
 
-def triton_avoid(device: torch.device, dtype: torch.dtype) -> str | None:
-    """For `register`: the interpreter is for tests, never a choice of its own."""
-    return None if device.type == "cuda" else "the interpreter is for tests"
+def register_triton(operation: str) -> None:
+    """Registers "triton" and, behind it, "reference". The interpreter is for tests, no choice."""
+    register(operation, "triton", triton_check, avoid=lambda device, dtype: (
+        None if device.type == "cuda" else "the interpreter is for tests"))
+    register(operation, "reference", lambda device, dtype: None)

@@ -35,6 +35,16 @@ class Mask(NamedTuple):
     counter_N: Tensor
     p: float
 
+    @staticmethod
+    def of(key_P2: Tensor | None, counter_N: Tensor | None, p: float) -> Mask | None:
+        """The inverse of `parts`."""
+        return None if key_P2 is None else Mask(key_P2, counter_N, p)
+
+    @staticmethod
+    def parts(mask: Mask | None) -> tuple[Tensor | None, Tensor | None, float]:
+        """What operators take: keys, counters, p; without a mask None, None, 0."""
+        return (None, None, 0.0) if mask is None else (*mask.arrays(), mask.p)
+
     def threshold(self) -> int:
         """Hashes below it are dropped."""
         return round(self.p * 2**32)
@@ -117,5 +127,4 @@ def _backward(ctx, grad: Tensor):
 _operator = operator("dropout(Tensor x, Tensor key, Tensor counter, float p) -> Tensor", _kernel,
                      lambda x, key, counter, p: torch.empty_like(x))
 differentiable(_operator, _backward, _setup)
-dispatch.register("dropout", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("dropout", "reference", lambda device, dtype: None)
+dispatch.register_triton("dropout")

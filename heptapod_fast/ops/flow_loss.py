@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.checks import at_least_float32
 from heptapod_fast.ops.diffusion_loss import WIDEST
 from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_uniform
@@ -29,7 +30,7 @@ def flow_inputs(x0_MC: Tensor, draws: Draws,
     draws that do not fit.
     """
     draws.check("flow_inputs", x0_MC)
-    x0_MC = _at_least_float32(x0_MC.detach())
+    x0_MC = at_least_float32(x0_MC.detach())
     if _select(x0_MC, x0_MC, implementation) == "reference":
         time_R = to_uniform(draws.times())
         noise_RC = draws.noise(x0_MC.shape[1], x0_MC.dtype)
@@ -53,9 +54,9 @@ def flow_loss(prediction_RC: Tensor, x0_MC: Tensor, draws: Draws,
         raise ValueError(f"flow_loss takes a prediction of shape ({rows}, {channels}) for "
                          f"{len(x0_MC)} tokens and repeat = {draws.repeat}, got "
                          f"{tuple(prediction_RC.shape)}")
-    x0_MC = _at_least_float32(x0_MC.detach())
+    x0_MC = at_least_float32(x0_MC.detach())
     if _select(prediction_RC, x0_MC, implementation) == "reference":
-        prediction = _at_least_float32(prediction_RC)
+        prediction = at_least_float32(prediction_RC)
         noise_RC = draws.noise(channels, prediction.dtype)
         velocity = noise_RC - x0_MC.repeat_interleave(draws.repeat, dim=0)
         loss_R = (prediction - velocity).square().mean(-1)
@@ -68,10 +69,6 @@ def _select(x: Tensor, x0_MC: Tensor, implementation: str) -> str:
     channels = x0_MC.shape[1]
     wide = None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
     return dispatch.select("flow_loss", x.device, x.dtype, implementation, wide)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _inputs(*arguments):
@@ -118,5 +115,4 @@ _backward_operator = operator(
     lambda grad, prediction, *_: torch.empty_like(prediction))
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "flow_loss")
-dispatch.register("flow_loss", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("flow_loss", "reference", lambda device, dtype: None)
+dispatch.register_triton("flow_loss")

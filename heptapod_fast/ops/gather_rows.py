@@ -134,5 +134,4 @@ _scatter = operator("scatter_rows(Tensor x, Tensor index, SymInt rows) -> Tensor
 differentiable(_gather, _gather_gradient, _gather_setup)
 differentiable(_scatter, _scatter_gradient, _scatter_setup)
 for name in ("gather_rows", "scatter_rows"):
-    dispatch.register(name, "triton", dispatch.triton_check, dispatch.triton_avoid)
-    dispatch.register(name, "reference", lambda device, dtype: None)
+    dispatch.register_triton(name)

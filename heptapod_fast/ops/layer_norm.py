@@ -68,9 +68,8 @@ def add_layer_norm(x: Tensor, branch: Tensor, branch_bias: Tensor | None, weight
         branch = branch if branch_bias is None else branch + branch_bias.to(x.dtype)
         total = x + (branch if mask is None else mask.apply(branch))
         return total, _reference(total, weight, bias, eps)
-    keys, p = ((None, None), 0.0) if mask is None else (mask.arrays(), mask.p)
     total, y, _ = _add_operator(x.contiguous(), branch.contiguous(), _master(branch_bias),
-                                _master(weight), _master(bias), *keys, p, eps)
+                                _master(weight), _master(bias), *Mask.parts(mask), eps)
     return total, y
 
 
@@ -101,10 +100,6 @@ def _master(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.float().contiguous()
 
 
-def _mask(key: Tensor | None, counter: Tensor | None, p: float) -> Mask | None:
-    return None if key is None else Mask(key, counter, p)
-
-
 def _forward(x, weight, bias, eps):
     from heptapod_fast.kernels import layer_norm as kernels
 
@@ -114,13 +109,13 @@ def _forward(x, weight, bias, eps):
 def _add_forward(x, branch, branch_bias, weight, bias, key, counter, p, eps):
     from heptapod_fast.kernels import layer_norm as kernels
 
-    return kernels.add_forward(x, branch, branch_bias, weight, bias, _mask(key, counter, p), eps)
+    return kernels.add_forward(x, branch, branch_bias, weight, bias, Mask.of(key, counter, p), eps)
 
 
 def _backward(grad, grad_sum, total, stats, weight, key, counter, p, branch_bias):
     from heptapod_fast.kernels import layer_norm as kernels
 
-    return kernels.backward(grad, grad_sum, total, stats, weight, _mask(key, counter, p),
+    return kernels.backward(grad, grad_sum, total, stats, weight, Mask.of(key, counter, p),
                             branch_bias)
 
 
@@ -186,5 +181,4 @@ _backward_operator = operator(
 differentiable(_operator, _gradient, _setup)
 differentiable(_add_operator, _add_gradient, _add_setup)
 once(_backward_operator, "layer_norm")
-dispatch.register("layer_norm", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("layer_norm", "reference", lambda device, dtype: None)
+dispatch.register_triton("layer_norm")

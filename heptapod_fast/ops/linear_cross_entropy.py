@@ -146,5 +146,4 @@ _operator = operator(
 differentiable(_operator, _gradient, _setup)
 # z is an argument so that a second derivative is refused instead of forgotten.
 once(_scale_operator, "linear_cross_entropy")
-dispatch.register("linear_cross_entropy", "triton", dispatch.triton_check, dispatch.triton_avoid)
-dispatch.register("linear_cross_entropy", "reference", lambda device, dtype: None)
+dispatch.register_triton("linear_cross_entropy")

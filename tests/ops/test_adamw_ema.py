@@ -10,17 +10,6 @@ from heptapod_fast.ops.adamw_ema import adamw_ema
 
 SHAPES = [(1,), (3,), (17,), (1000,), (4097,), (), (0,), (33, 65), (2, 40_000)]
 BETAS, EPS = (0.9, 0.95), 1e-8
-IMPLEMENTATIONS = ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    """The name of an implementation that can run here."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.param != "reference" and not library.available(request.param):
-        pytest.skip(library.status())
-    return request.param
 
 
 class State:

@@ -11,17 +11,6 @@ from tests.numerics import check_compiles, check_operator, poisoned
 
 # Around the kernels' groups (4, 8), threads (1024, 2048 elements) and chunks (16384).
 SHAPES = [(1,), (3,), (17,), (1000,), (4097,), (), (0,), (33, 65), (2, 16_384), (16_385,), (7,)]
-IMPLEMENTATIONS = ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    """The name of an implementation that can run here."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.param != "reference" and not library.available(request.param):
-        pytest.skip(library.status())
-    return request.param
 
 
 def device_of(implementation):

@@ -1,5 +1,7 @@
 """What all operations share: layouts, devices, dtypes, second derivatives, other row counts."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -152,3 +154,23 @@ def test_cuda_tensors_of_another_dtype_are_told_once(monkeypatch):
     with pytest.warns(UserWarning, match="layer_norm: the plain-PyTorch reference runs.*float16"):
         assert dispatch.select("layer_norm", cuda, torch.float16) == "reference"
     assert dispatch.select("layer_norm", cuda, torch.float16) == "reference"
+
+
+@needs_triton
+def test_what_is_sent_to_the_kernels_has_a_configuration():
+    """The limits that ops/ states are those of the tables."""
+    from heptapod_fast.kernels import tuning
+
+    module = lambda name: importlib.import_module(f"heptapod_fast.ops.{name}")
+    for name, kernels, limit in (
+            ("layer_norm", ("forward", "backward"), "MAX_WIDTH"),
+            ("bias_gelu", ("forward", "backward"), "MAX_WIDTH"),
+            ("adaln", ("forward", "backward", "silu_sum", "condition_gradient", "time_gradient"),
+             "MAX_WIDTH"),
+            ("gather_rows", ("gather", "scatter"), "MAX_WIDTH"),
+            ("linear_cross_entropy", ("chunk",), "MAX_WIDTH"),
+            ("linear_cross_entropy", ("blocks",), "MAX_CODES"),
+            ("diffusion_loss", ("inputs", "forward", "backward"), "WIDEST"),
+            ("flow_loss", ("inputs", "forward", "backward"), "WIDEST")):
+        found = {tuning.largest(name, kernel) for kernel in kernels}
+        assert min(found) == getattr(module(name), limit), f"{name} {kernels}"
