@@ -1,6 +1,7 @@
 """bench/gpu.py without a GPU: what it merges, judges and calls pending."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -203,10 +204,10 @@ def test_after_a_failed_capture_a_fresh_process_goes_on(tmp_path, monkeypatch):
 
 
 def test_commands_end_at_their_deadline_with_everything_they_started():
-    begin = time.monotonic()
-    code, output = gpu_driver.run(["bash", "-c", "echo here; sleep 77 & sleep 77"], begin + 1.5)
+    begin, nap = time.monotonic(), f"sleep 77.{os.getpid()}"  # no other run's
+    code, output = gpu_driver.run(["bash", "-c", f"echo here; {nap} & {nap}"], begin + 1.5)
     assert code == 124 and "here" in output and time.monotonic() - begin < 10
-    left = subprocess.run(["pgrep", "-f", "^sleep 77$"], capture_output=True, text=True)
+    left = subprocess.run(["pgrep", "-f", f"^{nap}$"], capture_output=True, text=True)
     assert not left.stdout
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from heptapod_fast import ops
+from heptapod_fast.config import Config
 from heptapod_fast.data import Logograms, write_folder
 from heptapod_fast.train.metrics import read_metrics
+from heptapod_fast.train.setup import choose_operators
 from tests.running import command, flags, refused
 
 CONTRACT = ("size system data tokenizer tokenizer-weights image-size patch-size head window density"
@@ -22,6 +24,18 @@ def pictures(tmp_path):
     folder = tmp_path / "my pictures é 文字"
     write_folder(Logograms(12, 24), folder, "png")
     return folder
+
+
+def test_the_choice_of_kernels_holds_for_this_run_alone(monkeypatch):
+    monkeypatch.setattr(ops.dispatch, "_forced", {})
+    device, dtype = torch.device("cpu"), torch.float32
+    for name, reason in (("reference", "asked for"), ("auto", "not triton: ")):
+        config = Config(size="tiny", device="cpu", kernels=name).resolve()
+        found = {c.operation: c for c in choose_operators(config, device, dtype)}
+        assert {"attention", "adamw_ema", "global_norm", "layer_norm"} <= found.keys()
+        assert found["layer_norm"].reason.startswith(reason)
+        # What the operation itself will be told when it asks.
+        assert ops.dispatch.choose("layer_norm", device, dtype).reason.startswith(reason)
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_made(tmp_path, monkeypatch):
