@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATIONS = ("layer_norm", "adaln", "linear_cross_entropy", "adamw_ema", "diffusion_loss",
-              "diffusion_mlp", "bias_gelu", "gather_rows", "flow_loss")
+OPERATIONS = ("attention", "layer_norm", "adaln", "linear_cross_entropy", "adamw_ema",
+              "diffusion_loss", "diffusion_mlp", "bias_gelu", "gather_rows", "flow_loss")
 BATCH = {"B": 128, "L": 128, "H": 64}
 RESTART = 75  # exit code: go on in a fresh process, this one cannot capture graphs any more
 
@@ -117,17 +117,26 @@ def ceilings(work: Work) -> None:
 
 # -------------------------------------------------------------------------------------------- tests
 
+ATTENTION = "tests/ops/test_attention.py"
+
+
 def smoke(work: Work) -> None:
     """tests/gpu and the shortest test of every operation on this GPU."""
-    tests(work, "smoke", ["tests/gpu", "tests/ops", "-k",
+    tests(work, "smoke", ["tests/gpu", "tests/ops", f"--ignore={ATTENTION}", "-k",
                           "gpu or no_rows or test_kernel_by_the_rule or test_kernels_by_the_rule",
-                          "--maxfail=10"], 150)
+                          "--maxfail=10"], 210)
+
+
+def attention_tests(work: Work) -> None:
+    """Every test of attention: a kernel for each width and mask, which take long to compile."""
+    tests(work, "tests-attention", [ATTENTION, "--maxfail=40"], 300)
 
 
 def all_tests(work: Work) -> None:
-    """Every test that a GPU changes: operators, kernels, whole systems."""
+    """Every test that a GPU changes: operators, kernels, whole systems; attention's are apart."""
     tests(work, "tests", ["tests/gpu", "tests/ops", "tests/systems/test_kernels.py",
-                          "--deselect", "tests/ops/test_offline.py", "--maxfail=40"], 300)
+                          f"--ignore={ATTENTION}", "--deselect", "tests/ops/test_offline.py",
+                          "--maxfail=40"], 300)
 
 
 def tests(work: Work, name: str, arguments: list[str], most: float) -> None:
@@ -202,8 +211,8 @@ def step(size: str) -> Callable[[Work], None]:
             variants.append(("codes, dropout 0.1", dict(tokenizer="vq16")))
         for name, settings in variants:
             if work.wants(f"{size}, {name}"):
-                work.emit(training_step(size, name, settings | dict(kernels="triton"),
-                                        profile="0.1" in name))
+                ours = dict(kernels="triton", attention="triton")
+                work.emit(training_step(size, name, settings | ours, profile="0.1" in name))
 
     section.__doc__ = f"Training steps of size {size}, kernels on."
     return section
@@ -215,7 +224,7 @@ def baseline(size: str) -> Callable[[Work], None]:
         for name, compiled in (("eager", False), ("compiled", True)):
             name = f"reference, {name}, latents, dropout 0"
             settings = dict(tokenizer="kl16", dropout=0.0, kernels="reference",
-                            adamw_ema="reference")
+                            attention="sdpa", adamw_ema="reference")
             if work.wants(f"{size}, {name}"):
                 try:
                     work.emit(training_step(size, name, settings, compiled=compiled))
@@ -327,14 +336,17 @@ def kernel_times(function: Callable, steps: int, most: int = 40) -> list[dict]:
 
 
 # By worth: whether it is right at all, what everything is compared with, how fast it trains, the
-# operations with a gate, everything else.
+# operations with a gate (of attention heads of 80 too, which only the larger size has), everything
+# else.
 SECTIONS: dict[str, Callable[[Work], None]] = {
     "smoke": smoke, "ceilings": ceilings, "step-B": step("B"),
-    **{f"op-{name}": operation(name) for name in OPERATIONS[:5]},
-    "tests": all_tests, "step-L": step("L"), "step-H": step("H"),
+    "op-attention": operation("attention"), "op-attention-LH": operation("attention", "larger"),
+    **{f"op-{name}": operation(name) for name in OPERATIONS[1:6]},
+    "tests-attention": attention_tests, "tests": all_tests,
+    "step-L": step("L"), "step-H": step("H"),
     **{f"baseline-{size}": baseline(size) for size in BATCH},
-    **{f"op-{name}": operation(name) for name in OPERATIONS[5:]},
-    **{f"op-{name}-LH": operation(name, "larger") for name in OPERATIONS
+    **{f"op-{name}": operation(name) for name in OPERATIONS[6:]},
+    **{f"op-{name}-LH": operation(name, "larger") for name in OPERATIONS[1:]
        if name not in ("diffusion_loss", "flow_loss")},
     "op-adamw_ema-compiled": operation("adamw_ema", "slow"),
 }

@@ -87,6 +87,8 @@ def gradients(function: Callable, inputs: tuple, upstream: tuple, both: bool) ->
 
 def compiled(function: Callable) -> Callable:
     """torch.compile of a reference, static shapes; one compilation serves all sets of inputs."""
+    # A backward pass that is repeated must not give its saved tensors away.
+    torch._functorch.config.donated_buffer = False
     return torch.compile(function, dynamic=False)
 
 

@@ -3,9 +3,11 @@
     python bench/tune.py [--operations layer_norm adaln ...] [--minutes 9] [--out FOLDER]
 
 For every operation the cases of its benchmark say which configurations they use; each number of a
-configuration is halved and doubled as long as that shortens the time of the cases that use it.
-Only the table of this GPU's architecture changes, and "tuned" says where and when. Without --out
-the committed tables are replaced.
+configuration is halved and doubled (stages: one more, one less), tiles also together with the
+number of warps, as long as that shortens the time of the cases that use it. A benchmark may have
+tunable(kernel, config), which says whether a kernel is right with a configuration. Only the table
+of this GPU's architecture changes, and "tuned" says where and when. Without --out the committed
+tables are replaced.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,36 +68,57 @@ def tune(operation: str, deadline: float) -> set[str]:
     changed = set()
     for key, cases in users.items():
         if time.monotonic() < deadline:
-            improve(key, cases, deadline)
+            improve(key, cases, deadline, getattr(module, "tunable", lambda kernel, config: True))
             changed.add(key[0])
     return changed
 
 
-def improve(key: tuple, cases: list, deadline: float) -> None:
-    """Coordinate descent on one configuration, in place in the loaded table."""
+def improve(key: tuple, cases: list, deadline: float,
+            tunable: Callable[[str, dict[str, int]], bool]) -> None:
+    """Descent on one configuration, in place in the loaded table, one move at a time."""
     from heptapod_fast.kernels import tuning
 
     config = tuning.row(*key)
     best = before = total(cases)
     if best is None:
         return
-    for name in list(config):
-        for factor in (2, 0.5):
-            while time.monotonic() < deadline:
-                old = config[name]
-                new = int(old * factor)
-                if new < 1 or name == "num_warps" and new > 32:
-                    break
-                config[name] = new
+    for move in moves(config):
+        while time.monotonic() < deadline:
+            old, new = dict(config), changed_by(move, config)
+            if new is None or not tunable(key[1], new):
+                break
+            config.update(new)
+            tuning.lookup.cache_clear()
+            seconds = total(cases)
+            if seconds is None or seconds > GAIN * best:
+                config.update(old)
                 tuning.lookup.cache_clear()
-                seconds = total(cases)
-                if seconds is None or seconds > GAIN * best:
-                    config[name] = old
-                    tuning.lookup.cache_clear()
-                    break
-                best = seconds
+                break
+            best = seconds
     print(f"{'/'.join(map(str, key))}: {config}, {before * 1e6:.1f} -> {best * 1e6:.1f} us",
           flush=True)
+
+
+def moves(config: dict[str, int]) -> list[dict[str, float]]:
+    """{name: factor}, of STAGES what is added."""
+    found = []
+    for name in (name for name, value in config.items() if not isinstance(value, bool)):
+        for up in (True, False):
+            factor = 2 if up else 0.5
+            found.append({name: 1 if up else -1} if name == "STAGES" else {name: factor})
+            if name in ("BLOCK_Q", "BLOCK_K"):
+                found.append({name: factor, "num_warps": factor})
+    return found
+
+
+def changed_by(move: dict[str, float], config: dict[str, int]) -> dict[str, int] | None:
+    """The configuration after a move; None if nothing launches with it."""
+    new = dict(config)
+    for name, step in move.items():
+        new[name] = int(config[name] + step if name == "STAGES" else config[name] * step)
+    if min(new[name] for name in move) < 1 or new.get("num_warps", 1) > 32:
+        return None
+    return new
 
 
 def total(cases: list) -> float | None:

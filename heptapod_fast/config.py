@@ -169,8 +169,9 @@ class Config:
     """Activations: bf16 where the hardware has it (masters stay fp32)."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Implementation of every operation that has a Triton kernel, attention aside."""
-    attention: Literal["auto", "reference", "sdpa"] = "auto"
-    """Implementation of attention."""
+    attention: Literal["auto", "triton", "flash", "sdpa", "reference"] = "auto"
+    """Implementation of attention: our kernels, the flash-attn package, PyTorch's, plain matmuls.
+    The kernels and flash repeat their gradients bit for bit; sdpa on CUDA need not."""
     adamw_ema: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     """Implementation of the optimizer step."""
 

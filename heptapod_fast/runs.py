@@ -15,7 +15,6 @@ import torch
 
 from heptapod_fast.config import MAY_CHANGE, Config, flag
 from heptapod_fast.data.sources import ImageSource
-from heptapod_fast.ops import dispatch
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import PatchVQ, Tokenizer, load_tokenizer, token_spec
 from heptapod_fast.train import checkpoint as checkpoints
@@ -188,8 +187,7 @@ def load_run(path: str | Path, checkpoint: int | None = None, ema: str | None = 
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
     target = choose_device(device)
     dtype = choose_precision(config.precision if precision == "auto" else precision, target)
-    attention = dispatch.choose("attention", target, dtype).implementation
-    system = build_system(config, spec, len(class_names), target, attention, fill=False)
+    system = build_system(config, spec, len(class_names), target, fill=False)
     system.load_state_dict(chosen.read(_weights_file(config, ema)))
     system.eval().requires_grad_(False).set_dtype(dtype)
     tokenizer = saved_tokenizer(config, run, chosen)

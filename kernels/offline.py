@@ -63,7 +63,8 @@ def cases(arch: str) -> Iterator[Case]:
 
 
 def compile_case(case: Case, arch: str) -> dict:
-    """{"registers", "stack", "shared", "hgmma", "hmma", ...} of one case."""
+    """{"registers", "stack", "shared", "hgmma", "hmma", ...} of one case; hmma: what other
+    architectures than sm_90 multiply matrices with (UTCHMMA on sm_100) too."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -89,7 +90,7 @@ def compile_case(case: Case, arch: str) -> dict:
     number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
     return {"case": case.name, "arch": arch, **case.options, "registers": number["REG"],
             "stack": number["STACK"], "shared": compiled.metadata.shared,
-            "hgmma": assembly.count("HGMMA"), "hmma": len(re.findall(r"\bHMMA", assembly)),
+            "hgmma": assembly.count("HGMMA"), "hmma": len(re.findall(r"\b(?:UTC)?HMMA", assembly)),
             "allowed": case.spill, "why": case.why, "tensor_cores": case.tensor_cores}
 
 

@@ -42,8 +42,8 @@ def run(function: Callable, arguments: Sequence, upstream: Sequence[Tensor] | No
 
 
 def assert_within_rule(found: Tensor, reference: Tensor, exact: Tensor, factor: float = 2.0,
-                       name: str = "result") -> None:
-    """max |found - exact| <= factor * max |reference - exact| + one rounding of the result.
+                       name: str = "result", floor: float = 0.0) -> None:
+    """max |found - exact| <= factor * max |reference - exact| + one rounding of the result + floor.
 
     The rounding is half a unit of the result's dtype at the largest exact value; float32 gets
     another 4 units for the order of its sums.
@@ -54,17 +54,18 @@ def assert_within_rule(found: Tensor, reference: Tensor, exact: Tensor, factor: 
     found, reference, exact = found.detach(), reference.detach(), exact.detach()
     unit = torch.finfo(found.dtype).eps * (0.5 if found.dtype != torch.float32 else 4.0)
     allowed = (factor * float((reference.double() - exact).abs().max())
-               + unit * float(exact.abs().max()))
+               + unit * float(exact.abs().max()) + floor)
     error = float((found.double() - exact).abs().max())
     assert error <= allowed, f"{name}: error {error:.3g} against float64, {allowed:.3g} allowed"
 
 
 def compare(kernel: Callable, reference: Callable, arguments: Sequence,
             upstream: Sequence[Tensor] | None = None, exact: Callable | None = None,
-            factor: float = 2.0) -> None:
+            factor: float = 2.0, floor: float = 0.0) -> None:
     """Outputs and gradients of `kernel` against `reference` in float64 (or `exact`), by the rule.
 
-    The kernel runs with uninitialised memory filled with NaN, twice, and must give the same bits.
+    floor: an absolute allowance, for results that cancel to zero. The kernel runs with
+    uninitialised memory filled with NaN, twice, and must give the same bits.
     """
     with torch.random.fork_rng(devices=[]):
         exact_outputs, exact_grads = run(exact or reference, [double(a) for a in arguments],
@@ -79,7 +80,7 @@ def compare(kernel: Callable, reference: Callable, arguments: Sequence,
                                       ("gradient", grads, plain_grads, exact_grads)):
         assert len(found) == len(plain), f"{len(found)} {group}s, the reference has {len(plain)}"
         for i, (f, p, t) in enumerate(zip(found, plain, true, strict=True)):
-            assert_within_rule(f, p, t.double(), factor, f"{group} {i}")
+            assert_within_rule(f, p, t.double(), factor, f"{group} {i}", floor)
     for first, second in zip((*outputs, *grads), (*results[1][0], *results[1][1]), strict=True):
         assert torch.equal(first, second), "another run gave other bits"
 

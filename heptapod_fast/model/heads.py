@@ -85,19 +85,17 @@ class LocalBlock(nn.Module):
         self.block = Block(width, heads, layer, attention)
         self.site = layer
 
-    def forward(self, stream: Stream, h_BMD: Tensor, visible_BQM: Tensor, drop,
+    def forward(self, stream: Stream, h_BMD: Tensor, ends_BQ: Tensor, drop,
                 cross_drop) -> Stream:
-        """stream: the windows' queries (S, W, D); visible (B, n * W, M): which states each query
-        may look at.
+        """stream: the windows' queries (S, W, D); ends (B, n * W): how many states each may see.
 
         Keys and values are projected once per sequence, whatever the number of steps.
         """
         batch = len(h_BMD)
         x_SWD, y_SWD = stream.normed(self.norm)
         q_BQHE = self.q(y_SWD).view(batch, -1, self.heads, x_SWD.shape[-1] // self.heads)
-        k_BMHE, v_BMHE = self.kv(h_BMD).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        seen = ops.attention(q_BQHE, k_BMHE, v_BMHE, mask=visible_BQM[:, None],
-                             implementation=self.attention)
+        kv_BM2HE = self.kv(h_BMD).unflatten(-1, (2, self.heads, -1))
+        seen = ops.cross_attention(q_BQHE, kv_BM2HE, ends=ends_BQ, implementation=self.attention)
         branch_SWD = self.proj.product(seen.flatten(-2).view_as(x_SWD))
         stream = Stream(x_SWD, branch_SWD, self.proj.bias, cross_drop.mask(self.site))
         return self.block(stream, drop=drop)
@@ -128,11 +126,10 @@ class LocalHead(nn.Module):
     def forward(self, h_BMD: Tensor, steps_Bn: Tensor, position_SW: Tensor, drop=NO_DROP,
                 cross_drop=NO_DROP) -> Tensor:
         """h (B, M, D), steps (B, n), windows (S, W) -> (S * W, D), after the final LayerNorm."""
-        states, window = h_BMD.shape[1], position_SW.shape[1]
         stream = Stream((self.query + self.position(position_SW)).to(h_BMD.dtype))
-        times = torch.arange(states, device=h_BMD.device)
-        visible_BnM = times <= steps_Bn[..., None]
-        visible_BQM = visible_BnM.repeat_interleave(window, dim=1)
+        # After t tokens there are t + 1 states.
+        ends_Bn = (steps_Bn + 1).to(torch.int32)
+        ends_BQ = ends_Bn.repeat_interleave(position_SW.shape[1], dim=1)
         for block in self.blocks:
-            stream = block(stream, h_BMD, visible_BQM, drop, cross_drop)
+            stream = block(stream, h_BMD, ends_BQ, drop, cross_drop)
         return stream.normed(self.norm)[1].flatten(0, 1)

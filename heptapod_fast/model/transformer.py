@@ -144,12 +144,14 @@ class Block(nn.Module):
 
     def attend(self, y_BND: Tensor, *, causal: bool = False, cache=None) -> Tensor:
         """Attention between its two products, of normalised y: (B, N, D)."""
-        qkv = self.qkv(y_BND).unflatten(-1, (3, self.heads, -1))
-        q_BNHE, k_BMHE, v_BMHE = qkv.unbind(2)
-        if cache is not None:
-            k_BMHE, v_BMHE = cache.append(self.layer, k_BMHE, v_BMHE)
-        out = ops.attention(q_BNHE, k_BMHE, v_BMHE, causal=causal, implementation=self.attention)
-        return out.flatten(-2)
+        qkv_BN3HE = self.qkv(y_BND).unflatten(-1, (3, self.heads, -1))
+        if cache is None:
+            out_BNHE = ops.attention(qkv_BN3HE, causal=causal, implementation=self.attention)
+        else:
+            kv_BM2HE = cache.append(self.layer, qkv_BN3HE[:, :, 1:])
+            out_BNHE = ops.cross_attention(qkv_BN3HE[:, :, 0], kv_BM2HE, causal=causal,
+                                           implementation=self.attention)
+        return out_BNHE.flatten(-2)
 
     def finish(self, x: Tensor, attended: Tensor, drop) -> Stream:
         """Projection, residual and MLP; x and attended (..., D)."""

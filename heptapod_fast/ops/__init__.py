@@ -6,7 +6,12 @@ Imports with nothing but torch (and triton where there is a GPU) and works on CP
 from heptapod_fast.ops import dispatch, library
 from heptapod_fast.ops.adaln import adaln
 from heptapod_fast.ops.adamw_ema import adamw_ema, global_norm
-from heptapod_fast.ops.attention import attention, causal_mask
+from heptapod_fast.ops.attention import (
+    attention,
+    attention_limits,
+    causal_mask,
+    cross_attention,
+)
 from heptapod_fast.ops.bias_gelu import bias_gelu
 from heptapod_fast.ops.diffusion_loss import (
     STEPS,
@@ -26,8 +31,8 @@ from heptapod_fast.ops.philox import Draws, philox4x32
 
 __all__ = [
     "BlockWeights", "DiffusionWeights", "Draws", "Mask", "STEPS", "adaln", "adamw_ema",
-    "add_layer_norm", "add_noise", "attention", "bias_gelu", "causal_mask", "cosine_betas",
-    "diffusion_inputs", "diffusion_loss", "diffusion_mlp", "dispatch", "dropout", "flow_inputs",
-    "flow_loss", "gather_rows", "global_norm", "layer_norm", "library", "linear_cross_entropy",
-    "philox4x32", "scatter_rows", "schedule_tables",
+    "add_layer_norm", "add_noise", "attention", "attention_limits", "bias_gelu", "causal_mask",
+    "cosine_betas", "cross_attention", "diffusion_inputs", "diffusion_loss", "diffusion_mlp",
+    "dispatch", "dropout", "flow_inputs", "flow_loss", "gather_rows", "global_norm", "layer_norm",
+    "library", "linear_cross_entropy", "philox4x32", "scatter_rows", "schedule_tables",
 ]

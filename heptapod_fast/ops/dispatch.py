@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,28 +77,29 @@ def force(operation: str, implementation: str) -> None:
 
 
 def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
-           forced: str = "auto") -> Choice:
+           forced: str = "auto", unsupported: Mapping[str, str | None] | None = None) -> Choice:
     """The implementation of `operation` for tensors of `dtype` on `device`.
 
-    forced: "auto", or the name of an implementation. Raises ValueError for an unknown operation or
-    name (with the names there are), `Unavailable` if the named one, or with "auto" every one,
-    cannot run (with the reasons).
+    forced: "auto", or the name of an implementation. unsupported: {implementation: why it cannot
+    take these tensors, or None}, for what depends on more than device and dtype. Raises ValueError
+    for an unknown operation or name (with the names there are), `Unavailable` if the named one, or
+    with "auto" every one, cannot run (with the reasons).
     """
     device = torch.device(device)
-    names = implementations(operation)
+    names, unsupported = implementations(operation), unsupported or {}
     forced = _forced.get(operation, "auto") if forced == "auto" else forced
     if forced != "auto":
         if forced not in names:
             raise ValueError(f"{operation} has no implementation {forced!r}; "
                              f"there are: auto, {', '.join(names)}")
-        why_not = _registry[operation][forced][0](device, dtype)
+        why_not = _registry[operation][forced][0](device, dtype) or unsupported.get(forced)
         if why_not is not None:
             raise Unavailable(f"{operation}: {forced!r} was asked for and cannot run: {why_not}")
         return Choice(operation, forced, "asked for")
     skipped: list[str] = []
     for name in names:
         check, avoid = _registry[operation][name]
-        why_not = check(device, dtype) or avoid(device, dtype)
+        why_not = check(device, dtype) or avoid(device, dtype) or unsupported.get(name)
         if why_not is None:
             first = f"preferred for {dtype} on {device.type}"
             return Choice(operation, name, "; ".join(skipped) or first)
@@ -118,23 +119,29 @@ def summary(choices: list[Choice]) -> list[str]:
 
 @torch.compiler.assume_constant_result
 def select(operation: str, device: torch.device, dtype: torch.dtype, forced: str = "auto",
-           unsupported: str | None = None) -> str:
+           unsupported: str | Mapping[str, str | None] | None = None) -> str:
     """The name alone, for the call itself; torch.compile takes it for a constant.
 
-    unsupported: why the kernels cannot take these arguments (layout, width), None if they can. Then
-    "auto" means the reference, and says so once; asking for a kernel raises `Unavailable`.
+    unsupported: why an implementation cannot take these arguments (layout, width), None if it can;
+    a string speaks for all but the reference. Then "auto" means the next one, and says so once;
+    asking for it by name raises `Unavailable`.
     """
     choice = choose(operation, device, dtype, forced)
     chosen = choice.implementation
     if chosen == "reference" and choice.reason != "asked for" and device.type == "cuda":
         _tell(f"{operation}: the plain-PyTorch reference runs, {choice.reason}")
-    if unsupported is None or chosen == "reference":
+    if unsupported is None or isinstance(unsupported, str):
+        unsupported = {name: unsupported for name in implementations(operation)
+                       if name != "reference"}
+    if unsupported.get(chosen) is None:
         return chosen
-    message = f"{operation}: {chosen!r} cannot take these tensors: {unsupported}"
-    if forced != "auto" or _forced.get(operation, "auto") != "auto":
+    message = f"{operation}: {chosen!r} cannot take these tensors: {unsupported[chosen]}"
+    if choice.reason == "asked for":
         raise Unavailable(message)
-    _tell(f"{message}; the plain-PyTorch reference runs instead")
-    return "reference"
+    instead = choose(operation, device, dtype, unsupported=unsupported).implementation
+    runs = "the plain-PyTorch reference" if instead == "reference" else instead
+    _tell(f"{message}; {runs} runs instead")
+    return instead
 
 
 def _tell(message: str) -> None:
@@ -168,20 +175,25 @@ def _capability(device: torch.device) -> tuple[int, int]:
 TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def triton_check(device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_check(device: torch.device, dtype: torch.dtype,
+                 dtypes: tuple[torch.dtype, ...] = TRITON_DTYPES) -> str | None:
     """A check for `register`: Triton is there, and the tensors suit its kernels."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"runs on cuda tensors, these are on {device.type}"
     if device.type == "cuda" and _capability(device) < (8, 0):
         return ("needs compute capability 8.0 or newer, this GPU has "
                 "{}.{}".format(*_capability(device)))
-    if dtype not in TRITON_DTYPES:
-        return f"takes {' and '.join(str(d) for d in TRITON_DTYPES)}, these are {dtype}"
+    if dtype not in dtypes:
+        return f"takes {' and '.join(str(d) for d in dtypes)}, these are {dtype}"
     return _why_no_triton
 
 
+def avoid_interpreter(device: torch.device, dtype: torch.dtype) -> str | None:
+    """For `register`: the interpreter is for tests, no choice."""
+    return None if device.type == "cuda" else "the interpreter is for tests"
+
+
 def register_triton(operation: str) -> None:
-    """Registers "triton" and, behind it, "reference". The interpreter is for tests, no choice."""
-    register(operation, "triton", triton_check, avoid=lambda device, dtype: (
-        None if device.type == "cuda" else "the interpreter is for tests"))
+    """Registers "triton" and, behind it, "reference"."""
+    register(operation, "triton", triton_check, avoid=avoid_interpreter)
     register(operation, "reference", lambda device, dtype: None)

@@ -16,11 +16,11 @@ SYSTEMS: dict[str, type[System]] = {
 
 
 def build_system(config: Config, spec: TokenSpec, num_classes: int,
-                 device: str | torch.device = "cpu", attention: str = "reference", fill: bool =
-                 True) -> System:
+                 device: str | torch.device = "cpu", attention: str = "auto",
+                 fill: bool = True) -> System:
     """The system that a resolved config describes, on `device` (meta too).
 
-    attention: an implementation that `ops.dispatch.choose` returned. fill: initialise the
+    attention: `implementation` of `ops.attention`. fill: initialise the
     parameters from config.seed; False leaves them to be loaded.
     """
     with torch.device(device):

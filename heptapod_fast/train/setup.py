@@ -107,23 +107,31 @@ def choose_operators(config: Config, device: torch.device, dtype: torch.dtype) -
 
     Raises Unavailable naming the flag that asks for what cannot run.
     """
-    choose = ops.dispatch.choose
-    wanted = [("--attention", config.attention, "attention", dtype),
-              ("--adamw-ema", config.adamw_ema, "adamw_ema", torch.float32),
-              ("--adamw-ema", config.adamw_ema, "global_norm", torch.float32),
-              ("--kernels", "auto", "philox", torch.int64)]
+    wanted = [("--attention", config.attention, "attention", dtype, attention_limits(config)),
+              ("--adamw-ema", config.adamw_ema, "adamw_ema", torch.float32, None),
+              ("--adamw-ema", config.adamw_ema, "global_norm", torch.float32, None),
+              ("--kernels", "auto", "philox", torch.int64, None)]
     for operation in ops.dispatch.operations("triton"):
-        ops.dispatch.force(operation, config.kernels)
-        wanted.append(("--kernels", config.kernels, operation, dtype))
+        if operation != "attention":
+            ops.dispatch.force(operation, config.kernels)
+            wanted.append(("--kernels", config.kernels, operation, dtype, None))
     found = []
-    for flag, name, operation, kind in wanted:
+    for flag, name, operation, kind, limits in wanted:
         try:
-            found.append(choose(operation, device, kind, name))
+            found.append(ops.dispatch.choose(operation, device, kind, name, limits))
         except ops.dispatch.Unavailable as error:
             raise ops.dispatch.Unavailable(
                 f"{flag} {name}: {error}. Leave {flag} away to take what there is, or choose "
                 "another --device") from None
     return found
+
+
+def attention_limits(config: Config) -> dict[str, str | None]:
+    """What keeps an implementation of attention from this model: head width, lengths, masks."""
+    tokens = (config.image_size // config.patch_size) ** 2
+    local = config.system == "heptapod" and config.head == "local"
+    queries = config.density * config.window if local else tokens + 1
+    return ops.attention_limits(config.width // config.heads, queries, tokens + 1, masked=local)
 
 
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[Run, bool]:
@@ -151,7 +159,7 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     for line in describe(config, source, world, dtype, choices):
         say(line)
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
-    system = build_system(config, spec, classes, world.device, choices[0].implementation)
+    system = build_system(config, spec, classes, world.device, config.attention)
     system.set_dtype(dtype)
     run = Run(config, world, directory, say, source, tokenizer, system,
               Optimizer(system, config, choices[1].implementation), Rng(config.seed),

@@ -62,6 +62,8 @@ def row(ours, peers, gate, flops=0.0, case="a case"):
     (1.2e-3, {"eager": 9e-3}, "1.4x best peer; 85% of copy bandwidth", False),
     (2e-3, {"eager": 2e-3, "compiled": 3e-3}, ">= 1.5x compiled", True),
     (2e-3, {"eager": 9e-3}, ">= 1.5x compiled", None),
+    (2e-3, {"eager": 3e-3, "flex": 4e-3}, ">= 2x flex", True),
+    (1e-3, {"eager": 3e-3, "flex": 4e-3}, ">= 4x best peer", False),
     (None, {"eager": 9e-3}, ">= 1.5x best peer", None)])
 def test_gates_are_judged_by_the_best_peer_and_the_measured_copy(ours, peers, gate, expected):
     ceilings = gpu_report.ceilings_of(result(ceilings=CEILINGS))
@@ -77,6 +79,22 @@ def test_a_broken_peer_leaves_a_gate_open_and_a_missing_one_does_not():
     assert gpu_report.judged(found, ceilings)["gate"] is None
     found["gate"] = ">= 9x best peer"
     assert gpu_report.judged(found, ceilings)["gate"] is False
+
+
+def test_the_page_says_which_peers_did_not_run_and_why():
+    rows = [row(2e-3, {"eager": 4e-3, "liger": None}, "", case=name) for name in ("one", "two")]
+    rows[1]["contenders"] |= contender("flex", None, "RuntimeError: broke\nand more")
+    lines = gpu_report.section_table("op-adaln", rows, {})
+    assert lines[-2:] == ["- liger: not installed (2 cases)",
+                          "- flex: FAILED, RuntimeError: broke and more (two)"]
+
+
+def test_a_missed_gate_says_where_it_stands():
+    found = row(2e-3, {"eager": 1e-3, "flex": 5e-3}, "")
+    found = gpu_report.judged(found, {"copy": 4e12})
+    assert gpu_report.standing(found, ">= 3x flex") == "2.50x flex"
+    assert gpu_report.standing(found, ">= 1.2x best peer, 65% of copy bandwidth") == (
+        "0.50x the best peer, eager, 50% of copy bandwidth")
 
 
 def test_ceilings_of_another_day_serve_the_same_gpu():

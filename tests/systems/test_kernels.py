@@ -18,12 +18,14 @@ CASES = [("discrete", dict(HEPTAPOD, dropout=0.1)),
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """kernels(True): every operation that has a Triton kernel runs it."""
+    """kernels(True): every operation that has a Triton kernel runs it; attention has none for
+    float32."""
     monkeypatch.setattr(dispatch, "_forced", {})
 
-    def switch(on):
+    def switch(on, attention=False):
         for operation in dispatch.operations("triton"):
-            dispatch.force(operation, "triton" if on else "reference")
+            kernel = on and (attention or operation != "attention")
+            dispatch.force(operation, "triton" if kernel else "reference")
 
     return switch
 
@@ -53,18 +55,21 @@ def test_kernels_give_the_loss_and_gradients_of_the_reference(kernels, make_syst
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens", ["discrete", "continuous"])
+@pytest.mark.parametrize("tokens, settings", [
+    ("discrete", {}), ("continuous", {}), ("discrete", dict(head="local", window=4, density=2)),
+    ("discrete", dict(width=128))])
 def test_bf16_gradients_are_as_close_to_float32_as_the_references(kernels, make_system, make_batch,
-                                                                 tokens):
+                                                                 tokens, settings):
     """Relative to each parameter's largest gradient; the kernels round less often."""
-    system = make_system(tokens, device=DEVICE, dropout=0.1, **HEPTAPOD).train()
+    settings = dict(HEPTAPOD, width=64, dropout=0.1) | settings
+    system = make_system(tokens, device=DEVICE, **settings).train()
     batch = make_batch(system, 4).to(DEVICE)
     kernels(False)
     _, exact = loss_and_gradients(system, batch)
     system.set_dtype(torch.bfloat16)
     errors = []
     for on in (False, True):
-        kernels(on)
+        kernels(on, attention=True)
         _, found = loss_and_gradients(system, batch)
         errors.append(sum(float((f - e).norm() / e.norm()) for f, e in zip(found, exact)))
     assert errors[1] < 1.2 * errors[0]
@@ -82,11 +87,12 @@ def test_two_runs_give_the_same_bits(kernels, make_system, make_batch, tokens):
 
 
 @needs_triton
-def test_the_backbone_is_one_graph(kernels, make_system, make_batch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backbone_is_one_graph(kernels, make_system, make_batch, dtype):
     """torch.compile(fullgraph=True) of the backbone, with dropout, kernels on."""
-    kernels(True)
-    system = make_system("discrete", device=DEVICE, dropout=0.1, **HEPTAPOD).train()
-    x = torch.randn(2, 16, 32, device=DEVICE)
+    kernels(True, attention=dtype == torch.bfloat16)
+    system = make_system("discrete", device=DEVICE, width=64, dropout=0.1, **HEPTAPOD).train()
+    x = torch.randn(2, 16, 64, device=DEVICE, dtype=dtype)
     drop = system.drop("backbone", torch.arange(2, device=DEVICE), 0,
                        3 * len(system.backbone.blocks), 16, Rng(0))
     torch._dynamo.reset()
