@@ -371,7 +371,8 @@ _TYPES = (dict.fromkeys(("queries", "keys", "heads", "words", "chunk", "span"), 
                  scale="fp32", scale2="fp32"))
 # Bytes of stack accepted, the most of Triton 3.6 and 3.7: lengths that do not fill the tiles, and
 # widths that no model has.
-_SPILLS = {("sm_80", 80): 64, ("sm_80", 96): 520, ("sm_80", 128): 8, ("sm_90", 80): 8}
+_SPILLS = {("sm_80", 64): 8, ("sm_80", 80): 64, ("sm_80", 96): 376, ("sm_80", 128): 8,
+           ("sm_90", 80): 8}
 
 
 def compile_cases(arch: str):
