@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from heptapod_fast.kernels import offline, tuning
-from heptapod_fast.ops.attention import HEAD_DIMS, Visible
+from heptapod_fast.ops.attention import HEAD_DIMS, MAX_LENGTH, Visible
 
 KINDS = dict(full=0, causal=1, chunk=2, ends=3, blocks=4)
 FULL, CAUSAL, CHUNK, ENDS, BLOCKS = (tl.constexpr(value) for value in KINDS.values())
-SCHEDULE_ROW = tl.constexpr(17)
+SCHEDULE_ROW = tl.constexpr(MAX_LENGTH // 64 + 1)
 
 
 @triton.jit
@@ -75,13 +75,13 @@ def _last_row(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, last, kv_row, scale, D0: tl
             s += tl.sum(k1 * q1[None, :], 1)
         new = tl.maximum(largest, tl.max(s))
         p = tl.exp2(s - new)
-        shrink = tl.exp2(largest - new)
-        total = total * shrink + tl.sum(p)
+        rescale = tl.exp2(largest - new)
+        total = total * rescale + tl.sum(p)
         v0 = load_rows(v_ptr, key, column0, kv_row, last, True).to(tl.float32)
-        acc0 = acc0 * shrink + tl.sum(p[:, None] * v0, 0)
+        acc0 = acc0 * rescale + tl.sum(p[:, None] * v0, 0)
         if D1 > 0:
             v1 = load_rows(v_ptr, key, column1, kv_row, last, True).to(tl.float32)
-            acc1 = acc1 * shrink + tl.sum(p[:, None] * v1, 0)
+            acc1 = acc1 * rescale + tl.sum(p[:, None] * v1, 0)
         largest = new
     tl.store(out_ptr + column0, (acc0 / total).to(out_ptr.dtype.element_ty))
     if D1 > 0:
@@ -105,8 +105,7 @@ def _visible(s, row, key, start, offset, keys, chunk, end, bits_at, KIND: tl.con
     if KIND == ENDS:
         return tl.where(key[None, :] < end[:, None], s, float("-inf"))
     if KIND == CHUNK:
-        same = (key // chunk)[None, :] == (row // chunk)[:, None]
-        return tl.where(same & (key < keys)[None, :], s, float("-inf"))
+        return tl.where((key // chunk)[None, :] == (row // chunk)[:, None], s, float("-inf"))
     if not EVEN:
         return tl.where((key < keys)[None, :], s, float("-inf"))
     return s
@@ -175,15 +174,15 @@ def _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_p
             # A row may see its first key in a later block.
             base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s * scale - base[:, None])
-        shrink = tl.exp2(largest - base)
-        total = total * shrink + tl.sum(p, 1)
+        rescale = tl.exp2(largest - base)
+        total = total * rescale + tl.sum(p, 1)
         largest = new
         v0 = load_rows(v_ptr, key, column0, kv_row, keys, EVEN)
         p = p.to(v0.dtype)
-        acc0 = tl.dot(p, v0, acc0 * shrink[:, None])
+        acc0 = tl.dot(p, v0, acc0 * rescale[:, None])
         if D1 > 0:
             v1 = load_rows(v_ptr, key, column1, kv_row, keys, EVEN)
-            acc1 = tl.dot(p, v1, acc1 * shrink[:, None])
+            acc1 = tl.dot(p, v1, acc1 * rescale[:, None])
     store_rows(out_ptr, row, column0, out_row, limit, acc0 / total[:, None], EVEN)
     if D1 > 0:
         store_rows(out_ptr, row, column1, out_row, limit, acc1 / total[:, None], EVEN)
@@ -277,6 +276,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     kind = kind_of(visible)
+    if kind == "chunk" and (queries > 64 or queries % visible.chunk):
+        raise ValueError(f"chunks of {visible.chunk} must fill the one tile of {queries} queries")
     config = tuning.lookup("attention", variant("forward", kind, queries, keys), width, q.device)
     settings = constants(kind, queries, keys, width, config)
     blocks = triton.cdiv(queries - settings["TAIL"], config["BLOCK_Q"]) + settings["TAIL"]

@@ -100,7 +100,7 @@ def _tail(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_pt
     v0 = load_vector(v_ptr + last * kv_row, column0)
     g0 = load_vector(grad_ptr + last * grad_row, column0)
     score = tl.sum(q0 * k0, axis=0)
-    slope = tl.sum(g0 * v0, axis=0)
+    dp = tl.sum(g0 * v0, axis=0)
     delta = tl.sum(g0 * load_vector(out_ptr + last * grad_row, column0), axis=0)
     if D1 > 0:
         q1 = load_vector(q_ptr + last * q_row, column1)
@@ -108,11 +108,11 @@ def _tail(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_pt
         v1 = load_vector(v_ptr + last * kv_row, column1)
         g1 = load_vector(grad_ptr + last * grad_row, column1)
         score += tl.sum(q1 * k1, axis=0)
-        slope += tl.sum(g1 * v1, axis=0)
+        dp += tl.sum(g1 * v1, axis=0)
         delta += tl.sum(g1 * load_vector(out_ptr + last * grad_row, column1), axis=0)
     lse = tl.load(lse_ptr + last)
     p = tl.exp2(score * scale2 - lse)
-    ds = p * (slope - delta)
+    ds = p * (dp - delta)
     dq0 = tl.zeros((ROWS, D0), tl.float32)
     dk0 = tl.zeros((ROWS, D0), tl.float32)
     dv0 = tl.zeros((ROWS, D0), tl.float32)
@@ -126,38 +126,38 @@ def _tail(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_pt
         g0_R = load_rows(grad_ptr, row, column0, grad_row, last, True).to(tl.float32)
         o0_R = load_rows(out_ptr, row, column0, grad_row, last, True).to(tl.float32)
         score_R = tl.sum(q0_R * k0[None, :], axis=1)
-        slope_R = tl.sum(g0_R * v0[None, :], axis=1)
+        dp_R = tl.sum(g0_R * v0[None, :], axis=1)
         delta_R = tl.sum(g0_R * o0_R, axis=1)
         if D1 > 0:
             q1_R = load_rows(q_ptr, row, column1, q_row, last, True).to(tl.float32)
             g1_R = load_rows(grad_ptr, row, column1, grad_row, last, True).to(tl.float32)
             o1_R = load_rows(out_ptr, row, column1, grad_row, last, True).to(tl.float32)
             score_R += tl.sum(q1_R * k1[None, :], axis=1)
-            slope_R += tl.sum(g1_R * v1[None, :], axis=1)
+            dp_R += tl.sum(g1_R * v1[None, :], axis=1)
             delta_R += tl.sum(g1_R * o1_R, axis=1)
         tl.store(delta_ptr + row, delta_R)
         p_R = tl.exp2(score_R * scale2 - tl.load(lse_ptr + row))
-        ds_R = p_R * (slope_R - delta_R)
-        change_R = (ds_R * scale)[:, None]
-        store_rows(dq_ptr, row, column0, dq_row, last, change_R * k0[None, :], True)
+        ds_R = p_R * (dp_R - delta_R)
+        dq_R = (ds_R * scale)[:, None]
+        store_rows(dq_ptr, row, column0, dq_row, last, dq_R * k0[None, :], True)
         dk0 += ds_R[:, None] * q0_R
         dv0 += p_R[:, None] * g0_R
         if D1 > 0:
-            store_rows(dq_ptr, row, column1, dq_row, last, change_R * k1[None, :], True)
+            store_rows(dq_ptr, row, column1, dq_row, last, dq_R * k1[None, :], True)
             dk1 += ds_R[:, None] * q1_R
             dv1 += p_R[:, None] * g1_R
         # The last query for these keys.
         k0_R = load_rows(k_ptr, row, column0, kv_row, last, True).to(tl.float32)
         v0_R = load_rows(v_ptr, row, column0, kv_row, last, True).to(tl.float32)
         score_R = tl.sum(k0_R * q0[None, :], axis=1)
-        slope_R = tl.sum(v0_R * g0[None, :], axis=1)
+        dp_R = tl.sum(v0_R * g0[None, :], axis=1)
         if D1 > 0:
             k1_R = load_rows(k_ptr, row, column1, kv_row, last, True).to(tl.float32)
             v1_R = load_rows(v_ptr, row, column1, kv_row, last, True).to(tl.float32)
             score_R += tl.sum(k1_R * q1[None, :], axis=1)
-            slope_R += tl.sum(v1_R * g1[None, :], axis=1)
+            dp_R += tl.sum(v1_R * g1[None, :], axis=1)
         p_R = tl.exp2(score_R * scale2 - lse)
-        ds_R = p_R * (slope_R - delta)
+        ds_R = p_R * (dp_R - delta)
         tl.store(delta_ptr + span + row, p_R)
         tl.store(delta_ptr + 2 * span + row, ds_R)
         dq0 += ds_R[:, None] * k0_R

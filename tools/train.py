@@ -46,17 +46,18 @@ def work() -> int:
 
 
 def run(config: Config, world) -> int:
-    """Claim the run directory, resume, train, say how it ended."""
+    """Claim the run directory, resume, train, say how it ended. What cannot run makes nothing."""
     from heptapod_fast.progress import duration
     from heptapod_fast.runs import RunDir
     from heptapod_fast.train.loop import train
-    from heptapod_fast.train.setup import prepare
+    from heptapod_fast.train.setup import choose_operators, prepare
 
     def say(text: str) -> None:
         if world.main:
             print(text, flush=True)
 
     share_of_batch(config, world.size)
+    choose_operators(config, world.device)
     directory = RunDir(config.run_dir())
     if world.main:
         changed = directory.claim(config)

@@ -11,7 +11,7 @@ sequences; packed QKV in, packed dQKV out.
 Who sees whom: everyone everything; causal, j <= i + M - N (queries are the last N of M keys); the
 first ends[b, i] keys, per sequence; or a `grid.AttentionMask`, block-sparse, for all sequences.
 
-The plain matmul form is the reference; at a few hundred tokens it is also the fastest on CPU.
+The plain matmul form is the reference; in bf16 it also trains fastest on CPU at these lengths.
 No dropout on the probabilities (a deviation from MAR, which drops 10% of them: it costs a fast
 kernel; the projection's dropout stays). Suffixes: B sequences, N queries, M keys, H heads, D head
 width.
@@ -56,9 +56,9 @@ def attention(qkv: Tensor, *, causal: bool = False, mask: AttentionMask | None =
     """Self-attention: qkv (B, N, 3, H, D) contiguous, as the projection writes it -> (B, N, H, D).
 
     mask: of N queries and N keys, on qkv's device; not with causal. implementation: "auto",
-    "triton" (bfloat16 or float16, D in HEAD_DIMS, N up to 1024), "flash" (the flash-attn package;
-    no mask), "sdpa" (PyTorch's) or "reference". Raises ValueError if the arguments do not fit,
-    dispatch.Unavailable if the implementation asked for cannot take them.
+    "triton" (bfloat16 or float16, D in HEAD_DIMS, N up to MAX_LENGTH), "flash" (the flash-attn
+    package; no mask), "sdpa" (PyTorch's) or "reference". Raises ValueError if the arguments do not
+    fit, dispatch.Unavailable if the implementation asked for cannot take them.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_contiguous():
         raise ValueError("attention takes qkv (B, N, 3, H, D), contiguous as the projection writes "
@@ -66,7 +66,7 @@ def attention(qkv: Tensor, *, causal: bool = False, mask: AttentionMask | None =
     batch, length, _, _, width = qkv.shape
     _check(qkv, length, length, causal, mask)
     chosen = dispatch.select("attention", qkv.device, qkv.dtype, implementation,
-                             attention_limits(width, length, length, mask is not None))
+                             attention_limits(width, length, mask is not None))
     if chosen == "triton":
         return _triton(qkv, causal, mask)
     if chosen == "flash":
@@ -83,8 +83,9 @@ def cross_attention(q: Tensor, kv: Tensor, *, causal: bool = False, ends: Tensor
     two dimensions of both contiguous -> (B, N, H, D).
 
     causal: the queries are the last N of the M keys, N <= M (decoding with a cache). ends: (B, N)
-    integers, 1 to M: query i sees the first ends[b, i] keys (one that sees none is NaN). At most
-    one of causal, ends and mask. Otherwise as `attention`.
+    int32 or int64, 1 to M: query i sees the first ends[b, i] keys; values are not checked, outside
+    1 to M the result is undefined. At most one of causal, ends and mask. The kernels take M up to
+    MAX_LENGTH and any N. Otherwise as `attention`.
     """
     if (q.dim() != 4 or kv.dim() != 5 or kv.shape[2] != 2 or q.shape[0] != kv.shape[0]
             or q.shape[2:] != kv.shape[3:] or not _rows(q) or not _rows(kv)):
@@ -96,8 +97,8 @@ def cross_attention(q: Tensor, kv: Tensor, *, causal: bool = False, ends: Tensor
     length, keys = q.shape[1], kv.shape[1]
     _check(q, length, keys, causal, mask, ends)
     chosen = dispatch.select("attention", q.device, q.dtype, implementation,
-                             attention_limits(q.shape[-1], length, keys,
-                                         mask is not None or ends is not None))
+                             attention_limits(q.shape[-1], keys,
+                                              mask is not None or ends is not None))
     if chosen == "triton":
         if ends is not None:
             ends = ends.to(torch.int32).contiguous()
@@ -113,14 +114,14 @@ def cross_attention(q: Tensor, kv: Tensor, *, causal: bool = False, ends: Tensor
     return _plain(chosen, q, k, v, causal, dense)
 
 
-def attention_limits(head_dim: int, queries: int, keys: int, masked: bool) -> dict[str, str | None]:
-    """{implementation: why it cannot take such tensors, or None}."""
+def attention_limits(head_dim: int, keys: int, masked: bool) -> dict[str, str | None]:
+    """{implementation: why it cannot take such tensors, or None}; masked: by ends or a mask."""
     kernel = flash = None
     if head_dim not in HEAD_DIMS:
         kernel = (f"heads are {head_dim} wide, there are kernels for "
                   f"{', '.join(map(str, HEAD_DIMS))}")
-    elif max(queries, keys) > MAX_LENGTH:
-        kernel = f"{queries} queries and {keys} keys, at most {MAX_LENGTH} of each fit"
+    elif keys > MAX_LENGTH:
+        kernel = f"{keys} keys, at most {MAX_LENGTH} fit"
     if masked:
         flash = "it has no such mask; use triton, sdpa or reference"
     elif head_dim > 256:
@@ -133,8 +134,9 @@ def _layout(x: Tensor) -> str:
 
 
 def _rows(x: Tensor) -> bool:
-    """Whether the heads of an element lie side by side."""
-    return x.stride(-1) == 1 and (x.shape[-2] == 1 or x.stride(-2) == x.shape[-1])
+    """Whether the heads of an element lie side by side, and those of a sequence in 2^31 values."""
+    return (x.stride(-1) == 1 and (x.shape[-2] == 1 or x.stride(-2) == x.shape[-1])
+            and x.stride(1) * x.shape[1] < 2**31)
 
 
 def _check(x: Tensor, queries: int, keys: int, causal: bool, mask: AttentionMask | None,
@@ -149,16 +151,19 @@ def _check(x: Tensor, queries: int, keys: int, causal: bool, mask: AttentionMask
     if causal and queries > keys:
         raise ValueError(f"causal attention takes at most as many queries as keys, got {queries} "
                          f"queries and {keys} keys")
+    if mask is not None and not hasattr(mask, "schedule"):
+        raise ValueError(f"attention takes a grid.AttentionMask, got {type(mask).__name__}: "
+                         "AttentionMask.from_dense(booleans) makes one, once")
     if mask is not None and (mask.num_queries, mask.num_keys) != (queries, keys):
         raise ValueError(f"the attention mask is for {mask.num_queries} queries and "
                          f"{mask.num_keys} keys, the tensors have {queries} and {keys}")
     if mask is not None and mask.schedule.device != x.device:
         raise ValueError(f"the attention mask is on {mask.schedule.device}, the tensors are on "
                          f"{x.device}: use mask.to(device), once")
-    if ends is not None and (ends.shape != (x.shape[0], queries) or ends.is_floating_point()
-                             or ends.device != x.device):
-        raise ValueError(f"attention takes ends {(x.shape[0], queries)} of integers on {x.device}, "
-                         f"got {ends.dtype} {tuple(ends.shape)} on {ends.device}")
+    if ends is not None and (ends.shape != (x.shape[0], queries) or ends.device != x.device
+                             or ends.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"attention takes ends {(x.shape[0], queries)} of int32 or int64 on "
+                         f"{x.device}, got {ends.dtype} {tuple(ends.shape)} on {ends.device}")
 
 
 # -------------------------------------------------------------------------------- plain PyTorch
@@ -301,8 +306,11 @@ def _triton_check(device: torch.device, dtype: torch.dtype) -> str | None:
     return dispatch.triton_check(device, dtype, (torch.bfloat16, torch.float16))
 
 
+_no_flash = importlib.util.find_spec("flash_attn") is None
+
+
 def _flash_check(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
+    if _no_flash:
         return "flash-attn is not installed: pip install flash-attn --no-build-isolation"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16 on cuda, these are {dtype} on {device.type}"
@@ -311,7 +319,7 @@ def _flash_check(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _sdpa_avoided(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
-        return "its backward is slower than plain matmuls on CPU"
+        return "its bf16 backward is slower than plain matmuls on CPU"
     return None
 
 

@@ -15,12 +15,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 Check = Callable[[torch.device, torch.dtype], str | None]
 
 _registry: dict[str, dict[str, tuple[Check, Check]]] = {}
 _forced: dict[str, str] = {}
 _told: set[str] = set()
+
+
+PLAIN = ("reference", "sdpa")  # PyTorch's own, differentiable in every way
 
 
 class Unavailable(RuntimeError):
@@ -123,16 +127,19 @@ def select(operation: str, device: torch.device, dtype: torch.dtype, forced: str
     """The name alone, for the call itself; torch.compile takes it for a constant.
 
     unsupported: why an implementation cannot take these arguments (layout, width), None if it can;
-    a string speaks for all but the reference. Then "auto" means the next one, and says so once;
+    a string speaks for all kernels. Then "auto" means the next one, and says so once;
     asking for it by name raises `Unavailable`.
     """
     choice = choose(operation, device, dtype, forced)
     chosen = choice.implementation
     if chosen == "reference" and choice.reason != "asked for" and device.type == "cuda":
         _tell(f"{operation}: the plain-PyTorch reference runs, {choice.reason}")
+    kernels = [name for name in implementations(operation) if name not in PLAIN]
+    if forward_ad._current_level >= 0:
+        # A kernel would pass a tangent over in silence.
+        unsupported = "kernels have no forward-mode derivatives; take implementation='reference'"
     if unsupported is None or isinstance(unsupported, str):
-        unsupported = {name: unsupported for name in implementations(operation)
-                       if name != "reference"}
+        unsupported = dict.fromkeys(kernels, unsupported)
     if unsupported.get(chosen) is None:
         return chosen
     message = f"{operation}: {chosen!r} cannot take these tensors: {unsupported[chosen]}"

@@ -18,7 +18,7 @@ class KVCache:
     def append(self, layer: int, kv_BM2HE: Tensor) -> Tensor:
         """Store M new elements of one layer; returns keys and values of all elements so far.
 
-        Raises ValueError when the cache is full.
+        Raises ValueError when the cache is full, or the elements are of another kind than before.
         """
         end = self.filled + kv_BM2HE.shape[1]
         if end > self.length:
@@ -27,6 +27,10 @@ class KVCache:
             shape = (kv_BM2HE.shape[0], self.length, *kv_BM2HE.shape[2:])
             self._buffers[layer] = kv_BM2HE.new_empty(shape)
         buffer = self._buffers[layer]
+        if (buffer.shape[0], *buffer.shape[2:]) != (kv_BM2HE.shape[0], *kv_BM2HE.shape[2:]) or \
+                buffer.dtype != kv_BM2HE.dtype:
+            raise ValueError(f"KV cache of {buffer.dtype} {tuple(buffer.shape)} cannot take "
+                             f"{kv_BM2HE.dtype} {tuple(kv_BM2HE.shape)}")
         buffer[:, self.filled:end] = kv_BM2HE
         return buffer[:, :end]
 

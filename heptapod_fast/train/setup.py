@@ -102,11 +102,13 @@ def open_tokens(config: Config, world: World, images: ImageSource | None,
                            progress=Progress("tokenising") if world.main else None)
 
 
-def choose_operators(config: Config, device: torch.device, dtype: torch.dtype) -> list:
-    """Who runs each operation: attention, the optimizer step, then all others.
+def choose_operators(config: Config, device: torch.device) -> list:
+    """Who runs each operation: attention, the optimizer step, then all others, which take the
+    implementation of --kernels from here on.
 
     Raises Unavailable naming the flag that asks for what cannot run.
     """
+    dtype = choose_precision(config.precision, device)
     wanted = [("--attention", config.attention, "attention", dtype, attention_limits(config)),
               ("--adamw-ema", config.adamw_ema, "adamw_ema", torch.float32, None),
               ("--adamw-ema", config.adamw_ema, "global_norm", torch.float32, None),
@@ -121,17 +123,15 @@ def choose_operators(config: Config, device: torch.device, dtype: torch.dtype) -
             found.append(ops.dispatch.choose(operation, device, kind, name, limits))
         except ops.dispatch.Unavailable as error:
             raise ops.dispatch.Unavailable(
-                f"{flag} {name}: {error}. Leave {flag} away to take what there is, or choose "
-                "another --device") from None
+                f"{flag} {name}: {error}. Leave {flag} away to take what there is") from None
     return found
 
 
 def attention_limits(config: Config) -> dict[str, str | None]:
-    """What keeps an implementation of attention from this model: head width, lengths, masks."""
-    tokens = (config.image_size // config.patch_size) ** 2
+    """What keeps an implementation of attention from this model: head width, length, masks."""
+    keys = (config.image_size // config.patch_size) ** 2 + 1
     local = config.system == "heptapod" and config.head == "local"
-    queries = config.density * config.window if local else tokens + 1
-    return ops.attention_limits(config.width // config.heads, queries, tokens + 1, masked=local)
+    return ops.attention_limits(config.width // config.heads, keys, masked=local)
 
 
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[Run, bool]:
@@ -141,7 +141,7 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     """
     started = time.monotonic()
     dtype = choose_precision(config.precision, world.device)
-    choices = choose_operators(config, world.device, dtype)
+    choices = choose_operators(config, world.device)
     directory = RunDir(config.run_dir())
     images = open_images(config, world.main)
     # One rank fits the tokenizer, the others read what it saved.

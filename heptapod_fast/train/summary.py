@@ -7,10 +7,13 @@ import dataclasses
 from heptapod_fast.config import Config, flag
 from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.grid import expected_rows
+from heptapod_fast.ops import dispatch
 from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import token_spec
 from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
+from heptapod_fast.train.parallel import choose_device
+from heptapod_fast.train.setup import choose_operators
 
 GB = 1e9
 
@@ -29,6 +32,7 @@ def summary(config: Config, world_size: int = 1) -> str:
     lines += ["", "derived"]
     lines += [f"  {name:22} {value}" for name, value in derived(config, spec, classes, why, share,
                                                                  micros, world_size)]
+    lines += ["", "operators on this machine"] + operator_lines(config)
     lines += ["", "parameters"] + parameter_lines(system)
     lines += ["", f"FLOPs per image ({FLOPS_FORMULA})"] + flops_lines(system)
     lines += ["", "memory per rank (estimate)"] + memory_lines(config, system, share // micros)
@@ -64,6 +68,16 @@ def derived(config: Config, spec, classes: int, why: str, share: int, micros: in
                if config.steps != "mar" else f"{rows:g} rows per image, MAR's mean ratio")
         yield "supervision", f"{setting}, {how if config.head == 'global' else 'local windows'}"
     yield "run directory", config.run_dir()
+
+
+def operator_lines(config: Config) -> list[str]:
+    """What runs each operation here, or why a run would be refused: it may be meant for another
+    machine."""
+    try:
+        choices = choose_operators(config, choose_device(config.device))
+    except (dispatch.Unavailable, ValueError) as error:
+        return [f"  refused: {error}"]
+    return [f"  {line}" for line in dispatch.summary(choices)]
 
 
 def parameter_lines(system: System) -> list[str]:

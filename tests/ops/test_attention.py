@@ -1,11 +1,16 @@
 """attention: the definition in float64, the kernels by FlashAttention's rule, masks, refusals."""
 
+import sys
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from heptapod_fast import grid
+from heptapod_fast.attention_masks import FULL
 from heptapod_fast.ops import attention, attention_limits, causal_mask, cross_attention, dispatch
 from heptapod_fast.ops.attention import HEAD_DIMS
 from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_triton
@@ -177,7 +182,7 @@ def test_half_precision_by_the_rule(length, width, kind):
 @pytest.mark.parametrize("mask", [
     grid.prefix_mask(130, 70), grid.chunk_mask(200, 48), grid.chunk_mask(256, 64),
     grid.group_mask([1, 100, 7, 60]), grid.two_stream_mask([60, 9, 30]),
-    grid.AttentionMask(torch.eye(4).flip(0) * 2, torch.zeros(256, 2, 2), 256)],
+    grid.AttentionMask(torch.eye(4).int().flip(0) * 2, torch.zeros(256, 2, 2).int(), 256)],
     ids=["prefix", "chunk 48", "chunk 64", "groups", "two streams", "antidiagonal"])
 def test_masks_by_the_rule(mask):
     by_the_rule(1, mask.num_queries, 2, 32, mask=mask.to(DEVICE))
@@ -192,9 +197,30 @@ def test_random_block_masks_by_the_rule(n, m, seed, width):
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 3, (-(-n // 64), -(-m // 64)), generator=generator)
     column = torch.randint(0, blocks.shape[1], (blocks.shape[0],), generator=generator)
-    blocks[torch.arange(len(blocks)), column] = grid.FULL
+    blocks[torch.arange(len(blocks)), column] = FULL
     mask = grid.AttentionMask(blocks, ranges_mask(n, m, seed).ranges_N22.cpu(), m).to(DEVICE)
     cross_by_the_rule(1, n, m, 1, width, mask=mask)
+
+
+TILES = [("forward", dict(BLOCK_Q=128, BLOCK_K=64, STAGES=2, num_warps=8)),
+         ("backward", dict(BLOCK_K=64, BLOCK_Q=64, STAGES=2, num_warps=4)),
+         ("backward", dict(BLOCK_K=64, BLOCK_Q=32, STAGES=2, num_warps=4)),
+         ("backward", dict(BLOCK_K=128, BLOCK_Q=64, STAGES=2, num_warps=8, SWAP=True)),
+         ("backward", dict(BLOCK_K=128, BLOCK_Q=32, STAGES=2, num_warps=8, SWAP=False))]
+
+
+@needs_triton
+@pytest.mark.parametrize("direction, config", TILES)
+@pytest.mark.parametrize("length, kind", [(200, "mask"), (130, "causal"), (129, "full")])
+def test_every_tile_that_tuning_may_choose_by_the_rule(monkeypatch, direction, config, length,
+                                                       kind):
+    from heptapod_fast.kernels import tuning
+
+    lookup = tuning.lookup
+    monkeypatch.setattr(tuning, "lookup", lambda operation, kernel, *rest: (
+        config if kernel.startswith(direction) else lookup(operation, kernel, *rest)))
+    by_the_rule(1, length, 1, 32, causal=kind == "causal",
+                mask=ranges_mask(length, length, 3) if kind == "mask" else None)
 
 
 @needs_triton
@@ -329,6 +355,8 @@ def test_nothing_to_do_and_no_gradient_wanted():
      "mask is for 5 queries and 5 keys, the tensors have 6 and 6"),
     (dict(qkv=randn(2, 5, 3, 3, 8), mask=grid.prefix_mask(5, 1).to("meta")),
      r"mask is on meta, .* use mask.to\(device\)"),
+    (dict(qkv=randn(2, 5, 3, 3, 8), mask=torch.ones(5, 5).bool()),
+     r"takes a grid.AttentionMask, got Tensor: AttentionMask.from_dense\(booleans\) makes one"),
     (dict(qkv=randn(2, 5, 3, 3, 8), implementation="cuda"),
      "no implementation 'cuda'; there are: auto, triton, flash, sdpa, reference")])
 def test_bad_input_says_what_is_expected(arguments, message):
@@ -342,8 +370,9 @@ def test_bad_input_says_what_is_expected(arguments, message):
     (dict(kv=randn(2, 7, 2, 8, 3).transpose(3, 4)), "heads and their widths contiguous"),
     (dict(kv=randn(2, 7, 2, 3, 8, dtype=torch.float64)), "of one dtype on one device"),
     (dict(kv=randn(2, 4, 2, 3, 8), causal=True), "at most as many queries as keys, got 5 queries"),
-    (dict(ends=torch.ones(2, 4).long()), r"ends \(2, 5\) of integers"),
-    (dict(ends=torch.ones(2, 5)), r"of integers on \w+, got torch.float32"),
+    (dict(ends=torch.ones(2, 4).long()), r"ends \(2, 5\) of int32 or int64"),
+    (dict(ends=torch.ones(2, 5)), r"int64 on \w+, got torch.float32"),
+    (dict(ends=torch.ones(2, 5).bool()), r"int64 on \w+, got torch.bool"),
     (dict(ends=torch.ones(2, 5).long(), causal=True), "one of causal, ends and mask")])
 def test_bad_cross_input_says_what_is_expected(change, message):
     arguments = dict(q=randn(2, 5, 3, 8), kv=randn(2, 7, 2, 3, 8)) | change
@@ -353,7 +382,7 @@ def test_bad_cross_input_says_what_is_expected(change, message):
 
 @pytest.mark.parametrize("shape, dtype, why", [
     ((1, 5, 3, 2, 48), torch.bfloat16, "heads are 48 wide, there are kernels for 32, 64, 80"),
-    ((1, 1025, 3, 1, 32), torch.bfloat16, "1025 queries and 1025 keys, at most 1024"),
+    ((1, 1025, 3, 1, 32), torch.bfloat16, "1025 keys, at most 1024 fit"),
     ((1, 5, 3, 1, 32), torch.float32, "bfloat16 and torch.float16, these are torch.float32")])
 @needs_triton
 def test_what_the_kernels_cannot_take_is_refused_or_left_to_others(shape, dtype, why):
@@ -373,11 +402,46 @@ def test_the_next_implementation_takes_over_and_says_so(monkeypatch):
     with pytest.warns(UserWarning, match="'triton' cannot take these tensors: heads are 48 wide, .*"
                                          "reference runs instead"):
         attention(torch.zeros(1, 5, 3, 2, 48))
-    limits = attention_limits(48, 5, 5, masked=True)
+    limits = attention_limits(48, 5, masked=True)
     choice = dispatch.choose("attention", "cpu", torch.float32, unsupported=limits)
     assert choice.implementation == "reference" and "heads are 48 wide" in choice.reason
     with pytest.raises(dispatch.Unavailable, match="'triton' was asked for .* heads are 48 wide"):
         dispatch.choose("attention", "cpu", torch.float32, "triton", limits)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_is_called_causal_and_deterministic(monkeypatch, causal):
+    calls = []
+
+    def stand_in(*tensors, **options):
+        calls.append(options)
+        return tensors[0][:, :, 0] if len(tensors) == 1 else tensors[0]
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_qkvpacked_func = package.flash_attn_kvpacked_func = stand_in
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(dispatch._registry["attention"], "flash",
+                        (lambda *_: None, lambda *_: None))
+    qkv = randn(1, 5, 3, 2, 32, dtype=torch.bfloat16)
+    attention(qkv, causal=causal, implementation="flash")
+    cross_attention(qkv[:, :, 0], qkv[:, :, 1:], causal=causal, implementation="flash")
+    assert calls == [dict(causal=causal, deterministic=True)] * 2
+    for refused in (lambda: attention(qkv, mask=grid.prefix_mask(5, 1).to(DEVICE),
+                                      implementation="flash"),
+                    lambda: cross_attention(qkv[:, :, 0], qkv[:, :, 1:], implementation="flash",
+                                            ends=torch.ones(1, 5, device=DEVICE).long())):
+        with pytest.raises(dispatch.Unavailable, match="it has no such mask; use triton, sdpa"):
+            refused()
+
+
+@needs_triton
+def test_forward_mode_is_refused_or_left_to_the_reference():
+    qkv = randn(1, 5, 3, 2, 32, dtype=torch.bfloat16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(qkv, torch.ones_like(qkv))
+        with pytest.raises(dispatch.Unavailable, match="no forward-mode derivatives"):
+            attention(dual, implementation="triton")
+        assert forward_ad.unpack_dual(attention(dual)).tangent.norm() > 0
 
 
 def test_flash_says_what_to_install():

@@ -19,7 +19,11 @@ def test_dtype_follows_the_keys():
     assert KVCache(1, 2).append(0, torch.zeros(1, 1, 2, 1, 2).bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_full_cache_refuses():
+def test_a_full_cache_refuses_and_so_does_one_of_another_kind():
     cache = KVCache(1, 2)
+    cache.append(0, torch.zeros(3, 1, 2, 1, 2))
+    for other in (torch.zeros(1, 1, 2, 1, 2), torch.zeros(3, 1, 2, 1, 2).bfloat16()):
+        with pytest.raises(ValueError, match="cannot take torch"):
+            cache.append(0, other)
     with pytest.raises(ValueError, match="cannot take 3"):
         cache.append(0, torch.zeros(1, 3, 2, 1, 2))

@@ -1,6 +1,7 @@
 """tools/train.py: help, dry run, refusals, a whole run, running again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_the_choice_of_kernels_holds_for_this_run_alone(monkeypatch):
     device, dtype = torch.device("cpu"), torch.float32
     for name, reason in (("reference", "asked for"), ("auto", "not triton: ")):
         config = Config(size="tiny", device="cpu", kernels=name).resolve()
-        found = {c.operation: c for c in choose_operators(config, device, dtype)}
+        found = {c.operation: c for c in choose_operators(config, device)}
         assert {"attention", "adamw_ema", "global_norm", "layer_norm"} <= found.keys()
         assert found["layer_norm"].reason.startswith(reason)
         # What the operation itself will be told when it asks.
@@ -44,7 +45,42 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_is_made(tmp_path, m
     out = tmp_path / "run"
     result = command("train", *flags(out=out, device="cpu"), "--kernels", "triton")
     refused(result, "--kernels triton", "runs on cuda tensors", "Leave --kernels away")
-    assert not (out / "tokenizer.safetensors").exists()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name, why", [("triton", "runs on cuda tensors, these are on cpu"),
+                                       ("flash", "pip install flash-attn")])
+def test_an_attention_that_cannot_run_is_refused_and_a_dry_run_says_so(tmp_path, monkeypatch, name,
+                                                                       why):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    out = tmp_path / "run"
+    result = command("train", *flags(out=out, device="cpu"), "--attention", name)
+    refused(result, f"--attention {name}", why, "Leave --attention away")
+    assert not out.exists()
+    result = command("train", *flags(out=out, device="cpu"), "--attention", name, "--dry-run")
+    assert result.code == 0 and "refused" in result.out and why in result.out
+
+
+@pytest.mark.parametrize("settings, name, why", [
+    (dict(width=96, heads=2), "triton", "heads are 48 wide"),
+    (dict(image_size=128, patch_size=4), "triton", "1025 keys, at most 1024 fit"),
+    (dict(head="local", window=4, density=2), "flash", "it has no such mask"),
+    (dict(head="local", window=4, density=2), "triton", None), (dict(), "flash", None)])
+def test_attention_is_chosen_by_what_the_model_asks_of_it(monkeypatch, settings, name, why):
+    """As where the kernels and flash-attn can run."""
+    monkeypatch.setitem(ops.dispatch._registry, "attention", {
+        each: (lambda *_: None, lambda *_, avoid=avoid: avoid)
+        for each, avoid in (("triton", None), ("flash", "only when asked for"),
+                            ("reference", None))})
+    config = Config(size="tiny", device="cpu", attention=name, **settings).resolve()
+    if why:
+        with pytest.raises(ops.dispatch.Unavailable, match=f"--attention {name}: .*{why}"):
+            choose_operators(config, torch.device("cpu"))
+        config = replace(config, attention="auto")
+    choice = choose_operators(config, torch.device("cpu"))[0]
+    # Kernels first; where they cannot, the next that can.
+    first = "triton" if why is None or name == "flash" else "reference"
+    assert choice.implementation == (first if config.attention == "auto" else name)
 
 
 def test_help_lists_the_contract():
