@@ -28,8 +28,8 @@ class AttentionMask:
     schedule (4, 16, 17) int32: for every row of blocks (64, then 128 queries high) its count and
         the key blocks to visit; for every chunk of keys (64, then 128 wide) its count and entries
         2 * query block + 1 where no later chunk touches that query block.
-    row_bits (N, M / 32), key_bits (M, N / 32) int32, both padded to 128: bit j % 32 of word
-        j // 32.
+    row_bits (M / 32, N), key_bits (N / 32, M) int32, both padded to 128: whether i sees j is bit
+        j % 32 of word j // 32 of column i, so that the words of a block lie side by side.
 
     Raises ValueError if a query sees no key, a length is not in 1..1024, a flag or range is wrong.
     """
@@ -207,5 +207,5 @@ def _schedule(visible_NM: Tensor) -> Tensor:
 def _bits(visible_NM: Tensor) -> Tensor:
     tiles = _tiles(visible_NM, 2 * BLOCK, 2 * BLOCK, False).transpose(1, 2)
     words = tiles.flatten(2).flatten(0, 1).unflatten(1, (-1, 32)).long()
-    words = (words << torch.arange(32)).sum(-1)
+    words = (words << torch.arange(32)).sum(-1).t().contiguous()
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

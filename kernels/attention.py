@@ -54,49 +54,59 @@ def load_vector(ptr, column):
 
 @triton.jit
 def _last_row(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, last, kv_row, scale, D0: tl.constexpr,
-              D1: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Query `last` against keys 0..last, on CUDA cores; all pointers but k's and v's at it."""
+              D1: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+    """Query `last` against keys 0..last, on CUDA cores; all pointers but k's and v's at it.
+
+    BLOCK_K softmaxes run side by side, one per place in a block, and are joined at the end: within
+    the loop nothing is summed across keys, so nothing waits.
+    """
     column0 = tl.arange(0, D0)
     column1 = D0 + tl.arange(0, max(D1, 1))
     q0 = load_vector(q_ptr, column0) * scale
     score = tl.sum(q0 * load_vector(k_ptr + last * kv_row, column0))
-    acc0 = load_vector(v_ptr + last * kv_row, column0)
+    acc0 = tl.zeros((BLOCK_K, D0), tl.float32)
     if D1 > 0:
         q1 = load_vector(q_ptr, column1) * scale
         score += tl.sum(q1 * load_vector(k_ptr + last * kv_row, column1))
-        acc1 = load_vector(v_ptr + last * kv_row, column1)
-    largest, total = score, 1.0
-    for start in tl.range(0, last, BLOCK_K):
+        acc1 = tl.zeros((BLOCK_K, D1), tl.float32)
+    largest = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for start in tl.range(0, last, BLOCK_K, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_K)
         k0 = load_rows(k_ptr, key, column0, kv_row, last, True).to(tl.float32)
         s = tl.sum(k0 * q0[None, :], 1)
         if D1 > 0:
             k1 = load_rows(k_ptr, key, column1, kv_row, last, True).to(tl.float32)
             s += tl.sum(k1 * q1[None, :], 1)
-        new = tl.maximum(largest, tl.max(s))
+        new = tl.maximum(largest, s)
         p = tl.exp2(s - new)
         rescale = tl.exp2(largest - new)
-        total = total * rescale + tl.sum(p)
+        total = total * rescale + p
         v0 = load_rows(v_ptr, key, column0, kv_row, last, True).to(tl.float32)
-        acc0 = acc0 * rescale + tl.sum(p[:, None] * v0, 0)
+        acc0 = acc0 * rescale[:, None] + p[:, None] * v0
         if D1 > 0:
             v1 = load_rows(v_ptr, key, column1, kv_row, last, True).to(tl.float32)
-            acc1 = acc1 * rescale + tl.sum(p[:, None] * v1, 0)
+            acc1 = acc1 * rescale[:, None] + p[:, None] * v1
         largest = new
-    tl.store(out_ptr + column0, (acc0 / total).to(out_ptr.dtype.element_ty))
+    most = tl.maximum(tl.max(largest), score)
+    rescale = tl.exp2(largest - most)
+    p = tl.exp2(score - most)
+    sum = tl.sum(total * rescale) + p
+    out0 = tl.sum(acc0 * rescale[:, None], 0) + p * load_vector(v_ptr + last * kv_row, column0)
+    tl.store(out_ptr + column0, (out0 / sum).to(out_ptr.dtype.element_ty))
     if D1 > 0:
-        tl.store(out_ptr + column1, (acc1 / total).to(out_ptr.dtype.element_ty))
-    tl.store(lse_ptr, largest + tl.log2(total))
+        out1 = tl.sum(acc1 * rescale[:, None], 0) + p * load_vector(v_ptr + last * kv_row, column1)
+        tl.store(out_ptr + column1, (out1 / sum).to(out_ptr.dtype.element_ty))
+    tl.store(lse_ptr, most + tl.log2(sum))
 
 
 @triton.jit
-def _visible(s, row, key, start, offset, keys, chunk, end, bits_at, KIND: tl.constexpr,
+def _visible(s, row, key, start, offset, keys, chunk, end, bits_at, words, KIND: tl.constexpr,
              EVEN: tl.constexpr):
     """Scores, -inf where the query does not see the key."""
     if KIND == BLOCKS:
-        word = start // 32
-        low = tl.load(bits_at + word)
-        high = tl.load(bits_at + word + 1)
+        low = tl.load(bits_at + start // 32 * words)
+        high = tl.load(bits_at + (start // 32 + 1) * words)
         column = key - start
         bits = tl.where((column < 32)[None, :], low[:, None], high[:, None])
         return tl.where(((bits >> (column & 31)[None, :]) & 1) != 0, s, float("-inf"))
@@ -147,12 +157,12 @@ def _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_p
     end = row
     bits_at = row
     if KIND == ENDS:
-        end = tl.load(ends_ptr + row, mask=row < queries, other=0)
-        steps = tl.cdiv(tl.minimum(tl.max(end), keys), BLOCK_K)
+        end = tl.minimum(tl.load(ends_ptr + row, mask=row < queries, other=0), keys)
+        steps = tl.cdiv(tl.max(end), BLOCK_K)
     elif KIND == BLOCKS:
         schedule_ptr += block * SCHEDULE_ROW
         steps = tl.load(schedule_ptr)
-        bits_at = bits_ptr + row * words
+        bits_at = bits_ptr + row
     elif KIND == CAUSAL:
         steps = tl.cdiv(tl.minimum(keys, (block + 1) * BLOCK_Q + offset), BLOCK_K)
     else:
@@ -167,7 +177,8 @@ def _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_p
         if D1 > 0:
             k1 = load_rows(k_ptr, key, column1, kv_row, keys, EVEN)
             s = tl.dot(q1, tl.trans(k1), s)
-        s = _visible(s, row, key, start, offset, keys, chunk, end, bits_at, KIND, EVEN)
+        s = _visible(s, row, key, start, offset, keys, chunk, end, bits_at, words, KIND,
+                         EVEN)
         new = tl.maximum(largest, tl.max(s, 1) * scale)
         base = new
         if KIND == ENDS or KIND == BLOCKS:
@@ -217,7 +228,7 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits
     if TAIL:
         if block == blocks - 1:
             _last_row(q_ptr + limit * q_row, k_ptr, v_ptr, out_ptr + limit * out_row,
-                      lse_ptr + limit, limit, kv_row, scale, D0, D1, BLOCK_K)
+                      lse_ptr + limit, limit, kv_row, scale, D0, D1, BLOCK_K, STAGES)
         else:
             _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_ptr, block,
                    queries, keys, chunk, words, q_row, kv_row, out_row, scale, KIND, TAIL, EVEN,
@@ -303,9 +314,8 @@ def shapes(width: int) -> list[tuple[str, int]]:
     """(kind, length) of what is compiled offline for a width of heads."""
     if width not in (64, 80):
         return [("full", 257), ("causal", 255)]
-    found = [("full", 256), ("causal", 256), ("full", 257), ("full", 255), ("blocks", 512),
-             ("blocks", 514), ("ends", 255)]
-    return found + [("chunk", 64)] * (width == 64)
+    return [("full", 256), ("causal", 256), ("full", 257), ("full", 321), ("full", 255),
+            ("blocks", 512), ("blocks", 514), ("ends", 100), ("chunk", 51)]
 
 
 def compile_cases(arch: str):

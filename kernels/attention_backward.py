@@ -197,10 +197,10 @@ def _mask(x, visible_ptr, bits_ptr, key, start, queries, keys, words, chunk, KIN
         end = _each(visible_ptr, query, queries, EVEN)
         seen = key[:, None] < tl.minimum(end, keys)[None, :]
     else:
-        at = bits_ptr + key * words + start // 32
+        at = bits_ptr + start // 32 * words + key
         word = tl.load(at)[:, None]
         if BLOCK_Q == 64:
-            word = tl.where((lane < 32)[None, :], word, tl.load(at + 1)[:, None])
+            word = tl.where((lane < 32)[None, :], word, tl.load(at + words)[:, None])
         seen = ((word >> (lane % 32)[None, :]) & 1) != 0
     return tl.where(seen, x, float("-inf"))
 
@@ -347,11 +347,12 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     marks = visible.ends
     if kind == "blocks":
         marks = visible.schedule[2 + settings["BLOCK_K"] // 128]
+    bits = visible.key_bits
     strides = [x.stride(i) for x in (q, k, dq, dk) for i in (0, 1)]
     _backward[(batch * heads,)](
-        grad, q, k, v, out, lse, dq, dk, dv, delta, marks, visible.key_bits, queries, keys, heads,
-        span // 32, visible.chunk, span, *strides, width**-0.5, width**-0.5 * math.log2(math.e),
-        **settings)
+        grad, q, k, v, out, lse, dq, dk, dv, delta, marks, bits, queries, keys, heads,
+        0 if bits is None else bits.shape[1], visible.chunk, span, *strides, width**-0.5,
+        width**-0.5 * math.log2(math.e), **settings)
 
 
 def _settings(kind: str, queries: int, keys: int, width: int, config: dict) -> dict:
@@ -371,8 +372,8 @@ _TYPES = (dict.fromkeys(("queries", "keys", "heads", "words", "chunk", "span"), 
                  scale="fp32", scale2="fp32"))
 # Bytes of stack accepted, the most of Triton 3.6 and 3.7: lengths that do not fill the tiles, and
 # widths that no model has.
-_SPILLS = {("sm_80", 64): 8, ("sm_80", 80): 64, ("sm_80", 96): 376, ("sm_80", 128): 8,
-           ("sm_90", 80): 8}
+_SPILLS = {("sm_80", 64): 24, ("sm_80", 80): 80, ("sm_80", 96): 376, ("sm_80", 128): 8,
+           ("sm_90", 80): 40}
 
 
 def compile_cases(arch: str):

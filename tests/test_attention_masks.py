@@ -29,7 +29,7 @@ def brute_two_streams(groups, prefix):
 def unpack(bits, rows, columns):
     """Booleans from 32 to a word."""
     j = torch.arange(columns)
-    return (bits[:rows, j // 32] >> (j % 32) & 1).bool()
+    return (bits.t()[:rows, j // 32] >> (j % 32) & 1).bool()
 
 
 def check_mask(mask):

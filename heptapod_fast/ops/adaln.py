@@ -151,11 +151,11 @@ def _gradient(ctx, dnew, dv, _):
 _operator = operator(
     "adaln(Tensor x, Tensor? branch, Tensor? branch_bias, Tensor? gate, Tensor shift, Tensor scale,"
     " Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", _forward,
-    _forward_fake)
+    _forward_fake, strided=("gate", "shift", "scale"))
 _backward_operator = operator(
     "adaln_backward(Tensor? dnew, Tensor dv, Tensor x, Tensor? branch, Tensor? branch_bias, "
     "Tensor? gate, Tensor scale, Tensor? weight, Tensor? bias, Tensor stats) -> (Tensor, Tensor, "
-    "Tensor, Tensor, Tensor)", _backward, _backward_fake)
+    "Tensor, Tensor, Tensor)", _backward, _backward_fake, strided=("gate", "scale"))
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "adaln")
 dispatch.register_triton("adaln")

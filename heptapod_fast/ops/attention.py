@@ -90,7 +90,8 @@ def cross_attention(q: Tensor, kv: Tensor, *, causal: bool = False, ends: Tensor
     if (q.dim() != 4 or kv.dim() != 5 or kv.shape[2] != 2 or q.shape[0] != kv.shape[0]
             or q.shape[2:] != kv.shape[3:] or not _rows(q) or not _rows(kv)):
         raise ValueError("cross_attention takes q (B, N, H, D) and kv (B, M, 2, H, D), heads and "
-                         f"their widths contiguous, got {_layout(q)} and {_layout(kv)}")
+                         "their widths contiguous, a sequence within 2^31 values, got "
+                         f"{_layout(q)} and {_layout(kv)}")
     if q.dtype != kv.dtype or q.device != kv.device:
         raise ValueError(f"cross_attention takes q and kv of one dtype on one device, got {q.dtype}"
                          f" on {q.device} and {kv.dtype} on {kv.device}")
@@ -134,9 +135,10 @@ def _layout(x: Tensor) -> str:
 
 
 def _rows(x: Tensor) -> bool:
-    """Whether the heads of an element lie side by side, and those of a sequence in 2^31 values."""
+    """Whether the heads of an element lie side by side, and a sequence within 2^31 values."""
+    element = x.shape[-2] * x.shape[-1]
     return (x.stride(-1) == 1 and (x.shape[-2] == 1 or x.stride(-2) == x.shape[-1])
-            and x.stride(1) * x.shape[1] < 2**31)
+            and max(x.stride(1), element) * x.shape[1] < 2**31)
 
 
 def _check(x: Tensor, queries: int, keys: int, causal: bool, mask: AttentionMask | None,
@@ -232,17 +234,23 @@ def _backward(grad, qkv, out, lse, causal, chunk, schedule, row_bits, key_bits):
     return dqkv
 
 
+def _with_heads(x: Tensor) -> Tensor:
+    """x as the kernels read it; another layout comes from torch.compile only."""
+    return x if _rows(x) else x.contiguous()
+
+
 def _cross_forward(q, kv, causal, ends, schedule, row_bits, key_bits):
     from heptapod_fast.kernels import attention as kernels
 
-    return kernels.forward(q, *kv.unbind(2), Visible(causal, 0, ends, schedule, row_bits, key_bits))
+    return kernels.forward(_with_heads(q), *_with_heads(kv).unbind(2),
+                           Visible(causal, 0, ends, schedule, row_bits, key_bits))
 
 
 def _cross_backward(grad, q, kv, out, lse, causal, ends, schedule, row_bits, key_bits):
     from heptapod_fast.kernels import attention_backward as kernels
 
     dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape)
-    kernels.backward(grad, q, *kv.unbind(2), out, lse, dq, *dkv.unbind(2),
+    kernels.backward(grad, _with_heads(q), *_with_heads(kv).unbind(2), out, lse, dq, *dkv.unbind(2),
                      Visible(causal, 0, ends, schedule, row_bits, key_bits))
     return dq, dkv
 
@@ -289,11 +297,11 @@ _backward_operator = operator(
     f"{_MASK}) -> Tensor", _backward, lambda grad, qkv, *_: torch.empty_like(qkv))
 _cross_operator = operator(
     f"cross_attention(Tensor q, Tensor kv, bool causal, Tensor? ends, {_MASK}) "
-    "-> (Tensor, Tensor)", _cross_forward, lambda q, *_: _outputs(q))
+    "-> (Tensor, Tensor)", _cross_forward, lambda q, *_: _outputs(q), strided=("q", "kv"))
 _cross_backward_operator = operator(
     "cross_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, "
     f"bool causal, Tensor? ends, {_MASK}) -> (Tensor, Tensor)", _cross_backward,
-    lambda grad, q, kv, *_: (q.new_empty(q.shape), kv.new_empty(kv.shape)))
+    lambda grad, q, kv, *_: (q.new_empty(q.shape), kv.new_empty(kv.shape)), strided=("q", "kv"))
 differentiable(_operator, _gradient, _setup)
 differentiable(_cross_operator, _cross_gradient, _cross_setup)
 once(_backward_operator, "attention")

@@ -128,9 +128,9 @@ def _scatter_gradient(ctx, grad: Tensor):
 
 
 _gather = operator("gather_rows(Tensor x, Tensor index) -> Tensor", _gather_kernel,
-                   lambda x, index: x.new_empty(index.shape[0], x.shape[1]))
+                   lambda x, index: x.new_empty(index.shape[0], x.shape[1]), strided=("x",))
 _scatter = operator("scatter_rows(Tensor x, Tensor index, SymInt rows) -> Tensor", _scatter_kernel,
-                    lambda x, index, rows: x.new_empty(rows, x.shape[1]))
+                    lambda x, index, rows: x.new_empty(rows, x.shape[1]), strided=("x",))
 differentiable(_gather, _gather_gradient, _gather_setup)
 differentiable(_scatter, _scatter_gradient, _scatter_setup)
 for name in ("gather_rows", "scatter_rows"):

@@ -16,18 +16,39 @@ from torch._ops import OpOverload
 _library = torch.library.Library("heptapod_fast", "FRAGMENT")
 
 
-def operator(schema: str, kernel: Callable, fake: Callable) -> OpOverload:
+def operator(schema: str, kernel: Callable, fake: Callable,
+             strided: tuple[str, ...] = ()) -> OpOverload:
     """Defines heptapod_fast::NAME from "NAME(Tensor x, ...) -> ..." and returns its overload.
 
-    kernel: runs it; imports Triton when it is called, not before. fake: allocates the outputs.
+    kernel: runs it, on contiguous tensors; imports Triton when it is called, not before. fake:
+    allocates the outputs. strided: arguments of any strides whose last dimension is contiguous.
     """
     name = schema.split("(", 1)[0]
-    # Strides are kept because the kernels check them themselves.
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    overload = getattr(torch.ops.heptapod_fast, name).default
+    kernel = _contiguous([argument.name in strided for argument in overload._schema.arguments],
+                         kernel)
     _library.impl(name, kernel, "CPU")
     _library.impl(name, _on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"heptapod_fast::{name}", fake, lib=_library)
-    return getattr(torch.ops.heptapod_fast, name).default
+    return overload
+
+
+def _contiguous(strided: list[bool], kernel: Callable) -> Callable:
+    """torch.compile keeps the order of strides, not the strides: a tensor that was contiguous when
+    it was traced may come as a part of a larger one."""
+    def packed(x, any_strides):
+        if isinstance(x, list):
+            return [packed(each, any_strides) for each in x]
+        if not torch.is_tensor(x) or x.is_contiguous() or any_strides and x.stride(-1) == 1:
+            return x
+        return x.contiguous()
+
+    @functools.wraps(kernel)
+    def called(*arguments):
+        return kernel(*map(packed, arguments, strided))
+
+    return called
 
 
 def _on_its_device(kernel: Callable) -> Callable:
