@@ -14,6 +14,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# A process per core, one thread each: the tests' tensors are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 QUIET := -qq --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 SAY := printf '\n== %s\n'
@@ -24,9 +26,9 @@ venv: $(VENV)/.dev
 demo: $(VENV)/.core
 	@$(BIN)/python tools/demo.py
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(PYTEST) -m "not slow" tests
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m slow tests
+	$(PYTEST) -m slow tests
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --benchmark-only
 lint: $(VENV)/.dev

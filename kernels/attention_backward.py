@@ -370,6 +370,8 @@ _TYPES = (dict.fromkeys(("queries", "keys", "heads", "words", "chunk", "span"), 
           | {f"{x}_ptr": "*bf16" for x in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")}
           | dict(lse_ptr="*fp32", delta_ptr="*fp32", visible_ptr="*i32", bits_ptr="*i32",
                  scale="fp32", scale2="fp32"))
+# The last columns of dQ, transposed, have too few rows for wgmma.
+_HMMA = {80: 8, 96: 16}
 # Bytes of stack accepted, the most of Triton 3.6 and 3.7: lengths that do not fill the tiles, and
 # widths that no model has.
 _SPILLS = {("sm_80", 64): 24, ("sm_80", 80): 80, ("sm_80", 96): 376, ("sm_80", 128): 8,
@@ -387,8 +389,9 @@ def compile_cases(arch: str):
             absent = {"visible_ptr": None} if kind not in ("ends", "blocks") else {}
             absent |= {"bits_ptr": None} if kind != "blocks" else {}
             types = {p: t for p, t in _TYPES.items() if p not in absent}
+            hmma = _HMMA.get(width, 0)
             spill = 0 if settings["EVEN"] and width <= 80 else _SPILLS.get((arch, width), 0)
             yield offline.Case(
                 f"attention backward, {kind} {length}, D {width}", _backward, types,
-                settings | absent, options, tensor_cores=True, spill=spill,
+                settings | absent, options, tensor_cores=True, spill=spill, hmma=hmma,
                 why="dK, dV, S and dP fill the registers" if spill else "")

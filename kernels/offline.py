@@ -34,8 +34,9 @@ class Case:
 
     types: argument -> "*bf16", "i32", "fp32"...; arguments that are None at the launch belong into
     constexprs. unaligned: pointers and integers that are not divisible by 16. tensor_cores: whether
-    matrix instructions must appear (HGMMA on sm_90). spill: bytes of stack that are accepted, with
-    the reason in `why`.
+    matrix instructions must appear, on sm_90 HGMMA and no more than `hmma` of the older HMMA.
+    spill: bytes of stack that are accepted, with the reason in `why`. ctas: how many programs must
+    fit on an SM of sm_90 at once.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Case:
     tensor_cores: bool = False
     spill: int = 0
     why: str = ""
+    hmma: int = 0
+    ctas: int = 1
     only: tuple[str, ...] = field(default=ARCHITECTURES)
 
 
@@ -91,7 +94,17 @@ def compile_case(case: Case, arch: str) -> dict:
     return {"case": case.name, "arch": arch, **case.options, "registers": number["REG"],
             "stack": number["STACK"], "shared": compiled.metadata.shared,
             "hgmma": assembly.count("HGMMA"), "hmma": len(re.findall(r"\b(?:UTC)?HMMA", assembly)),
-            "allowed": case.spill, "why": case.why, "tensor_cores": case.tensor_cores}
+            "allowed": case.spill, "why": case.why, "tensor_cores": case.tensor_cores,
+            "hmma_allowed": case.hmma, "ctas_wanted": case.ctas,
+            "ctas": ctas(arch, number["REG"], case.options.get("num_warps", 4),
+                         compiled.metadata.shared)}
+
+
+def ctas(arch: str, registers: int, warps: int, shared: int) -> int:
+    """Programs that fit on an SM at once, by registers, warps and shared memory."""
+    per_warp = 256 * -(-registers * 32 // 256)
+    total = SHARED_LIMIT[arch] + 1024  # the driver keeps 1 KB of every program's
+    return min(65536 // (per_warp * warps), 64 // warps, total // (shared + 1024))
 
 
 def compile_all(architectures: list[str], only: str = "") -> list[dict]:
@@ -127,17 +140,21 @@ def faults(found: dict) -> list[str]:
         wrong.append(f"{found['shared']} bytes of shared memory")
     if found["tensor_cores"] and not found["hgmma" if found["arch"] == "sm_90" else "hmma"]:
         wrong.append("no matrix instructions")
+    if found["arch"] == "sm_90" and found["tensor_cores"] and found["hmma"] > found["hmma_allowed"]:
+        wrong.append(f"{found['hmma']} HMMA, {found['hmma_allowed']} accepted")
+    if found["arch"] == "sm_90" and found["ctas"] < found["ctas_wanted"]:
+        wrong.append(f"{found['ctas']} programs on an SM, {found['ctas_wanted']} wanted")
     return wrong
 
 
 def markdown(results: list[dict]) -> str:
     """The figures as a table."""
-    lines = ["| kernel | arch | warps | stages | registers | stack | shared KB | HGMMA | HMMA |",
-             "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| kernel | arch | warps | registers | stack | shared KB | programs per SM | HGMMA | "
+             "HMMA |", "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for r in results:
         lines.append(f"| {r['case']} | {r['arch']} | {r.get('num_warps', 4)} | "
-                     f"{r.get('num_stages', 3)} | {r['registers']} | {r['stack']} | "
-                     f"{r['shared'] / 1024:.1f} | {r['hgmma']} | {r['hmma']} |")
+                     f"{r['registers']} | {r['stack']} | {r['shared'] / 1024:.1f} | {r['ctas']} | "
+                     f"{r['hgmma']} | {r['hmma']} |")
     return "\n".join(lines)
 
 
@@ -149,8 +166,9 @@ def page(results: list[dict]) -> str:
                       for r in results if r["stack"]})
     return "\n".join([
         "# Kernels, compiled without a GPU", "",
-        f"Made by `python -m heptapod_fast.kernels.offline`, Triton {triton.__version__}. Stages "
-        "are Triton's default where a kernel sets its own per loop. A stack is a spill.", "",
+        f"Made by `python -m heptapod_fast.kernels.offline`, Triton {triton.__version__}. A stack "
+        "is a spill. Programs per SM: how many fit at once, by registers, warps and shared memory.",
+        "",
         *(["Accepted spills:", "", *excused, ""] if excused else []), markdown(results), ""])
 
 

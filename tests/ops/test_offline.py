@@ -34,13 +34,27 @@ def test_every_case_compiles_and_fits(arch, tmp_path):
 def test_faults_are_found():
     from heptapod_fast.kernels.offline import faults
 
-    fine = dict(arch="sm_90", stack=0, allowed=0, shared=1024, hgmma=0, hmma=0, tensor_cores=False)
+    fine = dict(arch="sm_90", stack=0, allowed=0, shared=1024, hgmma=0, hmma=0, tensor_cores=False,
+                hmma_allowed=0, ctas=1, ctas_wanted=1)
     assert not faults(fine)
     assert "8 bytes of stack" in faults(fine | dict(stack=8))[0]
     assert not faults(fine | dict(stack=8, allowed=8))
     assert "shared" in faults(fine | dict(shared=240_000))[0]
     assert "matrix" in faults(fine | dict(tensor_cores=True, hmma=4))[0]
     assert not faults(fine | dict(tensor_cores=True, hgmma=4))
+    assert "8 HMMA" in faults(fine | dict(tensor_cores=True, hgmma=4, hmma=8))[0]
+    assert not faults(fine | dict(tensor_cores=True, hgmma=4, hmma=8, hmma_allowed=8))
+    assert "1 programs" in faults(fine | dict(ctas_wanted=2))[0]
+
+
+@needs_triton
+def test_programs_on_an_sm():
+    """By hand: 65536 registers, 64 warps, 228 KB of shared memory of which each program loses 1."""
+    from heptapod_fast.kernels.offline import ctas
+
+    assert ctas("sm_90", 128, 4, 40 * 1024) == 4 and ctas("sm_90", 129, 4, 40 * 1024) == 3
+    assert ctas("sm_90", 32, 8, 0) == 8 and ctas("sm_90", 32, 4, 113 * 1024) == 2
+    assert ctas("sm_90", 32, 4, 114 * 1024) == 1 and ctas("sm_80", 32, 4, 82 * 1024) == 1
 
 
 @needs_triton
