@@ -220,7 +220,7 @@ def test_every_tile_that_tuning_may_choose_by_the_rule(monkeypatch, direction, c
     monkeypatch.setattr(tuning, "lookup", lambda operation, kernel, *rest: (
         config if kernel.startswith(direction) else lookup(operation, kernel, *rest)))
     by_the_rule(1, length, 1, 32, causal=kind == "causal",
-                mask=ranges_mask(length, length, 3) if kind == "mask" else None)
+                mask=grid.chunk_mask(length, 40).to(DEVICE) if kind == "mask" else None)
 
 
 @needs_triton
