@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +18,13 @@ import torch
 from heptapod_fast.config import MAY_CHANGE, Config, flag
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.systems import System, build_system
-from heptapod_fast.tokenizers import PatchVQ, Tokenizer, load_tokenizer, token_spec
+from heptapod_fast.tokenizers import (
+    PRETRAINED,
+    PatchVQ,
+    Tokenizer,
+    load_tokenizer,
+    token_spec,
+)
 from heptapod_fast.train import checkpoint as checkpoints
 from heptapod_fast.train.optimizer import ema_name
 from heptapod_fast.train.parallel import choose_device
@@ -149,13 +157,18 @@ def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = Non
     """The run's tokenizer: the file it was started with, the one given, or one fitted on `images`.
 
     None where only the shape of its tokens is known (kl16 and vq16 with synthetic data). A fitted
-    or given codebook is saved with the run, so that the run stays readable on its own.
+    or given codebook is saved with the run, so that the run stays readable on its own; of kl16 and
+    vq16 tokenizer.json says which file they were, with its hash.
     """
     settings = dict(image_size=config.image_size, patch_size=config.patch_size)
-    if config.tokenizer in ("kl16", "vq16"):
+    if config.tokenizer in PRETRAINED:
         if config.data == "synthetic":
             return None
-        return load_tokenizer(config.tokenizer, config.tokenizer_weights)
+        tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_weights, **settings)
+        about = run.tokenizer.with_suffix(".json")
+        if images is not None and not about.exists():
+            about.write_text(json.dumps(tokenizer.describe(), indent=1) + "\n")
+        return tokenizer
     if config.tokenizer == "patch":
         return load_tokenizer("patch", **settings)
     settings["codes"] = config.codes
@@ -173,11 +186,13 @@ def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = Non
 
 
 def load_run(path: str | Path, checkpoint: int | None = None, ema: str | None = None,
-             device: str = "auto", precision: str = "auto") -> System:
+             device: str = "auto", precision: str = "auto",
+             tokenizer_weights: str | None = None) -> System:
     """A trained system, ready to sample, from the newest checkpoint that verifies.
 
     ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's first;
-    "none" for the raw weights. The system also carries `tokenizer`, `class_names`, `images_seen`
+    "none" for the raw weights. tokenizer_weights: where those of kl16 or vq16 are now, if they are
+    not where they were. The system also carries `tokenizer`, `class_names`, `images_seen`
     and `checkpoint` (its path). Raises RunError or CheckpointError saying what is missing.
     """
     run = RunDir(path)
@@ -190,6 +205,8 @@ def load_run(path: str | Path, checkpoint: int | None = None, ema: str | None = 
     system = build_system(config, spec, len(class_names), target, fill=False)
     system.load_state_dict(chosen.read(_weights_file(config, ema)))
     system.eval().requires_grad_(False).set_dtype(dtype)
+    if tokenizer_weights is not None:
+        config = replace(config, tokenizer_weights=tokenizer_weights)
     tokenizer = saved_tokenizer(config, run, chosen)
     system.tokenizer = None if tokenizer is None else tokenizer.to(target)
     system.class_names, system.images_seen = class_names, chosen.state["images"]
@@ -210,6 +227,9 @@ def saved_tokenizer(config: Config, run: RunDir, chosen: checkpoints.Checkpoint)
         raise RunError(f"{run.tokenizer} is missing: the tokens of this run cannot be decoded "
                        "without it; restore it from a copy")
     if tokenizer.fingerprint != expected:
+        if config.tokenizer in PRETRAINED:
+            raise RunError(f"{config.tokenizer_weights} are not the weights that {chosen.path} was "
+                           "trained with: name those with --tokenizer-weights")
         raise RunError(f"{run.tokenizer} is not what {chosen.path} was trained with: it was "
                        "changed or damaged; restore it from a copy")
     return tokenizer

@@ -26,6 +26,8 @@ class SamplingArguments(SampleOptions):
     """Images per batch; does not change what comes out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample."""
+    tokenizer_weights: str | None = None
+    """File of kl16 or vq16, if it is not where it was in training."""
 
     def options(self) -> SampleOptions:
         """The flags that are the sampler's own."""
@@ -35,7 +37,8 @@ class SamplingArguments(SampleOptions):
         """The system; ValueError if its tokens cannot be decoded."""
         from heptapod_fast.runs import load_run
 
-        system = load_run(self.run, self.checkpoint, self.ema, self.device)
+        system = load_run(self.run, self.checkpoint, self.ema, self.device,
+                          tokenizer_weights=self.tokenizer_weights)
         if system.tokenizer is None:
             raise ValueError(f"{self.run} was trained on synthetic tokens: nothing can be decoded")
         return system

@@ -72,7 +72,8 @@ class TokenizedImages:
 
     Discrete tokenizers encode every image once at construction (and its mirror image with `flip`);
     the codes stay on `device` as int16 or int32. Continuous ones encode per batch from
-    `source.images`, which keeps 8-bit pixels at most.
+    `source.images`, which keeps 8-bit pixels at most; where they have a posterior, every visit of
+    an image draws a sample of its own (mar:engine_mar.py:57-65).
 
     Args:
         source: the images; its image_size must be the tokenizer's.
@@ -113,16 +114,18 @@ class TokenizedImages:
         if self._codes is None:
             images = self.source.images(ids)
             images = torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
-            tokens = self._encode(images)
+            tokens = self._encode(images, Rng(self.seed), index)
         else:
             rows = (mirrored * self.num_images + ids).to(self.device, non_blocking=True)
             tokens = self._codes.index_select(0, rows).long()
         labels = self.source.labels[ids]
         return Batch(tokens, labels, index).to(self.device)
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def _encode(self, images: Tensor, rng: Rng | None = None,
+                index: Tensor | None = None) -> Tensor:
+        images = to_unit(images.to(self.device, non_blocking=True))
         with torch.no_grad():
-            return self.tokenizer.encode(to_unit(images.to(self.device, non_blocking=True)))
+            return self.tokenizer.encode(images, rng, index)
 
     def _encode_all(self, progress: Callable[[int, int], None] | None) -> Tensor:
         """(views * n, N) codes: all images, then all mirror images."""

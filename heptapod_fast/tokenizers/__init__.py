@@ -1,15 +1,16 @@
 """Tokenizers: images to grids of tokens and back, behind one interface (`base.Tokenizer`).
 
+    kl16       continuous, MAR's KL-16 VAE              published weights
+    vq16       discrete, LlamaGen's VQ-16               published weights
     patch      continuous, raw RGB patches              no weights
     patch-vq   discrete, k-means codebook over patches  fitted on the data in seconds
-
-`token_spec` also describes the 16-fold convolutional tokenizers `kl16` and `vq16`, whose encoders
-are not part of this version, so that models can be sized and timed for them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import torch
 
 from heptapod_fast.tokenizers.base import (
     DEFAULT_CODES,
@@ -21,35 +22,43 @@ from heptapod_fast.tokenizers.base import (
     to_unit,
     token_spec,
 )
+from heptapod_fast.tokenizers.kl16 import KL16
 from heptapod_fast.tokenizers.patch import Patch
 from heptapod_fast.tokenizers.patch_vq import PatchVQ
+from heptapod_fast.tokenizers.pretrained import Pretrained
+from heptapod_fast.tokenizers.vq16 import VQ16
+from heptapod_fast.tokenizers.weights import hint
 
-__all__ = ["DEFAULT_CODES", "NAMES", "Patch", "PatchVQ", "TokenSpec", "Tokenizer",
-           "load_tokenizer", "to_uint8", "to_unit", "token_spec"]
+__all__ = ["DEFAULT_CODES", "KL16", "NAMES", "PRETRAINED", "Patch", "PatchVQ", "Pretrained",
+           "TokenSpec", "Tokenizer", "VQ16", "convert_weights", "hint", "load_tokenizer",
+           "to_uint8", "to_unit", "token_spec"]
 
-_LOADED = {"patch": Patch, "patch-vq": PatchVQ}
+PRETRAINED: dict[str, type[Pretrained]] = {"kl16": KL16, "vq16": VQ16}
+_SMALL = {"patch": Patch, "patch-vq": PatchVQ}
 
 
-def load_tokenizer(name: str, weights: str | Path | None = None, **settings: int) -> Tokenizer:
-    """A tokenizer that is ready to use.
+def load_tokenizer(name: str, weights: str | Path | None = None,
+                   dtype: torch.dtype = torch.float32, **settings: int | None) -> Tokenizer:
+    """A tokenizer that is ready to use, on the CPU.
 
     Args:
-        name: patch or patch-vq.
-        weights: a file written by `Tokenizer.save`; needed by patch-vq.
-        settings: image_size and patch_size (patch; with weights, checked against the file), and
-            codes (patch-vq, checked against the file).
+        name: kl16, vq16, patch or patch-vq.
+        weights: kl16, vq16: the published file (`kl16.ckpt`, `vq_ds16_c2i.pt`) or a safetensors
+            copy of it; patch, patch-vq: a file written by `Tokenizer.save`. Only patch needs none.
+        dtype: kl16, vq16: what the convolutions run in, float32 or bfloat16 (see `Pretrained`);
+            the others work in float32.
+        settings: image_size and patch_size (kl16, vq16: default 256, and 16 or None; patch: needed;
+            with a file written by `save`, checked against it), and codes (patch-vq, checked).
 
     Raises:
         FileNotFoundError: the weights do not exist.
         ValueError: unknown or missing tokenizer, settings that are missing or contradict the file,
-            or a file of another tokenizer.
+            or a file that is damaged or of another tokenizer.
     """
-    if name in ("kl16", "vq16"):
-        raise ValueError(f"the encoder and decoder of --tokenizer {name} are not part of this "
-                         f"version: use one of {', '.join(_LOADED)}, or --data synthetic to "
-                         "measure speed")
-    if name not in _LOADED:
-        raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(_LOADED)}")
+    if name in PRETRAINED:
+        return _load_pretrained(name, weights, dtype, settings)
+    if name not in _SMALL:
+        raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(NAMES)}")
     if weights is None:
         if name == "patch-vq":
             raise ValueError("--tokenizer patch-vq needs --tokenizer-weights, a fitted codebook; "
@@ -67,4 +76,40 @@ def load_tokenizer(name: str, weights: str | Path | None = None, **settings: int
             flag = "--" + key.replace("_", "-")
             raise ValueError(f"{weights}: the tokenizer in it has {key} {stored.get(key)}, asked "
                              f"for {flag} {value}: change {flag} or --tokenizer-weights")
-    return _LOADED[name].restore(stored, tensors)
+    return _SMALL[name].restore(stored, tensors)
+
+
+def _load_pretrained(name: str, weights: str | Path | None, dtype: torch.dtype,
+                     settings: dict[str, int | None]) -> Pretrained:
+    unknown = sorted(settings.keys() - {"image_size", "patch_size"})
+    if unknown:
+        raise ValueError(f"--tokenizer {name} takes image_size and patch_size: unknown {unknown}")
+    image_size = settings.get("image_size") or 256
+    token_spec(name, image_size, settings.get("patch_size"))
+    if weights is None:
+        raise ValueError(hint(name))
+    return PRETRAINED[name].load(weights, image_size, dtype)
+
+
+def convert_weights(name: str, source: str | Path, target: str | Path) -> str:
+    """Checks the published weights of kl16 or vq16 and writes them as a safetensors file (float32,
+    the published names): it loads as the original does and can hold nothing but numbers.
+
+    Args:
+        name: kl16 or vq16.
+        source: the published file.
+        target: the new file; its folder is made, and it appears at once or not at all.
+
+    Returns:
+        `Pretrained.weights_sha256`, the same for both files.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_tokenizer`; also for a tokenizer without published
+            weights.
+    """
+    if name not in PRETRAINED:
+        raise ValueError(f"--tokenizer {name} has no published weights: choose one of "
+                         f"{', '.join(PRETRAINED)}")
+    tokenizer = load_tokenizer(name, source)
+    tokenizer.save(target)
+    return tokenizer.weights_sha256

@@ -131,9 +131,11 @@ class Tokenizer(ABC):
     device: torch.device = torch.device("cpu")
 
     @abstractmethod
-    def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None,
+               index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) float in [-1, 1] -> tokens on `device`. `rng` asks tokenizers with a
-        posterior for a sample instead of its mean; the others ignore it.
+        posterior for a sample instead of its mean, keyed by `index`, (B,) global sample indices
+        (default 0..B-1); the others ignore both.
 
         Raises:
             ValueError: images of another shape.

@@ -89,7 +89,8 @@ class PatchVQ(Tokenizer):
         codebook_VE = _lloyd(points_ME, counts_M, codebook_VE, progress)
         return cls(codebook_VE, image_size, patch_size)
 
-    def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None,
+               index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, N) int64, the nearest code of every patch; `rng` is ignored."""
         tokens_BNE = patchify(self.check_images(images), self.patch_size).float()
         nearest, _ = _nearest(tokens_BNE.flatten(0, 1), self.codebook_VE)

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,7 @@ from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunDir, RunError, choose_precision, open_tokenizer
 from heptapod_fast.systems import System, build_system
-from heptapod_fast.tokenizers import Tokenizer, load_tokenizer, token_spec
+from heptapod_fast.tokenizers import PRETRAINED, Tokenizer, hint, token_spec
 from heptapod_fast.train import checkpoint as checkpoints
 from heptapod_fast.train.checkpoint import CheckpointError
 from heptapod_fast.train.optimizer import Optimizer
@@ -71,8 +72,11 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
     """
     if config.data == "synthetic":
         return None
-    if config.data is not None and config.tokenizer in ("kl16", "vq16"):
-        load_tokenizer(config.tokenizer, config.tokenizer_weights)
+    if config.data is not None and config.tokenizer in PRETRAINED:
+        weights = config.tokenizer_weights
+        if weights is None or not Path(weights).exists():  # before any image is decoded
+            found = "" if weights is None else f"{weights}: no such file. "
+            raise FileNotFoundError(found + hint(config.tokenizer))
     if config.data == "logograms":
         from heptapod_fast.data.logograms import Logograms
 
@@ -196,7 +200,9 @@ def changed_data(run: Run, changed: list[str]) -> str:
     what = " and ".join(name.replace("_", " ") for name in changed)
     where = f"--data {run.config.data}"
     if "tokenizer" in changed:
-        where += f" or the codebook {run.directory.tokenizer}"
+        where += (f" or --tokenizer-weights {run.config.tokenizer_weights}"
+                  if run.config.tokenizer in PRETRAINED
+                  else f" or the codebook {run.directory.tokenizer}")
     anyway = ("" if "class_names" in changed
               else ", or continue all the same with --allow-data-change")
     return (f"{run.directory.path} was trained on other {what}: {where} is not what it was. "

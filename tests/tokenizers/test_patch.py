@@ -79,9 +79,6 @@ def test_load_and_save(tmp_path):
 
 
 def test_load_refusals(tmp_path):
-    for name in ("kl16", "vq16"):
-        with pytest.raises(ValueError, match="not part of this version: use one of patch"):
-            load_tokenizer(name, "kl16.ckpt")
     with pytest.raises(ValueError, match="unknown --tokenizer 'x'"):
         load_tokenizer("x")
     with pytest.raises(ValueError, match=r"missing \['patch_size'\], unknown \['codes'\]"):

