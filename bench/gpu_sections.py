@@ -117,26 +117,23 @@ def ceilings(work: Work) -> None:
 
 # -------------------------------------------------------------------------------------------- tests
 
-ATTENTION = "tests/ops/test_attention.py"
-
-
 def smoke(work: Work) -> None:
     """tests/gpu and the shortest test of every operation on this GPU."""
-    tests(work, "smoke", ["tests/gpu", "tests/ops", f"--ignore={ATTENTION}", "-k",
+    tests(work, "smoke", ["tests/gpu", "tests/ops", "-k",
                           "gpu or no_rows or test_kernel_by_the_rule or test_kernels_by_the_rule",
                           "--maxfail=10"], 210)
 
 
 def attention_tests(work: Work) -> None:
     """Every test of attention: a kernel for each width and mask, which take long to compile."""
-    tests(work, "tests-attention", [ATTENTION, "--maxfail=40"], 300)
+    tests(work, "tests-attention", ["tests/ops/test_attention.py", "--maxfail=40"], 300)
 
 
 def all_tests(work: Work) -> None:
     """Every test that a GPU changes: operators, kernels, whole systems; attention's are apart."""
     tests(work, "tests", ["tests/gpu", "tests/ops", "tests/systems/test_kernels.py",
-                          f"--ignore={ATTENTION}", "--deselect", "tests/ops/test_offline.py",
-                          "--maxfail=40"], 300)
+                          "--ignore=tests/ops/test_attention.py",
+                          "--ignore=tests/ops/test_offline.py", "--maxfail=40"], 300)
 
 
 def tests(work: Work, name: str, arguments: list[str], most: float) -> None:
@@ -336,8 +333,7 @@ def kernel_times(function: Callable, steps: int, most: int = 40) -> list[dict]:
 
 
 # By worth: whether it is right at all, what everything is compared with, how fast it trains, the
-# operations with a gate (of attention heads of 80 too, which only the larger size has), everything
-# else.
+# operations with a gate (attention's heads of 80 are of the larger sizes), everything else.
 SECTIONS: dict[str, Callable[[Work], None]] = {
     "smoke": smoke, "ceilings": ceilings, "step-B": step("B"),
     "op-attention": operation("attention"), "op-attention-LH": operation("attention", "larger"),

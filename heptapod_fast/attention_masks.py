@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heptapod_fast.ops.attention import MAX_LENGTH
+from heptapod_fast.ops.attention import BLOCK, MAX_LENGTH
 
-BLOCK = 64
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
@@ -35,10 +34,7 @@ class AttentionMask:
     """
 
     def __init__(self, blocks: Tensor, ranges_N22: Tensor, num_keys: int):
-        self.num_queries, self.num_keys = lengths = (len(ranges_N22), num_keys)
-        if not all(1 <= length <= MAX_LENGTH for length in lengths):
-            raise ValueError(f"an attention mask has 1 to {MAX_LENGTH} queries and keys, got "
-                             f"{lengths[0]} queries and {num_keys} keys")
+        self.num_queries, self.num_keys = lengths = _lengths(len(ranges_N22), num_keys)
         self.blocks = _integers("blocks", blocks, _blocks(*lengths), FULL).to(torch.uint8)
         self.ranges_N22 = _integers("ranges", ranges_N22, (lengths[0], 2, 2),
                                     num_keys).to(torch.int32)
@@ -58,10 +54,10 @@ class AttentionMask:
     @classmethod
     def from_ranges(cls, ranges_N22: Tensor, num_keys: int) -> AttentionMask:
         """Query i sees the keys in ranges[i, 0] and ranges[i, 1]; an empty range adds nothing."""
+        _lengths(len(ranges_N22), num_keys)
+        ranges_N22 = _integers("ranges", ranges_N22, (len(ranges_N22), 2, 2), num_keys)
         partial = torch.full(_blocks(len(ranges_N22), num_keys), PARTIAL)
-        ranges_N22 = ranges_N22.cpu()
-        flags = _flags(_dense(partial, ranges_N22, num_keys)) if ranges_N22.dim() == 3 else partial
-        return cls(flags, ranges_N22, num_keys)
+        return cls(_flags(_dense(partial, ranges_N22, num_keys)), ranges_N22, num_keys)
 
     @classmethod
     def from_dense(cls, visible_NM: Tensor) -> AttentionMask:
@@ -72,6 +68,7 @@ class AttentionMask:
         if visible_NM.dtype != torch.bool or visible_NM.dim() != 2:
             raise ValueError("AttentionMask.from_dense takes booleans (N, M), True where a query "
                              f"sees a key, got {visible_NM.dtype} {tuple(visible_NM.shape)}")
+        _lengths(*visible_NM.shape)
         visible_NM = visible_NM.cpu()
         num_keys, flags = visible_NM.shape[1], _flags(visible_NM)
         ranges = torch.zeros(len(visible_NM), 2, 2, dtype=torch.int32)
@@ -142,6 +139,13 @@ def _group_sizes(groups: list[int]) -> Tensor:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} of an attention mask must be {least} or more, got {value}")
+
+
+def _lengths(queries: int, keys: int) -> tuple[int, int]:
+    if not (1 <= queries <= MAX_LENGTH and 1 <= keys <= MAX_LENGTH):
+        raise ValueError(f"an attention mask has 1 to {MAX_LENGTH} queries and keys, got {queries} "
+                         f"queries and {keys} keys")
+    return queries, keys
 
 
 def _integers(name: str, x: Tensor, shape: tuple[int, ...], most: int) -> Tensor:

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from heptapod_fast.kernels import offline, tuning
-from heptapod_fast.ops.attention import HEAD_DIMS, MAX_LENGTH, Visible
+from heptapod_fast.ops.attention import BLOCK, HEAD_DIMS, MAX_LENGTH, Visible
 
 KINDS = dict(full=0, causal=1, chunk=2, ends=3, blocks=4)
 FULL, CAUSAL, CHUNK, ENDS, BLOCKS = (tl.constexpr(value) for value in KINDS.values())
-SCHEDULE_ROW = tl.constexpr(MAX_LENGTH // 64 + 1)
+SCHEDULE_ROW = tl.constexpr(MAX_LENGTH // BLOCK + 1)
 
 
 @triton.jit
@@ -177,8 +177,7 @@ def _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_p
         if D1 > 0:
             k1 = load_rows(k_ptr, key, column1, kv_row, keys, EVEN)
             s = tl.dot(q1, tl.trans(k1), s)
-        s = _visible(s, row, key, start, offset, keys, chunk, end, bits_at, words, KIND,
-                         EVEN)
+        s = _visible(s, row, key, start, offset, keys, chunk, end, bits_at, words, KIND, EVEN)
         new = tl.maximum(largest, tl.max(s, 1) * scale)
         base = new
         if KIND == ENDS or KIND == BLOCKS:
@@ -225,6 +224,7 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits
     if KIND == ENDS:
         ends_ptr += batch * queries
     limit = queries - TAIL
+    # Two calls, of which TAIL leaves one branch: a branch without it would stay in every kernel.
     if TAIL:
         if block == blocks - 1:
             _last_row(q_ptr + limit * q_row, k_ptr, v_ptr, out_ptr + limit * out_row,
@@ -307,7 +307,7 @@ _TYPES = dict(q_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16", out_ptr="*bf16", lse_
               queries="i32", keys="i32", heads="i32", blocks="i32", chunk="i32", words="i32",
               q_batch="i32", q_row="i32", kv_batch="i32", kv_row="i32", scale="fp32",
               ends_ptr="*i32", schedule_ptr="*i32", bits_ptr="*i32")
-_OPERANDS = dict(ends_ptr="ends", schedule_ptr="blocks", bits_ptr="blocks")
+_USED_BY = dict(ends_ptr=("ends",), schedule_ptr=("blocks",), bits_ptr=("blocks",))
 
 
 def shapes(width: int) -> list[tuple[str, int]]:
@@ -318,18 +318,31 @@ def shapes(width: int) -> list[tuple[str, int]]:
             ("blocks", 512), ("blocks", 514), ("ends", 100), ("chunk", 51)]
 
 
-def compile_cases(arch: str):
-    """The forward kernel for every width of heads; see offline.Case."""
+def offline_case(direction: str, kernel, kind: str, length: int, width: int, settings: dict,
+                 types: dict[str, str], used_by: dict[str, tuple[str, ...]],
+                 **expected) -> offline.Case:
+    """used_by: which kinds of masks pass a pointer; expected: as offline.Case takes it."""
+    absent = {pointer: None for pointer, kinds in used_by.items() if kind not in kinds}
+    constexprs = absent | settings
+    options = dict(num_warps=constexprs.pop("num_warps"))
+    types = {name: type for name, type in types.items() if name not in absent}
+    return offline.Case(f"attention {direction}, {kind} {length}, D {width}", kernel, types,
+                        constexprs, options, tensor_cores=True, **expected)
+
+
+def offline_settings(direction: str, arch: str, settings_of=constants):
+    """(kind, length, width, settings of the kernel) of everything compiled offline."""
     for width in HEAD_DIMS:
         for kind, length in shapes(width):
-            name = variant("forward", kind, length, length)
+            name = variant(direction, kind, length, length)
             config = tuning.config("attention", name, width, arch)
-            settings = constants(kind, length, length, width, config)
-            options = dict(num_warps=settings.pop("num_warps"))
-            absent = {p: None for p, used_by in _OPERANDS.items() if used_by != kind}
-            types = {p: t for p, t in _TYPES.items() if p not in absent}
-            # 16 warps on an SM hide each other's waits; what is even is what the models run.
-            warps = {64: 16, 80: 12}.get(width, 4) if settings["EVEN"] else 4
-            ctas = max(1, warps // options["num_warps"])
-            yield offline.Case(f"attention forward, {kind} {length}, D {width}", _forward, types,
-                               settings | absent, options, tensor_cores=True, ctas=ctas)
+            yield kind, length, width, settings_of(kind, length, length, width, config)
+
+
+def compile_cases(arch: str):
+    """The forward kernel for every width of heads; see offline.Case."""
+    for kind, length, width, settings in offline_settings("forward", arch):
+        # 16 warps on an SM hide each other's waits; what is even is what the models run.
+        warps = {64: 16, 80: 12}.get(width, 4) if settings["EVEN"] else 4
+        yield offline_case("forward", _forward, kind, length, width, settings, _TYPES, _USED_BY,
+                           ctas=max(1, warps // settings["num_warps"]))

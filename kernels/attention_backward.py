@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heptapod_fast.kernels import offline, tuning
+from heptapod_fast.kernels import tuning
 from heptapod_fast.kernels.attention import (
     BLOCKS,
     CAUSAL,
@@ -36,11 +36,12 @@ from heptapod_fast.kernels.attention import (
     kind_of,
     load_rows,
     load_vector,
-    shapes,
+    offline_case,
+    offline_settings,
     store_rows,
     variant,
 )
-from heptapod_fast.ops.attention import HEAD_DIMS, Visible
+from heptapod_fast.ops.attention import Visible
 
 
 @triton.jit
@@ -378,20 +379,13 @@ _SPILLS = {("sm_80", 64): 24, ("sm_80", 80): 80, ("sm_80", 96): 376, ("sm_80", 1
            ("sm_90", 80): 40}
 
 
+_USED_BY = dict(visible_ptr=("ends", "blocks"), bits_ptr=("blocks",))
+
+
 def compile_cases(arch: str):
     """The backward kernel for every width of heads; see offline.Case."""
-    for width in HEAD_DIMS:
-        for kind, length in shapes(width):
-            name = variant("backward", kind, length, length)
-            config = tuning.config("attention", name, width, arch)
-            settings = _settings(kind, length, length, width, config)
-            options = dict(num_warps=settings.pop("num_warps"))
-            absent = {"visible_ptr": None} if kind not in ("ends", "blocks") else {}
-            absent |= {"bits_ptr": None} if kind != "blocks" else {}
-            types = {p: t for p, t in _TYPES.items() if p not in absent}
-            hmma = _HMMA.get(width, 0)
-            spill = 0 if settings["EVEN"] and width <= 80 else _SPILLS.get((arch, width), 0)
-            yield offline.Case(
-                f"attention backward, {kind} {length}, D {width}", _backward, types,
-                settings | absent, options, tensor_cores=True, spill=spill, hmma=hmma,
-                why="dK, dV, S and dP fill the registers" if spill else "")
+    for kind, length, width, settings in offline_settings("backward", arch, _settings):
+        spill = 0 if settings["EVEN"] and width <= 80 else _SPILLS.get((arch, width), 0)
+        yield offline_case("backward", _backward, kind, length, width, settings, _TYPES, _USED_BY,
+                           spill=spill, hmma=_HMMA.get(width, 0),
+                           why="dK, dV, S and dP fill the registers" if spill else "")

@@ -129,6 +129,12 @@ def test_masks_that_cannot_be_are_refused():
                           (lambda: grid.two_stream_mask([1, 0]), r"got \[1, 0\]"),
                           (lambda: grid.two_stream_mask([1], -1), "prefix .* 0 or more, got -1"),
                           (lambda: grid.prefix_mask(5, -2), "prefix .* 0 or more, got -2"),
+                          (lambda: grid.chunk_mask(0, 4), "got 0 queries and 0 keys"),
+                          (lambda: grid.prefix_mask(1025, 4), "got 1025 queries and 1025 keys"),
+                          (lambda: grid.AttentionMask.from_ranges(torch.zeros(5, 4).int(), 5),
+                           r"ranges \(5, 2, 2\)"),
+                          (lambda: grid.AttentionMask.from_dense(torch.ones(0, 5).bool()),
+                           "got 0 queries and 5 keys"),
                           (lambda: grid.chunk_mask(5, 0), "size .* 1 or more, got 0")]:
         with pytest.raises(ValueError, match=message):
             make()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_LENGTH = 1024
-TILE = 64
+BLOCK = 64  # what masks are described in, and the smallest tile of queries
 
 
 class Visible(NamedTuple):
@@ -205,9 +205,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None) -> Tensor:
 def _triton(qkv: Tensor, causal: bool, mask: AttentionMask | None) -> Tensor:
     batch, length = qkv.shape[:2]
     chunk = 0
-    if mask is None and not causal and 2 * length <= TILE:
+    if mask is None and not causal and 2 * length <= BLOCK:
         # Several short sequences share a tile, each a chunk of it.
-        packed = next(p for p in range(TILE // length, 0, -1) if batch % p == 0)
+        packed = next(p for p in range(BLOCK // length, 0, -1) if batch % p == 0)
         if packed > 1:
             qkv, chunk = qkv.view(batch // packed, packed * length, *qkv.shape[2:]), length
     out, _ = _operator(qkv, causal, chunk, *_operands(mask))

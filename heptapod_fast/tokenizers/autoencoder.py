@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +167,9 @@ class Level(nn.Module):
 
 
 class _Coder(nn.Module):
-    """What encoder and decoder run, each in its own order."""
+    """What encoder and decoder run; `stages`: in which order."""
+
+    stages: ClassVar[tuple[str, str]]
 
     def _middle(self, channels: int) -> None:
         self.mid = nn.ModuleList((ResnetBlock(channels, channels), AttnBlock(channels),
@@ -176,20 +179,19 @@ class _Coder(nn.Module):
         self.norm_out = Norm(channels)
         self.conv_out = nn.Conv2d(channels, outputs, 3, padding=1)
 
-    def _stages(self) -> tuple[nn.ModuleList, nn.ModuleList]:
-        raise NotImplementedError
-
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of the convolutions -> its output in that dtype."""
         h_BCHW = self.conv_in(x_BCHW)
-        for stage in self._stages():
-            for module in stage:
+        for stage in self.stages:
+            for module in getattr(self, stage):
                 h_BCHW = module(h_BCHW)
         return self.conv_out(self.norm_out(h_BCHW))
 
 
 class Encoder(_Coder):
     """(B, 3, 16 H, 16 W) -> (B, outputs, H, W)."""
+
+    stages = "conv_blocks", "mid"
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -201,12 +203,11 @@ class Encoder(_Coder):
         self._middle(CHANNELS[-1])
         self._end(CHANNELS[-1], outputs)
 
-    def _stages(self) -> tuple[nn.ModuleList, nn.ModuleList]:
-        return self.conv_blocks, self.mid
-
 
 class Decoder(_Coder):
     """(B, inputs, H, W) -> (B, 3, 16 H, 16 W); its levels are in the order they run in."""
+
+    stages = "mid", "conv_blocks"
 
     def __init__(self, inputs: int, attention: bool) -> None:
         super().__init__()
@@ -219,9 +220,6 @@ class Decoder(_Coder):
                   attention=attention and i == 0,
                   resample=None if i == last else Upsample) for i in range(last + 1))
         self._end(channels[-1], 3)
-
-    def _stages(self) -> tuple[nn.ModuleList, nn.ModuleList]:
-        return self.mid, self.conv_blocks
 
 
 class Autoencoder(nn.Module):
