@@ -1,0 +1,114 @@
+"""Image files to square pixels with Pillow: the definition of what an image of a set looks like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+PREPROCESSING = "adm-crop-1/box-halve,bicubic,centre/rgb,white-under-transparency,no-exif-rotation"
+
+
+class Decoder(Protocol):
+    """Image files to pixels, several at a time.
+
+    Attributes:
+        preprocessing: names everything that the pixels depend on, the decoder included.
+    """
+
+    preprocessing: str
+
+    def decode(self, paths: Sequence[Path], out: np.ndarray) -> list[str | None]:
+        """Fills out, (n, 3, S, S) uint8, RGB; returns for every file None or the reason why it
+        cannot be read, whose row is left alone. A file's pixels do not depend on the others."""
+        ...
+
+
+class PillowDecoder:
+    """The reference, in worker threads (default: one for each CPU core)."""
+
+    preprocessing = PREPROCESSING
+
+    def __init__(self, workers: int | None = None) -> None:
+        self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+
+    def decode(self, paths: Sequence[Path], out: np.ndarray) -> list[str | None]:
+        """See `Decoder.decode`."""
+        def one(path: Path, row: np.ndarray) -> str | None:
+            pixels = read(path, partial(crop_pixels, size=out.shape[-1]))
+            if isinstance(pixels, str):
+                return pixels
+            row[...] = pixels
+            return None
+
+        return list(self._pool.map(one, paths, out))
+
+
+def read_sizes(paths: Sequence[Path], workers: int | None = None) -> list[tuple[int, int] | str]:
+    """(width, height) of every file, from its header alone, or why it cannot be read."""
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        return list(pool.map(partial(read, use=lambda image: image.size), paths))
+
+
+def read(path: Path, use: Callable[[Image.Image], object]) -> object:
+    """use(image), or a string, the reason why the file cannot be read."""
+    try:
+        if path.stat().st_size == 0:
+            return "the file is empty (0 bytes)"
+        with Image.open(path) as image:
+            return use(image)
+    except UnidentifiedImageError:
+        return "not an image that Pillow knows"
+    except Image.DecompressionBombError as error:
+        return f"too many pixels: {error}"
+    # Decoders answer damaged files with many kinds of exception; none may end a run of thousands.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def crop_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """(3, size, size) uint8."""
+    return np.asarray(centre_crop(to_rgb(image), size)).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image that Pillow opens -> mode RGB, 8 bits; transparency lies over white.
+
+    Raises:
+        ValueError: pixels without an agreed range (32-bit integers above 65535, floating point).
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; convert the file to 8 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips these at 255 instead of scaling them.
+        deep = np.asarray(image).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError(f"integer pixels of {deep.min()}..{deep.max()} have no agreed range; "
+                             "convert the file to 8 or 16 bits")
+        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The preprocessing of ADM (Dhariwal and Nichol 2021, guided-diffusion's `image_datasets.py`).
+
+    Halves the image with a box filter while its shorter side is at least 2 * size, resizes it
+    bicubically so that the shorter side is size, and cuts out the centre, size x size.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)),
+                         Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
