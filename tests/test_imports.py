@@ -16,7 +16,7 @@ OPTIONAL = ("PIL", "safetensors", "google_crc32c", "tyro", "zarr", "rich", "scip
 
 # From the ground up; a module imports its own floor and those below. The counter-based generator
 # and its operation define each other's numbers, so rng shares the floor of ops.
-FLOORS = (("progress",), ("ops", "rng", "kernels"), ("grid", "attention_masks"),
+FLOORS = (("progress", "faults", "storage"), ("ops", "rng", "kernels"), ("grid", "attention_masks"),
           ("tokenizers", "data"),
           ("config", "resolve", "pictures"), ("model",), ("sampling",), ("systems",),
           ("evaluation",), ("train", "runs", "reports"))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from heptapod_fast.train import faults
+from heptapod_fast import faults
+from heptapod_fast.storage import checksum, readable, sync
 
 logger = logging.getLogger(__name__)
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -72,7 +72,7 @@ def save(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any
         temporary.mkdir(parents=True)
         _write(temporary, files, state)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
         faults.point(f"rename={state['step']}")
     except Exception as error:  # OSError, or the safetensors library's own
         shutil.rmtree(temporary, ignore_errors=True)
@@ -92,38 +92,12 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, A
     (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
     manifest = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         manifest[path.name] = {"bytes": path.stat().st_size, "crc32c": checksum(path)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
     faults.point(f"manifest={state['step']}")
-
-
-def readable(path: Path) -> None:
-    """The permissions that the umask gives new files (safetensors makes private ones)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checksum(path: Path) -> str:
-    """crc32c of a file, eight hexadecimal digits."""
-    import google_crc32c
-
-    value = 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            value = google_crc32c.extend(value, chunk)
-    return f"{value:08x}"
 
 
 def _retain(folder: Path, keep: int) -> None:

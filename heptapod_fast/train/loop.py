@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from heptapod_fast import faults
 from heptapod_fast.pictures import save_grid
 from heptapod_fast.progress import duration
 from heptapod_fast.resolve import share_of_batch
@@ -18,7 +19,6 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunError
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.sampling.generate import generate, spread
-from heptapod_fast.train import faults
 from heptapod_fast.train.checkpoint import CheckpointError
 from heptapod_fast.train.metrics import (
     Meter,

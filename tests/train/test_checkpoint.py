@@ -221,7 +221,7 @@ def test_a_failed_write_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(CheckpointError, match="could not write .*step-00000002.*No space left"):
         save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-00000001"] and load_newest(tmp_path, print).step == 1

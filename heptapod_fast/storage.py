@@ -1,0 +1,50 @@
+"""Files that are whole or not there: checksums, flushing, and writing at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+BLOCK = 2**22
+
+
+def checksum(path: Path) -> str:
+    """crc32c of a file, eight hexadecimal digits."""
+    import google_crc32c
+
+    value = 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(BLOCK):
+            value = google_crc32c.extend(value, chunk)
+    return f"{value:08x}"
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def readable(path: Path) -> None:
+    """The permissions that the umask gives new files (safetensors makes private ones)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON at once or not at all, and flush it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
