@@ -64,7 +64,8 @@ class Config:
 
     # Data and tokens
     data: str | None = None
-    """logograms | synthetic | IMAGE_FOLDER (class = subfolder; flat = one class)."""
+    """logograms | synthetic | IMAGE_FOLDER (class = subfolder; flat = one class) | CACHE.zarr (from
+    tools/cache.py; it decides tokenizer, image size and flip)."""
     tokenizer: Literal["kl16", "vq16", "patch", "patch-vq"] | None = None
     """Token kind: kl16 and patch are continuous, vq16 and patch-vq discrete."""
     tokenizer_weights: str | None = None
@@ -163,6 +164,9 @@ class Config:
     """Steps with a non-finite gradient that are skipped before the run gives up."""
     allow_data_change: bool = False
     """Continue a run although its data or tokenizer is not what it was."""
+    cache_mode: Literal["auto", "gpu", "ram", "stream"] = "auto"
+    """Where a cache is while it is read: on the GPU, in shared memory, or streamed from disk; auto
+    takes the first that fits. All give the same batches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -233,8 +237,13 @@ class Config:
 MAY_CHANGE = frozenset({
     "out", "images", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "device",
     "precision", "kernels", "attention", "adamw_ema", "micro_batch", "max_broken",
-    "max_skips", "minutes", "allow_data_change",
+    "max_skips", "minutes", "allow_data_change", "cache_mode",
 })
+
+
+def is_cache(data: str | None) -> bool:
+    """Whether --data names a cache of tokens."""
+    return data is not None and data.rstrip("/").endswith(".zarr")
 
 
 def flag(name: str) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import get_args, get_type_hints
 
-from heptapod_fast.config import CONTINUOUS, PRESETS, Config, Preset, flag
+from heptapod_fast.config import CONTINUOUS, PRESETS, Config, Preset, flag, is_cache
 from heptapod_fast.tokenizers.base import DEFAULT_CODES, token_spec
 
 _HEAD_FLAGS = ("head", "head_depth", "window", "density", "steps", "loss_weight")
@@ -23,6 +23,8 @@ def resolve(config: Config) -> Config:
     _refuse_absurd(values)
     _refuse_foreign(values)
     preset = PRESETS[config.size]
+    if is_cache(values["data"]):
+        _follow_cache(values)
     for name, default in preset.defaults.items():
         if values[name] is None:
             values[name] = default
@@ -52,6 +54,22 @@ def _refuse_foreign(values: dict) -> None:
     if values["system"] != "heptapod":
         _refuse(values, _HEAD_FLAGS,
                 f"belongs to the 2D head; --system {values['system']} has none")
+
+
+def _follow_cache(values: dict) -> None:
+    """What a cache was made with is not asked again; whether it fits is checked when it is used."""
+    follows = ("tokenizer", "image_size", "patch_size", "codes", "flip")
+    if values["tokenizer"] in ("kl16", "vq16", "patch"):
+        follows = tuple(name for name in follows if name != "codes")
+    if all(values[name] is not None for name in follows):
+        return
+    from heptapod_fast.data.cache_format import open_cache
+
+    cache = open_cache(values["data"])
+    about = cache.manifest["tokenizer"] | {"flip": cache.views == 2}
+    for name in follows:
+        if values[name] is None:
+            values[name] = about.get(name)
 
 
 def _resolve_tokens(values: dict) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from heptapod_fast.config import MAY_CHANGE, Config, flag
+from heptapod_fast.data.cache_format import CODEBOOK, Cache
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import (
@@ -152,29 +153,28 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = None,
-                   progress=None) -> Tokenizer | None:
-    """The run's tokenizer: the file it was started with, the one given, or one fitted on `images`.
+def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = None, progress=None,
+                   cache: Cache | None = None) -> Tokenizer | None:
+    """The run's tokenizer: the file it was started with, the one given, the one of the cache, or
+    one fitted on `images`.
 
-    None where only the shape of its tokens is known (kl16 and vq16 with synthetic data). A fitted
-    or given codebook is saved with the run, so that the run stays readable on its own; of kl16 and
-    vq16 tokenizer.json says which file they were, with its hash.
+    None where only the shape of its tokens is known (kl16 and vq16 with synthetic data, or a cache
+    whose weights are not here). A fitted or given codebook is saved with the run, so that the run
+    stays readable on its own; of kl16 and vq16 tokenizer.json says which file they were, with its
+    hash.
     """
     settings = dict(image_size=config.image_size, patch_size=config.patch_size)
     if config.tokenizer in PRETRAINED:
-        if config.data == "synthetic":
-            return None
-        tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_weights, **settings)
-        about = run.tokenizer.with_suffix(".json")
-        if images is not None and not about.exists():
-            about.write_text(json.dumps(tokenizer.describe(), indent=1) + "\n")
-        return tokenizer
+        return _open_pretrained(config, run, settings, images is not None, cache)
     if config.tokenizer == "patch":
         return load_tokenizer("patch", **settings)
     settings["codes"] = config.codes
     if run.tokenizer.exists():
         return load_tokenizer("patch-vq", run.tokenizer, **settings)
-    if config.tokenizer_weights is not None:
+    if cache is not None:
+        cache.verify([CODEBOOK])
+        tokenizer = load_tokenizer("patch-vq", cache.path / CODEBOOK, **settings)
+    elif config.tokenizer_weights is not None:
         tokenizer = load_tokenizer("patch-vq", config.tokenizer_weights, **settings)
     elif images is None:
         return None
@@ -182,6 +182,29 @@ def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = Non
         tokenizer = PatchVQ.fit(images, config.image_size, config.patch_size, codes=config.codes,
                                 seed=config.seed, progress=progress)
     tokenizer.save(run.tokenizer)
+    return tokenizer
+
+
+def _open_pretrained(config: Config, run: RunDir, settings: dict, fresh: bool,
+                     cache: Cache | None) -> Tokenizer | None:
+    if config.data == "synthetic":
+        return None
+    file, about = run.tokenizer.with_suffix(".json"), None
+    if cache is not None:
+        about = cache.manifest["tokenizer"]
+    elif file.exists():
+        about = json.loads(file.read_text())
+    weights = config.tokenizer_weights or (about or {}).get("weights")
+    if cache is not None and config.tokenizer_weights is None and not Path(weights or "").is_file():
+        tokenizer = None  # training needs tokens only
+    else:
+        tokenizer = load_tokenizer(config.tokenizer, weights, **settings)
+        if cache is not None and tokenizer.fingerprint != about["fingerprint"]:
+            raise RunError(f"{weights} are not the weights that {cache.path} was made with: name "
+                           "those with --tokenizer-weights, or build the cache anew")
+        about = tokenizer.describe()
+    if (fresh or cache is not None) and not file.exists():
+        file.write_text(json.dumps(about, indent=1) + "\n")
     return tokenizer
 
 

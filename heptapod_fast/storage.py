@@ -48,3 +48,25 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, the container's limit included; None if unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except OSError:
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Cached file pages count as used but make room when asked.
+            cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+            found.append(int(limit) - used + cached)
+    except (OSError, ValueError):
+        pass
+    return min(found) if found else None

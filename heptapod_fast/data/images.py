@@ -14,6 +14,7 @@ from torch import Tensor
 from heptapod_fast.data.decoding import Decoder, PillowDecoder, read_sizes
 from heptapod_fast.data.files import Files, find_images, listing, refuse_broken, refuse_small
 from heptapod_fast.data.sources import check_ids
+from heptapod_fast.storage import available_memory
 
 DECODE_BATCH = 64
 Progress = Callable[[int, int], None]
@@ -111,32 +112,11 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, the container's limit included; None if unknown."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    except OSError:
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # Cached file pages count as used but make room when asked.
-            cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-            found.append(int(limit) - used + cached)
-    except (OSError, ValueError):
-        pass
-    return min(found) if found else None
-
-
 def check_memory(need: int, image_size: int, folder: Path) -> None:
     """Raises ValueError when `need` bytes of decoded images do not fit into memory."""
     free = available_memory()
     if free is not None and need > 0.9 * free:
         raise ValueError(f"{folder}: decoded at --image-size {image_size} the images take "
-                         f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available; lower "
-                         "--image-size or use fewer images")
+                         f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available: "
+                         "cache their tokens with tools/cache.py and train on the cache, or lower "
+                         "--image-size")

@@ -22,6 +22,7 @@ from heptapod_fast.tokenizers.base import (
     to_unit,
     token_spec,
 )
+from heptapod_fast.tokenizers.cached import NO_CODE, from_stored, stored_arrays, to_stored
 from heptapod_fast.tokenizers.kl16 import KL16
 from heptapod_fast.tokenizers.patch import Patch
 from heptapod_fast.tokenizers.patch_vq import PatchVQ
@@ -29,9 +30,9 @@ from heptapod_fast.tokenizers.pretrained import Pretrained
 from heptapod_fast.tokenizers.vq16 import VQ16
 from heptapod_fast.tokenizers.weights import hint
 
-__all__ = ["DEFAULT_CODES", "KL16", "NAMES", "PRETRAINED", "Patch", "PatchVQ", "Pretrained",
-           "TokenSpec", "Tokenizer", "VQ16", "convert_weights", "hint", "load_tokenizer",
-           "to_uint8", "to_unit", "token_spec"]
+__all__ = ["DEFAULT_CODES", "KL16", "NAMES", "NO_CODE", "PRETRAINED", "Patch", "PatchVQ",
+           "Pretrained", "TokenSpec", "Tokenizer", "VQ16", "convert_weights", "from_stored", "hint",
+           "load_tokenizer", "stored_arrays", "to_stored", "to_uint8", "to_unit", "token_spec"]
 
 PRETRAINED: dict[str, type[Pretrained]] = {"kl16": KL16, "vq16": VQ16}
 _SMALL = {"patch": Patch, "patch-vq": PatchVQ}
@@ -84,7 +85,9 @@ def _load_pretrained(name: str, weights: str | Path | None, dtype: torch.dtype,
     unknown = sorted(settings.keys() - {"image_size", "patch_size"})
     if unknown:
         raise ValueError(f"--tokenizer {name} takes image_size and patch_size: unknown {unknown}")
-    image_size = settings.get("image_size") or 256
+    image_size = 256 if settings.get("image_size") is None else settings["image_size"]
+    if not isinstance(image_size, int):
+        raise ValueError(f"--image-size {image_size!r}: expected a whole number of pixels")
     token_spec(name, image_size, settings.get("patch_size"))
     if weights is None:
         raise ValueError(hint(name))

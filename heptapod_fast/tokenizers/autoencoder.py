@@ -63,7 +63,14 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape and dtype."""
-        y_BCHW = F.group_norm(x_BCHW.float(), GROUPS, self.weight, self.bias, EPSILON)
+        y_BCHW = x_BCHW.float()
+        if y_BCHW.device.type == "cpu":
+            # PyTorch's kernel for channels-last tensors there takes E[x^2] - E[x]^2, which loses a
+            # small spread around a large mean (a plain image); a shift changes nothing else.
+            mean_BG = y_BCHW.mean((2, 3)).unflatten(1, (GROUPS, -1)).mean(2)
+            mean_BC = mean_BG.repeat_interleave(y_BCHW.shape[1] // GROUPS, 1)
+            y_BCHW = y_BCHW - mean_BC[:, :, None, None]
+        y_BCHW = F.group_norm(y_BCHW, GROUPS, self.weight, self.bias, EPSILON)
         if self.silu:
             F.silu(y_BCHW, inplace=True)
         return y_BCHW.to(x_BCHW.dtype)
@@ -294,8 +301,9 @@ def build(name: str, weights: dict[str, Tensor], dtype: torch.dtype) -> Autoenco
     channels-last memory."""
     with torch.device("meta"):  # nothing is filled only to be overwritten
         network = Autoencoder(name)
-    network.load_state_dict({key: weights[file_key(name, key)] for key in network.state_dict()},
-                            assign=True)
+    # Copies: the caller's tensors may change later, or be parameters that are trained.
+    network.load_state_dict({key: weights[file_key(name, key)].detach().clone()
+                             for key in network.state_dict()}, assign=True)
     network.requires_grad_(False).eval()
     network.set_dtype(dtype)
     return network.to(memory_format=torch.channels_last)

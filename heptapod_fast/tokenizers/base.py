@@ -175,7 +175,8 @@ class Tokenizer(ABC):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        metadata = {"tokenizer": self.spec.name, "settings": json.dumps(self.settings())}
+        # One entry: safetensors writes several in random order, and equal files should be equal.
+        metadata = {"tokenizer": json.dumps([self.spec.name, self.settings()])}
         tensors = {key: value.cpu().contiguous() for key, value in self.state().items()}
         try:
             save_file(tensors, partial, metadata=metadata)
@@ -185,6 +186,10 @@ class Tokenizer(ABC):
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def describe(self) -> dict[str, str | int | float | None]:
+        """What a cache records of the tokenizer; goes into JSON."""
+        return {"tokenizer": self.spec.name, **self.settings(), "fingerprint": self.fingerprint}
 
     @property
     def fingerprint(self) -> str:
@@ -236,8 +241,18 @@ def read_header(path: Path, name: str) -> tuple[dict[str, int], dict[str, Tensor
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); check "
                          "--tokenizer-weights") from error
-    if metadata.get("tokenizer") != name or "settings" not in metadata:
+    found, settings = saved_as(metadata)
+    if found != name or settings is None:
         raise ValueError(f"{path}: expected a saved {name} tokenizer, found "
-                         f"{metadata.get('tokenizer', 'another file')}: check --tokenizer and "
-                         "--tokenizer-weights")
-    return json.loads(metadata["settings"]), tensors
+                         f"{found or 'another file'}: check --tokenizer and --tokenizer-weights")
+    return settings, tensors
+
+
+def saved_as(metadata: dict[str, str]) -> tuple[str | None, dict[str, int] | None]:
+    """Name and settings that `Tokenizer.save` wrote into a file; None where they are not."""
+    stored = metadata.get("tokenizer")
+    try:
+        name, settings = json.loads(stored)
+    except (TypeError, ValueError):
+        return stored, None
+    return str(name), settings if isinstance(settings, dict) else None

@@ -74,7 +74,7 @@ class KL16(Pretrained):
             ValueError: images of another shape or dtype.
         """
         mean_BCHW, log_variance_BCHW = self._encoded(images).chunk(2, dim=1)
-        return mean_BCHW, log_variance_BCHW.clamp(*LOG_VARIANCE).mul_(0.5).exp_()
+        return mean_BCHW.contiguous(), log_variance_BCHW.clamp(*LOG_VARIANCE).mul_(0.5).exp_()
 
     def encode(self, images: Tensor, rng: Rng | None = None,
                index: Tensor | None = None) -> Tensor:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +24,19 @@ DTYPES = (torch.float32, torch.bfloat16)
 # on a CPU, 64 images and 9 GB on an accelerator.
 CHUNK_PIXELS = {"cpu": 2**19}
 CHUNK_PIXELS_ELSEWHERE = 2**22
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """float32 means float32 (no TF32, no bf16 products), and algorithms that repeat their bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True,
+                                        allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Pretrained(Tokenizer):
@@ -130,8 +144,8 @@ class Pretrained(Tokenizer):
         """
         pixels = self.chunk_pixels or CHUNK_PIXELS.get(self.device.type, CHUNK_PIXELS_ELSEWHERE)
         count = max(1, pixels // self.image_size**2)
-        results = torch.empty(len(inputs_B), *shape, device=self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        results = torch.empty(len(inputs_B), *shape, dtype=torch.float32, device=self.device)
+        with (torch.no_grad(), torch.autocast(self.device.type, enabled=False), _exact_float32()):
             for start in range(0, len(inputs_B), count):
                 results[start:start + count] = work(inputs_B[start:start + count])
         return results

@@ -77,9 +77,10 @@ class VQ16(Pretrained):
         codes_BN, vocabulary = self.check_tokens(tokens), self.spec.vocabulary
         if codes_BN.is_floating_point() or codes_BN.dtype == torch.bool:
             raise ValueError(f"vq16: expected integer codes, found {codes_BN.dtype}")
+        codes_BN = codes_BN.long()
         if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < vocabulary:
             raise ValueError(f"vq16: expected codes in 0..{vocabulary - 1}, found "
                              f"{int(codes_BN.min())}..{int(codes_BN.max())}")
         grid = self.spec.grid
-        vectors_BNC = F.normalize(self.codebook_VC[codes_BN.long()], dim=-1)
+        vectors_BNC = F.normalize(self.codebook_VC[codes_BN], dim=-1)
         return self._decoded(vectors_BNC.transpose(1, 2).unflatten(2, (grid, grid)))

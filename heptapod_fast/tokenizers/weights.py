@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.tokenizers.autoencoder import LAYOUTS, file_shapes
+from heptapod_fast.tokenizers.base import saved_as
 
 logger = logging.getLogger(__name__)
-SHOWN = 3  # names that an error lists before it only counts
+SHOWN = 12  # names that an error lists before it only counts
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def read_state(name: str, path: str | Path) -> dict[str, Tensor]:
             isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         found = (_few([str(key) for key in state]) if isinstance(state, dict) and state
                  else f"an empty or other object ({type(state).__name__})")
+        inner = [key for key, value in state.items() if isinstance(value, dict) and any(
+            torch.is_tensor(part) for part in value.values())] if isinstance(state, dict) else []
+        if inner:
+            found += f" (tensors are under {_few([str(key) for key in inner])}: save them alone)"
         raise ValueError(f"{path}: expected a state dict, bare or under \"model\", found {found}. "
                          f"{hint(name)}")
     return state
@@ -123,8 +128,8 @@ def _read_safetensors(name: str, path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            stored = (file.metadata() or {}).get("tokenizer", name)
-            if stored != name:
+            stored, _ = saved_as(file.metadata() or {})
+            if stored not in (None, name):
                 raise ValueError(f"{path}: expected {name}, found a saved {stored} tokenizer: "
                                  f"use --tokenizer {stored}. {hint(name)}")
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -176,14 +181,14 @@ def check(name: str, state: dict[str, Tensor],
     if not parts:
         kept = {key: state[key] for key in shapes}
         strange = [f"{key} {value.dtype}" for key, value in kept.items()
-                   if value.is_quantized or value.is_complex() or value.is_sparse
-                   or value.dtype is torch.bool]
+                   if value.layout is not torch.strided or value.is_meta or value.is_quantized
+                   or value.is_complex() or value.dtype is torch.bool]
         tensors = {} if strange else {key: value.float() for key, value in kept.items()}
         broken = [key for key, value in tensors.items() if not value.isfinite().all()]
         if not strange and not broken:
             return tensors
         parts = [f"{word} {_few(names)}" for word, names in
-                 (("neither float nor integer", strange), ("not finite", broken)) if names]
+                 (("no plain numbers", strange), ("not finite", broken)) if names]
     label = name if where is None else str(where)
     raise ValueError(f"{label}: not usable as {ORIGINS[name].title}, which has {len(shapes)} "
                      f"tensors; {'; '.join(parts)}{_likeness(name, state)}. {hint(name)}")
@@ -195,6 +200,11 @@ def _likeness(name: str, state: dict[str, Tensor]) -> str:
         if other != name and file_shapes(other).keys() <= state.keys():
             return f": these are the weights of --tokenizer {other}"
     expected = file_shapes(name)
+    prefixes = {key[:key.index(end)] for key in state for end in ("encoder.", "quantize.")
+                if end in key}
+    if len(prefixes) == 1 and (prefix := prefixes.pop()) and {
+            key.removeprefix(prefix) for key in state} >= expected.keys():
+        return f": the names begin with \"{prefix}\"; save the tensors without it"
     for pattern, what in _FOREIGN:
         if any(re.match(pattern, key) for key in state if key not in expected):
             return f": {what}"

@@ -19,11 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` ranks."""
+    """This process among `size` ranks; `local`: its number on its machine, and how many it has."""
 
     rank: int
     size: int
     device: torch.device
+    local: tuple[int, int] = (0, 1)
 
     @property
     def main(self) -> bool:
@@ -88,13 +89,14 @@ def device_name(device: torch.device) -> str:
 def start(device: str = "auto") -> World:
     """The world that torchrun set up, or a world of one."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = choose_device(device, local[0])
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
                                 timeout=timedelta(minutes=10))
-    return World(rank, size, chosen)
+    return World(rank, size, chosen, local)
 
 
 def stop(world: World) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from heptapod_fast import ops
-from heptapod_fast.config import Config
+from heptapod_fast.config import Config, flag, is_cache
+from heptapod_fast.data.cache import CacheTokens
+from heptapod_fast.data.cache_format import Cache, CacheError, open_cache
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
 from heptapod_fast.progress import Progress
@@ -22,6 +24,7 @@ from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer, hint, token_spec
 from heptapod_fast.train import checkpoint as checkpoints
 from heptapod_fast.train.checkpoint import CheckpointError
+from heptapod_fast.train.memory import memory_estimate
 from heptapod_fast.train.optimizer import Optimizer
 from heptapod_fast.train.parallel import World, device_name
 
@@ -36,6 +39,7 @@ class Run:
     say: Callable[[str], None]
     source: TokenSource
     tokenizer: Tokenizer | None
+    tokenizer_id: str | None
     system: System
     optimizer: Optimizer
     rng: Rng
@@ -48,7 +52,7 @@ class Run:
         return {
             "step": self.optimizer.step_count, "images": self.images, "seed": self.config.seed,
             "class_names": list(self.source.class_names), "data": self.source.fingerprint,
-            "tokenizer": None if self.tokenizer is None else self.tokenizer.fingerprint,
+            "tokenizer": self.tokenizer_id,
             "torch": torch.__version__, "python": platform.python_version(),
         }
 
@@ -66,11 +70,11 @@ class Run:
 
 
 def open_images(config: Config, show_progress: bool = True) -> ImageSource | None:
-    """The images behind --data; None for synthetic tokens.
+    """The images behind --data; None for synthetic tokens and caches.
 
     Raises FileNotFoundError or ValueError naming the flag at fault.
     """
-    if config.data == "synthetic":
+    if config.data == "synthetic" or is_cache(config.data):
         return None
     if config.data is not None and config.tokenizer in PRETRAINED:
         weights = config.tokenizer_weights
@@ -84,11 +88,10 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
                          num_classes=config.num_classes)
     if not config.data:
         raise ValueError(
-            "--data is missing: name a folder of images (one subfolder per class), or use --data "
-            "logograms with --tokenizer patch-vq or patch, or --data synthetic to measure speed")
-    if config.data.rstrip("/").endswith(".zarr"):
-        raise ValueError(f"--data {config.data}: this version reads folders of images, not Zarr "
-                         "caches")
+            "--data is missing: name a cache of tokens, which python tools/cache.py --data "
+            f"IMAGE_FOLDER --tokenizer {config.tokenizer} --out CACHE.zarr makes, or a folder of "
+            "images (one subfolder per class), or use --data logograms with --tokenizer patch-vq "
+            "or patch, or --data synthetic to measure speed")
     from heptapod_fast.data.images import ImageFolder
 
     return ImageFolder(config.data, config.image_size, max_broken=config.max_broken,
@@ -97,13 +100,52 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
 
 
 def open_tokens(config: Config, world: World, images: ImageSource | None,
-                tokenizer: Tokenizer | None) -> TokenSource:
-    """Tokens of the images, or synthetic ones."""
+                tokenizer: Tokenizer | None, cache: Cache | None) -> TokenSource:
+    """Tokens of a cache, of the images, or synthetic ones."""
+    if cache is not None:
+        return open_cached(config, world, cache)
     if images is None:
         spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
         return SyntheticTokens(spec, config.num_classes, config.seed, device=world.device)
     return TokenizedImages(images, tokenizer, config.seed, flip=config.flip, device=world.device,
                            progress=Progress("tokenising") if world.main else None)
+
+
+def open_cached(config: Config, world: World, cache: Cache) -> CacheTokens:
+    """Tokens of a cache; all ranks fail together where one finds damage."""
+    source = error = None
+    reserved = memory_estimate(config, len(cache.class_names), world.size)
+    try:
+        source = CacheTokens(cache, config.seed, config.flip, world.device, config.cache_mode,
+                             reserved, world.local,
+                             Progress("reading the cache", "files") if world.main else None)
+    except (CacheError, OSError) as caught:
+        error = caught
+    if any(world.any(error is not None)):
+        raise error or CacheError(f"another rank could not read {cache.path}")
+    return source
+
+
+def check_cache(config: Config, cache: Cache) -> None:
+    """Refuses a cache that was made with other settings than the run's.
+
+    Raises:
+        CacheError: says what the cache has and which flag asks for something else.
+    """
+    wanted = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
+    about = cache.manifest["tokenizer"]
+    for name, found in (("tokenizer", wanted.name), ("image_size", config.image_size),
+                        ("patch_size", config.patch_size), ("codes", config.codes)):
+        if name in about and about[name] != found:
+            raise CacheError(f"{cache.path} was made with {flag(name)} {about[name]}, this run "
+                             f"asks for {flag(name)} {found}: leave {flag(name)} out, or build "
+                             "another cache with tools/cache.py")
+    if config.flip and cache.views < 2:
+        raise CacheError(f"--flip: {cache.path} was made without --flip, it has no mirrored "
+                         "images: train with --no-flip, or build it anew with --flip")
+    if config.tokenizer == "patch-vq" and config.tokenizer_weights is not None:
+        raise CacheError(f"--tokenizer-weights {config.tokenizer_weights}: {cache.path} has its "
+                         "own codebook; leave --tokenizer-weights out")
 
 
 def choose_operators(config: Config, device: torch.device) -> list:
@@ -122,12 +164,12 @@ def choose_operators(config: Config, device: torch.device) -> list:
             ops.dispatch.force(operation, config.kernels)
             wanted.append(("--kernels", config.kernels, operation, dtype, None))
     found = []
-    for flag, name, operation, kind, limits in wanted:
+    for asked, name, operation, kind, limits in wanted:
         try:
             found.append(ops.dispatch.choose(operation, device, kind, name, limits))
         except ops.dispatch.Unavailable as error:
             raise ops.dispatch.Unavailable(
-                f"{flag} {name}: {error}. Leave {flag} away to take what there is") from None
+                f"{asked} {name}: {error}. Leave {asked} away to take what there is") from None
     return found
 
 
@@ -147,15 +189,21 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     dtype = choose_precision(config.precision, world.device)
     choices = choose_operators(config, world.device)
     directory = RunDir(config.run_dir())
+    cache = open_cache(config.data) if is_cache(config.data) else None
+    if cache is not None:
+        check_cache(config, cache)
     images = open_images(config, world.main)
     # One rank fits the tokenizer, the others read what it saved.
     if not world.main:
         world.barrier()
     tokenizer = open_tokenizer(config, directory, images,
-                               Progress("fitting the codebook", "rounds") if world.main else None)
+                               Progress("fitting the codebook", "rounds") if world.main else None,
+                               cache)
     if world.main:
         world.barrier()
-    source = open_tokens(config, world, images, tokenizer)
+    tokenizer_id = (cache.manifest["tokenizer"]["fingerprint"] if cache is not None
+                    else None if tokenizer is None else tokenizer.fingerprint)
+    source = open_tokens(config, world, images, tokenizer, cache)
     classes = source.num_classes
     if config.num_classes is not None and config.num_classes != classes:
         raise ValueError(f"--num-classes {config.num_classes}: {config.data} has {classes} classes")
@@ -165,7 +213,7 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
     system = build_system(config, spec, classes, world.device, config.attention)
     system.set_dtype(dtype)
-    run = Run(config, world, directory, say, source, tokenizer, system,
+    run = Run(config, world, directory, say, source, tokenizer, tokenizer_id, system,
               Optimizer(system, config, choices[1].implementation), Rng(config.seed),
               {"device": device_name(world.device), "ranks": world.size,
                "torch": torch.__version__, "activations": str(dtype)}, started)
@@ -220,6 +268,7 @@ def describe(config: Config, source: TokenSource, world: World, dtype: torch.dty
         f"run       {config.run_dir()}",
         f"data      {config.data}: {source.num_images:,} images, {source.num_classes} classes, "
         f"flip {'on' if config.flip else 'off'}; {config.images / source.num_images:.2f} epochs",
+        *([f"cache     {source.mode}: {source.why}"] if isinstance(source, CacheTokens) else []),
         f"device    {device_name(world.device)}, {world.size} rank{'s' * (world.size > 1)}; {name} "
         f"activations ({why})",
         f"batch     {config.batch} = {world.size} ranks x {micros} micro-batches x "

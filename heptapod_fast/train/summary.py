@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from heptapod_fast.config import Config, flag
+from heptapod_fast.config import Config, flag, is_cache
+from heptapod_fast.data.cache_format import open_cache
 from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.grid import expected_rows
 from heptapod_fast.ops import dispatch
 from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import token_spec
+from heptapod_fast.train.memory import activation_bytes, bytes_per_parameter
 from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
 from heptapod_fast.train.parallel import choose_device
 from heptapod_fast.train.setup import choose_operators
@@ -45,6 +47,8 @@ def class_count(config: Config) -> tuple[int, str]:
         return config.num_classes, "--num-classes"
     if config.data == "logograms":
         return logogram_classes(config.image_size), f"logograms at {config.image_size} px"
+    if is_cache(config.data):
+        return len(open_cache(config.data).class_names), "of the cache"
     return 1000, "assumed: the data is not opened by a dry run"
 
 
@@ -96,50 +100,14 @@ def flops_lines(system: System) -> list[str]:
 
 
 def memory_lines(config: Config, system: System, micro_batch: int) -> list[str]:
-    """Fixed bytes per parameter, and saved activations of one micro-batch.
-
-    Activations: per element of a block 17 D + heads * keys values (two residuals, two norms, qkv
-    and its scaled q, probabilities, attention, MLP before and after GELU), 2 bytes in bf16; per
-    row of the diffusion MLP 9 W a block, or 3 V for logits.
-    """
+    """Fixed bytes per parameter, and saved activations of one micro-batch; see memory.py."""
     count = sum(p.numel() for p in system.parameters())
-    size = 2 if config.precision != "fp32" else 4
-    per_parameter = 4 + 4 + 8 + 4 * len(config.ema) + (2 if size == 2 else 0)
-    fixed = per_parameter * count
-    activations = micro_batch * activation_values(config, system) * size
+    fixed = bytes_per_parameter(config) * count
+    activations = activation_bytes(config, system, micro_batch)
     return [
-        f"  {'weights and optimizer':22} {fixed / GB:>12.3f} GB = {per_parameter} bytes x "
-        f"{count:,}",
+        f"  {'weights and optimizer':22} {fixed / GB:>12.3f} GB = {bytes_per_parameter(config)} "
+        f"bytes x {count:,}",
         f"  {'activations':22} {activations / GB:>12.3f} GB for {micro_batch} sequences "
         "(--micro-batch)",
         f"  {'total':22} {(fixed + activations) / GB:>12.3f} GB",
     ]
-
-
-def activation_values(config: Config, system: System) -> float:
-    """Values saved for the backward pass of one sequence."""
-    tokens, width = system.num_tokens, config.width
-
-    def block(elements: float, keys: float) -> float:
-        return elements * (17 * width + config.heads * keys)
-
-    total = config.depth * block(tokens, tokens)
-    rows = float(tokens)
-    if config.system == "heptapod":
-        n = config.density
-        if config.head == "global":
-            # Antithetic rows are packed, others padded to all positions.
-            rows = n * (tokens + 1) / 2 if config.steps == "antithetic" else n * tokens
-            total += n * config.head_depth * block(tokens + 1, tokens + 1)
-        else:
-            rows = n * config.window
-            cross = rows * (4 * width + config.heads * tokens) + 2 * tokens * width
-            total += config.head_depth * (n * block(config.window, config.window) + cross)
-    if config.continuous:
-        values = config.diffusion_width * (9 * config.diffusion_blocks + 6)
-        per_row = config.diffusion_repeat * values
-    else:
-        per_row = 3 * system.spec.vocabulary
-    return total + rows * per_row
-
-

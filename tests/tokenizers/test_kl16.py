@@ -71,6 +71,38 @@ def test_norm_keeps_float32_statistics_in_bf16(monkeypatch):
     assert (norm(x).double() - expected).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("ratio", [0, 10, 1000])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_norm_keeps_a_small_spread_around_a_large_mean(ratio, layout):
+    x = torch.randn(2, 64, 16, 16, generator=torch.Generator().manual_seed(0)) + ratio
+    norm = layers.Norm(64, silu=False).requires_grad_(False)
+    expected = torch.nn.functional.group_norm(x.double(), 32, eps=1e-6)
+    assert (norm(x.to(memory_format=layout)) - expected).abs().max() < 3e-4 * (1 + ratio / 100)
+    if ratio <= 10:
+        assert (norm(x.to(memory_format=layout)) - expected).abs().max() < 2e-5
+
+
+def test_float32_means_float32(tokenizer, monkeypatch):
+    seen = []
+
+    def encode(images):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+                     torch.backends.cudnn.deterministic))
+        return torch.zeros(len(images), 32, 2, 2, dtype=torch.float64)
+
+    monkeypatch.setattr(tokenizer.network, "encode", encode)
+    torch.set_float32_matmul_precision("high")
+    torch.set_default_dtype(torch.float64)
+    try:
+        mean, _ = tokenizer.encode_moments(IMAGES)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.set_default_dtype(torch.float32)
+    assert seen == [("highest", False, True)] and torch.backends.cudnn.allow_tf32
+    assert mean.dtype == torch.float32 and mean.is_contiguous()
+
+
 def test_whole_network_against_float64(tokenizer, reference):
     mean, std = tokenizer.encode_moments(IMAGES)
     expected_mean, expected_std = reference.moments(IMAGES)

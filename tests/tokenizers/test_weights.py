@@ -39,7 +39,7 @@ def refused(name, path, *words, error=ValueError):
         load_tokenizer(name, path)
     text = str(caught.value)
     assert all(word in text for word in (str(path), *words, *SOURCES[name])), text
-    assert "\n" not in text and len(text) < 1000
+    assert "\n" not in text and len(text) < 2000
     return text
 
 
@@ -78,7 +78,7 @@ def test_convert(tmp_path):
     torch.save({"model": thin("vq16")}, tmp_path / "vq.pt")
     sha = convert_weights("vq16", tmp_path / "vq.pt", tmp_path / "new" / "vq.safetensors")
     with safe_open(tmp_path / "new" / "vq.safetensors", framework="pt") as file:
-        assert file.metadata()["tokenizer"] == "vq16"
+        assert json.loads(file.metadata()["tokenizer"]) == ["vq16", {"image_size": 256}]
         assert set(file.keys()) == set(table("vq16")) - UNUSED
     # Another size of images needs no other file.
     assert load_tokenizer("vq16", tmp_path / "new" / "vq.safetensors",
@@ -211,7 +211,7 @@ def test_weights_of_something_else(tmp_path):
     torch.save({"model": thin("kl16")}, path)
     text = refused("vq16", path, "missing", "unknown", "these are the weights of --tokenizer kl16",
                    "LlamaGen's VQ-16 tokenizer, which has 343 tensors")
-    assert text.count("encoder.down.0") == 3 and ", ...)" in text  # the first ones only
+    assert text.count("encoder.down.0") == 12 and ", ...)" in text  # the first ones only
     torch.save({"model": thin("vq16")}, path)
     refused("kl16", path, "these are the weights of --tokenizer vq16", "which has 312 tensors")
     ldm = {f"decoder.up.4.attn.{i}.q.weight": torch.zeros(512, 512, 1, 1) for i in range(3)}
@@ -239,7 +239,28 @@ def test_names_shapes_and_numbers_that_are_wrong(tmp_path):
     torch.save(thin("kl16", **broken), path)
     refused("kl16", path, "not finite 2 (decoder.conv_out.bias, quant_conv.bias)")
     torch.save(thin("kl16", **{"quant_conv.bias": torch.zeros(32, dtype=torch.complex64)}), path)
-    refused("kl16", path, "neither float nor integer 1 (quant_conv.bias torch.complex64)")
+    refused("kl16", path, "no plain numbers 1 (quant_conv.bias torch.complex64)")
+    empty = torch.empty(32, device="meta")
+    with pytest.raises(ValueError, match="no plain numbers 1 .quant_conv.bias"):
+        KL16(thin("kl16", **{"quant_conv.bias": empty}), 48)
+
+
+def test_wrapped_weights_say_what_to_take_out(tmp_path):
+    path = tmp_path / "file.pt"
+    torch.save({f"module.{key}": value for key, value in thin("kl16").items()}, path)
+    refused("kl16", path, "unknown 312", 'the names begin with "module."; save the tensors')
+    torch.save({"state_dict": thin("kl16"), "epoch": 3}, path)
+    refused("kl16", path, "tensors are under 1 (state_dict): save them alone")
+
+
+def test_weights_are_copied():
+    state = thin("kl16", **{"quant_conv.bias": torch.ones(32)})
+    tokenizer = KL16(dict(state), 48, torch.bfloat16)
+    state["quant_conv.bias"].zero_()
+    assert tokenizer.network.quant_conv.bias.eq(1).all()
+    parameter = torch.nn.Parameter(torch.ones(32))
+    KL16(thin("kl16", **{"quant_conv.bias": parameter}), 48, torch.bfloat16)
+    assert parameter.requires_grad and parameter.dtype == torch.float32
 
 
 def test_settings(tmp_path):

@@ -1,0 +1,259 @@
+"""Training batches from a cache of tokens: on the GPU, in shared memory, or streamed.
+
+The three modes differ in where the rows are when a batch asks for them, in nothing else:
+
+    gpu      the whole cache is a tensor on the device; a batch is one gather there
+    ram      its files are mapped and read once at the start: the page cache holds them once for all
+             processes of a machine, also for the next start
+    stream   they are mapped, and a thread reads the shards of the next window ahead of time
+
+Every byte is checked against the manifest when it is read. The order is `WindowedOrder`'s in every
+mode, so that all modes, ranks and micro-batches see the same samples.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heptapod_fast.data.cache_format import FILLS, Cache, CacheError
+from heptapod_fast.data.order import WindowedOrder
+from heptapod_fast.data.tokens import Batch
+from heptapod_fast.rng import Rng
+from heptapod_fast.storage import available_memory
+from heptapod_fast.tokenizers import from_stored, stored_arrays
+
+MODES = ("auto", "gpu", "ram", "stream")
+WINDOW = 8  # shards: 65,536 images, 2 GB of moments with mirror images
+READERS = 4
+_SHARE = 0.9  # of free memory that a cache may fill
+_MAP_FIXED = 0x10
+
+
+class CacheTokens:
+    """A cache as a `TokenSource`.
+
+    Args:
+        cache: from `open_cache`.
+        seed: seed of the order, of the flips (stream "flip") and of kl16's posterior.
+        flip: take the mirrored view with probability 1/2.
+        device: where batches are returned.
+        mode: gpu, ram, stream, or auto, the first of them that fits (`choose_mode`).
+        reserved: bytes of the device's memory that must stay free, for auto.
+        share: (k, n) reads only every n-th shard from k on at the start in mode ram, where n
+            processes of a machine share the reading.
+        progress: called as progress(bytes read, bytes in all) at the start.
+
+    Attributes:
+        mode: gpu, ram or stream. why: the reason for it.
+        num_images, num_classes, class_names, fingerprint: see `TokenSource`. Images that could not
+            be read when the cache was made are not among them.
+
+    Raises:
+        CacheError: damaged files, or no mirrored view for `flip`.
+        ValueError: the mode cannot be had here.
+    """
+
+    def __init__(self, cache: Cache, seed: int, flip: bool = False,
+                 device: torch.device | str = "cpu", mode: str = "auto", reserved: int = 0,
+                 share: tuple[int, int] = (0, 1),
+                 progress: Callable[[int, int], None] | None = None) -> None:
+        if flip and cache.views < 2:
+            raise CacheError(f"--flip: {cache.path} was built without mirrored images; build it "
+                             "with --flip, or train with --no-flip")
+        self.cache, self.seed, self.flip, self.device = cache, seed, flip, torch.device(device)
+        self.mode, self.why = choose_mode(cache, self.device, mode, reserved)
+        broken = [entry["row"] for entry in cache.manifest["quarantine"]]
+        rows = np.delete(np.arange(cache.rows), broken)
+        sizes = np.bincount(rows // cache.manifest["shard_rows"], minlength=cache.shards)
+        self.num_images, self.class_names = len(rows), cache.class_names
+        self.num_classes = len(cache.class_names)
+        identity = f"{cache.fingerprint}/flip={int(flip)}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self._rows, self._order = torch.from_numpy(rows), WindowedOrder(sizes.tolist(), seed,
+                                                                         WINDOW)
+        self._labels = torch.from_numpy(_labels(cache)).long().to(self.device)
+        self._reader = _Ahead(cache, self._order) if self.mode == "stream" else None
+        self._arrays = self._open(share, progress)
+
+    def batch(self, index: Tensor) -> Batch:
+        """(B,) int64 global sample indices -> the batch on `device`; a pure function."""
+        index = index.detach().to("cpu").long()
+        stored, labels = self.rows(index)
+        index = index.to(self.device, non_blocking=True)
+        return Batch(from_stored(self.cache.spec, stored, Rng(self.seed), index), labels, index)
+
+    def rows(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """(B,) int64 global sample indices on the CPU -> stored rows (B, ...) of every array in
+        the dtype of the cache, and labels (B,), on `device`."""
+        rows = self._rows[self._order.ids(index)]
+        if self._reader is not None:
+            self._reader.ready(index)
+        places = rows * self.cache.views
+        if self.flip:
+            places = places + (Rng(self.seed).bits("flip", index, 1)[:, 0] & 1)
+        labels = self._labels[rows.to(self.device, non_blocking=True)]
+        return {name: self._gather(flat, places) for name, flat in self._arrays.items()}, labels
+
+    def sources(self, index: Tensor) -> list[int]:
+        """For global sample indices, which files they are: positions in the sorted list of the
+        images that the cache was made from."""
+        return self.cache.read_index("source_index")[self._rows[self._order.ids(index)]].tolist()
+
+    def _gather(self, flat: Tensor, places: Tensor) -> Tensor:
+        if flat.device == self.device:
+            return flat.index_select(0, places.to(self.device, non_blocking=True))
+        pinned = torch.empty(len(places), *flat.shape[1:], dtype=flat.dtype, pin_memory=True)
+        torch.index_select(flat, 0, places, out=pinned)
+        return pinned.to(self.device, non_blocking=True)
+
+    def _open(self, share: tuple[int, int],
+              progress: Callable[[int, int], None] | None) -> dict[str, Tensor]:
+        """Every array as (N * V, ...), all views of a row side by side."""
+        if self.mode != "gpu":
+            if self.mode == "ram":
+                read_shards(self.cache, range(share[0], self.cache.shards, share[1]), progress)
+            return {name: mapped_array(self.cache, name) for name in self.cache.arrays}
+        found, total = {}, self.cache.shards * len(self.cache.arrays)
+        for at, name in enumerate(self.cache.arrays):
+            host = mapped_array(self.cache, name)
+            found[name] = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+            for shard in range(self.cache.shards):
+                self.cache.verify([self.cache.shard_file(name, shard)])
+                first, stop = (row * self.cache.views for row in self.cache.extent(shard))
+                found[name][first:stop].copy_(host[first:stop])
+                if progress is not None:
+                    progress(at * self.cache.shards + shard + 1, total)
+        return found
+
+
+def choose_mode(cache: Cache, device: torch.device, mode: str,
+                reserved: int = 0) -> tuple[str, str]:
+    """gpu, ram or stream, and why.
+
+    Raises:
+        ValueError: a mode that is unknown, or that cannot be had on this device.
+    """
+    size = f"{cache.nbytes / 1e9:.2f} GB"
+    if mode not in MODES:
+        raise ValueError(f"--cache-mode {mode}: expected one of {', '.join(MODES)}")
+    if mode == "gpu" and device.type != "cuda":
+        raise ValueError(f"--cache-mode gpu: training runs on {device.type}; use ram, stream or "
+                         "auto")
+    if mode != "auto":
+        return mode, f"{size}, asked for"
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if cache.nbytes <= _SHARE * free - reserved:
+            return "gpu", (f"{size} fit beside the {reserved / 1e9:.0f} GB of training into "
+                           f"{free / 1e9:.0f} GB")
+    memory = available_memory()
+    if memory is None or cache.nbytes <= _SHARE * memory:
+        return "ram", f"{size} fit into memory"
+    return "stream", f"{size} are more than {_SHARE:.0%} of the {memory / 1e9:.1f} GB free"
+
+
+def read_shards(cache: Cache, shards, progress: Callable[[int, int], None] | None = None) -> None:
+    """Reads and verifies shards with a few threads; CacheError names all that are damaged."""
+    names = [name for shard in shards for name in cache.shard_files(shard)]
+    with ThreadPoolExecutor(READERS) as pool:
+        wrong = []
+        for done, text in enumerate(pool.map(cache.problem, names), 1):
+            wrong += [text] if text else []
+            if progress is not None:
+                progress(done, len(names))
+    if wrong:
+        raise CacheError(cache.damage(wrong))
+
+
+class _Ahead:
+    """Reads windows of shards in a thread, one ahead of the samples that are asked for."""
+
+    def __init__(self, cache: Cache, order: WindowedOrder) -> None:
+        self._cache, self._order = cache, order
+        self._pool = ThreadPoolExecutor(1)
+        self._windows: dict[int, Future] = {}  # by the sample index behind their last
+
+    def ready(self, index: Tensor) -> None:
+        """Waits until the shards of these samples are read; CacheError if they are damaged."""
+        at, last = int(index.min()), int(index.max())
+        while at <= last:
+            end = self._start(at)
+            self._windows[end].result()
+            at = end
+        self._start(at)
+        for end in [end for end in self._windows if end <= int(index.min())]:
+            del self._windows[end]
+
+    def _start(self, index: int) -> int:
+        """Begins to read the window of a sample unless that was done; returns its end."""
+        shards, end = self._order.shards_at(index)
+        if end not in self._windows:
+            names = [name for shard in shards for name in self._cache.shard_files(shard)]
+            self._windows[end] = self._pool.submit(self._cache.verify, names)
+        return end
+
+
+def _labels(cache: Cache) -> np.ndarray:
+    labels, classes = cache.read_index("labels"), len(cache.class_names)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise CacheError(f"{cache.path}: labels are {labels.min()}..{labels.max()}, expected "
+                         f"0..{classes - 1}; build the cache anew")
+    return labels
+
+
+def mapped_array(cache: Cache, name: str) -> Tensor:
+    """A sharded array as one (N * V, ...) tensor over its mapped files, codes as int16; do not
+    write to it.
+
+    Shards lie side by side in the address space, each mapped from the start of its file. Where they
+    cannot (shards of no whole number of pages, chunks in another order), the array is read into
+    memory instead.
+    """
+    dtype, shape = stored_arrays(cache.spec)[name]
+    row_bytes = cache.row_bytes(name)
+    shard_bytes = cache.manifest["shard_rows"] * row_bytes
+    files = [cache.path / cache.shard_file(name, shard) for shard in range(cache.shards)]
+    if (shard_bytes % mmap.PAGESIZE and cache.shards > 1) or not all(
+            cache.in_row_order(name, shard) for shard in range(cache.shards)):
+        whole = np.full((cache.rows, *cache.row_shape(name)), FILLS[dtype], dtype)
+        for shard in range(cache.shards):
+            first, stop = cache.extent(shard)
+            whole[first:stop] = cache.read_shard(name, shard)
+    else:
+        whole = _side_by_side(files, shard_bytes, cache.rows * row_bytes)
+    # PyTorch gathers int16 everywhere, uint16 not; `from_stored` makes codes of either.
+    dtype = "int16" if dtype == "uint16" else dtype
+    return torch.from_numpy(whole.view(dtype).reshape(cache.rows * cache.views, *shape))
+
+
+def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
+    """(total,) uint8: the first `part` bytes of every file, one after the other."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int,
+                          ctypes.c_int, ctypes.c_int64)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+    def place(address: int | None, length: int, flags: int, descriptor: int) -> int:
+        found = libc.mmap(address, length, mmap.PROT_READ, flags, descriptor, 0)
+        if found is None or found == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), f"cannot map {length} bytes of the cache")
+        return found
+
+    base = place(None, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+    memory = (ctypes.c_uint8 * total).from_address(base)
+    weakref.finalize(memory, libc.munmap, base, total)
+    for number, file in enumerate(files):
+        with open(file, "rb") as stream:
+            place(base + number * part, min(part, total - number * part),
+                  mmap.MAP_SHARED | _MAP_FIXED, stream.fileno())
+    return np.frombuffer(memory, np.uint8)
