@@ -41,7 +41,8 @@ class Arguments:
     decoder: Literal["auto", "pillow", "dali"] = "auto"
     """Reads the images: auto takes DALI on a GPU, if it is installed, and Pillow elsewhere."""
     workers: int | None = None
-    """Decoding threads per process (default: its share of the CPU cores)."""
+    """Threads per process that decode, and as many that encode on a CPU (default: its share of the
+    cores). They do not change the bytes."""
     batch: int = 64
     """Images encoded at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -68,7 +69,7 @@ def work() -> int:
 
 def build(given: Arguments, world) -> int:
     """Claim the folder, agree on a plan, build this process's shards, finish."""
-    from heptapod_fast.data.cache_build import prepare, report
+    from heptapod_fast.data.cache_build import prepare, report, threads_of
     from heptapod_fast.data.cache_writer import Builder, claim
     from heptapod_fast.progress import Progress, duration
 
@@ -78,11 +79,10 @@ def build(given: Arguments, world) -> int:
     begin, path = time.monotonic(), Path(given.out)
     lock = claim(path) if world.main else None
     plan = prepare(given, world)
-    builder = Builder(path, plan)
-    if world.main:
-        todo = builder.begin()
-        print(f"{'building' if todo else 'finished'}  {path}: {len(plan.files):,} images, "
-              f"{len(plan.class_names)} classes, {plan.shards} shards", flush=True)
+    builder = Builder(path, plan, threads_of(given, world))
+    if world.main and builder.begin():
+        print(f"building  {path}: {len(plan.files):,} images, {len(plan.class_names)} classes, "
+              f"{plan.shards} shards", flush=True)
     world.barrier()
     missing = builder.missing() if builder.work.exists() else []
     world.barrier()  # nobody finishes a shard before everybody has seen what is missing

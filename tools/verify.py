@@ -1,4 +1,7 @@
-"""Check a run directory byte by byte: `python tools/verify.py RUN_DIR`. Exit code 1 on damage."""
+"""Check a run or a cache byte by byte: `python tools/verify.py RUN_DIR | CACHE.zarr`.
+
+Exit code 1 on damage.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,55 @@ from _cli import main, parse
 
 @dataclass(frozen=True)
 class Arguments:
-    """Verify every checkpoint of a run against its manifest, and its settings and metrics."""
+    """Verify every checkpoint of a run against its manifest, and its settings and metrics; or every
+    shard of a cache, and what is stored in it."""
 
-    run: tyro.conf.Positional[str]
-    """Run directory."""
+    path: tyro.conf.Positional[str]
+    """Run directory, or a cache (its name ends in .zarr)."""
 
 
 def work() -> int:
     """Say what was checked and what is wrong."""
-    arguments = parse(Arguments)
+    path = parse(Arguments).path
+    from heptapod_fast.config import is_cache
+
+    return cache(path) if is_cache(path) else run(path)
+
+
+def cache(path: str) -> int:
+    """Check a cache of tokens."""
+    from heptapod_fast.data.cache_check import problems
+    from heptapod_fast.data.cache_format import open_cache
+    from heptapod_fast.progress import Progress
+
+    opened = open_cache(path, look=False)
+    about, left_out = opened.manifest, opened.manifest["quarantine"]
+    print(f"manifest.json: {opened.rows - len(left_out):,} images, {opened.views} views, "
+          f"{len(opened.class_names)} classes, {about['tokenizer']['tokenizer']} at "
+          f"{about['tokenizer']['image_size']} px, {opened.nbytes / 1e6:,.1f} MB in "
+          f"{opened.shards} shards")
+    for entry in left_out:
+        print(f"left out: {entry['path']}: {entry['reason']}")
+    wrong = problems(opened, Progress("verifying", "shards"))
+    for text in wrong:
+        print(f"damaged: {text}")
+    print(f"{path}: " + (f"{len(wrong)} problems" if wrong else
+                         f"whole, {len(about['files'])} files as they were written"))
+    return int(bool(wrong))
+
+
+def run(path: str) -> int:
+    """Check a run directory."""
     from heptapod_fast.runs import RunDir, saved_tokenizer
     from heptapod_fast.train.checkpoint import listed, load, problems
     from heptapod_fast.train.metrics import read_metrics
 
-    run = RunDir(arguments.run)
-    config, bad = run.read_config(), 0
+    directory = RunDir(path)
+    config, bad = directory.read_config(), 0
     print(f"config.json: {config.system} {config.size} on {config.data}")
-    if run.metrics.exists():
-        print(f"metrics.jsonl: {len(read_metrics(run.metrics)):,} records")
-    found, good = listed(run.checkpoints), []
+    if directory.metrics.exists():
+        print(f"metrics.jsonl: {len(read_metrics(directory.metrics)):,} records")
+    found, good = listed(directory.checkpoints), []
     for path in found:
         wrong = problems(path)
         bad += bool(wrong)
@@ -38,7 +71,7 @@ def work() -> int:
     if not found:
         print("no checkpoints")
     if good:
-        tokenizer = saved_tokenizer(config, run, load(good[-1]))
+        tokenizer = saved_tokenizer(config, directory, load(good[-1]))
         name = "none" if tokenizer is None else tokenizer.spec.name
         print(f"tokenizer: {name}, as in {good[-1].name}")
     return int(bad > 0 or not found)

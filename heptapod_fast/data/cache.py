@@ -81,6 +81,8 @@ class CacheTokens:
         self._rows, self._order = torch.from_numpy(rows), WindowedOrder(sizes.tolist(), seed,
                                                                          WINDOW)
         self._labels = torch.from_numpy(_labels(cache)).long().to(self.device)
+        self._unchecked: list[Tensor] = []
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._reader = _Ahead(cache, self._order) if self.mode == "stream" else None
         self._arrays = self._open(share, progress)
 
@@ -88,8 +90,30 @@ class CacheTokens:
         """(B,) int64 global sample indices -> the batch on `device`; a pure function."""
         index = index.detach().to("cpu").long()
         stored, labels = self.rows(index)
-        index = index.to(self.device, non_blocking=True)
-        return Batch(from_stored(self.cache.spec, stored, Rng(self.seed), index), labels, index)
+        there = index.to(self.device, non_blocking=True)
+        tokens = from_stored(self.cache.spec, stored, Rng(self.seed), there)
+        if tokens.is_floating_point():
+            self._unchecked.append(index)
+            self._finite = self._finite & tokens.isfinite().all()
+        return Batch(tokens, labels, there)
+
+    def check(self) -> None:
+        """Raises CacheError if tokens given since the last call were not finite, and names their
+        images. Waits for the device."""
+        given, finite = self._unchecked, bool(self._finite)
+        self._unchecked, self._finite = [], torch.ones((), dtype=torch.bool, device=self.device)
+        if finite:
+            return
+        for index in given:
+            for name, values in self.rows(index)[0].items():
+                bad = ~values.flatten(1).isfinite().all(1).cpu()
+                if bad.any():
+                    sample = int(index[bad][0])
+                    image = self.sources(index[bad][:1])[0]
+                    raise CacheError(
+                        f"{self.cache.path}: {name} is not finite for {int(bad.sum())} samples of "
+                        f"a batch, of which sample {sample} is image {image} of the sorted files; "
+                        f"python tools/verify.py {self.cache.path} lists all. Build it anew")
 
     def rows(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(B,) int64 global sample indices on the CPU -> stored rows (B, ...) of every array in
@@ -106,7 +130,8 @@ class CacheTokens:
     def sources(self, index: Tensor) -> list[int]:
         """For global sample indices, which files they are: positions in the sorted list of the
         images that the cache was made from."""
-        return self.cache.read_index("source_index")[self._rows[self._order.ids(index)]].tolist()
+        rows = self._rows[self._order.ids(index)].numpy()
+        return self.cache.read_index("source_index")[rows].tolist()
 
     def _gather(self, flat: Tensor, places: Tensor) -> Tensor:
         if flat.device == self.device:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from heptapod_fast.data.cache_format import CODEBOOK, MANIFEST, open_cache
+from heptapod_fast.data.cache_format import BUILDING, CODEBOOK, MANIFEST, open_cache
 from heptapod_fast.data.cache_plan import Plan, check_images, fit_codebook
-from heptapod_fast.data.cache_writer import BUILDING, PLAN
+from heptapod_fast.data.cache_writer import PLAN
 from heptapod_fast.data.decoding import Decoder, PillowDecoder
 from heptapod_fast.data.files import find_images
 from heptapod_fast.progress import Progress
@@ -43,6 +43,8 @@ def prepare(given, world) -> Plan:
     begun = any((out / name).exists() for name in (MANIFEST, f"{BUILDING}/{PLAN}"))
     if world.main and not begun:
         check_images(folder, files, given.image_size, given.max_broken, given.allow_upscale)
+    if world.main and not begun:  # of a start that ended before there was a plan
+        (out / BUILDING / CODEBOOK).unlink(missing_ok=True)
     codebook = next((path for path in (out / CODEBOOK, out / BUILDING / CODEBOOK)
                      if path.exists()), out / BUILDING / CODEBOOK)
     if world.main and given.tokenizer == "patch-vq" and not codebook.exists():
@@ -76,10 +78,16 @@ def _load(given, weights: str | Path | None) -> Tokenizer:
     return load_tokenizer(given.tokenizer, weights, getattr(torch, given.dtype), **settings)
 
 
+def threads_of(given, world) -> int:
+    """--workers, or this process's share of the CPU cores."""
+    if given.workers is not None and given.workers < 1:
+        raise ValueError(f"--workers {given.workers}: expected at least 1")
+    return given.workers or max(1, (os.cpu_count() or 1) // world.local[1])
+
+
 def choose_decoder(given, world) -> Decoder:
     """--decoder and --workers; auto is DALI on a GPU where it is installed, else Pillow."""
-    workers = given.workers or max(1, (os.cpu_count() or 1) // world.local[1])
-    name = given.decoder
+    workers, name = threads_of(given, world), given.decoder
     if name == "auto":
         there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
         name = "dali" if world.device.type == "cuda" and there else "pillow"
@@ -99,7 +107,7 @@ def report(path: Path, seconds: dict[str, float], took: str) -> str:
     if total:
         lines.append("time      " + ", ".join(f"{name} {part / total:.0%}"
                                               for name, part in seconds.items())
-                     + " (of this process; decoding: what encoding had to wait for)")
+                     + " (what this process waited for; decoding, encoding and writing overlap)")
     for entry in about["quarantine"][:20]:
         lines.append(f"left out  {entry['path']}: {entry['reason']}")
     if len(about["quarantine"]) > 20:

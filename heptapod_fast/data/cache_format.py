@@ -32,7 +32,7 @@ from heptapod_fast.storage import checksum
 from heptapod_fast.tokenizers import TokenSpec, stored_arrays, token_spec
 
 FORMAT = 1
-MANIFEST, CODEBOOK = "manifest.json", "tokenizer.safetensors"
+MANIFEST, CODEBOOK, BUILDING = "manifest.json", "tokenizer.safetensors", ".building"
 SHARD_ROWS, CHUNK_ROWS = 8192, 64
 INDEX = ("labels", "source_index")  # of all rows, one chunk each
 FILLS = {"float16": float("nan"), "uint16": 65535, "int32": -1}
@@ -115,10 +115,13 @@ class Cache:
         """(V, ...), one row of an array."""
         return (self.views, *stored_arrays(self.spec)[array][1])
 
+    def dtype(self, array: str) -> np.dtype:
+        """Of a sharded array, as it lies in its files."""
+        return np.dtype(stored_arrays(self.spec)[array][0]).newbyteorder("<")
+
     def row_bytes(self, array: str) -> int:
         """Bytes of one row of an array, all views."""
-        dtype = stored_arrays(self.spec)[array][0]
-        return np.dtype(dtype).itemsize * math.prod(self.row_shape(array))
+        return self.dtype(array).itemsize * math.prod(self.row_shape(array))
 
     def read_index(self, array: str) -> np.ndarray:
         """labels or source_index, (N,) int32, checked against the manifest.
@@ -186,8 +189,12 @@ def size_problem(path: Path, name: str, expected: int) -> str:
     return "" if found == expected else f"{name}: {found:,} bytes, expected {expected:,}"
 
 
-def open_cache(path: str | Path) -> Cache:
+def open_cache(path: str | Path, look: bool = True) -> Cache:
     """Opens a cache. Contents are verified when they are read (`Cache.verify`), not here.
+
+    Args:
+        path: the folder.
+        look: at the files too, their sizes and descriptions, not at the manifest alone.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -199,12 +206,14 @@ def open_cache(path: str | Path) -> Cache:
         raise FileNotFoundError(f"{path}: no such cache; check --data, or build it: python "
                                 f"tools/cache.py --data IMAGE_FOLDER --out {path}")
     cache = Cache(path, _read_manifest(path))
+    if not look:
+        return cache
     wrong = [text for name, entry in cache.manifest["files"].items()
              if (text := size_problem(path, name, entry["bytes"]))]
     if wrong:
         raise CacheError(cache.damage(wrong))
     for array in (*cache.arrays, *INDEX):
-        _check_metadata(cache, array)
+        check_metadata(cache, array)
     return cache
 
 
@@ -212,7 +221,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         what = ("its construction was interrupted: repeat the command that builds it, it goes on"
-                if (path / ".building").exists() else "build one with tools/cache.py")
+                if (path / BUILDING).exists() else "build one with tools/cache.py")
         raise CacheError(f"{path} is no finished cache, it has no {MANIFEST}; {what}")
     try:
         manifest = json.loads(file.read_text())
@@ -260,8 +269,9 @@ def _manifest_problems(manifest: dict[str, Any]) -> str:
     return ""
 
 
-def _check_metadata(cache: Cache, array: str) -> None:
-    """An array's zarr.json must say what the manifest says: readers rely on either."""
+def check_metadata(cache: Cache, array: str) -> None:
+    """An array's zarr.json must say what the manifest says, readers rely on either: CacheError if
+    it does not."""
     file = cache.path / array / "zarr.json"
     cache.verify([f"{array}/zarr.json"])
     found = json.loads(file.read_text())
@@ -274,3 +284,9 @@ def _check_metadata(cache: Cache, array: str) -> None:
         if found.get(key) != value:
             raise CacheError(f"{file}: expected {key} {value}, found {found.get(key)}; build the "
                              "cache anew")
+    codecs = found.get("codecs")
+    if array not in INDEX and codecs and codecs[0].get("name") == "sharding_indexed":
+        codecs = codecs[0]["configuration"]["codecs"]
+    if codecs != [{"name": "bytes", "configuration": {"endian": "little"}}]:
+        raise CacheError(f"{file}: expected plain values in little-endian byte order, found codecs "
+                         f"{codecs}; build the cache anew")

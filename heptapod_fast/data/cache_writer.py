@@ -14,8 +14,9 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ import torch
 
 from heptapod_fast import faults
 from heptapod_fast.data.cache_format import (
+    BUILDING,
     CODEBOOK,
     FILLS,
     INDEX,
@@ -38,7 +40,7 @@ from heptapod_fast.data.files import listing
 from heptapod_fast.storage import checksum, sync, write_json
 from heptapod_fast.tokenizers import NO_CODE, PatchVQ, stored_arrays, to_stored, to_unit
 
-BUILDING, PLAN = ".building", "plan.json"
+PLAN = "plan.json"
 
 
 def claim(path: str | Path) -> IO[str]:
@@ -68,19 +70,32 @@ def claim(path: str | Path) -> IO[str]:
     return lock
 
 
+def build_cache(path: str | Path, plan: Plan, threads: int = 1,
+                progress: Callable[[int, int], None] | None = None) -> Cache:
+    """Builds a cache in this process, or goes on with one; raises as `claim` and `Builder` do."""
+    with claim(path):
+        builder = Builder(path, plan, threads)
+        if builder.begin():
+            builder.build(builder.missing(), progress)
+            builder.finish()
+        return open_cache(path)
+
+
 class Builder:
     """Writes one cache. Every process makes one; `begin` and `finish` are for one of them alone.
 
     Args:
         path: the cache, CACHE.zarr.
         plan: what it will hold.
+        threads: that encode on a CPU, a batch each.
 
     Attributes:
-        seconds: waited for decoding, spent on encoding and on writing.
+        seconds: that were waited for decoding, for encoding and for writing.
     """
 
-    def __init__(self, path: str | Path, plan: Plan) -> None:
+    def __init__(self, path: str | Path, plan: Plan, threads: int = 1) -> None:
         self.path, self.plan = Path(path), plan
+        self.threads = threads if plan.tokenizer.device.type == "cpu" else 1
         self.work = self.path / BUILDING
         self.seconds = {"decoding": 0.0, "encoding": 0.0, "writing": 0.0}
 
@@ -131,12 +146,11 @@ class Builder:
             tail = (plan.views, *shape)
             group.create_array(name, shape=(rows, *tail), dtype=dtype, compressors=None,
                                shards=(plan.shard_rows, *tail), chunks=(plan.chunk_rows, *tail),
-                               fill_value=FILLS[dtype], config={"write_empty_chunks": True})
+                               fill_value=FILLS[dtype])
         labels = np.array([label for _, label in plan.files], "<i4")[plan.order]
         for name, values in zip(INDEX, (labels, plan.order), strict=True):
             array = group.create_array(name, shape=(rows,), dtype="int32", compressors=None,
-                                       chunks=(rows,), fill_value=FILLS["int32"],
-                                       config={"write_empty_chunks": True})
+                                       chunks=(rows,), fill_value=FILLS["int32"])
             array[:] = values
         if isinstance(plan.tokenizer, PatchVQ):
             plan.tokenizer.save(self.path / CODEBOOK)
@@ -174,17 +188,23 @@ class Builder:
         arrays = {name: np.full((len(sources), plan.views, *shape), FILLS[dtype], dtype)
                   for name, (dtype, shape) in names.items()}
         broken: list[dict[str, Any]] = []
-        for at, images, reasons in self._decoded(sources):
-            begin = time.monotonic()
-            good = np.array([reason is None for reason in reasons])
-            for k in np.flatnonzero(~good):
-                path = plan.files[sources[at + k]][0].relative_to(plan.folder).as_posix()
-                broken.append({"row": int(first + at + k), "source_index": int(sources[at + k]),
-                               "path": path, "reason": reasons[k]})
-            if good.any():
-                self._encode(images, good, arrays, at, sources)
-            self.seconds["encoding"] += time.monotonic() - begin
-            yield len(reasons)
+        # A batch is encoded by one thread: how the work of a batch is spread over threads changes
+        # roundings on a CPU, and bytes must not depend on the number of cores.
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads,
+                                initargs=(1,)) as pool:
+            ahead: deque[tuple[int, Future]] = deque()
+            for at, images, reasons in self._decoded(sources):
+                good = np.array([reason is None for reason in reasons])
+                for k in np.flatnonzero(~good):
+                    path = plan.files[sources[at + k]][0].relative_to(plan.folder).as_posix()
+                    broken.append({"row": int(first + at + k), "path": path,
+                                   "source_index": int(sources[at + k]), "reason": reasons[k]})
+                ahead.append((len(reasons), pool.submit(self._encode, images, good, arrays, at,
+                                                        sources)))
+                if len(ahead) > self.threads:
+                    yield self._encoded(*ahead.popleft())
+            for entry in ahead:
+                yield self._encoded(*entry)
         begin = time.monotonic()
         try:
             self._write(shard, first, arrays, broken)
@@ -192,6 +212,12 @@ class Builder:
             raise CacheError(f"cannot write shard {shard} of {self.path}: {error}. Finished shards "
                              "stay: repeat the command when there is room") from error
         self.seconds["writing"] += time.monotonic() - begin
+
+    def _encoded(self, images: int, work: Future) -> int:
+        begin = time.monotonic()
+        work.result()
+        self.seconds["encoding"] += time.monotonic() - begin
+        return images
 
     def _decoded(self, sources: np.ndarray) -> Iterator[tuple[int, np.ndarray, list]]:
         """(place in the shard, images (n, 3, S, S) uint8, reasons), decoded one batch ahead."""
@@ -216,6 +242,8 @@ class Builder:
                 at: int, sources: np.ndarray) -> None:
         """Encodes a batch whose images lie from row `at` on in the shard; keeps the good ones."""
         tokenizer, rows = self.plan.tokenizer, at + np.flatnonzero(good)
+        if not good.any():
+            return
         # Always whole batches, unreadable images as they are: libraries choose algorithms by the
         # size of a batch, and an image's tokens must not depend on its neighbours.
         whole = torch.zeros(self.plan.batch, *images.shape[1:], dtype=torch.uint8)
@@ -225,7 +253,8 @@ class Builder:
             with torch.no_grad():
                 stored = to_stored(tokenizer, pixels.flip(-1) if view else pixels)
             for name, values in stored.items():
-                values = values[:len(images)].cpu().numpy()[good].astype(arrays[name].dtype)
+                with np.errstate(over="ignore"):  # said below
+                    values = values[:len(images)].cpu().numpy()[good].astype(arrays[name].dtype)
                 _refuse_bad(name, values, [self.plan.files[sources[r]][0] for r in rows])
                 arrays[name][rows, view] = values
 
@@ -235,7 +264,8 @@ class Builder:
 
         group, files, sums = zarr.open_group(self.path, mode="r+"), {}, {}
         for name, values in arrays.items():
-            group[name][first:first + len(values)] = values
+            with zarr.config.set({"array.write_empty_chunks": True}):  # of broken images alone
+                group[name][first:first + len(values)] = values
             file = f"{name}/c/{shard}" + "/0" * (values.ndim - 1)
             sync(self.path / file)
             sync((self.path / file).parent)

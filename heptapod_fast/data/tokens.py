@@ -66,6 +66,10 @@ class TokenSource(Protocol):
         """index: (B,) int64 global sample indices, 0 or more -> the batch; a pure function."""
         ...
 
+    def check(self) -> None:
+        """Raises if a batch given since the last call held no data; may wait for the device."""
+        ...
+
 
 class TokenizedImages:
     """An `ImageSource` seen through a tokenizer.
@@ -120,6 +124,9 @@ class TokenizedImages:
             tokens = self._codes.index_select(0, rows).long()
         labels = self.source.labels[ids]
         return Batch(tokens, labels, index).to(self.device)
+
+    def check(self) -> None:
+        """Nothing to find: files that cannot be read are found when they are."""
 
     def _encode(self, images: Tensor, rng: Rng | None = None,
                 index: Tensor | None = None) -> Tensor:
@@ -183,3 +190,6 @@ class SyntheticTokens:
         index = index.to(self.device, non_blocking=True).long()
         row, label = self._rng.bits("synthetic.sample", index, 2).unbind(-1)
         return Batch(self._pool[row % len(self._pool)], label % self.num_classes, index)
+
+    def check(self) -> None:
+        """Nothing to find."""

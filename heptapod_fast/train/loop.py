@@ -110,7 +110,8 @@ def due(run: Run, every: int) -> bool:
 
 
 def log(run: Run, meter: Meter, metrics: MetricsFile) -> None:
-    """One progress line and one record of metrics.jsonl."""
+    """One progress line and one record of metrics.jsonl; batches that held no data end the run."""
+    run.source.check()
     record = meter.record(run.images)
     record |= {"step": run.optimizer.step_count, "lr": learning_rate(run.config, run.images),
                "epoch": round(run.images / run.source.num_images, 4),

@@ -1,0 +1,115 @@
+"""Checking a cache completely, in one pass over its bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from heptapod_fast.data.cache_format import (
+    BUILDING,
+    INDEX,
+    MANIFEST,
+    SHOWN,
+    Cache,
+    CacheError,
+    check_metadata,
+)
+from heptapod_fast.tokenizers import NO_CODE
+
+READERS = 4
+
+
+def problems(cache: Cache, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Everything that is wrong with a cache (`open_cache(path, look=False)`); empty if nothing is.
+
+    Every file is compared with the manifest, and what is stored is looked at: values that are not
+    finite outside the rows of the quarantine (or finite inside), images whose tokens are all zero
+    or all the same, negative deviations, codes beyond the vocabulary, labels out of range, an order
+    that is no permutation, files that do not belong to the cache.
+    """
+    files = cache.manifest["files"]
+    small = [name for name in files if not name.startswith(tuple(f"{a}/c/" for a in cache.arrays))]
+    found = [text for name in small if (text := cache.problem(name))]
+    if not found:
+        try:
+            for array in (*cache.arrays, *INDEX):
+                check_metadata(cache, array)
+            found += _index_problems(cache)
+        except CacheError as error:
+            found.append(str(error))
+    jobs = [(array, shard) for array in cache.arrays for shard in range(cache.shards)]
+    with ThreadPoolExecutor(READERS) as pool:
+        for done, wrong in enumerate(pool.map(lambda job: _shard_problems(cache, *job), jobs), 1):
+            found += wrong
+            if progress is not None:
+                progress(done, len(jobs))
+    # File managers and network file systems leave hidden files behind.
+    there = {path.relative_to(cache.path).as_posix() for path in cache.path.rglob("*")
+             if path.is_file() and not path.name.startswith(".")
+             and BUILDING not in path.relative_to(cache.path).parts}
+    extra = sorted(there - files.keys() - {MANIFEST})
+    return found + [f"{name}: not part of the cache" for name in extra]
+
+
+def _index_problems(cache: Cache) -> list[str]:
+    labels, order = (cache.read_index(name) for name in INDEX)
+    classes, found = len(cache.class_names), []
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(bad):
+        found.append(f"labels: {len(bad)} are outside 0..{classes - 1}, first that of row {bad[0]}")
+    if not np.array_equal(np.sort(order), np.arange(cache.rows)):
+        found.append("source_index: not every image occurs once")
+    return found
+
+
+def _shard_problems(cache: Cache, array: str, shard: int) -> list[str]:
+    name = cache.shard_file(array, shard)
+    wrong = cache.problem(name)
+    if wrong:
+        return [wrong]
+    first, stop = cache.extent(shard)
+    if cache.in_row_order(array, shard):
+        count = (stop - first) * math.prod(cache.row_shape(array))
+        values = np.fromfile(cache.path / name, cache.dtype(array), count)
+    else:
+        values = cache.read_shard(array, shard)
+    values = values.reshape(stop - first, cache.views, -1)
+    broken = np.zeros(stop - first, bool)
+    broken[[e["row"] - first for e in cache.manifest["quarantine"]
+            if first <= e["row"] < stop]] = True
+    kinds = (_code_problems(values, broken, cache.spec.vocabulary) if array == "codes"
+             else _float_problems(values, broken, array, cache.spec.name))
+    return [f"{name}: {_rows(np.flatnonzero(bad) + first)} {what}"
+            for what, bad in kinds if bad.any()]
+
+
+def _float_problems(values: np.ndarray, broken: np.ndarray, array: str,
+                    tokenizer: str) -> list[tuple[str, np.ndarray]]:
+    """(what is wrong, the rows it is wrong with)."""
+    # float16 is infinite or NaN where all five bits of the exponent are set.
+    bits = values.view(np.uint16)
+    special = (bits & 0x7C00) == 0x7C00
+    wild = special.any((1, 2))
+    found = [("not finite", wild & ~broken),
+             ("of images that could not be read hold numbers", ~special.all((1, 2)) & broken)]
+    if tokenizer == "kl16":
+        same = (bits == bits[:, :, :1]).all(2).any(1)
+        found.append(("constant (every value of the image is the same)", same & ~wild & ~broken))
+    if array == "std":
+        found.append(("negative deviations", ((bits & 0x8000) != 0).any((1, 2)) & ~broken))
+    return found
+
+
+def _code_problems(values: np.ndarray, broken: np.ndarray,
+                   vocabulary: int) -> list[tuple[str, np.ndarray]]:
+    return [(f"codes outside 0..{vocabulary - 1}", (values >= vocabulary).any((1, 2)) & ~broken),
+            ("of images that could not be read hold codes",
+             (values != NO_CODE).any((1, 2)) & broken)]
+
+
+def _rows(rows: np.ndarray) -> str:
+    shown = ", ".join(map(str, rows[:SHOWN].tolist()))
+    return f"rows {shown}{', ...' if len(rows) > SHOWN else ''} ({len(rows)})"

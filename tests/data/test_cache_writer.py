@@ -1,0 +1,321 @@
+"""Building caches: the same bytes whatever happens on the way, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import heptapod_fast.data.cache_writer as writer
+from heptapod_fast.data.cache import CacheTokens
+from heptapod_fast.data.cache_check import problems
+from heptapod_fast.data.cache_format import BUILDING, CacheError, open_cache
+from heptapod_fast.data.cache_plan import fit_codebook
+from heptapod_fast.data.cache_writer import Builder, build_cache, claim
+from heptapod_fast.data.decoding import PillowDecoder
+from heptapod_fast.data.files import find_images
+from heptapod_fast.tokenizers import KL16
+from tests.caches import contents, image_folder, small_cache, small_plan, small_tokenizer
+from tests.tokenizers.reference import random_weights
+
+
+class Stop(Exception):
+    """Ends a build."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("set") / "images")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "c.zarr"
+    build_cache(path, small_plan(folder))
+    return contents(path)
+
+
+def stop_after(monkeypatch, name, count):
+    """The builder's method `name` fails at its call number `count`."""
+    real, calls = getattr(Builder, name), []
+
+    def method(*arguments):
+        calls.append(1)
+        if len(calls) == count:
+            raise Stop
+        return real(*arguments)
+
+    monkeypatch.setattr(Builder, name, method)
+
+
+@pytest.mark.parametrize("where, count", [("_write", 1), ("_write", 4), ("_encode", 9),
+                                          ("_create_arrays", 1), ("finish", 1), ("_verify", 1)])
+def test_a_build_goes_on_where_it_stopped(folder, tmp_path, undisturbed, where, count, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, where, count)
+        with pytest.raises(Stop):
+            build_cache(tmp_path / "c.zarr", small_plan(folder))
+    (tmp_path / "c.zarr" / ".x.0a.partial").write_text("half a file")
+    encoded = []
+    real = Builder._build_shard
+    monkeypatch.setattr(Builder, "_build_shard",
+                        lambda self, shard: encoded.append(shard) or real(self, shard))
+    build_cache(tmp_path / "c.zarr", small_plan(folder))
+    assert contents(tmp_path / "c.zarr") == undisturbed
+    done = {"_write": count - 1, "_encode": 2, "_create_arrays": 0}.get(where, 5)
+    assert encoded == list(range(done, 5))
+
+
+def test_several_builders_share_the_shards(folder, tmp_path, undisturbed):
+    path = tmp_path / "c.zarr"
+    builders = [Builder(path, small_plan(folder)) for _ in range(3)]
+    with claim(path):
+        assert builders[0].begin()
+        missing = builders[0].missing()
+        for k, builder in enumerate(builders):
+            builder.build(missing[k::3])
+        builders[0].finish()
+    assert contents(path) == undisturbed
+
+
+def test_a_finished_cache_is_left_alone(folder, tmp_path, undisturbed):
+    path = tmp_path / "c.zarr"
+    build_cache(path, small_plan(folder))
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
+    build_cache(path, small_plan(folder))
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()} == before
+    # Killed between the manifest and the end.
+    (path / BUILDING).mkdir()
+    (path / BUILDING / "shard-00000.json").write_text("{}")
+    build_cache(path, small_plan(folder))
+    assert contents(path) == undisturbed
+
+
+@pytest.mark.parametrize("settings, flag", [
+    (dict(flip=False), "--flip: 1, was 2"), (dict(seed=4), "--seed"), (dict(batch=6), "--batch"),
+    (dict(shard_rows=32), "--shard-rows: 32, was 16"),
+    (dict(tokenizer=small_tokenizer("patch")), "--tokenizer"),
+    (dict(tokenizer=small_tokenizer(codes=301)), "--codes")])
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused(folder, tmp_path, settings, flag, finished, monkeypatch):
+    path = tmp_path / "c.zarr"
+    if finished:
+        build_cache(path, small_plan(folder))
+    else:
+        stop_after(monkeypatch, "_write", 3)
+        with pytest.raises(Stop):
+            build_cache(path, small_plan(folder))
+    with pytest.raises(CacheError, match="begun with other settings") as caught:
+        build_cache(path, small_plan(folder, **settings))
+    assert flag in str(caught.value) and "remove it" in str(caught.value)
+
+
+def test_other_images_are_refused(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "images", 20)
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_write", 2)
+        with pytest.raises(Stop):
+            build_cache(tmp_path / "c.zarr", small_plan(folder))
+    shutil.copy(folder / "ant/000.png", folder / "ant/zzz.png")
+    with pytest.raises(CacheError, match="the images of --data"):
+        build_cache(tmp_path / "c.zarr", small_plan(folder))
+    (folder / "ant/zzz.png").unlink()
+    # A set that has moved is the same set.
+    folder.rename(tmp_path / "elsewhere")
+    build_cache(tmp_path / "c.zarr", small_plan(tmp_path / "elsewhere"))
+
+
+def test_a_folder_that_is_something_else(folder, tmp_path):
+    (tmp_path / "c.zarr").mkdir()
+    (tmp_path / "c.zarr" / "thesis.tex").write_text("precious")
+    with pytest.raises(CacheError, match="holds thesis.tex: choose another --out"):
+        build_cache(tmp_path / "c.zarr", small_plan(folder))
+    (tmp_path / "file.zarr").write_text("")
+    with pytest.raises(CacheError, match="cannot write .*--out"):
+        build_cache(tmp_path / "file.zarr", small_plan(folder))
+
+
+def test_one_process_at_a_time(folder, tmp_path):
+    with claim(tmp_path / "c.zarr"), pytest.raises(CacheError, match="built by another process"):
+        claim(tmp_path / "c.zarr")
+    claim(tmp_path / "c.zarr").close()
+
+
+def test_a_disk_that_is_too_small(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(CacheError, match="will take 0.00 GB.*0.00 GB free: choose another --out"):
+        build_cache(tmp_path / "c.zarr", small_plan(folder))
+
+
+# ------------------------------------------------------------------------------- broken images
+
+def spoil(folder, number, kind="truncated"):
+    """Damage one image; returns its path inside the folder."""
+    path = find_images(folder)[1][number][0]
+    raw = path.read_bytes()
+    path.write_bytes({"truncated": raw[:len(raw) // 2], "empty": b"", "page": b"<html>"}[kind])
+    return path.relative_to(folder).as_posix()
+
+
+def test_broken_images_are_left_out_one_by_one(tmp_path):
+    folder = image_folder(tmp_path / "images", 40)
+    whole = small_cache(tmp_path / "whole", count=40)
+    names = [spoil(folder, k, kind) for k, kind in ((3, "truncated"), (17, "empty"), (18, "page"))]
+    cache = build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=3))
+    left_out = cache.manifest["quarantine"]
+    assert sorted(entry["path"] for entry in left_out) == sorted(names)
+    assert sorted(entry["source_index"] for entry in left_out) == [3, 17, 18]
+    assert all(entry["reason"] for entry in left_out)
+    rows = [entry["row"] for entry in left_out]
+    codes, before = (zarr.open_group(c.path, mode="r")["codes"][:] for c in (cache, whole))
+    assert (codes[rows] == 65535).all() and rows == sorted(rows)
+    # Their neighbours lose nothing.
+    assert np.array_equal(np.delete(codes, rows, 0), np.delete(before, rows, 0))
+    assert problems(cache) == []
+    source = CacheTokens(cache, 0)
+    assert source.num_images == 37
+    seen = source.sources(torch.arange(37))
+    assert sorted(seen) == [k for k in range(40) if k not in (3, 17, 18)]
+    assert source.batch(torch.arange(74)).tokens.max() < 300
+
+
+def test_rows_of_broken_images_must_hold_nothing(tmp_path):
+    folder = image_folder(tmp_path / "images", 40)
+    spoil(folder, 3)
+    cache = build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=1))
+    row = cache.manifest["quarantine"][0]["row"]
+    zarr.open_group(cache.path, mode="r+")["codes"][row] = 0
+    from tests.caches import sign
+
+    sign(cache.path)
+    assert "hold codes" in problems(open_cache(cache.path))[0]
+
+
+def test_a_chunk_of_broken_images_is_written(tmp_path):
+    """All values are the fill value there, which zarr leaves out unless it is told otherwise."""
+    folder = image_folder(tmp_path / "images", 140)
+    plan = small_plan(folder, shard_rows=128, max_broken=64)
+    for k in plan.order[64:128]:
+        spoil(folder, k)
+    cache = build_cache(tmp_path / "c.zarr", small_plan(folder, shard_rows=128, max_broken=64))
+    assert cache.in_row_order("codes", 0) and problems(cache) == []
+    assert CacheTokens(cache, 0).batch(torch.arange(76)).tokens.max() < 300
+
+
+def test_too_many_broken_images(tmp_path, undisturbed):
+    folder = image_folder(tmp_path / "images", 40)
+    names = [spoil(folder, k) for k in (3, 17, 18)]
+    with pytest.raises(CacheError, match="--max-broken allows 2") as caught:
+        build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=2))
+    assert "truncated" in str(caught.value) and any(name in str(caught.value) for name in names)
+    with pytest.raises(CacheError, match="--max-broken allows 2"):  # not to be worn down
+        build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=2))
+    cache = build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=3))
+    assert len(cache.manifest["quarantine"]) == 3
+
+
+# --------------------------------------------------------------------------------- bad tokens
+
+class Broken:
+    """A tokenizer whose tokens of bright images are not what they should be."""
+
+    def __init__(self, tokenizer, value):
+        self.tokenizer, self.value = tokenizer, value
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, images):
+        tokens = self.tokenizer.encode(images)
+        tokens[images.mean((1, 2, 3)) > 0] = self.value
+        return tokens
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_tokens_that_are_not_finite_are_an_error(folder, tmp_path, value):
+    plan = small_plan(folder, Broken(small_tokenizer("patch"), value))
+    with pytest.raises(CacheError, match="not finite in float16.*--tokenizer-weights") as caught:
+        build_cache(tmp_path / "c.zarr", plan)
+    assert ".png" in str(caught.value)
+    assert not (tmp_path / "c.zarr" / "manifest.json").exists()
+
+
+def test_shards_that_are_lost_before_the_end_are_built_again(folder, tmp_path, undisturbed,
+                                                             monkeypatch):
+    path = tmp_path / "c.zarr"
+    with monkeypatch.context() as patch:
+        stop_after(patch, "finish", 1)
+        with pytest.raises(Stop):
+            build_cache(path, small_plan(folder))
+    raw = bytearray((path / "codes/c/2/0/0").read_bytes())
+    raw[5] ^= 1
+    (path / "codes/c/2/0/0").write_bytes(raw)
+    (path / "codes/c/4/0/0").unlink()
+    with pytest.raises(CacheError, match="codes/c/2/0/0: checksum.*codes/c/4/0/0: missing"):
+        build_cache(path, small_plan(folder))
+    build_cache(path, small_plan(folder))
+    assert contents(path) == undisturbed
+
+
+def test_batches_are_whole_whatever_is_broken(tmp_path):
+    """The last batch of a shard and one with holes are as large as all others."""
+    tokenizer, sizes = small_tokenizer(), []
+    real = tokenizer.encode
+    tokenizer.encode = lambda images: sizes.append(len(images)) or real(images)
+    folder = image_folder(tmp_path / "images", 17)
+    spoil(folder, 3)
+    build_cache(tmp_path / "c.zarr", small_plan(folder, tokenizer, max_broken=1))
+    assert set(sizes) == {5}
+
+
+def test_threads_do_not_change_the_bytes(tmp_path):
+    """Float32 convolutions round differently in another number of threads; a batch has one."""
+    folder, threads = image_folder(tmp_path / "images", 20, 32), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            tokenizer = KL16(random_weights("kl16"), 32)
+            build_cache(tmp_path / f"{count}.zarr", small_plan(folder, tokenizer), 3 - count)
+            found.append(contents(tmp_path / f"{count}.zarr"))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
+def test_codebooks(tmp_path):
+    folder = image_folder(tmp_path / "images", 12)
+    _, files = find_images(folder)
+    spoil(folder, 3)
+    codebook = fit_codebook(files, PillowDecoder(), 16, 4, 20, seed=1)
+    assert codebook.spec.vocabulary == 20
+    cache = build_cache(tmp_path / "c.zarr", small_plan(folder, codebook, max_broken=1))
+    assert "tokenizer.safetensors" in cache.manifest["files"]
+    for k in range(12):
+        if k != 3:
+            spoil(folder, k)
+    with pytest.raises(ValueError, match="none of 12 images can be read .*check --data"):
+        fit_codebook(files, PillowDecoder(), 16, 4, 20, seed=1)
+
+
+@pytest.mark.parametrize("settings, words", [(dict(shard_rows=100), "--shard-rows 100"),
+                                             (dict(shard_rows=0), "--shard-rows 0"),
+                                             (dict(batch=0), "--batch 0")])
+def test_plans_that_cannot_be(folder, settings, words):
+    with pytest.raises(ValueError, match=words):
+        small_plan(folder, **settings)
+
+
+def test_the_manifest_says_what_was_done(folder, tmp_path):
+    build_cache(tmp_path / "c.zarr", small_plan(folder))
+    manifest = json.loads((tmp_path / "c.zarr" / "manifest.json").read_text())
+    assert manifest["rows"] == 70 and manifest["views"] == 2 and manifest["order"]["seed"] == 3
+    assert manifest["encoding"]["batch"] == 5 and manifest["encoding"]["device"] == "cpu"
+    assert manifest["dataset"]["class_names"] == ["ant", "bee", "cat"]
+    assert len(manifest["dataset"]["fingerprint"]) == 64
+    assert manifest["preprocessing"].startswith("adm-crop-1/")
+    assert manifest["tokenizer"]["fingerprint"] == small_tokenizer().fingerprint
+    assert writer.stored_arrays(small_tokenizer().spec)["codes"][0] == "uint16"
