@@ -85,6 +85,8 @@ class Config:
     letters)."""
     max_broken: int = 0
     """Unreadable images that may be left out before the run is refused."""
+    decoder: Literal["pillow", "dali"] = "pillow"
+    """Reads the images of a folder."""
     allow_upscale: bool = False
     """Enlarge images that are far smaller than --image-size instead of refusing them."""
 
@@ -233,11 +235,12 @@ class Config:
 
 
 # Changing one of these does not make another model out of a run. --images reshapes the schedule
-# from here on; device, precision and implementations change rounding.
+# from here on; device, precision and implementations change rounding. What the weights of a
+# tokenizer are, checkpoints know.
 MAY_CHANGE = frozenset({
     "out", "images", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "device",
     "precision", "kernels", "attention", "adamw_ema", "micro_batch", "max_broken",
-    "max_skips", "minutes", "allow_data_change", "cache_mode",
+    "max_skips", "minutes", "allow_data_change", "cache_mode", "tokenizer_weights",
 })
 
 

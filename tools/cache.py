@@ -39,7 +39,8 @@ class Arguments:
     allow_upscale: bool = False
     """Enlarge images that are far smaller than --image-size instead of refusing them."""
     decoder: Literal["auto", "pillow", "dali"] = "auto"
-    """Reads the images: auto takes DALI on a GPU, if it is installed, and Pillow elsewhere."""
+    """Reads the images: auto takes DALI where it is installed, else Pillow. It goes into the
+    manifest; pixels differ by a rounding here and there."""
     workers: int | None = None
     """Threads per process that decode, and as many that encode on a CPU (default: its share of the
     cores). They do not change the bytes."""

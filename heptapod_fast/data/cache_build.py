@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from heptapod_fast.data.cache_format import BUILDING, CODEBOOK, MANIFEST, open_cache
 from heptapod_fast.data.cache_plan import Plan, check_images, fit_codebook
 from heptapod_fast.data.cache_writer import PLAN
-from heptapod_fast.data.decoding import Decoder, PillowDecoder
+from heptapod_fast.data.decoding import open_decoder
 from heptapod_fast.data.files import find_images
 from heptapod_fast.progress import Progress
 from heptapod_fast.tokenizers import (
@@ -39,7 +38,7 @@ def prepare(given, world) -> Plan:
     _check_weights(given)
     folder, out = Path(given.data), Path(given.out)
     class_names, files = find_images(folder)
-    decoder = choose_decoder(given, world)
+    decoder = open_decoder(given.decoder, world.device, threads_of(given, world))
     begun = any((out / name).exists() for name in (MANIFEST, f"{BUILDING}/{PLAN}"))
     if world.main and not begun:
         check_images(folder, files, given.image_size, given.max_broken, given.allow_upscale)
@@ -83,19 +82,6 @@ def threads_of(given, world) -> int:
     if given.workers is not None and given.workers < 1:
         raise ValueError(f"--workers {given.workers}: expected at least 1")
     return given.workers or max(1, (os.cpu_count() or 1) // world.local[1])
-
-
-def choose_decoder(given, world) -> Decoder:
-    """--decoder and --workers; auto is DALI on a GPU where it is installed, else Pillow."""
-    workers, name = threads_of(given, world), given.decoder
-    if name == "auto":
-        there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-        name = "dali" if world.device.type == "cuda" and there else "pillow"
-    if name == "pillow":
-        return PillowDecoder(workers)
-    from heptapod_fast.data.dali import DaliDecoder
-
-    return DaliDecoder(world.device, workers)
 
 
 def report(path: Path, seconds: dict[str, float], took: str) -> str:

@@ -1,10 +1,12 @@
-"""Checking a cache completely, in one pass over its bytes."""
+"""Checking what goes into a cache, and a whole cache in one pass over its bytes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from heptapod_fast.data.cache_format import (
     CacheError,
     check_metadata,
 )
+from heptapod_fast.data.files import listing
 from heptapod_fast.tokenizers import NO_CODE
 
 READERS = 4
@@ -113,3 +116,34 @@ def _code_problems(values: np.ndarray, broken: np.ndarray,
 def _rows(rows: np.ndarray) -> str:
     shown = ", ".join(map(str, rows[:SHOWN].tolist()))
     return f"rows {shown}{', ...' if len(rows) > SHOWN else ''} ({len(rows)})"
+
+
+def refuse_bad(name: str, values: np.ndarray, paths: list[Path]) -> None:
+    """CacheError for tokens that a cache must not hold, as they come from the tokenizer.
+
+    values: (n, ...) of one stored array, in its dtype, of the images in `paths`.
+    """
+    flat = values.reshape(len(values), -1)
+    if name == "codes":
+        bad = (flat == NO_CODE).any(1)
+    else:
+        bad = ~np.isfinite(flat).all(1) | (name == "std") & (flat < 0).any(1)
+    if bad.any():
+        lines = (str(paths[k]) for k in np.flatnonzero(bad))
+        raise CacheError(f"the tokenizer gives {name} that cannot be stored (not finite in "
+                         f"{values.dtype}) for {bad.sum()} of {len(bad)} images: check "
+                         "--tokenizer-weights" + listing(lines, int(bad.sum()), 10))
+
+
+def statistics(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per array the mean and the standard deviation of every channel, float64, from the sums in
+    the records of the shards."""
+    found = {}
+    for name in records[0]["sums"]:
+        parts = [record["sums"][name] for record in records]
+        count = sum(part["count"] for part in parts)
+        mean = np.sum([part["sum"] for part in parts], axis=0) / max(count, 1)
+        square = np.sum([part["squares"] for part in parts], axis=0) / max(count, 1)
+        found[name] = {"mean": mean.tolist(),
+                       "std": np.sqrt(np.maximum(square - mean**2, 0.0)).tolist()}
+    return found

@@ -148,12 +148,29 @@ _FLAGS = {"tokenizer": "--tokenizer, --tokenizer-weights, --patch-size, --codes 
 
 
 def changes(path: Path, before: dict, now: dict, changed: list[str]) -> str:
-    """Which settings of an unfinished cache are not what they were."""
-    def short(value: Any) -> str:
-        text = json.dumps(value)
-        return text if len(text) <= 160 else text[:160] + "..."
-
-    lines = [f"{_FLAGS.get(key, key)}: {short(now[key])}, was {short(before.get(key))}"
+    """Which settings of a cache are not what they were."""
+    lines = [f"{_FLAGS.get(key, key)}: {_difference(before.get(key), now[key])}"
              for key in changed]
     return (f"{path} was begun with other settings; repeat them to go on, or remove it to begin "
             "anew" + listing(lines, len(lines), 20))
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What differs between two entries of a plan."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{json.dumps(now)}, was {json.dumps(before)}"
+    parts = []
+    if "class_names" in now:
+        old, new = before.get("class_names", []), now["class_names"]
+        for word, names in (("new classes", [n for n in new if n not in set(old)]),
+                            ("missing classes", [n for n in old if n not in set(new)])):
+            if names:
+                parts.append(f"{len(names)} {word} ({', '.join(names[:5])}"
+                             f"{', ...' if len(names) > 5 else ''})")
+    for key, value in now.items():
+        if key in ("folder", "weights", "fingerprint", "weights_sha256", "class_names"):
+            continue
+        if before.get(key) != value:
+            parts.append(f"{key} {json.dumps(value)}, was {json.dumps(before.get(key))}")
+    return "; ".join(parts) or ("other file names, sizes or classes" if "class_names" in now
+                                else "other weights")

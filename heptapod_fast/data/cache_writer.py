@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from heptapod_fast import faults
+from heptapod_fast.data.cache_check import refuse_bad, statistics
 from heptapod_fast.data.cache_format import (
     BUILDING,
     CODEBOOK,
@@ -38,7 +39,7 @@ from heptapod_fast.data.cache_format import (
 from heptapod_fast.data.cache_plan import Plan, changes, size_of
 from heptapod_fast.data.files import listing
 from heptapod_fast.storage import checksum, sync, write_json
-from heptapod_fast.tokenizers import NO_CODE, PatchVQ, stored_arrays, to_stored, to_unit
+from heptapod_fast.tokenizers import PatchVQ, stored_arrays, to_stored, to_unit
 
 PLAN = "plan.json"
 
@@ -255,7 +256,7 @@ class Builder:
             for name, values in stored.items():
                 with np.errstate(over="ignore"):  # said below
                     values = values[:len(images)].cpu().numpy()[good].astype(arrays[name].dtype)
-                _refuse_bad(name, values, [self.plan.files[sources[r]][0] for r in rows])
+                refuse_bad(name, values, [self.plan.files[sources[r]][0] for r in rows])
                 arrays[name][rows, view] = values
 
     def _write(self, shard: int, first: int, arrays: dict[str, np.ndarray],
@@ -317,7 +318,7 @@ class Builder:
                            "crc32c": checksum(self.path / name)}
         manifest = json.loads((self.work / PLAN).read_text())
         manifest |= {"quarantine": [e for record in records for e in record["quarantine"]],
-                     "statistics": _statistics(records), "files": dict(sorted(files.items()))}
+                     "statistics": statistics(records), "files": dict(sorted(files.items()))}
         self._verify(Cache(self.path, manifest), records)
         faults.point("manifest")
         write_json(self.path / MANIFEST, manifest)
@@ -341,30 +342,3 @@ def _contents(value: Any) -> Any:
     """An entry of a plan without the places where things lie, which may change."""
     return ({key: part for key, part in value.items() if key not in ("folder", "weights")}
             if isinstance(value, dict) else value)
-
-
-def _refuse_bad(name: str, values: np.ndarray, paths: list[Path]) -> None:
-    """Tokens that are not finite in float16, or that say nothing of their image."""
-    flat = values.reshape(len(values), -1)
-    if name == "codes":
-        bad = (flat == NO_CODE).any(1)
-    else:
-        bad = ~np.isfinite(flat).all(1) | (name == "std") & (flat < 0).any(1)
-    if bad.any():
-        lines = (str(paths[k]) for k in np.flatnonzero(bad))
-        raise CacheError(f"the tokenizer gives {name} that cannot be stored (not finite in "
-                         f"{values.dtype}) for {bad.sum()} of {len(bad)} images: check "
-                         "--tokenizer-weights" + listing(lines, int(bad.sum()), 10))
-
-
-def _statistics(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per array the mean and the standard deviation of every channel, float64."""
-    found = {}
-    for name in records[0]["sums"]:
-        parts = [record["sums"][name] for record in records]
-        count = sum(part["count"] for part in parts)
-        mean = np.sum([part["sum"] for part in parts], axis=0) / max(count, 1)
-        square = np.sum([part["squares"] for part in parts], axis=0) / max(count, 1)
-        found[name] = {"mean": mean.tolist(),
-                       "std": np.sqrt(np.maximum(square - mean**2, 0.0)).tolist()}
-    return found

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import PIL
 from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
 
 PREPROCESSING = "adm-crop-1/box-halve,bicubic,centre/rgb,white-under-transparency,no-exif-rotation"
 
@@ -33,7 +38,7 @@ class Decoder(Protocol):
 class PillowDecoder:
     """The reference, in worker threads (default: one for each CPU core)."""
 
-    preprocessing = PREPROCESSING
+    preprocessing = f"{PREPROCESSING}/pillow-{PIL.__version__}"
 
     def __init__(self, workers: int | None = None) -> None:
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
@@ -48,6 +53,32 @@ class PillowDecoder:
             return None
 
         return list(self._pool.map(one, paths, out))
+
+
+def open_decoder(name: str, device: torch.device | str = "cpu",
+                 workers: int | None = None) -> Decoder:
+    """A decoder by name.
+
+    Args:
+        name: pillow, dali, or auto: DALI where it is installed (of photographs it decodes more a
+            second than Pillow, see bench/results), else Pillow.
+        device: where DALI decodes.
+        workers: threads.
+
+    Raises:
+        ValueError: DALI was asked for and is not installed, or does not work here.
+    """
+    if name == "auto":
+        nvidia = importlib.util.find_spec("nvidia")
+        name = "dali" if nvidia and importlib.util.find_spec("nvidia.dali") else "pillow"
+    if name == "pillow":
+        return PillowDecoder(workers)
+    from heptapod_fast.data.dali import DaliDecoder
+
+    try:
+        return DaliDecoder(device, workers)
+    except ImportError as error:
+        raise ValueError(f"--decoder dali: {error}") from error
 
 
 def read_sizes(paths: Sequence[Path], workers: int | None = None) -> list[tuple[int, int] | str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heptapod_fast.data.decoding import Decoder, PillowDecoder, read_sizes
+from heptapod_fast.data.decoding import PREPROCESSING, Decoder, PillowDecoder, read_sizes
 from heptapod_fast.data.files import Files, find_images, listing, refuse_broken, refuse_small
 from heptapod_fast.data.sources import check_ids
 from heptapod_fast.storage import available_memory
@@ -81,7 +81,7 @@ class ImageFolder:
             raise FileNotFoundError(f"{folder}: no readable image is left in {len(bare)} class "
                                     "folders of --data; mend or remove them"
                                     + listing(bare, len(bare), 20))
-        self.fingerprint = self._fingerprint(files, decoder.preprocessing)
+        self.fingerprint = self._fingerprint(files)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,9 +102,9 @@ class ImageFolder:
                 progress(len(reasons), len(files))
         return reasons
 
-    def _fingerprint(self, files: Files, preprocessing: str) -> str:
+    def _fingerprint(self, files: Files) -> str:
         """Of names, labels and decoded pixels: a picture repainted in place is another set."""
-        digest = hashlib.sha256(f"{preprocessing}/{self.image_size}\n".encode())
+        digest = hashlib.sha256(f"{PREPROCESSING}/{self.image_size}\n".encode())
         for path, label in files:
             digest.update(os.fsencode(path.relative_to(self.folder).as_posix()))
             digest.update(f"\0{label}\n".encode())

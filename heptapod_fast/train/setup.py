@@ -92,10 +92,11 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
             f"IMAGE_FOLDER --tokenizer {config.tokenizer} --out CACHE.zarr makes, or a folder of "
             "images (one subfolder per class), or use --data logograms with --tokenizer patch-vq "
             "or patch, or --data synthetic to measure speed")
+    from heptapod_fast.data.decoding import open_decoder
     from heptapod_fast.data.images import ImageFolder
 
     return ImageFolder(config.data, config.image_size, max_broken=config.max_broken,
-                       allow_upscale=config.allow_upscale,
+                       decoder=open_decoder(config.decoder), allow_upscale=config.allow_upscale,
                        progress=Progress("decoding") if show_progress else None)
 
 
@@ -210,6 +211,10 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
     config = replace(config, num_classes=classes)
     for line in describe(config, source, world, dtype, choices):
         say(line)
+    if cache is not None and tokenizer is None:
+        where = config.tokenizer_weights or cache.manifest["tokenizer"]["weights"]
+        say(f"samples   no sample grids: the weights of {config.tokenizer} are not at {where}; "
+            "--tokenizer-weights says where they are, here and to tools/sample.py")
     spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
     system = build_system(config, spec, classes, world.device, config.attention)
     system.set_dtype(dtype)

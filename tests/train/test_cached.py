@@ -1,0 +1,200 @@
+"""Training from a cache: what follows from it, what is refused, the same bytes in every mode."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from heptapod_fast import Config, load_run
+from heptapod_fast.data.cache_format import CacheError
+from heptapod_fast.rng import Rng
+from heptapod_fast.runs import RunError
+from heptapod_fast.tokenizers import KL16
+from tests.caches import CLASSES, edit_manifest, sign, small_cache, small_tokenizer
+from tests.running import command, final_files, flags, refused, start_here, train_here
+from tests.tokenizers.reference import random_weights
+
+CACHED = dict(codes=None, logogram_count=None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return small_cache(tmp_path_factory.mktemp("made")).path
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path / "c.zarr")
+    return tmp_path / "c.zarr"
+
+
+@pytest.fixture(scope="module")
+def moments(tmp_path_factory):
+    """(a cache of moments, the file of its weights)."""
+    path = tmp_path_factory.mktemp("moments")
+    torch.save({"model": random_weights("kl16")}, path / "kl16.ckpt")
+    tokenizer = KL16.load(path / "kl16.ckpt", 32)
+    return small_cache(path, tokenizer, count=12).path, path / "kl16.ckpt"
+
+
+def test_settings_follow_the_cache(made):
+    config = Config(size="tiny", data=str(made)).resolve()
+    assert (config.tokenizer, config.image_size, config.patch_size, config.codes, config.flip) == (
+        "patch-vq", 16, 4, 300, True)
+    assert config.resolve() == config
+    assert not Config(size="tiny", data=str(made), flip=False).resolve().flip
+    with pytest.raises(FileNotFoundError, match="tools/cache.py"):
+        Config(size="B", data="nothing.zarr").resolve()
+
+
+def test_a_run_from_a_cache(made, tmp_path):
+    lines = []
+    run, outcome = train_here(tmp_path, data=str(made), sample_every=64, say=lines.append, **CACHED)
+    assert outcome == "finished" and run.source.num_images == 70
+    assert any("cache     ram:" in line for line in lines), lines
+    assert any("70 images, 3 classes, flip on" in line for line in lines), lines
+    assert list((tmp_path / "samples").glob("*.png"))
+    system = load_run(tmp_path)
+    assert system.class_names == CLASSES
+    tokens = system.sample(torch.tensor([0, 1]), Rng(0))
+    assert system.tokenizer.decode(tokens).shape == (2, 3, 16, 16)
+    assert command("verify", tmp_path).code == 0
+
+
+@pytest.fixture(scope="module")
+def plain(made, tmp_path_factory):
+    """The files of a run to which nothing happened."""
+    out = tmp_path_factory.mktemp("plain")
+    train_here(out, data=str(made), **CACHED)
+    return final_files(out)
+
+
+def test_the_mode_does_not_change_a_run(made, tmp_path, plain):
+    train_here(tmp_path, data=str(made), cache_mode="stream", **CACHED)
+    assert final_files(tmp_path) == plain
+
+
+def test_interrupted_runs_end_alike(made, tmp_path, plain):
+    train_here(tmp_path, data=str(made), stop_at=24, **CACHED)
+    train_here(tmp_path, data=str(made), cache_mode="stream", **CACHED)
+    assert final_files(tmp_path) == plain
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(codes=16), "made with --codes 300, this run asks for --codes 16"),
+    (dict(image_size=32), "made with --image-size 16, this run asks for --image-size 32"),
+    (dict(patch_size=2), "made with --patch-size 4, this run asks for --patch-size 2"),
+    (dict(tokenizer="patch"), "made with --tokenizer patch-vq, this run asks for .* patch"),
+    (dict(tokenizer_weights="x.safetensors"), "has its own codebook"),
+    (dict(cache_mode="gpu"), "--cache-mode gpu: training runs on cpu")])
+def test_caches_that_do_not_fit(made, tmp_path, settings, words):
+    values = dict(data=str(made), codes=None, logogram_count=None) | settings
+    with pytest.raises(ValueError, match=words):
+        start_here(tmp_path, **values)
+
+
+def test_no_mirrored_view(tmp_path):
+    cache = small_cache(tmp_path, flip=False)
+    values = dict(data=str(cache.path), **CACHED)
+    with pytest.raises(CacheError, match="--no-flip"):
+        start_here(tmp_path / "run", flip=True, **values)
+    assert not start_here(tmp_path / "run", **values).config.flip
+
+
+def edit(path, row, value):
+    zarr.open_group(path, mode="r+")["codes"][row] = value
+    sign(path)
+
+
+def test_a_cache_that_changed_since_the_checkpoint(copy, tmp_path):
+    out = tmp_path / "run"
+    train_here(out, data=str(copy), images=16, **CACHED)
+    edit(copy, 3, 7)
+    with pytest.raises(RunError, match="trained on other data: --data .* --allow-data-change"):
+        start_here(out, data=str(copy), images=32, **CACHED)
+    run = start_here(out, data=str(copy), images=32, allow_data_change=True, **CACHED)
+    assert run.images == 16
+
+
+def test_classes_that_changed_since_the_checkpoint(copy, tmp_path):
+    out = tmp_path / "run"
+    train_here(out, data=str(copy), images=16, **CACHED)
+    edit_manifest(copy, lambda m: m["dataset"].update(class_names=["bee", "ant", "cat"]))
+    with pytest.raises(RunError, match="class names"):
+        start_here(out, data=str(copy), images=32, allow_data_change=True, **CACHED)
+
+
+def test_another_codebook_in_the_cache(copy, tmp_path):
+    out = tmp_path / "run"
+    train_here(out, data=str(copy), images=16, **CACHED)
+    shutil.rmtree(copy)
+    small_cache(tmp_path, small_tokenizer(codes=301))
+    with pytest.raises(CacheError, match="--codes 301, this run asks for --codes 300"):
+        start_here(out, data=str(copy), images=32, codes=300, logogram_count=None)
+
+
+def test_a_damaged_codebook(copy, tmp_path):
+    raw = bytearray((copy / "tokenizer.safetensors").read_bytes())
+    raw[-3] ^= 1
+    (copy / "tokenizer.safetensors").write_bytes(raw)
+    with pytest.raises(CacheError, match="tokenizer.safetensors: checksum"):
+        start_here(tmp_path / "run", data=str(copy), **CACHED)
+
+
+def test_damage_ends_a_run_with_one_line(copy, tmp_path):
+    (copy / "codes/c/1/0/0").write_bytes(b"")
+    words = flags(out=tmp_path / "run", data=copy, **CACHED)
+    refused(command("train", *words), "codes/c/1/0/0: 0 bytes, expected", "build the cache anew")
+
+
+def test_tokens_that_are_not_finite_end_a_run(tmp_path):
+    cache = small_cache(tmp_path, small_tokenizer("patch"))
+    zarr.open_group(cache.path, mode="r+")["mean"][3] = np.nan
+    sign(cache.path)
+    words = flags(out=tmp_path / "run", data=cache.path, **CACHED)
+    refused(command("train", *words), "mean is not finite", "verify.py")
+
+
+SMALL = dict(CACHED, image_size=None)
+
+
+def test_moments_train_without_their_weights(moments, tmp_path):
+    cache, weights = moments
+    shutil.copytree(cache, tmp_path / "c.zarr")
+    edit_manifest(tmp_path / "c.zarr",
+                  lambda m: m["tokenizer"].update(weights="/nowhere/kl16.ckpt"))
+    values = dict(data=str(tmp_path / "c.zarr"), images=16, sample_every=16, **SMALL)
+    lines = []
+    run, outcome = train_here(tmp_path / "run", say=lines.append, **values)
+    assert outcome == "finished" and run.tokenizer is None
+    assert any("no sample grids" in line and "--tokenizer-weights" in line for line in lines), lines
+    assert not list((tmp_path / "run" / "samples").iterdir())
+    sample = ("sample", tmp_path / "run", "--count", 4, "--positions-per-step", 4,
+              "--diffusion-steps", 4)
+    refused(command(*sample), "/nowhere/kl16.ckpt", "--tokenizer-weights")
+    done = command(*sample, "--tokenizer-weights", weights)
+    assert done.code == 0, done.err
+    other = random_weights("kl16") | {"quant_conv.bias": torch.ones(32)}
+    torch.save(other, tmp_path / "other.ckpt")
+    refused(command(*sample, "--tokenizer-weights", tmp_path / "other.ckpt"), "not the weights")
+    refused(command("train", *flags(out=tmp_path / "new", **values), "--tokenizer-weights",
+                    tmp_path / "other.ckpt"), "not the weights that", "build the cache anew")
+
+
+def test_moments_find_their_weights(moments, tmp_path):
+    cache, weights = moments
+    run = start_here(tmp_path / "run", data=str(cache), images=16, **SMALL)
+    assert isinstance(run.tokenizer, KL16) and run.tokenizer.source == weights
+    about = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
+    assert about["weights"] == str(weights) and about["fingerprint"] == run.tokenizer_id
+    batch = run.source.batch(torch.arange(12))
+    assert batch.tokens.shape == (12, 4, 16) and batch.tokens.isfinite().all()
+
+
+def test_a_dry_run_of_a_cache(made):
+    done = command("train", "--size", "tiny", "--data", made, "--dry-run")
+    assert done.code == 0 and "3 (of the cache)" in done.out, done.out + done.err
+    assert "16 = (16 / 4)^2" in done.out
