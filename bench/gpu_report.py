@@ -197,7 +197,7 @@ def pending_page(results: list[dict]) -> str:
     if missing:
         lines += ["", "## Sections never finished", ""]
         lines += [f"- `{name}`: {SECTIONS[name].__doc__.splitlines()[0]}" for name in missing]
-    lines += open_gates(results) + open_tables()
+    lines += open_gates(results) + open_data() + open_tables()
     return "\n".join(lines) + "\n"
 
 
@@ -231,6 +231,23 @@ def standing(found: dict, gate: str) -> str:
     if "%" in gate and found["copy"]:
         said.append(f"{found['copy']:.0%} of copy bandwidth")
     return ", ".join(said)
+
+
+def open_data() -> list[str]:
+    """What needs a GPU together with DALI or zarr, measured by scripts of its own."""
+    folder, lines = Path(__file__).parent / "results", []
+    found = {kind: "".join(path.read_text() for path in sorted(folder.glob(f"{kind}*.json")))
+             for kind in ("decode", "loader", "cache")}
+    if '"dali cuda": {' not in found["decode"]:
+        lines.append("- DALI decoding on a GPU: never run; >= 3x Pillow at equal threads (`python "
+                     "bench/bench_decode.py --out bench/results/decode-NAME.json`)")
+    if '"ours, gpu' not in found["loader"]:
+        lines.append("- caches on the GPU: never run (`python bench/bench_loader.py --out "
+                     "bench/results/loader-NAME.json`)")
+    if '"device": "NVIDIA' not in found["cache"]:
+        lines.append("- building a cache on a GPU: never run (`python bench/bench_cache.py --out "
+                     "bench/results/cache-NAME.json`)")
+    return ["", "## Data", "", *lines] if lines else []
 
 
 def open_tables() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -61,7 +62,8 @@ def work() -> int:
     arguments = parse(Arguments)
     from heptapod_fast.train import parallel
 
-    world = parallel.start(arguments.device)
+    # A rank with a shard more than the others may have hours to go.
+    world = parallel.start(arguments.device, patience=timedelta(days=7))
     try:
         return build(arguments, world)
     finally:

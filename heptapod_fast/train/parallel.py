@@ -86,8 +86,11 @@ def device_name(device: torch.device) -> str:
     return f"{names[0] if names else 'CPU'}{amx}, {torch.get_num_threads()} threads"
 
 
-def start(device: str = "auto") -> World:
-    """The world that torchrun set up, or a world of one."""
+def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> World:
+    """The world that torchrun set up, or a world of one.
+
+    patience: how long ranks wait for each other before they take one for lost.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = choose_device(device, local[0])
@@ -95,7 +98,7 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(chosen)
     if size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=10))
+                                timeout=patience)
     return World(rank, size, chosen, local)
 
 

@@ -1,0 +1,141 @@
+"""Building a cache: where the time goes, from image files to shards on the disk.
+
+    pytest bench/bench_cache.py --benchmark-only
+    python bench/bench_cache.py --out FILE.json
+
+The tokenizers have random weights, which cost what the published ones cost. Decoding, encoding and
+writing overlap; the shares are of what the build waited for. `alone` are the rates of each part by
+itself. Then a cache of random moments is verified completely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.bench_decode import PICTURES, write_pictures  # noqa: E402
+from heptapod_fast.data.cache_check import problems  # noqa: E402
+from heptapod_fast.data.cache_plan import Plan  # noqa: E402
+from heptapod_fast.data.cache_writer import Builder, claim  # noqa: E402
+from heptapod_fast.data.decoding import open_decoder  # noqa: E402
+from heptapod_fast.data.files import find_images  # noqa: E402
+from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
+from heptapod_fast.tokenizers.autoencoder import file_shapes  # noqa: E402
+from heptapod_fast.train.parallel import choose_device, device_name  # noqa: E402
+
+SIDE = 256
+
+
+def tokenizer_of(name: str, device: torch.device):
+    """kl16 or vq16 with small random weights; patch, whose encoding is free."""
+    if name == "patch":
+        return Patch(SIDE, 16)
+    generator = torch.Generator().manual_seed(0)
+    weights = {key: torch.randn(shape, generator=generator) * 0.02
+               for key, shape in file_shapes(name).items()}
+    return PRETRAINED[name](weights, SIDE).to(device)
+
+
+def measure(name: str, folder: Path, device: torch.device, threads: int, count: int,
+            progress=None) -> dict:
+    """Build one cache of the first `count` files: rates and shares."""
+    names, files = find_images(folder)
+    decoder = open_decoder("auto", device, threads)
+    plan = Plan(folder, files[:count], names, tokenizer_of(name, device), decoder, flip=False,
+                batch=8, seed=0, shard_rows=8192, max_broken=0)
+    with tempfile.TemporaryDirectory() as out, claim(Path(out) / "c.zarr"):
+        builder = Builder(Path(out) / "c.zarr", plan, threads)
+        begin = time.perf_counter()
+        builder.begin()
+        builder.build(builder.missing(), progress)
+        built = time.perf_counter() - begin
+        cache = builder.finish()
+        total = sum(builder.seconds.values())
+        writing = builder.seconds["writing"]
+        pixels = np.empty((count, 3, SIDE, SIDE), np.uint8)
+        begin = time.perf_counter()
+        decoder.decode([path for path, _ in plan.files], pixels)
+        decoding = time.perf_counter() - begin
+        return {"tokenizer": name, "images/s": round(count / built, 2),
+                **{f"waited for {part}": f"{seconds / total:.1%}"
+                   for part, seconds in builder.seconds.items()},
+                "decoding alone, images/s": round(count / decoding, 1),
+                "encoding alone, images/s": round(_encoding(plan, pixels, device), 2),
+                "writing alone, MB/s": round(cache.nbytes / writing / 1e6, 1),
+                "preprocessing": decoder.preprocessing}
+
+
+def _encoding(plan: Plan, pixels: np.ndarray, device: torch.device) -> float:
+    """Images a second of the tokenizer, one batch at a time on all threads."""
+    images = to_unit(torch.from_numpy(pixels[:8]).to(device))
+    plan.tokenizer.encode(images)
+    begin = time.perf_counter()
+    for _ in range(2):
+        plan.tokenizer.encode(images)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 16 / (time.perf_counter() - begin)
+
+
+def verifying(samples: int) -> dict:
+    """How fast a cache of random patches is checked."""
+    from bench.bench_loader import write_cache
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache = write_cache(Path(folder), samples)
+        begin = time.perf_counter()
+        wrong = problems(cache)
+        seconds = time.perf_counter() - begin
+        return {"MB": round(cache.nbytes / 1e6, 1), "seconds": round(seconds, 3),
+                "GB/s": round(cache.nbytes / seconds / 1e9, 2), "problems": len(wrong)}
+
+
+@pytest.mark.parametrize("name", ["patch", "kl16", "vq16"])
+def bench_build(benchmark, name, tmp_path):
+    write_pictures(PICTURES[0], tmp_path)
+    found = benchmark.pedantic(measure, (name, tmp_path, torch.device("cpu"), 2, 8), rounds=1)
+    benchmark.extra_info |= found
+    assert found["images/s"] > 0
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description="Measure building a cache.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32768, help="of the cache that is verified")
+    options = parser.parse_args()
+    device, threads = choose_device("auto"), os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(PICTURES[0], Path(folder))
+        found = [measure(name, Path(folder), device, threads, options.images)
+                 for name in ("kl16", "vq16", "patch")]
+    checked = verifying(options.samples)
+    result = {
+        "command": " ".join(["python", *sys.argv]), "device": device_name(device),
+        "threads": threads, "images": options.images,
+        "versions": {name: importlib.metadata.version(name)
+                     for name in ("torch", "numpy", "zarr", "pillow")},
+        "tables": [
+            {"title": f"Building a cache from {options.images} photographs of 500 x 375 pixels",
+             "columns": list(found[0]), "rows": [list(entry.values()) for entry in found]},
+            {"title": "Verifying a cache completely", "columns": list(checked),
+             "rows": [list(checked.values())]}]}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["tables"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
