@@ -47,7 +47,6 @@ class CacheTokens:
         flip: take the mirrored view with probability 1/2.
         device: where batches are returned.
         mode: gpu, ram, stream, or auto, the first of them that fits (`choose_mode`).
-        reserved: bytes of the device's memory that must stay free, for auto.
         share: (k, n) reads only every n-th shard from k on at the start in mode ram, where n
             processes of a machine share the reading.
         progress: called as progress(bytes read, bytes in all) at the start.
@@ -63,14 +62,14 @@ class CacheTokens:
     """
 
     def __init__(self, cache: Cache, seed: int, flip: bool = False,
-                 device: torch.device | str = "cpu", mode: str = "auto", reserved: int = 0,
+                 device: torch.device | str = "cpu", mode: str = "auto",
                  share: tuple[int, int] = (0, 1),
                  progress: Callable[[int, int], None] | None = None) -> None:
         if flip and cache.views < 2:
             raise CacheError(f"--flip: {cache.path} was built without mirrored images; build it "
                              "with --flip, or train with --no-flip")
         self.cache, self.seed, self.flip, self.device = cache, seed, flip, torch.device(device)
-        self.mode, self.why = choose_mode(cache, self.device, mode, reserved)
+        self.mode, self.why = choose_mode(cache, self.device, mode)
         broken = [entry["row"] for entry in cache.manifest["quarantine"]]
         rows = np.delete(np.arange(cache.rows), broken)
         sizes = np.bincount(rows // cache.manifest["shard_rows"], minlength=cache.shards)

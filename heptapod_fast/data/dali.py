@@ -33,7 +33,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from heptapod_fast.data.decoding import PREPROCESSING, crop_pixels, read
+from heptapod_fast.data.decoding import crop_pixels, read
+from heptapod_fast.data.files import PREPROCESSING
 
 # One file in each worker is held decoded: 50 MB.
 MOST_PIXELS = 2**24

@@ -14,10 +14,11 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
+from heptapod_fast.data.files import PREPROCESSING
+
 if TYPE_CHECKING:
     import torch
 
-PREPROCESSING = "adm-crop-1/box-halve,bicubic,centre/rgb,white-under-transparency,no-exif-rotation"
 
 
 class Decoder(Protocol):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+PREPROCESSING = "adm-crop-1/box-halve,bicubic,centre/rgb,white-under-transparency,no-exif-rotation"
 MAX_UPSCALE = 1.25
 Files = list[tuple[Path, int]]
 

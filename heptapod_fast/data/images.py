@@ -11,8 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heptapod_fast.data.decoding import PREPROCESSING, Decoder, PillowDecoder, read_sizes
-from heptapod_fast.data.files import Files, find_images, listing, refuse_broken, refuse_small
+from heptapod_fast.data.decoding import Decoder, PillowDecoder, read_sizes
+from heptapod_fast.data.files import (
+    PREPROCESSING,
+    Files,
+    find_images,
+    listing,
+    refuse_broken,
+    refuse_small,
+)
 from heptapod_fast.data.sources import check_ids
 from heptapod_fast.storage import available_memory
 

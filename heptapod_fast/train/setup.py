@@ -12,8 +12,9 @@ import torch
 
 from heptapod_fast import ops
 from heptapod_fast.config import Config, flag, is_cache
-from heptapod_fast.data.cache import CacheTokens
+from heptapod_fast.data.cache import CacheTokens, choose_mode
 from heptapod_fast.data.cache_format import Cache, CacheError, open_cache
+from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
 from heptapod_fast.progress import Progress
@@ -22,6 +23,7 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunDir, RunError, choose_precision, open_tokenizer
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer, hint, token_spec
+from heptapod_fast.tokenizers.kl16 import SCALE
 from heptapod_fast.train import checkpoint as checkpoints
 from heptapod_fast.train.checkpoint import CheckpointError
 from heptapod_fast.train.memory import memory_estimate
@@ -116,10 +118,14 @@ def open_cached(config: Config, world: World, cache: Cache) -> CacheTokens:
     """Tokens of a cache; all ranks fail together where one finds damage."""
     source = error = None
     reserved = memory_estimate(config, len(cache.class_names), world.size)
+    mode, why = choose_mode(cache, world.device, config.cache_mode, reserved)
+    # Ranks that share the reading must be of one mind.
+    if mode != "stream" and any(world.any(mode == "stream")):
+        mode, why = "stream", "another rank has no room for it"
     try:
-        source = CacheTokens(cache, config.seed, config.flip, world.device, config.cache_mode,
-                             reserved, world.local,
+        source = CacheTokens(cache, config.seed, config.flip, world.device, mode, world.local,
                              Progress("reading the cache", "files") if world.main else None)
+        source.why = why
     except (CacheError, OSError) as caught:
         error = caught
     if any(world.any(error is not None)):
@@ -141,6 +147,12 @@ def check_cache(config: Config, cache: Cache) -> None:
             raise CacheError(f"{cache.path} was made with {flag(name)} {about[name]}, this run "
                              f"asks for {flag(name)} {found}: leave {flag(name)} out, or build "
                              "another cache with tools/cache.py")
+    for name, found, here in (
+            ("preprocessing", cache.manifest["preprocessing"], PREPROCESSING),
+            ("a scale of tokens of", str(about.get("scale", SCALE)), str(SCALE))):
+        if not found.startswith(here):
+            raise CacheError(f"{cache.path} was made with {name} {found}, this version has {here}: "
+                             "build it anew with tools/cache.py")
     if config.flip and cache.views < 2:
         raise CacheError(f"--flip: {cache.path} was made without --flip, it has no mirrored "
                          "images: train with --no-flip, or build it anew with --flip")

@@ -143,6 +143,35 @@ def test_a_cache_that_one_rank_cannot_read(folder, tmp_path, undisturbed):
     assert result.code != 0 and "codes/c/3/0/0: checksum" in result.out
 
 
+def test_a_cache_that_cannot_be_written_is_read(folder, small_disk, tmp_path):  # noqa: F811
+    out = small_disk / "c.zarr"
+    assert command("cache", *words(folder, out)).code == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert command("verify", out).code == 0
+    for mode in ("ram", "stream"):
+        done = command("train", "--size", "tiny", "--data", out, "--out", tmp_path / mode,
+                       "--images", 64, "--sample-every", 0, "--device", "cpu", "--cache-mode", mode)
+        assert done.code == 0, done.err
+
+
+@pytest.mark.slow
+def test_a_cache_that_one_machine_does_not_have(folder, tmp_path):
+    """All ranks end within seconds, the reason comes first."""
+    assert command("cache", *words(folder, tmp_path / "0" / "c.zarr")).code == 0
+    (tmp_path / "1").mkdir()
+    (tmp_path / "rank.py").write_text(
+        "import os, runpy, sys\n"
+        f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        f"runpy.run_path({str(ROOT / 'tools' / 'train.py')!r}, run_name='__main__')\n")
+    line = [*torchrun(2), str(tmp_path / "rank.py"), "--size", "tiny", "--data", "c.zarr", "--out",
+            str(tmp_path / "run"), "--images", "64", "--device", "cpu"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=ROOT,
+                          timeout=60)
+    assert done.returncode != 0 and "error: c.zarr: no such cache; check --data" in done.stderr
+    assert "Traceback" not in done.stderr.split("error: c.zarr")[0]
+
+
 @pytest.mark.slow
 def test_ranks_see_the_same_samples(folder, tmp_path, undisturbed):
     """Two ranks end where one does, to rounding."""

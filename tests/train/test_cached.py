@@ -136,6 +136,15 @@ def test_another_codebook_in_the_cache(copy, tmp_path):
         start_here(out, data=str(copy), images=32, codes=300, logogram_count=None)
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda m: m.update(preprocessing="resize-9/x"), "preprocessing resize-9/x, this version has"),
+    (lambda m: m["tokenizer"].update(scale=0.18215), "scale of tokens of 0.18215, this version")])
+def test_what_this_version_would_do_otherwise(copy, tmp_path, change, words):
+    edit_manifest(copy, change)
+    with pytest.raises(CacheError, match=words):
+        start_here(tmp_path / "run", data=str(copy), **CACHED)
+
+
 def test_a_damaged_codebook(copy, tmp_path):
     raw = bytearray((copy / "tokenizer.safetensors").read_bytes())
     raw[-3] ^= 1
