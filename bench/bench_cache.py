@@ -11,7 +11,7 @@ itself. Then a cache of random moments is verified completely.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import datetime
 import json
 import os
 import sys
@@ -25,15 +25,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.bench_decode import PICTURES, write_pictures  # noqa: E402
+from bench.bench_decode import PICTURES, as_row, describe, write_pictures  # noqa: E402
 from heptapod_fast.data.cache_check import problems  # noqa: E402
+from heptapod_fast.data.cache_format import open_cache  # noqa: E402
 from heptapod_fast.data.cache_plan import Plan  # noqa: E402
 from heptapod_fast.data.cache_writer import Builder, claim  # noqa: E402
 from heptapod_fast.data.decoding import open_decoder  # noqa: E402
 from heptapod_fast.data.files import find_images  # noqa: E402
 from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
 from heptapod_fast.tokenizers.autoencoder import file_shapes  # noqa: E402
-from heptapod_fast.train.parallel import choose_device, device_name  # noqa: E402
+from heptapod_fast.train.parallel import choose_device  # noqa: E402
 
 SIDE = 256
 
@@ -68,7 +69,7 @@ def measure(name: str, folder: Path, device: torch.device, threads: int, count: 
         begin = time.perf_counter()
         decoder.decode([path for path, _ in plan.files], pixels)
         decoding = time.perf_counter() - begin
-        return {"tokenizer": name, "images/s": round(count / built, 2),
+        return {"images/s": round(count / built, 2),
                 **{f"waited for {part}": f"{seconds / total:.1%}"
                    for part, seconds in builder.seconds.items()},
                 "decoding alone, images/s": round(count / decoding, 1),
@@ -90,16 +91,22 @@ def _encoding(plan: Plan, pixels: np.ndarray, device: torch.device) -> float:
 
 
 def verifying(samples: int) -> dict:
-    """How fast a cache of random patches is checked."""
-    from bench.bench_loader import write_cache
+    """How fast a cache of random moments is checked."""
+    from bench.loaders import CLASSES, Made, write_cache
 
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((samples, 2, 2, 16, 16, 16), np.float32).astype(np.float16)
+    np.abs(values[:, :, 1], out=values[:, :, 1])
     with tempfile.TemporaryDirectory() as folder:
-        cache = write_cache(Path(folder), samples)
+        made = Made(Path(folder), values, np.arange(samples) % CLASSES)
+        write_cache(made, 8192)
+        cache = open_cache(made.places["cache"])
         begin = time.perf_counter()
         wrong = problems(cache)
         seconds = time.perf_counter() - begin
-        return {"MB": round(cache.nbytes / 1e6, 1), "seconds": round(seconds, 3),
-                "GB/s": round(cache.nbytes / seconds / 1e9, 2), "problems": len(wrong)}
+        assert not wrong, wrong
+        return {"images/s": round(samples / seconds, 1), "MB": round(cache.nbytes / 1e6, 1),
+                "GB/s": round(cache.nbytes / seconds / 1e9, 2)}
 
 
 @pytest.mark.parametrize("name", ["patch", "kl16", "vq16"])
@@ -115,26 +122,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure building a cache.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=32768, help="of the cache that is verified")
+    parser.add_argument("--samples", type=int, default=16384, help="of the cache that is verified")
     options = parser.parse_args()
     device, threads = choose_device("auto"), os.cpu_count() or 1
+    about = describe({"threads": threads, "images": options.images, "side": SIDE})
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(PICTURES[0], Path(folder))
-        found = [measure(name, Path(folder), device, threads, options.images)
-                 for name in ("kl16", "vq16", "patch")]
+        for name in ("kl16", "vq16", "patch"):
+            found = measure(name, Path(folder), device, threads, options.images)
+            rows.append(as_row(f"building, {name}, {PICTURES[0]}", found))
+            print(rows[-1]["name"], json.dumps(found), flush=True)
     checked = verifying(options.samples)
-    result = {
-        "command": " ".join(["python", *sys.argv]), "device": device_name(device),
-        "threads": threads, "images": options.images,
-        "versions": {name: importlib.metadata.version(name)
-                     for name in ("torch", "numpy", "zarr", "pillow")},
-        "tables": [
-            {"title": f"Building a cache from {options.images} photographs of 500 x 375 pixels",
-             "columns": list(found[0]), "rows": [list(entry.values()) for entry in found]},
-            {"title": "Verifying a cache completely", "columns": list(checked),
-             "rows": [list(checked.values())]}]}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["tables"], indent=1))
+    rows.append(as_row(f"verifying {options.samples:,} images of moments", checked))
+    print(rows[-1]["name"], json.dumps(checked))
+    options.out.write_text(json.dumps({
+        "datetime": datetime.datetime.now().isoformat(timespec="seconds"), "machine_info": about,
+        "benchmarks": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

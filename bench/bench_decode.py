@@ -10,9 +10,12 @@ median rates. Files are read from the page cache.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -171,24 +174,39 @@ def main() -> None:
             names.append(name)
         except Missing as error:
             missing[name] = str(error)
-    packages = ["torch", "pillow", "numpy", "torchvision"]
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": device_name(choose_device("auto")), "cores": os.cpu_count(),
-        "versions": {"python": sys.version.split()[0]} | {
-            name: version for name, version in sorted(found.items())
-            if name in packages or name.startswith("nvidia-dali")},
-        "files": FILES, "side": SIDE, "rounds": ROUNDS, "missing": missing, "results": {}}
+    about = describe({"files": FILES, "side": SIDE, "rounds": ROUNDS, "missing": missing})
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for k, pictures in enumerate(PICTURES):
             Path(folder, str(k)).mkdir()
             paths = write_pictures(pictures, Path(folder, str(k)))
             for threads in THREADS:
-                case = f"{pictures}, {threads} threads"
-                result["results"][case] = compare(paths, threads, names)
-                print(case, json.dumps(result["results"][case], indent=1))
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+                for name, entry in compare(paths, threads, names).items():
+                    rows.append(as_row(f"{pictures}, {threads} threads, {name}", entry))
+                    print(rows[-1]["name"], json.dumps(entry))
+    options.out.write_text(json.dumps({
+        "datetime": datetime.datetime.now().isoformat(timespec="seconds"), "machine_info": about,
+        "benchmarks": rows}, indent=1) + "\n")
+
+
+def describe(settings: dict) -> dict:
+    """The machine, the versions, the command and what it was told, as pytest-benchmark has it."""
+    versions = {}
+    for name in ("torch", "numpy", "pillow", "zarr", "nvidia-dali-cuda130", "torchvision"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"device": device_name(choose_device("auto")), "cpus": os.cpu_count(),
+            "load before": round(os.getloadavg()[0], 2),
+            "python_version": platform.python_version(), **versions,
+            "command": " ".join(["python", *sys.argv]), **settings}
+
+
+def as_row(name: str, entry: dict) -> dict:
+    """What was measured as pytest-benchmark stores it, for tools/report.py: seconds per image."""
+    low, high = entry.get("quartiles", [entry["images/s"]] * 2)
+    kept = {key: value for key, value in entry.items() if key != "quartiles"}
+    return {"name": name, "extra_info": kept, "stats": {
+        "median": 1 / entry["images/s"], "q1": 1 / high, "q3": 1 / low}}
 
 
 if __name__ == "__main__":

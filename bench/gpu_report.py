@@ -238,7 +238,7 @@ def open_data() -> list[str]:
     folder, lines = Path(__file__).parent / "results", []
     found = {kind: "".join(path.read_text() for path in sorted(folder.glob(f"{kind}*.json")))
              for kind in ("decode", "loader", "cache")}
-    if '"dali cuda": {' not in found["decode"]:
+    if ', dali cuda"' not in found["decode"]:
         lines.append("- DALI decoding on a GPU: never run; >= 3x Pillow at equal threads (`python "
                      "bench/bench_decode.py --out bench/results/decode-NAME.json`)")
     if '"ours, gpu' not in found["loader"]:

@@ -19,6 +19,7 @@ import mmap
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ from heptapod_fast.tokenizers import from_stored, stored_arrays
 MODES = ("auto", "gpu", "ram", "stream")
 WINDOW = 8  # shards: 65,536 images, 2 GB of moments with mirror images
 READERS = 4
+BLOCK = 4096
 _SHARE = 0.9  # of free memory that a cache may fill
-_MAP_FIXED = 0x10
+_MAP_FIXED, _MAP_POPULATE = 0x10, 0x8000  # Linux's
 
 
 class CacheTokens:
@@ -80,6 +82,9 @@ class CacheTokens:
         self._rows, self._order = torch.from_numpy(rows), WindowedOrder(sizes.tolist(), seed,
                                                                          WINDOW)
         self._labels = torch.from_numpy(_labels(cache)).long().to(self.device)
+        # Drawn for many samples at once: by themselves, batches cost as much to draw as to copy.
+        self._block = lru_cache(maxsize=4)(
+            lambda k: self._draw(torch.arange(k * BLOCK, (k + 1) * BLOCK)))
         self._unchecked: list[Tensor] = []
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._reader = _Ahead(cache, self._order) if self.mode == "stream" else None
@@ -117,27 +122,46 @@ class CacheTokens:
     def rows(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(B,) int64 global sample indices on the CPU -> stored rows (B, ...) of every array in
         the dtype of the cache, and labels (B,), on `device`."""
-        rows = self._rows[self._order.ids(index)]
         if self._reader is not None:
             self._reader.ready(index)
+        rows, places = self._choose(index)
+        labels = self._labels[rows.to(self.device, non_blocking=True)]
+        return {name: self._gather(flat, places) for name, flat in self._arrays.items()}, labels
+
+    def _choose(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of samples, and the places of their views among all views of all rows."""
+        if not len(index):
+            return index, index
+        first, stop = int(index[0]), int(index[-1]) + 1
+        if stop - first != len(index) or not bool((index.diff() == 1).all()):
+            return self._draw(index)
+        blocks = [self._block(k) for k in range(first // BLOCK, (stop - 1) // BLOCK + 1)]
+        rows, places = (torch.cat(parts) if len(parts) > 1 else parts[0]
+                        for parts in zip(*blocks, strict=True))
+        at = first % BLOCK
+        return rows[at:at + len(index)], places[at:at + len(index)]
+
+    def _draw(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows[self._order.ids(index)]
         places = rows * self.cache.views
         if self.flip:
             places = places + (Rng(self.seed).bits("flip", index, 1)[:, 0] & 1)
-        labels = self._labels[rows.to(self.device, non_blocking=True)]
-        return {name: self._gather(flat, places) for name, flat in self._arrays.items()}, labels
+        return rows, places
 
     def sources(self, index: Tensor) -> list[int]:
         """For global sample indices, which files they are: positions in the sorted list of the
         images that the cache was made from."""
-        rows = self._rows[self._order.ids(index)].numpy()
+        rows = self._choose(index)[0].numpy()
         return self.cache.read_index("source_index")[rows].tolist()
 
     def _gather(self, flat: Tensor, places: Tensor) -> Tensor:
-        if flat.device == self.device:
+        if flat.device.type != "cpu":
             return flat.index_select(0, places.to(self.device, non_blocking=True))
-        pinned = torch.empty(len(places), *flat.shape[1:], dtype=flat.dtype, pin_memory=True)
-        torch.index_select(flat, 0, places, out=pinned)
-        return pinned.to(self.device, non_blocking=True)
+        # numpy gathers with one thread: more of them wait for memory together, busily.
+        away = self.device.type == "cuda"
+        found = torch.empty(len(places), *flat.shape[1:], dtype=flat.dtype, pin_memory=away)
+        np.take(flat.numpy(), places.numpy(), axis=0, out=found.numpy(), mode="clip")
+        return found.to(self.device, non_blocking=True)
 
     def _open(self, share: tuple[int, int],
               progress: Callable[[int, int], None] | None) -> dict[str, Tensor]:
@@ -145,7 +169,8 @@ class CacheTokens:
         if self.mode != "gpu":
             if self.mode == "ram":
                 read_shards(self.cache, range(share[0], self.cache.shards, share[1]), progress)
-            return {name: mapped_array(self.cache, name) for name in self.cache.arrays}
+            return {name: mapped_array(self.cache, name, populate=self.mode == "ram")
+                    for name in self.cache.arrays}
         found, total = {}, self.cache.shards * len(self.cache.arrays)
         for at, name in enumerate(self.cache.arrays):
             host = mapped_array(self.cache, name)
@@ -234,9 +259,9 @@ def _labels(cache: Cache) -> np.ndarray:
     return labels
 
 
-def mapped_array(cache: Cache, name: str) -> Tensor:
+def mapped_array(cache: Cache, name: str, populate: bool = False) -> Tensor:
     """A sharded array as one (N * V, ...) tensor over its mapped files, codes as int16; do not
-    write to it.
+    write to it. `populate` enters all pages now, not one by one when they are first read.
 
     Shards lie side by side in the address space, each mapped from the start of its file. Where they
     cannot (shards of no whole number of pages, chunks in another order), the array is read into
@@ -253,13 +278,14 @@ def mapped_array(cache: Cache, name: str) -> Tensor:
             first, stop = cache.extent(shard)
             whole[first:stop] = cache.read_shard(name, shard)
     else:
-        whole = _side_by_side(files, shard_bytes, cache.rows * row_bytes)
+        whole = _side_by_side(files, shard_bytes, cache.rows * row_bytes,
+                              _MAP_POPULATE if populate else 0)
     # PyTorch gathers int16 everywhere, uint16 not; `from_stored` makes codes of either.
     dtype = "int16" if dtype == "uint16" else dtype
     return torch.from_numpy(whole.view(dtype).reshape(cache.rows * cache.views, *shape))
 
 
-def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
+def _side_by_side(files: list, part: int, total: int, flags: int) -> np.ndarray:
     """(total,) uint8: the first `part` bytes of every file, one after the other."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -279,5 +305,5 @@ def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
     for number, file in enumerate(files):
         with open(file, "rb") as stream:
             place(base + number * part, min(part, total - number * part),
-                  mmap.MAP_SHARED | _MAP_FIXED, stream.fileno())
+                  mmap.MAP_SHARED | _MAP_FIXED | flags, stream.fileno())
     return np.frombuffer(memory, np.uint8)

@@ -7,6 +7,7 @@ the same indices and gets the same images.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -74,51 +75,55 @@ class WindowedOrder:
             raise ValueError("expected a set of at least 1 image, found none: check --data")
         self._window, self._sizes = window, np.asarray(sizes, dtype=np.int64)
         self._firsts = np.cumsum(self._sizes) - self._sizes
-        self._epoch: tuple[int, list[np.ndarray], np.ndarray] | None = None
+        self._epoch = lru_cache(maxsize=2)(self._windows)
+        self._ids = lru_cache(maxsize=3)(self._in_window)
 
     def ids(self, index: Tensor) -> Tensor:
         """As `sample_ids`: (B,) int64 global sample indices -> (B,) int64 image ids."""
-        index = index.detach().to("cpu").long().numpy()
-        if index.size and index.min() < 0:
-            raise ValueError(f"expected global sample indices of 0 or more, found {index.min()}")
-        epochs, ids = index // self.count, np.empty_like(index)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            windows, starts = self._windows(int(epoch))
-            places = index[rows] % self.count
-            numbers = np.searchsorted(starts, places, side="right") - 1
-            found = np.empty_like(places)
-            for number in np.unique(numbers):
-                here = numbers == number
-                found[here] = self._in_window(windows[number], int(epoch), int(number),
-                                              places[here] - starts[number])
-            ids[rows] = found
-        return torch.from_numpy(ids)
+        wanted = index.detach().to("cpu").long().numpy()
+        if not wanted.size:
+            return torch.empty(0, dtype=torch.int64)
+        at, last = int(wanted.min()), int(wanted.max())
+        if at < 0:
+            raise ValueError(f"expected global sample indices of 0 or more, found {at}")
+        epoch, number, first, end = self._find(at)
+        if last < end:  # as most batches are
+            return torch.from_numpy(self._ids(epoch, number)[wanted - first])
+        found = np.empty_like(wanted)
+        while True:
+            epoch, number, first, end = self._find(at)
+            ids = self._ids(epoch, number)
+            here = (wanted >= first) & (wanted < end)
+            found[here] = ids[wanted[here] - first]
+            if last < end:
+                return torch.from_numpy(found)
+            at = int(wanted[wanted >= end].min())
 
     def shards_at(self, index: int) -> tuple[tuple[int, ...], int]:
         """Shards of the window that holds a global sample index, and the first index behind it."""
+        epoch, number, _, end = self._find(index)
+        return tuple(self._epoch(epoch)[0][number].tolist()), end
+
+    def _find(self, index: int) -> tuple[int, int, int, int]:
+        """Epoch and window of a global sample index, first index of the window and the one behind
+        its last."""
         epoch, place = divmod(index, self.count)
-        windows, starts = self._windows(epoch)
-        number = int(np.searchsorted(starts, place, side="right")) - 1
-        last = number + 1 == len(windows)
-        end = self.count if last else int(starts[number + 1])
-        return tuple(windows[number].tolist()), epoch * self.count + end
+        _, borders = self._epoch(epoch)
+        number = bisect_right(borders, place) - 1
+        base = epoch * self.count
+        return epoch, number, base + borders[number], base + borders[number + 1]
 
-    def _windows(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The shards of every window, and the place in the epoch at which each begins."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = np.arange(len(self._sizes))
-            if len(order) > self._window:
-                order = _permutation(len(order), self.seed, epoch, _SHARDS).numpy()
-            windows = [order[k:k + self._window] for k in range(0, len(order), self._window)]
-            windows = [shards for shards in windows if self._sizes[shards].sum()]
-            sizes = np.array([self._sizes[shards].sum() for shards in windows])
-            self._epoch = epoch, windows, np.cumsum(sizes) - sizes
-        return self._epoch[1:]
+    def _windows(self, epoch: int) -> tuple[list[np.ndarray], list[int]]:
+        """The shards of every window, and the places in the epoch between windows."""
+        order = np.arange(len(self._sizes))
+        if len(order) > self._window:
+            order = _permutation(len(order), self.seed, epoch, _SHARDS).numpy()
+        windows = [order[k:k + self._window] for k in range(0, len(order), self._window)]
+        windows = [shards for shards in windows if self._sizes[shards].sum()]
+        return windows, [0, *np.cumsum([self._sizes[shards].sum() for shards in windows]).tolist()]
 
-    def _in_window(self, shards: np.ndarray, epoch: int, number: int,
-                   places: np.ndarray) -> np.ndarray:
-        ends = np.cumsum(self._sizes[shards])
-        local = _permutation(int(ends[-1]), self.seed, epoch, number).numpy()[places]
-        which = np.searchsorted(ends, local, side="right")
-        return self._firsts[shards[which]] + local - (ends - self._sizes[shards])[which]
+    def _in_window(self, epoch: int, number: int) -> np.ndarray:
+        """Image ids of a window in their order."""
+        shards = self._epoch(epoch)[0][number]
+        ids = np.concatenate([np.arange(self._sizes[s]) + self._firsts[s] for s in shards])
+        return ids[_permutation(len(ids), self.seed, epoch, number).numpy()]
