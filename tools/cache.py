@@ -7,7 +7,7 @@ where it stopped, with as many processes as it likes, and ends with the same byt
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -60,6 +60,8 @@ class Arguments:
 def work() -> int:
     """Parse, build, say what was built."""
     arguments = parse(Arguments)
+    if arguments.patch_size is None and arguments.tokenizer in ("patch", "patch-vq"):
+        arguments = replace(arguments, patch_size=16 if arguments.image_size >= 128 else 4)
     from heptapod_fast.train import parallel
 
     # A rank with a shard more than the others may have hours to go.
@@ -72,16 +74,16 @@ def work() -> int:
 
 def build(given: Arguments, world) -> int:
     """Claim the folder, agree on a plan, build this process's shards, finish."""
-    from heptapod_fast.data.cache_build import prepare, report, threads_of
+    from heptapod_fast.data.cache_build import look, make_plan, report, threads_of
     from heptapod_fast.data.cache_writer import Builder, claim
     from heptapod_fast.progress import Progress, duration
 
     if not given.out.rstrip("/").endswith(".zarr"):
         raise ValueError(f"--out {given.out}: expected a name that ends in .zarr, by which "
                          "tools/train.py --data knows caches")
-    begin, path = time.monotonic(), Path(given.out)
+    begin, path, found = time.monotonic(), Path(given.out), look(given, world)
     lock = claim(path) if world.main else None
-    plan = prepare(given, world)
+    plan = make_plan(given, world, found)
     builder = Builder(path, plan, threads_of(given, world))
     if world.main and builder.begin():
         print(f"building  {path}: {len(plan.files):,} images, {len(plan.class_names)} classes, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,51 +11,70 @@ import torch
 from heptapod_fast.data.cache_format import BUILDING, CODEBOOK, MANIFEST, open_cache
 from heptapod_fast.data.cache_plan import Plan, check_images, fit_codebook
 from heptapod_fast.data.cache_writer import PLAN
-from heptapod_fast.data.decoding import open_decoder
-from heptapod_fast.data.files import find_images
+from heptapod_fast.data.decoding import Decoder, open_decoder
+from heptapod_fast.data.files import Files, find_images
 from heptapod_fast.progress import Progress
 from heptapod_fast.tokenizers import (
     PRETRAINED,
     Tokenizer,
     hint,
     load_tokenizer,
+    stored_arrays,
     token_spec,
 )
 
 
-def prepare(given, world) -> Plan:
-    """The plan of a cache from the settings of tools/cache.py; equal on all ranks.
+@dataclass(frozen=True)
+class Found:
+    """What a cache will be built from. tokenizer: None for a codebook that is still to be fitted.
+    """
 
-    given: the fields of tools/cache.py. The main rank looks at every image's header, and fits a
-    codebook where one is needed, which the others then read.
+    class_names: tuple[str, ...]
+    files: Files
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+
+
+def look(given, world) -> Found:
+    """Opens everything that the settings of tools/cache.py name; makes nothing.
+
+    given: the fields of tools/cache.py. The main rank looks at every image's header, unless the
+    cache was begun before.
 
     Raises:
         FileNotFoundError, ValueError: settings, images or weights that cannot be used.
     """
-    if given.patch_size is None and given.tokenizer not in PRETRAINED:
-        given = replace(given, patch_size=16 if given.image_size >= 128 else 4)
-    token_spec(given.tokenizer, given.image_size, given.patch_size, given.codes)
+    stored_arrays(token_spec(given.tokenizer, given.image_size, given.patch_size, given.codes))
     _check_weights(given)
-    folder, out = Path(given.data), Path(given.out)
-    class_names, files = find_images(folder)
+    class_names, files = find_images(Path(given.data))
     decoder = open_decoder(given.decoder, world.device, threads_of(given, world))
-    begun = any((out / name).exists() for name in (MANIFEST, f"{BUILDING}/{PLAN}"))
+    begun = any((Path(given.out) / name).exists() for name in (MANIFEST, f"{BUILDING}/{PLAN}"))
     if world.main and not begun:
-        check_images(folder, files, given.image_size, given.max_broken, given.allow_upscale)
-    if world.main and not begun:  # of a start that ended before there was a plan
-        (out / BUILDING / CODEBOOK).unlink(missing_ok=True)
-    codebook = next((path for path in (out / CODEBOOK, out / BUILDING / CODEBOOK)
-                     if path.exists()), out / BUILDING / CODEBOOK)
-    if world.main and given.tokenizer == "patch-vq" and not codebook.exists():
-        if given.tokenizer_weights is not None:
-            _load(given, given.tokenizer_weights).save(codebook)
-        else:
-            fit_codebook(files, decoder, given.image_size, given.patch_size, given.codes,
-                         given.seed, Progress("fitting the codebook", "rounds")).save(codebook)
-    world.barrier()
-    weights = codebook if given.tokenizer == "patch-vq" else given.tokenizer_weights
-    return Plan(folder, files, class_names, _load(given, weights).to(world.device), decoder,
-                given.flip, given.batch, given.seed, given.shard_rows, given.max_broken)
+        check_images(Path(given.data), files, given.image_size, given.max_broken,
+                     given.allow_upscale)
+    fitted = given.tokenizer == "patch-vq" and given.tokenizer_weights is None
+    tokenizer = None if fitted else _load(given, given.tokenizer_weights)
+    return Found(class_names, files, decoder, tokenizer)
+
+
+def make_plan(given, world, found: Found) -> Plan:
+    """The plan, equal on all ranks. The main rank, which has claimed the folder, fits a codebook
+    where one is needed, and the others read it."""
+    out, tokenizer = Path(given.out), found.tokenizer
+    if tokenizer is None:
+        fresh = out / BUILDING / CODEBOOK
+        if world.main and not (out / BUILDING / PLAN).exists():
+            fresh.unlink(missing_ok=True)  # of a start that ended before there was a plan
+        there = [path for path in (out / CODEBOOK, fresh) if path.exists()]
+        if world.main and not there:
+            fit_codebook(found.files, found.decoder, given.image_size, given.patch_size,
+                         given.codes, given.seed,
+                         Progress("fitting the codebook", "rounds")).save(fresh)
+        world.barrier()
+        tokenizer = _load(given, (there or [fresh])[0])
+    return Plan(Path(given.data), found.files, found.class_names, tokenizer.to(world.device),
+                found.decoder, given.flip, given.batch, given.seed, given.shard_rows,
+                given.max_broken)
 
 
 def _check_weights(given) -> None:

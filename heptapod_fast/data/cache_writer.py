@@ -113,6 +113,8 @@ class Builder:
         if file.exists():
             before = json.loads(file.read_text())
             changed = [key for key in head if _contents(before.get(key)) != _contents(head[key])]
+            if finished:
+                shutil.rmtree(self.work)  # made by `claim`, or left by a build that ended here
             if changed:
                 raise CacheError(changes(self.path, before, head, changed))
             for path in self.path.rglob("*.partial"):
@@ -121,8 +123,6 @@ class Builder:
             self._check_space()
             self._create_arrays()
             write_json(file, head)
-        if finished:
-            shutil.rmtree(self.work)  # the build ended here, after the manifest was written
         return not finished
 
     def _check_space(self) -> None:

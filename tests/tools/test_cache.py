@@ -59,6 +59,8 @@ def test_from_a_folder_to_samples(folder, tmp_path):
     ("patch-vq", ["--image-size", 64], "too small for --image-size 64")])
 def test_settings_that_are_refused(folder, tmp_path, tokenizer, words, text):
     refused(cache(folder, tmp_path / "c.zarr", *words, tokenizer=tokenizer), text)
+    # Only a plan can say no to these.
+    assert not (tmp_path / "c.zarr").exists() or "--batch" in words
 
 
 def test_names_that_are_refused(folder, tmp_path):
@@ -90,6 +92,7 @@ def test_an_image_more(folder, tmp_path):
     assert cache(folder, out).code == 0
     Image.new("RGB", (16, 16)).save(folder / "ant" / "new.png")
     refused(cache(folder, out), "the images of --data: files 31, was 30")
+    assert not (out / ".building").exists()
     (folder / "ant" / "new.png").unlink()
     Image.new("RGB", (20, 20)).save(folder / "ant" / "000.png")
     refused(cache(folder, out), "the images of --data: other file names, sizes or classes")
