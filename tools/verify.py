@@ -36,10 +36,11 @@ def cache(path: str) -> int:
 
     opened = open_cache(path, look=False)
     about, left_out = opened.manifest, opened.manifest["quarantine"]
-    print(f"manifest.json: {opened.rows - len(left_out):,} images, {opened.views} views, "
+    print(f"manifest.json: {opened.rows - len(left_out):,} images, {opened.views} view"
+          f"{'s' * (opened.views > 1)}, "
           f"{len(opened.class_names)} classes, {about['tokenizer']['tokenizer']} at "
-          f"{about['tokenizer']['image_size']} px, {opened.nbytes / 1e6:,.1f} MB in "
-          f"{opened.shards} shards")
+          f"{about['tokenizer']['image_size']} px, {opened.nbytes / 1e6:,.1f} MB, "
+          f"shards: {opened.shards}")
     for entry in left_out:
         print(f"left out: {entry['path']}: {entry['reason']}")
     wrong = problems(opened, Progress("verifying", "shards"))

@@ -191,7 +191,7 @@ def choose_mode(cache: Cache, device: torch.device, mode: str,
     Raises:
         ValueError: a mode that is unknown, or that cannot be had on this device.
     """
-    size = f"{cache.nbytes / 1e9:.2f} GB"
+    size = f"{cache.nbytes / 1e9:.2f} GB" if cache.nbytes >= 1e9 else f"{cache.nbytes / 1e6:.1f} MB"
     if mode not in MODES:
         raise ValueError(f"--cache-mode {mode}: expected one of {', '.join(MODES)}")
     if mode == "gpu" and device.type != "cuda":

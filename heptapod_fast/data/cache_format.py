@@ -166,7 +166,8 @@ class Cache:
         """What to say of damaged files."""
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         return (f"{self.path} is damaged: {'; '.join(wrong[:SHOWN])}{more}. Restore these files "
-                "from a copy, or build the cache anew (tools/cache.py)")
+                "from a copy, or repeat the command that made it: tools/cache.py builds damaged "
+                "shards again")
 
     def problem(self, name: str) -> str:
         """What is wrong with one file, by its bytes; empty if nothing is."""
@@ -263,6 +264,8 @@ def _manifest_problems(manifest: dict[str, Any]) -> str:
             return "its quarantine does not name rows in ascending order"
         if rows < 1 or about.views not in (1, 2) or not about.class_names or len(broken) >= rows:
             return "its rows, views or classes make no sense"
+        if len(manifest["sums"]) != shards:
+            return f"it has no sums of {shards} shards"
         _ = about.fingerprint, manifest["preprocessing"], manifest["dataset"]["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         return f"{type(error).__name__}: {error}"

@@ -147,12 +147,21 @@ _FLAGS = {"tokenizer": "--tokenizer, --tokenizer-weights, --patch-size, --codes 
           "image_size": "--image-size"}
 
 
-def changes(path: Path, before: dict, now: dict, changed: list[str]) -> str:
-    """Which settings of a cache are not what they were."""
+def changes(path: Path, before: dict, now: dict) -> str:
+    """What to say of a cache that was begun with other settings; empty if it was not."""
+    changed = [key for key in now if _contents(before.get(key)) != _contents(now[key])]
+    if not changed:
+        return ""
     lines = [f"{_FLAGS.get(key, key)}: {_difference(before.get(key), now[key])}"
              for key in changed]
     return (f"{path} was begun with other settings; repeat them to go on, or remove it to begin "
             "anew" + listing(lines, len(lines), 20))
+
+
+def _contents(value: Any) -> Any:
+    """An entry of a plan without the places where things lie, which may change."""
+    return ({key: part for key, part in value.items() if key not in ("folder", "weights")}
+            if isinstance(value, dict) else value)
 
 
 def _difference(before: Any, now: Any) -> str:

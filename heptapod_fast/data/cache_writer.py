@@ -37,6 +37,7 @@ from heptapod_fast.data.cache_format import (
     open_cache,
 )
 from heptapod_fast.data.cache_plan import Plan, changes, size_of
+from heptapod_fast.data.cache_repair import reopen
 from heptapod_fast.data.files import listing
 from heptapod_fast.storage import checksum, sync, write_json
 from heptapod_fast.tokenizers import PatchVQ, stored_arrays, to_stored, to_unit
@@ -102,21 +103,31 @@ class Builder:
 
     def begin(self) -> bool:
         """Writes the plan, or compares it with the one that is there; the caller has claimed the
-        folder. Returns whether anything is left to do.
+        folder. A finished cache is read whole, and what is damaged is to be built again.
+
+        Returns:
+            Whether anything is left to do.
 
         Raises:
-            CacheError: the plan was another one, or the disk is too small.
+            CacheError: the plan was another one, the disk is too small, or damage that building
+                shards cannot mend.
         """
         head = json.loads(json.dumps(self.plan.head()))
         finished = (self.path / MANIFEST).exists()
         file = self.path / MANIFEST if finished else self.work / PLAN
         if file.exists():
             before = json.loads(file.read_text())
-            changed = [key for key in head if _contents(before.get(key)) != _contents(head[key])]
-            if finished:
-                shutil.rmtree(self.work)  # made by `claim`, or left by a build that ended here
+            changed = changes(self.path, before, head)
+            if finished:  # what `claim` made, or a build that ended here left behind
+                for left in self.work.glob("*.json"):
+                    left.unlink()
+                lost = [] if changed else reopen(Cache(self.path, before), self.work, PLAN,
+                                                 list(head))
+                if not lost:
+                    shutil.rmtree(self.work)
+                finished = not lost
             if changed:
-                raise CacheError(changes(self.path, before, head, changed))
+                raise CacheError(changed)
             for path in self.path.rglob("*.partial"):
                 path.unlink()
         else:
@@ -318,7 +329,9 @@ class Builder:
                            "crc32c": checksum(self.path / name)}
         manifest = json.loads((self.work / PLAN).read_text())
         manifest |= {"quarantine": [e for record in records for e in record["quarantine"]],
-                     "statistics": statistics(records), "files": dict(sorted(files.items()))}
+                     "statistics": statistics(records),
+                     "sums": [record["sums"] for record in records],
+                     "files": dict(sorted(files.items()))}
         self._verify(Cache(self.path, manifest), records)
         faults.point("manifest")
         write_json(self.path / MANIFEST, manifest)
@@ -336,9 +349,3 @@ class Builder:
         if wrong:
             raise CacheError(f"{self.path}: {'; '.join(wrong[:SHOWN])}: not what was written. "
                              "Check the disk; repeating the command builds these shards again")
-
-
-def _contents(value: Any) -> Any:
-    """An entry of a plan without the places where things lie, which may change."""
-    return ({key: part for key, part in value.items() if key not in ("folder", "weights")}
-            if isinstance(value, dict) else value)

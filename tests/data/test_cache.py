@@ -264,7 +264,7 @@ def spoil(path, kind):
 @pytest.mark.parametrize("mode", ["ram", "stream"])
 def test_damaged_shards_are_refused(copy, kind, words, mode):
     spoil(copy, kind)
-    with pytest.raises(CacheError, match=f"{SHARD}: .*{words}.*build the cache anew"):
+    with pytest.raises(CacheError, match=f"{SHARD}: .*{words}.*builds damaged shards again"):
         batches(CacheTokens(open_cache(copy), 0, mode=mode))
     found = problems(open_cache(copy, look=False))
     assert any(SHARD in text and words in text for text in found), found

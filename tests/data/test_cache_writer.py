@@ -260,6 +260,38 @@ def test_shards_that_are_lost_before_the_end_are_built_again(folder, tmp_path, u
     assert contents(path) == undisturbed
 
 
+@pytest.mark.parametrize("tokenizer", ["patch", "patch-vq"])
+def test_damaged_shards_of_a_finished_cache_are_built_again(folder, tmp_path, tokenizer,
+                                                            monkeypatch):
+    path, plan = tmp_path / "c.zarr", small_plan(folder, small_tokenizer(tokenizer))
+    tail = "/0/0/0/0" if tokenizer == "patch" else "/0/0"
+    shards = path / ("mean/c" if tokenizer == "patch" else "codes/c")
+    build_cache(path, plan)
+    before = contents(path)
+    raw = bytearray((shards / f"1{tail}").read_bytes())
+    raw[40] ^= 8
+    (shards / f"1{tail}").write_bytes(raw)
+    (shards / f"3{tail}").unlink()
+    built = []
+    real = Builder._build_shard
+    monkeypatch.setattr(Builder, "_build_shard",
+                        lambda self, shard: built.append(shard) or real(self, shard))
+    with monkeypatch.context() as patch:  # killed once more on the way
+        stop_after(patch, "_write", 2)
+        with pytest.raises(Stop):
+            build_cache(path, plan)
+    with pytest.raises(CacheError, match="was interrupted: repeat the command"):
+        open_cache(path)
+    build_cache(path, plan)
+    assert built == [1, 3, 3] and contents(path) == before
+    (path / "labels/c/0").write_bytes(b"")
+    with pytest.raises(CacheError, match="beyond its shards: labels/c/0: 0 bytes"):
+        build_cache(path, plan)
+    (path / "labels/c/0").write_bytes(before["labels/c/0"])
+    build_cache(path, plan)
+    assert contents(path) == before
+
+
 def test_batches_are_whole_whatever_is_broken(tmp_path):
     """The last batch of a shard and one with holes are as large as all others."""
     tokenizer, sizes = small_tokenizer(), []

@@ -156,7 +156,7 @@ def test_a_damaged_codebook(copy, tmp_path):
 def test_damage_ends_a_run_with_one_line(copy, tmp_path):
     (copy / "codes/c/1/0/0").write_bytes(b"")
     words = flags(out=tmp_path / "run", data=copy, **CACHED)
-    refused(command("train", *words), "codes/c/1/0/0: 0 bytes, expected", "build the cache anew")
+    refused(command("train", *words), "codes/c/1/0/0: 0 bytes, expected", "builds damaged")
 
 
 def test_tokens_that_are_not_finite_end_a_run(tmp_path):
