@@ -314,8 +314,7 @@ class Builder:
         """
         missing = self.missing()
         if missing:
-            raise CacheError(f"{self.path}: shards {missing[:SHOWN]} are missing; repeat the "
-                             "command that builds it")
+            raise CacheError(f"{self.path}: shards {missing[:SHOWN]} are missing")
         self._refuse_broken()
         records = list(self._records())
         files = {name: entry for record in records for name, entry in record["files"].items()}
