@@ -35,7 +35,7 @@ from heptapod_fast.tokenizers import from_stored, stored_arrays
 MODES = ("auto", "gpu", "ram", "stream")
 WINDOW = 8  # shards: 65,536 images, 2 GB of moments with mirror images
 READERS = 4
-BLOCK = 4096
+BLOCK = 1024  # samples; small enough that PyTorch wakes no other thread
 _SHARE = 0.9  # of free memory that a cache may fill
 _MAP_FIXED, _MAP_POPULATE = 0x10, 0x8000  # Linux's
 
@@ -157,11 +157,13 @@ class CacheTokens:
     def _gather(self, flat: Tensor, places: Tensor) -> Tensor:
         if flat.device.type != "cpu":
             return flat.index_select(0, places.to(self.device, non_blocking=True))
-        # numpy gathers with one thread: more of them wait for memory together, busily.
-        away = self.device.type == "cuda"
-        found = torch.empty(len(places), *flat.shape[1:], dtype=flat.dtype, pin_memory=away)
-        np.take(flat.numpy(), places.numpy(), axis=0, out=found.numpy(), mode="clip")
-        return found.to(self.device, non_blocking=True)
+        # numpy gathers with one thread: several wait for the same memory, busily.
+        host, wanted = flat.numpy(), places.numpy()
+        if self.device.type == "cpu":
+            return torch.from_numpy(np.take(host, wanted, axis=0))
+        pinned = torch.empty(len(places), *flat.shape[1:], dtype=flat.dtype, pin_memory=True)
+        np.take(host, wanted, axis=0, out=pinned.numpy(), mode="clip")
+        return pinned.to(self.device, non_blocking=True)
 
     def _open(self, share: tuple[int, int],
               progress: Callable[[int, int], None] | None) -> dict[str, Tensor]:
