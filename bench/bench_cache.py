@@ -29,7 +29,8 @@ from bench.bench_decode import PICTURES, as_row, describe, write_pictures  # noq
 from heptapod_fast.data.cache_check import problems  # noqa: E402
 from heptapod_fast.data.cache_format import open_cache  # noqa: E402
 from heptapod_fast.data.cache_plan import Plan  # noqa: E402
-from heptapod_fast.data.cache_writer import Builder, claim  # noqa: E402
+from heptapod_fast.data.cache_site import claim  # noqa: E402
+from heptapod_fast.data.cache_writer import Builder  # noqa: E402
 from heptapod_fast.data.decoding import open_decoder  # noqa: E402
 from heptapod_fast.data.files import find_images  # noqa: E402
 from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402

@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from heptapod_fast.data.cache import WINDOW, CacheTokens
+from heptapod_fast.data import cache as reading
+from heptapod_fast.data.cache import CacheTokens
 from heptapod_fast.data.cache_format import open_cache
 from heptapod_fast.data.cache_plan import Plan
-from heptapod_fast.data.cache_writer import Builder, claim
+from heptapod_fast.data.cache_site import claim
+from heptapod_fast.data.cache_writer import Builder
 from heptapod_fast.tokenizers import token_spec
 
+WINDOW = 8  # shards
 BATCH, CLASSES, SEED = 256, 100, 0
 BUFFER, INITIAL = 1000, 100  # WebDataset's shuffle buffer, and from when on it gives samples
 PEER = "MAR npz, 2 workers"
@@ -119,6 +122,7 @@ def make(folder: Path, samples: int, shard_rows: int) -> Made:
         raise ValueError(f"--samples {samples} --shard-rows {shard_rows}: expected shards of a "
                          f"multiple of {BATCH} rows, and a multiple of them in samples, more than "
                          f"{WINDOW} (one window of mode stream)")
+    reading.WINDOW = WINDOW * shard_rows  # as many shards as of the usual size
     rng = np.random.default_rng(SEED)
     values = np.empty((samples, 2, 2, 16, 16, 16), np.float16)
     for block in np.split(values, samples // BATCH):

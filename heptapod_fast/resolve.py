@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import get_args, get_type_hints
 
 from heptapod_fast.config import CONTINUOUS, PRESETS, Config, Preset, flag, is_cache
@@ -23,6 +24,8 @@ def resolve(config: Config) -> Config:
     _refuse_absurd(values)
     _refuse_foreign(values)
     preset = PRESETS[config.size]
+    if values["data"] not in (None, "", "logograms", "synthetic"):
+        values["data"] = os.path.normpath(values["data"])  # one run, however its data is spelt
     if is_cache(values["data"]):
         _follow_cache(values)
     for name, default in preset.defaults.items():
@@ -63,9 +66,10 @@ def _follow_cache(values: dict) -> None:
         follows = tuple(name for name in follows if name != "codes")
     if all(values[name] is not None for name in follows):
         return
-    from heptapod_fast.data.cache_format import open_cache
+    from heptapod_fast.data.cache_format import open_cache, refuse_other
 
     cache = open_cache(values["data"])
+    refuse_other(cache, values)
     about = cache.manifest["tokenizer"] | {"flip": cache.views == 2}
     for name in follows:
         if values[name] is None:

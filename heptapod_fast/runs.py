@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from heptapod_fast.config import MAY_CHANGE, Config, flag
+from heptapod_fast.config import MAY_CHANGE, Config, flag, is_cache
 from heptapod_fast.data.cache_format import CODEBOOK, Cache
 from heptapod_fast.data.sources import ImageSource
+from heptapod_fast.storage import write_json
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import (
     PRETRAINED,
@@ -85,6 +86,14 @@ class RunDir:
         checkpoints.clean(self.checkpoints)
         return changed
 
+    def keep_tokenizer(self, cache: Cache, tokenizer: Tokenizer | None) -> None:
+        """Make the run readable without the cache: its codebook, or which weights it is about."""
+        if cache.spec.name == "patch-vq":
+            tokenizer.save(self.tokenizer)
+        elif cache.spec.name in PRETRAINED:
+            write_json(self.tokenizer.with_suffix(".json"),
+                       cache.manifest["tokenizer"] if tokenizer is None else tokenizer.describe())
+
     def _unwritable(self, error: OSError) -> RunError:
         return RunError(f"cannot write to the run directory {self.path}: {error} (--out names "
                         "another)")
@@ -112,7 +121,9 @@ class RunDir:
         before, now = vars(self.read_config()), vars(config)
         differences = {name: f"{flag(name)} {now[name]} (was {before[name]})" for name in now
                        if now[name] != before[name]}
-        fatal = [text for name, text in differences.items() if name not in MAY_CHANGE]
+        moved = is_cache(before["data"]) and is_cache(now["data"])  # checkpoints know its contents
+        fatal = [text for name, text in differences.items()
+                 if name not in MAY_CHANGE and not (moved and name == "data")]
         if fatal and not self._began():
             self.tokenizer.unlink(missing_ok=True)  # fitted with the other settings
             return []
@@ -169,12 +180,12 @@ def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = Non
     if config.tokenizer == "patch":
         return load_tokenizer("patch", **settings)
     settings["codes"] = config.codes
-    if run.tokenizer.exists():
-        return load_tokenizer("patch-vq", run.tokenizer, **settings)
     if cache is not None:
         cache.verify([CODEBOOK])
-        tokenizer = load_tokenizer("patch-vq", cache.path / CODEBOOK, **settings)
-    elif config.tokenizer_weights is not None:
+        return load_tokenizer("patch-vq", cache.path / CODEBOOK, **settings)
+    if run.tokenizer.exists():
+        return load_tokenizer("patch-vq", run.tokenizer, **settings)
+    if config.tokenizer_weights is not None:
         tokenizer = load_tokenizer("patch-vq", config.tokenizer_weights, **settings)
     elif images is None:
         return None
@@ -187,24 +198,30 @@ def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = Non
 
 def _open_pretrained(config: Config, run: RunDir, settings: dict, fresh: bool,
                      cache: Cache | None) -> Tokenizer | None:
+    """kl16 or vq16. The weights are those given, those of the cache, or those of the run; for a
+    cache None if they are not there any more and none are given: training needs tokens only."""
     if config.data == "synthetic":
         return None
-    file, about = run.tokenizer.with_suffix(".json"), None
+    file, weights = run.tokenizer.with_suffix(".json"), config.tokenizer_weights
     if cache is not None:
         about = cache.manifest["tokenizer"]
-    elif file.exists():
-        about = json.loads(file.read_text())
-    weights = config.tokenizer_weights or (about or {}).get("weights")
-    if cache is not None and config.tokenizer_weights is None and not Path(weights or "").is_file():
-        tokenizer = None  # training needs tokens only
-    else:
-        tokenizer = load_tokenizer(config.tokenizer, weights, **settings)
-        if cache is not None and tokenizer.fingerprint != about["fingerprint"]:
-            raise RunError(f"{weights} are not the weights that {cache.path} was made with: name "
-                           "those with --tokenizer-weights, or build the cache anew")
-        about = tokenizer.describe()
-    if (fresh or cache is not None) and not file.exists():
-        file.write_text(json.dumps(about, indent=1) + "\n")
+        try:
+            tokenizer = load_tokenizer(config.tokenizer, weights or about["weights"], **settings)
+        except (OSError, ValueError):
+            if weights is not None:
+                raise
+            return None
+        if tokenizer.fingerprint == about["fingerprint"]:
+            return tokenizer
+        if weights is None:
+            return None
+        raise RunError(f"{weights} are not the weights that {cache.path} was made with: name those "
+                       "with --tokenizer-weights, or leave it out and train without sample grids")
+    if weights is None and file.exists():
+        weights = json.loads(file.read_text())["weights"]
+    tokenizer = load_tokenizer(config.tokenizer, weights, **settings)
+    if fresh and not file.exists():
+        write_json(file, tokenizer.describe())
     return tokenizer
 
 
@@ -251,8 +268,8 @@ def saved_tokenizer(config: Config, run: RunDir, chosen: checkpoints.Checkpoint)
                        "without it; restore it from a copy")
     if tokenizer.fingerprint != expected:
         if config.tokenizer in PRETRAINED:
-            raise RunError(f"{config.tokenizer_weights} are not the weights that {chosen.path} was "
-                           "trained with: name those with --tokenizer-weights")
+            raise RunError(f"{tokenizer.source} are not the weights that {chosen.path} was trained "
+                           "with: name those with --tokenizer-weights")
         raise RunError(f"{run.tokenizer} is not what {chosen.path} was trained with: it was "
                        "changed or damaged; restore it from a copy")
     return tokenizer

@@ -41,7 +41,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON at once or not at all, and flush it."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
         sync(temporary)
         temporary.replace(path)
     except OSError:

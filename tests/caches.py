@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from heptapod_fast.data.cache_format import MANIFEST
+from heptapod_fast.data.cache_format import MANIFEST, seal
 from heptapod_fast.data.cache_plan import Plan
 from heptapod_fast.data.cache_writer import build_cache
 from heptapod_fast.data.decoding import PillowDecoder
@@ -61,7 +61,7 @@ def edit_manifest(path: Path, change) -> None:
     """Let `change(manifest)` change it in place."""
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / MANIFEST).write_text(json.dumps(seal(manifest)))
 
 
 def sign(path: Path) -> None:

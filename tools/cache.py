@@ -6,6 +6,7 @@ where it stopped, with as many processes as it likes, and ends with the same byt
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -68,6 +69,9 @@ def work() -> int:
     world = parallel.start(arguments.device, patience=timedelta(days=7))
     try:
         return build(arguments, world)
+    except KeyboardInterrupt:
+        print("interrupted: finished shards stay, the same command goes on", file=sys.stderr)
+        return 130
     finally:
         parallel.stop(world)
 
@@ -75,7 +79,8 @@ def work() -> int:
 def build(given: Arguments, world) -> int:
     """Claim the folder, agree on a plan, build this process's shards, finish."""
     from heptapod_fast.data.cache_build import look, make_plan, report, threads_of
-    from heptapod_fast.data.cache_writer import Builder, claim
+    from heptapod_fast.data.cache_site import claim
+    from heptapod_fast.data.cache_writer import Builder
     from heptapod_fast.progress import Progress, duration
 
     if not given.out.rstrip("/").endswith(".zarr"):
@@ -87,9 +92,9 @@ def build(given: Arguments, world) -> int:
     builder = Builder(path, plan, threads_of(given, world))
     if world.main and builder.begin():
         print(f"building  {path}: {len(plan.files):,} images, {len(plan.class_names)} classes, "
-              f"{plan.shards} shards", flush=True)
+              f"{plan.shards} shard{'s' * (plan.shards > 1)}", flush=True)
     world.barrier()
-    missing = builder.missing() if builder.work.exists() else []
+    missing = builder.missing()
     world.barrier()  # nobody finishes a shard before everybody has seen what is missing
     if missing and world.main and len(missing) < plan.shards:
         print(f"going on  {plan.shards - len(missing)} shards are done", flush=True)

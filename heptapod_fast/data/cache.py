@@ -17,15 +17,15 @@ import ctypes
 import hashlib
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from heptapod_fast.data.cache_format import FILLS, Cache, CacheError
+from heptapod_fast.data.cache_format import Cache, CacheError, size_problem
 from heptapod_fast.data.order import WindowedOrder
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.rng import Rng
@@ -33,11 +33,12 @@ from heptapod_fast.storage import available_memory
 from heptapod_fast.tokenizers import from_stored, stored_arrays
 
 MODES = ("auto", "gpu", "ram", "stream")
-WINDOW = 8  # shards: 65,536 images, 2 GB of moments with mirror images
+WINDOW = 65_536  # images, in whole shards: 8 of the usual ones, 2 GB of moments with mirror images
 READERS = 4
 BLOCK = 1024  # samples; small enough that PyTorch wakes no other thread
 _SHARE = 0.9  # of free memory that a cache may fill
-_MAP_FIXED, _MAP_POPULATE = 0x10, 0x8000  # Linux's
+_MAP_FIXED = 0x10
+_READ = 2**22
 
 
 class CacheTokens:
@@ -79,15 +80,18 @@ class CacheTokens:
         self.num_classes = len(cache.class_names)
         identity = f"{cache.fingerprint}/flip={int(flip)}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        self._rows, self._order = torch.from_numpy(rows), WindowedOrder(sizes.tolist(), seed,
-                                                                         WINDOW)
+        self._rows = torch.from_numpy(rows)
+        self._order = WindowedOrder(sizes.tolist(), seed,
+                                    -(-WINDOW // cache.manifest["shard_rows"]))
         self._labels = torch.from_numpy(_labels(cache)).long().to(self.device)
         # Drawn for many samples at once: by themselves, batches cost as much to draw as to copy.
         self._block = lru_cache(maxsize=4)(
             lambda k: self._draw(torch.arange(k * BLOCK, (k + 1) * BLOCK)))
         self._unchecked: list[Tensor] = []
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._reader = _Ahead(cache, self._order) if self.mode == "stream" else None
+        self._hosts = {name: HostArray(cache, name) for name in cache.arrays}
+        self._reader = (_Ahead(self._order, partial(read_shards, cache, self._hosts))
+                        if self.mode == "stream" else None)
         self._arrays = self._open(share, progress)
 
     def batch(self, index: Tensor) -> Batch:
@@ -168,21 +172,21 @@ class CacheTokens:
     def _open(self, share: tuple[int, int],
               progress: Callable[[int, int], None] | None) -> dict[str, Tensor]:
         """Every array as (N * V, ...), all views of a row side by side."""
-        if self.mode != "gpu":
-            if self.mode == "ram":
-                read_shards(self.cache, range(share[0], self.cache.shards, share[1]), progress)
-            return {name: mapped_array(self.cache, name, populate=self.mode == "ram")
-                    for name in self.cache.arrays}
-        found, total = {}, self.cache.shards * len(self.cache.arrays)
-        for at, name in enumerate(self.cache.arrays):
-            host = mapped_array(self.cache, name)
-            found[name] = torch.empty(host.shape, dtype=host.dtype, device=self.device)
-            for shard in range(self.cache.shards):
-                self.cache.verify([self.cache.shard_file(name, shard)])
-                first, stop = (row * self.cache.views for row in self.cache.extent(shard))
-                found[name][first:stop].copy_(host[first:stop])
-                if progress is not None:
-                    progress(at * self.cache.shards + shard + 1, total)
+        cache, hosts = self.cache, self._hosts
+        if self.mode == "stream":
+            return {name: host.tensor for name, host in hosts.items()}
+        if self.mode == "ram":
+            read_shards(cache, hosts, range(share[0], cache.shards, share[1]), progress)
+            return {name: host.tensor for name, host in hosts.items()}
+        found = {name: torch.empty(host.tensor.shape, dtype=host.tensor.dtype, device=self.device)
+                 for name, host in hosts.items()}
+        for shard in range(cache.shards):
+            read_shards(cache, hosts, [shard])
+            first, stop = (row * cache.views for row in cache.extent(shard))
+            for name, host in hosts.items():
+                found[name][first:stop].copy_(host.tensor[first:stop])
+            if progress is not None:
+                progress(shard + 1, cache.shards)
         return found
 
 
@@ -212,15 +216,16 @@ def choose_mode(cache: Cache, device: torch.device, mode: str,
     return "stream", f"{size} are more than {_SHARE:.0%} of the {memory / 1e9:.1f} GB free"
 
 
-def read_shards(cache: Cache, shards, progress: Callable[[int, int], None] | None = None) -> None:
+def read_shards(cache: Cache, hosts: dict[str, HostArray], shards: Iterable[int],
+                progress: Callable[[int, int], None] | None = None) -> None:
     """Reads and verifies shards with a few threads; CacheError names all that are damaged."""
-    names = [name for shard in shards for name in cache.shard_files(shard)]
+    jobs = [(host, shard) for shard in shards for host in hosts.values()]
+    wrong = []
     with ThreadPoolExecutor(READERS) as pool:
-        wrong = []
-        for done, text in enumerate(pool.map(cache.problem, names), 1):
+        for done, text in enumerate(pool.map(lambda job: job[0].problem(job[1]), jobs), 1):
             wrong += [text] if text else []
             if progress is not None:
-                progress(done, len(names))
+                progress(done, len(jobs))
     if wrong:
         raise CacheError(cache.damage(wrong))
 
@@ -228,8 +233,8 @@ def read_shards(cache: Cache, shards, progress: Callable[[int, int], None] | Non
 class _Ahead:
     """Reads windows of shards in a thread, one ahead of the samples that are asked for."""
 
-    def __init__(self, cache: Cache, order: WindowedOrder) -> None:
-        self._cache, self._order = cache, order
+    def __init__(self, order: WindowedOrder, read: Callable[[tuple[int, ...]], None]) -> None:
+        self._order, self._read = order, read
         self._pool = ThreadPoolExecutor(1)
         self._windows: dict[int, Future] = {}  # by the sample index behind their last
 
@@ -248,8 +253,7 @@ class _Ahead:
         """Begins to read the window of a sample unless that was done; returns its end."""
         shards, end = self._order.shards_at(index)
         if end not in self._windows:
-            names = [name for shard in shards for name in self._cache.shard_files(shard)]
-            self._windows[end] = self._pool.submit(self._cache.verify, names)
+            self._windows[end] = self._pool.submit(self._read, shards)
         return end
 
 
@@ -261,33 +265,61 @@ def _labels(cache: Cache) -> np.ndarray:
     return labels
 
 
-def mapped_array(cache: Cache, name: str, populate: bool = False) -> Tensor:
-    """A sharded array as one (N * V, ...) tensor over its mapped files, codes as int16; do not
-    write to it. `populate` enters all pages now, not one by one when they are first read.
+class HostArray:
+    """A sharded array as one tensor over its mapped files, not yet read.
 
     Shards lie side by side in the address space, each mapped from the start of its file. Where they
-    cannot (shards of no whole number of pages, chunks in another order), the array is read into
-    memory instead.
+    cannot (shards of no whole number of pages, chunks in another order), the array is verified and
+    read into memory instead.
+
+    Attributes:
+        tensor: (N * V, ...), codes as int16; not to be written to.
+
+    Raises:
+        CacheError: damage, where the array had to be read.
     """
-    dtype, shape = stored_arrays(cache.spec)[name]
-    row_bytes = cache.row_bytes(name)
-    shard_bytes = cache.manifest["shard_rows"] * row_bytes
-    files = [cache.path / cache.shard_file(name, shard) for shard in range(cache.shards)]
-    if (shard_bytes % mmap.PAGESIZE and cache.shards > 1) or not all(
-            cache.in_row_order(name, shard) for shard in range(cache.shards)):
-        whole = np.full((cache.rows, *cache.row_shape(name)), FILLS[dtype], dtype)
-        for shard in range(cache.shards):
-            first, stop = cache.extent(shard)
-            whole[first:stop] = cache.read_shard(name, shard)
-    else:
-        whole = _side_by_side(files, shard_bytes, cache.rows * row_bytes,
-                              _MAP_POPULATE if populate else 0)
-    # PyTorch gathers int16 everywhere, uint16 not; `from_stored` makes codes of either.
-    dtype = "int16" if dtype == "uint16" else dtype
-    return torch.from_numpy(whole.view(dtype).reshape(cache.rows * cache.views, *shape))
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        self._cache, self._name = cache, name
+        dtype, shape = stored_arrays(cache.spec)[name]
+        self._part = cache.manifest["shard_rows"] * cache.row_bytes(name)
+        pages = cache.shards == 1 or self._part % mmap.PAGESIZE == 0
+        self._mapped = pages and all(cache.in_row_order(name, k) for k in range(cache.shards))
+        if self._mapped:
+            files = [cache.path / cache.shard_file(name, k) for k in range(cache.shards)]
+            self._memory = _side_by_side(files, self._part, cache.rows * cache.row_bytes(name))
+        else:
+            cache.verify([cache.shard_file(name, shard) for shard in range(cache.shards)])
+            whole = np.concatenate([cache.read_shard(name, k) for k in range(cache.shards)])
+            self._memory = np.ascontiguousarray(whole).view(np.uint8).reshape(-1)
+        # PyTorch gathers int16 everywhere, uint16 not; `from_stored` makes codes of either.
+        kind = "int16" if dtype == "uint16" else dtype
+        values = self._memory.view(kind).reshape(cache.rows * cache.views, *shape)
+        self.tensor = torch.from_numpy(values)
+
+    def problem(self, shard: int) -> str:
+        """Reads a shard and compares it with the manifest, through the mapping, so that what was
+        checked is what will be used. Returns what is wrong, empty if nothing is."""
+        if not self._mapped:
+            return ""
+        import google_crc32c
+
+        name = self._cache.shard_file(self._name, shard)
+        expected = self._cache.manifest["files"][name]
+        wrong = size_problem(self._cache.path, name, expected["bytes"])
+        if wrong:  # what lies behind the end of a file cannot be read
+            return wrong
+        value, data = 0, self._memory[shard * self._part:(shard + 1) * self._part]
+        for start in range(0, len(data), _READ):
+            value = google_crc32c.extend(value, data[start:start + _READ].tobytes())
+        with open(self._cache.path / name, "rb") as stream:
+            stream.seek(len(data))
+            value = google_crc32c.extend(value, stream.read())
+        return "" if f"{value:08x}" == expected["crc32c"] else (
+            f"{name}: checksum does not match, the file was changed or damaged")
 
 
-def _side_by_side(files: list, part: int, total: int, flags: int) -> np.ndarray:
+def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
     """(total,) uint8: the first `part` bytes of every file, one after the other."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -307,5 +339,5 @@ def _side_by_side(files: list, part: int, total: int, flags: int) -> np.ndarray:
     for number, file in enumerate(files):
         with open(file, "rb") as stream:
             place(base + number * part, min(part, total - number * part),
-                  mmap.MAP_SHARED | _MAP_FIXED | flags, stream.fileno())
+                  mmap.MAP_SHARED | _MAP_FIXED, stream.fileno())
     return np.frombuffer(memory, np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from heptapod_fast.data.cache_format import BUILDING, CODEBOOK, MANIFEST, open_cache
 from heptapod_fast.data.cache_plan import Plan, check_images, fit_codebook
-from heptapod_fast.data.cache_writer import PLAN
+from heptapod_fast.data.cache_site import PLAN
 from heptapod_fast.data.decoding import Decoder, open_decoder
 from heptapod_fast.data.files import Files, find_images
 from heptapod_fast.progress import Progress
@@ -46,12 +47,15 @@ def look(given, world) -> Found:
     """
     stored_arrays(token_spec(given.tokenizer, given.image_size, given.patch_size, given.codes))
     _check_weights(given)
+    if Path(given.out).resolve().is_relative_to(Path(given.data).resolve()):
+        raise ValueError(f"--out {given.out} lies inside --data {given.data}, where it would be "
+                         "taken for images: choose another place")
     class_names, files = find_images(Path(given.data))
     decoder = open_decoder(given.decoder, world.device, threads_of(given, world))
     begun = any((Path(given.out) / name).exists() for name in (MANIFEST, f"{BUILDING}/{PLAN}"))
     if world.main and not begun:
         check_images(Path(given.data), files, given.image_size, given.max_broken,
-                     given.allow_upscale)
+                     given.allow_upscale, Progress("looking at headers"))
     fitted = given.tokenizer == "patch-vq" and given.tokenizer_weights is None
     tokenizer = None if fitted else _load(given, given.tokenizer_weights)
     return Found(class_names, files, decoder, tokenizer)
@@ -112,10 +116,10 @@ def report(path: Path, seconds: dict[str, float], took: str) -> str:
     if total:
         lines.append("time      " + ", ".join(f"{name} {part / total:.0%}"
                                               for name, part in seconds.items())
-                     + " (what this process waited for; decoding, encoding and writing overlap)")
+                     + " (what this process waited for; decoding and encoding overlap)")
     for entry in about["quarantine"][:20]:
         lines.append(f"left out  {entry['path']}: {entry['reason']}")
     if len(about["quarantine"]) > 20:
         lines.append(f"left out  {len(about['quarantine'])} in all, listed in {path / MANIFEST}")
-    lines.append(f"next      python tools/train.py --size SIZE --data {path}")
+    lines.append(f"next      python tools/train.py --size SIZE --data {shlex.quote(str(path))}")
     return "\n".join(lines)

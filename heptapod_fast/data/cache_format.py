@@ -49,7 +49,7 @@ class Cache:
 
     Attributes:
         path: the folder.
-        manifest: as read; `cache_writer.py` says what is in it.
+        manifest: as read; `Plan.head` and `Site.finish` say what is in it.
     """
 
     path: Path
@@ -139,9 +139,10 @@ class Cache:
         chunks = about["shard_rows"] // about["chunk_rows"]
         used = -(-(stop - first) // about["chunk_rows"])
         with open(self.path / self.shard_file(array, shard), "rb") as stream:
-            stream.seek(-(16 * chunks + 4), 2)
-            places = np.frombuffer(stream.read(16 * chunks), "<u8").reshape(chunks, 2)[:used]
-        return bool((places[:, 0] == np.arange(used) * np.uint64(chunk_bytes)).all()
+            stream.seek(max(0, stream.seek(0, 2) - 16 * chunks - 4))
+            places = np.frombuffer(stream.read(16 * chunks), "<u8").reshape(-1, 2)[:used]
+        return bool(len(places) == used
+                    and (places[:, 0] == np.arange(used) * np.uint64(chunk_bytes)).all()
                     and (places[:, 1] == chunk_bytes).all())
 
     def read_shard(self, array: str, shard: int) -> np.ndarray:
@@ -179,6 +180,17 @@ class Cache:
     def shard_files(self, shard: int) -> list[str]:
         """Files of one shard."""
         return [self.shard_file(array, shard) for array in self.arrays]
+
+
+def refuse_other(cache: Cache, asked: dict[str, Any]) -> None:
+    """CacheError if a setting in `asked` (None: not asked for) is not what the cache has."""
+    about = cache.manifest["tokenizer"]
+    for name in ("tokenizer", "image_size", "patch_size", "codes"):
+        wanted, flag = asked[name], "--" + name.replace("_", "-")
+        if wanted is not None and name in about and about[name] != wanted:
+            raise CacheError(f"{cache.path} was made with {flag} {about[name]}, this run asks for "
+                             f"{flag} {wanted}: leave {flag} out, or build another cache with "
+                             "tools/cache.py")
 
 
 def size_problem(path: Path, name: str, expected: int) -> str:
@@ -234,14 +246,24 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         what = ("update heptapod_fast" if isinstance(found, int) and found > FORMAT
                 else "build it anew with tools/cache.py")
         raise CacheError(f"{path} has cache format {found}, this version reads {FORMAT}: {what}")
-    wrong = _manifest_problems(manifest)
+    wrong = (manifest_problems(manifest) if seal(manifest)["seal"] == manifest.get("seal")
+             else "it is not what was written")
     if wrong:
         raise CacheError(f"{file} is damaged ({wrong}): restore it from a copy, or build the "
                          "cache anew")
     return manifest
 
 
-def _manifest_problems(manifest: dict[str, Any]) -> str:
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of itself."""
+    import google_crc32c
+
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    text = json.dumps(rest, sort_keys=True).encode()
+    return rest | {"seal": f"{google_crc32c.value(text):08x}"}
+
+
+def manifest_problems(manifest: dict[str, Any]) -> str:
     """Whether the manifest speaks of one cache; empty if it does."""
     try:
         about = Cache(Path("."), manifest)
@@ -250,6 +272,7 @@ def _manifest_problems(manifest: dict[str, Any]) -> str:
                   for shard in range(shards)}
         needed |= {f"{array}/c/0" for array in INDEX}
         needed |= {f"{array}/zarr.json" for array in (*about.arrays, *INDEX)} | {"zarr.json"}
+        needed |= {CODEBOOK} if about.spec.name == "patch-vq" else set()
         missing = sorted(needed - manifest["files"].keys())
         if missing:
             return f"it lists no {', '.join(missing[:3])}"
@@ -262,7 +285,9 @@ def _manifest_problems(manifest: dict[str, Any]) -> str:
         broken = [entry["row"] for entry in manifest["quarantine"]]
         if sorted(set(broken)) != broken or broken and not 0 <= broken[0] <= broken[-1] < rows:
             return "its quarantine does not name rows in ascending order"
-        if rows < 1 or about.views not in (1, 2) or not about.class_names or len(broken) >= rows:
+        if len(broken) >= rows:
+            return "none of its images could be read"
+        if rows < 1 or about.views not in (1, 2) or not about.class_names or shards < 1:
             return "its rows, views or classes make no sense"
         if len(manifest["sums"]) != shards:
             return f"it has no sums of {shards} shards"

@@ -53,8 +53,10 @@ class Plan:
         if self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
             raise ValueError(f"--shard-rows {self.shard_rows}: expected up to {CHUNK_ROWS}, or a "
                              f"multiple of {CHUNK_ROWS}")
-        if self.batch < 1:
-            raise ValueError(f"--batch {self.batch}: expected at least 1")
+        for name, value, least in (("--batch", self.batch, 1), ("--seed", self.seed, 0),
+                                   ("--max-broken", self.max_broken, 0)):
+            if value < least:
+                raise ValueError(f"{name} {value}: expected at least {least}")
         index = torch.arange(len(self.files))
         self.order = sample_ids(index, len(index), self.seed).numpy().astype("<i4")
 
@@ -108,13 +110,13 @@ def size_of(path: Path) -> int:
 
 
 def check_images(folder: Path, files: Files, image_size: int, max_broken: int,
-                 allow_upscale: bool) -> None:
+                 allow_upscale: bool, progress: Callable[[int, int], None] | None = None) -> None:
     """Looks at the header of every file before hours are spent.
 
     Raises:
         ValueError: too many files that cannot be read, or images that are too small.
     """
-    sizes = read_sizes([path for path, _ in files])
+    sizes = read_sizes([path for path, _ in files], progress)
     broken = refuse_broken(folder, files, sizes, max_broken)
     if len(broken) == len(files):
         raise ValueError(f"{folder}: none of its {len(files)} images can be read (first: "

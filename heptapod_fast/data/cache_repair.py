@@ -14,7 +14,7 @@ READERS = 4
 
 def reopen(cache: Cache, work: Path, plan: str, head: list[str]) -> list[int]:
     """Reads a finished cache whole. Where shards are damaged, the manifest is taken apart into the
-    plan and the records of the others (see cache_writer.py), and removed.
+    plan and the records of the others (see cache_site.py), and removed.
 
     Args:
         cache: opened without a look at its files.

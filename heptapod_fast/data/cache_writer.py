@@ -1,75 +1,30 @@
 """Building a cache of tokens from a folder of images.
 
 A cache is built shard by shard. Which images a shard holds, and in which batches they are encoded,
-follows from the plan alone (`.building/plan.json`): whichever process builds a shard, its bytes
-are the same. A shard is done when its record (`.building/shard-N.json`) is there, written after its
-arrays; killed and started again, with however many processes, the build goes on with the shards
-that have none. The manifest is made from the records, after every file was read back.
+follows from the plan alone: whichever process builds a shard, its bytes are the same. cache_site.py
+keeps the books, so that a build that was killed goes on, with however many processes.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import math
-import shutil
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from heptapod_fast import faults
-from heptapod_fast.data.cache_check import refuse_bad, statistics
-from heptapod_fast.data.cache_format import (
-    BUILDING,
-    CODEBOOK,
-    FILLS,
-    INDEX,
-    MANIFEST,
-    SHOWN,
-    Cache,
-    CacheError,
-    open_cache,
-)
-from heptapod_fast.data.cache_plan import Plan, changes, size_of
-from heptapod_fast.data.cache_repair import reopen
-from heptapod_fast.data.files import listing
+from heptapod_fast.data.cache_check import channel_sums, refuse_bad
+from heptapod_fast.data.cache_format import FILLS, Cache, CacheError, open_cache
+from heptapod_fast.data.cache_plan import Plan, size_of
+from heptapod_fast.data.cache_site import Site, claim
 from heptapod_fast.storage import checksum, sync, write_json
-from heptapod_fast.tokenizers import PatchVQ, stored_arrays, to_stored, to_unit
-
-PLAN = "plan.json"
-
-
-def claim(path: str | Path) -> IO[str]:
-    """Makes a folder for a cache, or takes over an unfinished one, and locks it until the file that
-    is returned is closed, or the process ends. For one process of those that build.
-
-    Raises:
-        CacheError: another process builds here, the folder is something else or cannot be written.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        there = sorted(p.name for p in path.iterdir())
-        if there and BUILDING not in there and MANIFEST not in there:
-            raise CacheError(f"{path} is no cache but holds {', '.join(there[:5])}: choose another "
-                             "--out")
-        (path / BUILDING).mkdir(exist_ok=True)
-        lock = open(path / BUILDING / ".lock", "a+")
-    except OSError as error:
-        raise CacheError(f"cannot write {path}: {error.strerror or error} (--out names another "
-                         "place)") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CacheError(f"{path} is being built by another process: wait for it or stop it, or "
-                         "choose another --out") from error
-    return lock
+from heptapod_fast.tokenizers import stored_arrays, to_stored, to_unit
 
 
 def build_cache(path: str | Path, plan: Plan, threads: int = 1,
@@ -83,8 +38,8 @@ def build_cache(path: str | Path, plan: Plan, threads: int = 1,
         return open_cache(path)
 
 
-class Builder:
-    """Writes one cache. Every process makes one; `begin` and `finish` are for one of them alone.
+class Builder(Site):
+    """Writes the shards of one cache; every process makes one.
 
     Args:
         path: the cache, CACHE.zarr.
@@ -96,91 +51,20 @@ class Builder:
     """
 
     def __init__(self, path: str | Path, plan: Plan, threads: int = 1) -> None:
-        self.path, self.plan = Path(path), plan
+        super().__init__(path, plan)
         self.threads = threads if plan.tokenizer.device.type == "cpu" else 1
-        self.work = self.path / BUILDING
         self.seconds = {"decoding": 0.0, "encoding": 0.0, "writing": 0.0}
-
-    def begin(self) -> bool:
-        """Writes the plan, or compares it with the one that is there; the caller has claimed the
-        folder. A finished cache is read whole, and what is damaged is to be built again.
-
-        Returns:
-            Whether anything is left to do.
-
-        Raises:
-            CacheError: the plan was another one, the disk is too small, or damage that building
-                shards cannot mend.
-        """
-        head = json.loads(json.dumps(self.plan.head()))
-        finished = (self.path / MANIFEST).exists()
-        file = self.path / MANIFEST if finished else self.work / PLAN
-        if file.exists():
-            before = json.loads(file.read_text())
-            changed = changes(self.path, before, head)
-            if finished:  # what `claim` made, or a build that ended here left behind
-                for left in self.work.glob("*.json"):
-                    left.unlink()
-                lost = [] if changed else reopen(Cache(self.path, before), self.work, PLAN,
-                                                 list(head))
-                if not lost:
-                    shutil.rmtree(self.work)
-                finished = not lost
-            if changed:
-                raise CacheError(changed)
-            for path in self.path.rglob("*.partial"):
-                path.unlink()
-        else:
-            self._check_space()
-            self._create_arrays()
-            write_json(file, head)
-        return not finished
-
-    def _check_space(self) -> None:
-        plan = self.plan
-        need = 8 * len(plan.files) + plan.shards * plan.shard_rows * plan.views * sum(
-            np.dtype(dtype).itemsize * math.prod(shape)
-            for dtype, shape in stored_arrays(plan.tokenizer.spec).values())
-        free = shutil.disk_usage(self.path).free
-        if need > free:
-            raise CacheError(f"{self.path} will take {need / 1e9:.2f} GB, its disk has "
-                             f"{free / 1e9:.2f} GB free: choose another --out, or leave --flip out")
-
-    def _create_arrays(self) -> None:
-        import zarr
-
-        plan, rows = self.plan, len(self.plan.files)
-        for entry in self.path.iterdir():
-            if entry != self.work:  # of a start that was cut off before there was a plan
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        group = zarr.open_group(self.path, mode="a", zarr_format=3)
-        for name, (dtype, shape) in stored_arrays(plan.tokenizer.spec).items():
-            tail = (plan.views, *shape)
-            group.create_array(name, shape=(rows, *tail), dtype=dtype, compressors=None,
-                               shards=(plan.shard_rows, *tail), chunks=(plan.chunk_rows, *tail),
-                               fill_value=FILLS[dtype])
-        labels = np.array([label for _, label in plan.files], "<i4")[plan.order]
-        for name, values in zip(INDEX, (labels, plan.order), strict=True):
-            array = group.create_array(name, shape=(rows,), dtype="int32", compressors=None,
-                                       chunks=(rows,), fill_value=FILLS["int32"])
-            array[:] = values
-        if isinstance(plan.tokenizer, PatchVQ):
-            plan.tokenizer.save(self.path / CODEBOOK)
-
-    def missing(self) -> list[int]:
-        """Shards that are not done, in order."""
-        done = {record["shard"] for record in self._records()}
-        return [shard for shard in range(self.plan.shards) if shard not in done]
 
     def build(self, shards: list[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Encodes and writes shards.
 
         Raises:
             CacheError: more broken images than allowed, or tokens that are not finite.
-            OSError: a full disk, say; finished shards stay.
+            OSError: the machine cannot read images; finished shards stay.
         """
         total = sum(len(self._rows(shard)) for shard in shards)
-        done = 0
+        done, self._broken = 0, [e for record in self._records() for e in record["quarantine"]]
+        self._refuse_broken()
         for shard in shards:
             for images in self._build_shard(shard):
                 done += images
@@ -208,9 +92,10 @@ class Builder:
             for at, images, reasons in self._decoded(sources):
                 good = np.array([reason is None for reason in reasons])
                 for k in np.flatnonzero(~good):
-                    path = plan.files[sources[at + k]][0].relative_to(plan.folder).as_posix()
-                    broken.append({"row": int(first + at + k), "path": path,
-                                   "source_index": int(sources[at + k]), "reason": reasons[k]})
+                    path = plan.files[sources[at + k]][0].relative_to(plan.folder)
+                    broken.append({"row": int(first + at + k), "source_index": int(sources[at + k]),
+                                   "path": os.fsencode(path).decode(errors="backslashreplace"),
+                                   "reason": reasons[k]})
                 ahead.append((len(reasons), pool.submit(self._encode, images, good, arrays, at,
                                                         sources)))
                 if len(ahead) > self.threads:
@@ -276,75 +161,16 @@ class Builder:
 
         group, files, sums = zarr.open_group(self.path, mode="r+"), {}, {}
         for name, values in arrays.items():
+            file = f"{name}/c/{shard}" + "/0" * (values.ndim - 1)
+            (self.path / file).unlink(missing_ok=True)  # zarr would read what is there first
             with zarr.config.set({"array.write_empty_chunks": True}):  # of broken images alone
                 group[name][first:first + len(values)] = values
-            file = f"{name}/c/{shard}" + "/0" * (values.ndim - 1)
             sync(self.path / file)
             sync((self.path / file).parent)
             files[file] = {"bytes": size_of(self.path / file), "crc32c": checksum(self.path / file)}
             if name != "codes":
-                kept = np.delete(values, [entry["row"] - first for entry in broken], axis=0)
-                kept = kept.astype(np.float64).swapaxes(0, 2).reshape(values.shape[2], -1)
-                sums[name] = {"count": kept.shape[1], "sum": kept.sum(1).tolist(),
-                              "squares": np.square(kept).sum(1).tolist()}
+                sums[name] = channel_sums(values, [entry["row"] - first for entry in broken])
         faults.point(f"shard={shard}")
-        write_json(self.work / f"shard-{shard:05d}.json",
+        self._broken += broken
+        write_json(self._record(shard),
                    {"shard": shard, "files": files, "quarantine": broken, "sums": sums})
-
-    def _records(self) -> Iterator[dict[str, Any]]:
-        """Records of finished shards, in order."""
-        for file in sorted(self.work.glob("shard-*.json")):
-            yield json.loads(file.read_text())
-
-    def _refuse_broken(self) -> None:
-        broken = [entry for record in self._records() for entry in record["quarantine"]]
-        if len(broken) > self.plan.max_broken:
-            lines = (f"{entry['path']}: {entry['reason']}" for entry in broken)
-            raise CacheError(
-                f"{self.plan.folder}: {len(broken)} images so far cannot be read, --max-broken "
-                f"allows {self.plan.max_broken}. Repeat the command with a larger --max-broken to "
-                "go on without them; or mend them, remove "
-                f"{self.path} and begin anew" + listing(lines, len(broken), 20))
-
-    def finish(self) -> Cache:
-        """Reads every file back, writes the manifest, removes the records.
-
-        Raises:
-            CacheError: a file is not what was written, too many broken images, or shards missing.
-        """
-        missing = self.missing()
-        if missing:
-            raise CacheError(f"{self.path}: shards {missing[:SHOWN]} are missing")
-        self._refuse_broken()
-        records = list(self._records())
-        files = {name: entry for record in records for name, entry in record["files"].items()}
-        small = ["zarr.json", *(f"{name}/zarr.json" for name in
-                                (*stored_arrays(self.plan.tokenizer.spec), *INDEX)),
-                 *(f"{name}/c/0" for name in INDEX)]
-        small += [CODEBOOK] if (self.path / CODEBOOK).exists() else []
-        for name in small:
-            sync(self.path / name)
-            files[name] = {"bytes": size_of(self.path / name),
-                           "crc32c": checksum(self.path / name)}
-        manifest = json.loads((self.work / PLAN).read_text())
-        manifest |= {"quarantine": [e for record in records for e in record["quarantine"]],
-                     "statistics": statistics(records),
-                     "sums": [record["sums"] for record in records],
-                     "files": dict(sorted(files.items()))}
-        self._verify(Cache(self.path, manifest), records)
-        faults.point("manifest")
-        write_json(self.path / MANIFEST, manifest)
-        shutil.rmtree(self.work)
-        return open_cache(self.path)
-
-    def _verify(self, cache: Cache, records: list[dict[str, Any]]) -> None:
-        """A shard that was lost since it was written must be built again, not left out."""
-        wrong = []
-        for record in records:
-            bad = [text for name in record["files"] if (text := cache.problem(name))]
-            if bad:
-                (self.work / f"shard-{record['shard']:05d}.json").unlink()
-            wrong += bad
-        if wrong:
-            raise CacheError(f"{self.path}: {'; '.join(wrong[:SHOWN])}: not what was written. "
-                             "Check the disk; repeating the command builds these shards again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +20,11 @@ from heptapod_fast.data.files import PREPROCESSING
 if TYPE_CHECKING:
     import torch
 
+
+
+_MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT,
+            errno.EINTR, errno.EAGAIN, errno.ENXIO, errno.ENODEV, errno.EHOSTDOWN}
+_BLOCK = 4096  # files looked at together
 
 
 class Decoder(Protocol):
@@ -82,14 +88,26 @@ def open_decoder(name: str, device: torch.device | str = "cpu",
         raise ValueError(f"--decoder dali: {error}") from error
 
 
-def read_sizes(paths: Sequence[Path], workers: int | None = None) -> list[tuple[int, int] | str]:
+def read_sizes(paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
+               ) -> list[tuple[int, int] | str]:
     """(width, height) of every file, from its header alone, or why it cannot be read."""
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(partial(read, use=lambda image: image.size), paths))
+    found: list[tuple[int, int] | str] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for start in range(0, len(paths), _BLOCK):
+            found += pool.map(partial(read, use=lambda image: image.size),
+                              paths[start:start + _BLOCK])
+            if progress is not None:
+                progress(len(found), len(paths))
+    return found
 
 
 def read(path: Path, use: Callable[[Image.Image], object]) -> object:
-    """use(image), or a string, the reason why the file cannot be read."""
+    """use(image), or a string, the reason why the file cannot be read.
+
+    Raises:
+        OSError, MemoryError: the machine failed, not the file (no memory, too many open files, an
+            input/output error), or the file is gone since its folder was listed.
+    """
     try:
         if path.stat().st_size == 0:
             return "the file is empty (0 bytes)"
@@ -99,6 +117,12 @@ def read(path: Path, use: Callable[[Image.Image], object]) -> object:
         return "not an image that Pillow knows"
     except Image.DecompressionBombError as error:
         return f"too many pixels: {error}"
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno in _MACHINE or error.errno == errno.ENOENT and not os.path.lexists(path):
+            raise
+        return f"{type(error).__name__}: {error}"
     # Decoders answer damaged files with many kinds of exception; none may end a run of thousands.
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from heptapod_fast import ops
-from heptapod_fast.config import Config, flag, is_cache
+from heptapod_fast.config import Config, is_cache
 from heptapod_fast.data.cache import CacheTokens, choose_mode
-from heptapod_fast.data.cache_format import Cache, CacheError, open_cache
+from heptapod_fast.data.cache_format import Cache, CacheError, open_cache, refuse_other
 from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
@@ -139,14 +139,8 @@ def check_cache(config: Config, cache: Cache) -> None:
     Raises:
         CacheError: says what the cache has and which flag asks for something else.
     """
-    wanted = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
+    refuse_other(cache, vars(config))
     about = cache.manifest["tokenizer"]
-    for name, found in (("tokenizer", wanted.name), ("image_size", config.image_size),
-                        ("patch_size", config.patch_size), ("codes", config.codes)):
-        if name in about and about[name] != found:
-            raise CacheError(f"{cache.path} was made with {flag(name)} {about[name]}, this run "
-                             f"asks for {flag(name)} {found}: leave {flag(name)} out, or build "
-                             "another cache with tools/cache.py")
     for name, found, here in (
             ("preprocessing", cache.manifest["preprocessing"], PREPROCESSING),
             ("a scale of tokens of", str(about.get("scale", SCALE)), str(SCALE))):
@@ -234,7 +228,10 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> tuple[R
               Optimizer(system, config, choices[1].implementation), Rng(config.seed),
               {"device": device_name(world.device), "ranks": world.size,
                "torch": torch.__version__, "activations": str(dtype)}, started)
-    return run, resume(run)
+    resumed = resume(run)
+    if cache is not None and world.main:
+        directory.keep_tokenizer(cache, tokenizer)
+    return run, resumed
 
 
 def resume(run: Run) -> bool:

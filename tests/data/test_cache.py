@@ -135,7 +135,7 @@ def batches(source, first=0, count=2 * COUNT, size=10):
 
 @pytest.mark.parametrize("window", [2, 8])
 def test_modes_give_the_same_batches(made, window, monkeypatch):
-    monkeypatch.setattr(reader, "WINDOW", window)
+    monkeypatch.setattr(reader, "WINDOW", 16 * window)
     ram, stream = (CacheTokens(made, 7, flip=True, mode=mode) for mode in ("ram", "stream"))
     assert (ram.mode, stream.mode) == ("ram", "stream")
     expected = batches(ram)
@@ -150,7 +150,7 @@ def test_modes_give_the_same_batches(made, window, monkeypatch):
 
 
 def test_every_epoch_shows_every_image_once(made, monkeypatch):
-    monkeypatch.setattr(reader, "WINDOW", 2)
+    monkeypatch.setattr(reader, "WINDOW", 32)
     source = CacheTokens(made, 7)
     epochs = [source.sources(torch.arange(e * COUNT, (e + 1) * COUNT)) for e in range(3)]
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
@@ -179,16 +179,16 @@ def test_flips_need_the_second_view(tmp_path):
 
 
 def test_streaming_reads_one_window_ahead(made, monkeypatch):
-    monkeypatch.setattr(reader, "WINDOW", 1)
-    source = CacheTokens(made, 7, mode="stream")
+    monkeypatch.setattr(reader, "WINDOW", 16)
     read = []
-    monkeypatch.setattr(type(made), "verify", lambda cache, names: read.extend(names))
+    monkeypatch.setattr(reader, "read_shards", lambda cache, hosts, shards: read.extend(shards))
+    source = CacheTokens(made, 7, mode="stream")
     order = WindowedOrder([16, 16, 16, 16, 6], 7, 1)
     source.batch(torch.arange(4))
     source._reader._pool.submit(int).result()
     first, end = order.shards_at(0)
     second, _ = order.shards_at(end)
-    assert read == [made.shard_file("codes", s) for s in (*first, *second)]
+    assert read == [*first, *second]
     source.batch(torch.arange(4, 8))
     source._reader._pool.submit(int).result()
     assert len(read) == 2
@@ -235,7 +235,7 @@ def test_shards_in_another_order_of_chunks(tmp_path):
 
 # ------------------------------------------------------------------------------------------ damage
 
-SHARD = "codes/c/1/0/0"
+SHARD, MEANS = "codes/c/1/0/0", "mean/c/1/0/0/0/0"
 
 
 def spoil(path, kind):
@@ -254,13 +254,18 @@ def spoil(path, kind):
         other, mine = path / "codes/c/2/0/0", file.read_bytes()
         file.write_bytes(other.read_bytes())
         other.write_bytes(mine)
+    elif kind == "index":
+        raw = bytearray(file.read_bytes())
+        raw[-12] ^= 1
+        file.write_bytes(raw)
     elif kind == "partial":
         file.rename(file.with_suffix(".0a1b.partial"))
 
 
 @pytest.mark.parametrize("kind, words", [
     ("missing", "missing"), ("truncated", "bytes, expected"), ("empty", "0 bytes, expected"),
-    ("flipped", "checksum"), ("swapped", "checksum"), ("partial", "missing")])
+    ("flipped", "checksum"), ("swapped", "checksum"), ("index", "checksum"),
+    ("partial", "missing")])
 @pytest.mark.parametrize("mode", ["ram", "stream"])
 def test_damaged_shards_are_refused(copy, kind, words, mode):
     spoil(copy, kind)
@@ -270,15 +275,55 @@ def test_damaged_shards_are_refused(copy, kind, words, mode):
     assert any(SHARD in text and words in text for text in found), found
 
 
+def page_cache(path):
+    """A cache whose shards are whole pages, as the real ones are: they are mapped."""
+    return small_cache(path, small_tokenizer("patch"))
+
+
+def test_what_was_checked_is_what_is_used(tmp_path, monkeypatch):
+    """A file that is exchanged after it was mapped: the old one is read, and checked."""
+    monkeypatch.setattr(reader, "WINDOW", 16)
+    cache = page_cache(tmp_path)
+    file = cache.path / cache.shard_file("mean", 1)
+    whole = file.read_bytes()
+    with open(file, "r+b") as stream:  # in place
+        stream.seek(100)
+        stream.write(b"x")
+    source = CacheTokens(cache, 0, mode="stream")
+    fresh = file.with_suffix(".new")
+    fresh.write_bytes(whole)
+    fresh.replace(file)
+    with pytest.raises(CacheError, match="mean/c/1/0/0/0/0: checksum"):
+        batches(source)
+    batches(CacheTokens(cache, 0, mode="stream"))
+
+
 @pytest.mark.parametrize("window", [1, 8])
-def test_a_damaged_shard_stops_a_stream_where_it_comes(copy, window, monkeypatch):
-    monkeypatch.setattr(reader, "WINDOW", window)
-    spoil(copy, "flipped")
-    source = CacheTokens(open_cache(copy), 7, mode="stream")
-    with pytest.raises(CacheError, match=SHARD):
+def test_a_damaged_shard_stops_a_stream_where_it_comes(tmp_path, window,
+                                                            monkeypatch):
+    monkeypatch.setattr(reader, "WINDOW", 16 * window)
+    cache = page_cache(tmp_path)
+    raw = bytearray((cache.path / MEANS).read_bytes())
+    raw[77] ^= 1
+    (cache.path / MEANS).write_bytes(raw)
+    source = CacheTokens(cache, 7, mode="stream")
+    with pytest.raises(CacheError, match=MEANS):
         batches(source)
-    with pytest.raises(CacheError, match=SHARD):  # nor is it read at the second try
+    with pytest.raises(CacheError, match=MEANS):  # nor is it read at the second try
         batches(source)
+
+
+@pytest.mark.parametrize("mode", ["ram", "stream"])
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "index"])
+def test_mapped_shards(tmp_path, mode, kind):
+    cache = page_cache(tmp_path)
+    assert CacheTokens(cache, 0, mode=mode)._hosts["mean"]._mapped
+    file = cache.path / cache.shard_file("mean", 2)
+    raw = bytearray(file.read_bytes())
+    raw[{"flipped": 50, "index": -10, "truncated": 0}[kind]] ^= 4
+    file.write_bytes(raw[:-9] if kind == "truncated" else raw)
+    with pytest.raises(CacheError, match="mean/c/2/0/0/0/0"):
+        batches(CacheTokens(cache, 0, mode=mode))
 
 
 def test_lost_data_is_never_zeros(copy):
@@ -305,11 +350,22 @@ def test_lost_moments_are_nan(kl16, tmp_path):
     (lambda m: m["files"].pop("labels/c/0"), "it lists no labels/c/0"),
     (lambda m: m["files"].update({"../x": {"bytes": 1, "crc32c": "0"}}), "outside the cache"),
     (lambda m: m.update(quarantine=[{"row": 99}]), "quarantine"),
+    (lambda m: m.update(quarantine=[{"row": k} for k in range(70)]), "none of its images"),
+    (lambda m: m["files"].pop("tokenizer.safetensors"), "it lists no tokenizer.safetensors"),
+    (lambda m: m.update(sums=[]), "no sums of 5 shards"),
     (lambda m: m.update(shard_rows=0), "ZeroDivisionError")])
 def test_manifests_that_cannot_be(copy, change, words):
     edit_manifest(copy, change)
     with pytest.raises(CacheError, match=words):
         open_cache(copy)
+
+
+def test_a_manifest_that_was_edited(copy):
+    text = (copy / "manifest.json").read_text()
+    for old, new in (('"bee"', '"elk"'), ('"views": 2', '"views": 1'), ('"rows": 70', '"rows": 7')):
+        (copy / "manifest.json").write_text(text.replace(old, new))
+        with pytest.raises(CacheError, match="damaged .it is not what was written"):
+            open_cache(copy)
 
 
 def test_no_manifest(copy, tmp_path):

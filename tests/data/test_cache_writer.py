@@ -1,6 +1,7 @@
 """Building caches: the same bytes whatever happens on the way, and what is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,12 +9,12 @@ import pytest
 import torch
 import zarr
 
-import heptapod_fast.data.cache_writer as writer
 from heptapod_fast.data.cache import CacheTokens
 from heptapod_fast.data.cache_check import problems
 from heptapod_fast.data.cache_format import BUILDING, CacheError, open_cache
 from heptapod_fast.data.cache_plan import fit_codebook
-from heptapod_fast.data.cache_writer import Builder, build_cache, claim
+from heptapod_fast.data.cache_site import claim
+from heptapod_fast.data.cache_writer import Builder, build_cache
 from heptapod_fast.data.decoding import PillowDecoder
 from heptapod_fast.data.files import find_images
 from heptapod_fast.tokenizers import KL16
@@ -51,7 +52,7 @@ def stop_after(monkeypatch, name, count):
 
 
 @pytest.mark.parametrize("where, count", [("_write", 1), ("_write", 4), ("_encode", 9),
-                                          ("_create_arrays", 1), ("finish", 1), ("_verify", 1)])
+                                          ("_write_frame", 1), ("finish", 1), ("_verify", 1)])
 def test_a_build_goes_on_where_it_stopped(folder, tmp_path, undisturbed, where, count, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, where, count)
@@ -64,7 +65,7 @@ def test_a_build_goes_on_where_it_stopped(folder, tmp_path, undisturbed, where, 
                         lambda self, shard: encoded.append(shard) or real(self, shard))
     build_cache(tmp_path / "c.zarr", small_plan(folder))
     assert contents(tmp_path / "c.zarr") == undisturbed
-    done = {"_write": count - 1, "_encode": 2, "_create_arrays": 0}.get(where, 5)
+    done = {"_write": count - 1, "_encode": 2, "_write_frame": 0}.get(where, 5)
     assert encoded == list(range(done, 5))
 
 
@@ -333,7 +334,120 @@ def test_codebooks(tmp_path):
         fit_codebook(files, PillowDecoder(), 16, 4, 20, seed=1)
 
 
+@pytest.mark.parametrize("name", ["labels/c/0", "source_index/c/0", "codes/zarr.json", "zarr.json",
+                                  "tokenizer.safetensors"])
+@pytest.mark.parametrize("data", [bytes(280), b"", None])
+def test_what_is_spoilt_during_a_build_is_written_again(folder, tmp_path, undisturbed, name, data,
+                                                        monkeypatch):
+    path = tmp_path / "c.zarr"
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_write", 3)
+        with pytest.raises(Stop):
+            build_cache(path, small_plan(folder))
+    (path / name).unlink()
+    if data is not None:
+        (path / name).write_bytes(data)
+    build_cache(path, small_plan(folder))
+    assert contents(path) == undisturbed
+
+
+@pytest.mark.parametrize("spoil_shard", [lambda raw: raw[:-40], lambda raw: raw[:-5] + b"12345"])
+def test_shards_that_zarr_cannot_read_are_built_again(folder, tmp_path, undisturbed, spoil_shard,
+                                                      monkeypatch):
+    path = tmp_path / "c.zarr"
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_write", 3)
+        with pytest.raises(Stop):
+            build_cache(path, small_plan(folder))
+    file = path / "codes/c/1/0/0"
+    file.write_bytes(spoil_shard(file.read_bytes()))
+    (path / BUILDING / "shard-00001.json").unlink()
+    (path / BUILDING / "shard-00000.json").write_text("{")
+    build_cache(path, small_plan(folder))
+    assert contents(path) == undisturbed
+    file.write_bytes(spoil_shard(file.read_bytes()))
+    build_cache(path, small_plan(folder))
+    assert contents(path) == undisturbed
+
+
+def test_a_damaged_plan(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_write", 3)
+        with pytest.raises(Stop):
+            build_cache(tmp_path / "c.zarr", small_plan(folder))
+    (tmp_path / "c.zarr" / BUILDING / "plan.json").write_text("")
+    with pytest.raises(CacheError, match="plan.json is damaged"):
+        build_cache(tmp_path / "c.zarr", small_plan(folder))
+
+
+def test_images_that_are_away_for_a_while(tmp_path, monkeypatch):
+    """A disk that is not there is no broken image; nor is one that was written again."""
+    folder = image_folder(tmp_path / "images", 40)
+    plan = small_plan(folder, max_broken=40)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        build_cache(tmp_path / "c.zarr", plan)
+    (tmp_path / "away").rename(folder)
+    path, raw = plan.files[plan.order[20]][0], None
+    raw = path.read_bytes()
+    path.write_bytes(bytes(len(raw)))
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_write", 3)
+        with pytest.raises(Stop):
+            build_cache(tmp_path / "d.zarr", small_plan(folder, max_broken=1))
+    path.write_bytes(raw)
+    cache = build_cache(tmp_path / "d.zarr", small_plan(folder, max_broken=1))
+    assert cache.manifest["quarantine"] == []
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError(),
+                                   OSError(24, "Too many open files")])
+def test_a_machine_that_fails_breaks_no_images(folder, tmp_path, undisturbed, error, monkeypatch):
+    from PIL import Image
+
+    real, calls = Image.open, []
+
+    def failing(path):
+        calls.append(path)
+        if len(calls) == 30:
+            raise error
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", failing)
+        with pytest.raises(type(error)):
+            build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=9))
+    build_cache(tmp_path / "c.zarr", small_plan(folder))
+    assert contents(tmp_path / "c.zarr") == undisturbed
+
+
+def test_classes_and_sets_without_a_readable_image(tmp_path):
+    folder = image_folder(tmp_path / "images", 12)
+    files = find_images(folder)[1]
+    for k, (_, label) in enumerate(files):
+        if label == 1:
+            spoil(folder, k)
+    with pytest.raises(CacheError, match="(?s)no readable image is left in 1 class folders.*bee"):
+        build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=12))
+    for k, (_, label) in enumerate(files):
+        if label != 1:
+            spoil(folder, k)
+    with pytest.raises(CacheError, match="no readable image is left in 3 class folders"):
+        build_cache(tmp_path / "d.zarr", small_plan(folder, max_broken=12))
+    assert not list(tmp_path.glob("*.zarr/manifest.json"))
+
+
+def test_names_that_are_no_text(tmp_path):
+    folder = image_folder(tmp_path / "images", 12)
+    with open(os.fsencode(folder / "ant") + b"/\xe9.png", "wb") as stream:
+        stream.write(b"no image")
+    cache = build_cache(tmp_path / "c.zarr", small_plan(folder, max_broken=1))
+    assert cache.manifest["quarantine"][0]["path"] == "ant/\\xe9.png"
+
+
 @pytest.mark.parametrize("settings, words", [(dict(shard_rows=100), "--shard-rows 100"),
+                                             (dict(max_broken=-1), "--max-broken -1"),
+                                             (dict(seed=-1), "--seed -1"),
                                              (dict(shard_rows=0), "--shard-rows 0"),
                                              (dict(batch=0), "--batch 0")])
 def test_plans_that_cannot_be(folder, settings, words):
@@ -350,4 +464,3 @@ def test_the_manifest_says_what_was_done(folder, tmp_path):
     assert len(manifest["dataset"]["fingerprint"]) == 64
     assert manifest["preprocessing"].startswith("adm-crop-1/")
     assert manifest["tokenizer"]["fingerprint"] == small_tokenizer().fingerprint
-    assert writer.stored_arrays(small_tokenizer().spec)["codes"][0] == "uint16"

@@ -12,7 +12,7 @@ from heptapod_fast import Config, load_run
 from heptapod_fast.data.cache_format import CacheError
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunError
-from heptapod_fast.tokenizers import KL16
+from heptapod_fast.tokenizers import KL16, load_tokenizer
 from tests.caches import CLASSES, edit_manifest, sign, small_cache, small_tokenizer
 from tests.running import command, final_files, flags, refused, start_here, train_here
 from tests.tokenizers.reference import random_weights
@@ -145,6 +145,43 @@ def test_what_this_version_would_do_otherwise(copy, tmp_path, change, words):
         start_here(tmp_path / "run", data=str(copy), **CACHED)
 
 
+def test_a_cache_that_was_built_anew_before_the_first_checkpoint(tmp_path):
+    """The run keeps the codebook that it trains with."""
+    cache, out = small_cache(tmp_path), tmp_path / "run"
+    start_here(out, data=str(cache.path), **CACHED)
+    before = load_tokenizer("patch-vq", out / "tokenizer.safetensors").fingerprint
+    shutil.rmtree(cache.path)
+    tokenizer = small_tokenizer()
+    tokenizer.codebook_VE = tokenizer.codebook_VE.flip(0).contiguous()
+    cache = small_cache(tmp_path, tokenizer)
+    train_here(out, data=str(cache.path), images=16, **CACHED)
+    kept = load_tokenizer("patch-vq", out / "tokenizer.safetensors").fingerprint
+    assert kept == cache.manifest["tokenizer"]["fingerprint"] != before
+    assert load_run(out).tokenizer.fingerprint == kept
+    # After one, it does not let go of its own.
+    shutil.rmtree(cache.path)
+    small_cache(tmp_path)
+    with pytest.raises(RunError, match="other data and tokenizer"):
+        start_here(out, data=str(cache.path), images=32, **CACHED)
+    assert load_run(out).tokenizer.fingerprint == kept
+
+
+def test_a_cache_that_moved(copy, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train_here(out, data=str(copy), images=16, **CACHED)
+    copy.rename(tmp_path / "moved.zarr")
+    monkeypatch.chdir(tmp_path)
+    for images, data in ((32, "moved.zarr/"), (48, "./moved.zarr")):
+        run, _ = train_here(out, data=data, images=images, **CACHED)
+        assert run.images == images
+    one, two = (Config(size="tiny", data=d).resolve() for d in ("moved.zarr", "./moved.zarr/"))
+    assert one.run_dir() == two.run_dir()
+    (tmp_path / "images").mkdir()
+    with pytest.raises(RunError, match="other settings: --data"):
+        start_here(out, data=str(tmp_path / "images"), tokenizer="patch-vq", codes=300,
+                   image_size=16, flip=True, logogram_count=None)
+
+
 def test_a_damaged_codebook(copy, tmp_path):
     raw = bytearray((copy / "tokenizer.safetensors").read_bytes())
     raw[-3] ^= 1
@@ -190,7 +227,15 @@ def test_moments_train_without_their_weights(moments, tmp_path):
     torch.save(other, tmp_path / "other.ckpt")
     refused(command(*sample, "--tokenizer-weights", tmp_path / "other.ckpt"), "not the weights")
     refused(command("train", *flags(out=tmp_path / "new", **values), "--tokenizer-weights",
-                    tmp_path / "other.ckpt"), "not the weights that", "build the cache anew")
+                    tmp_path / "other.ckpt"), "not the weights that", "without sample grids")
+    checked = command("verify", tmp_path / "run")
+    assert checked.code == 0 and "not checked, /nowhere/kl16.ckpt: no such file" in checked.out
+    # Something else at the place that the cache remembers is as good as nothing.
+    for name in ("other.ckpt", "no.ckpt"):
+        (tmp_path / "no.ckpt").write_bytes(b"nothing")
+        edit_manifest(tmp_path / "c.zarr",
+                      lambda m, name=name: m["tokenizer"].update(weights=str(tmp_path / name)))
+        assert start_here(tmp_path / name.removesuffix(".ckpt"), **values).tokenizer is None
 
 
 def test_moments_find_their_weights(moments, tmp_path):
@@ -207,3 +252,5 @@ def test_a_dry_run_of_a_cache(made):
     done = command("train", "--size", "tiny", "--data", made, "--dry-run")
     assert done.code == 0 and "3 (of the cache)" in done.out, done.out + done.err
     assert "16 = (16 / 4)^2" in done.out
+    refused(command("train", "--size", "tiny", "--data", made, "--dry-run", "--tokenizer", "kl16"),
+            "made with --tokenizer patch-vq, this run asks for --tokenizer kl16")
