@@ -269,8 +269,13 @@ def broken_files(folder):
         files[f"cut{share}.png"] = png[:len(png) * share // 100]
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    return [folder / name for name in files] + [folder / "folder.jpg", folder / "link.jpg",
-                                                folder / "missing.jpg"]
+    return [folder / name for name in files] + [folder / "folder.jpg", folder / "link.jpg"]
+
+
+def test_a_file_that_is_gone_is_no_broken_image(decoder, tmp_path):
+    for one in (decoder, PillowDecoder(1)):
+        with pytest.raises(FileNotFoundError, match="missing.jpg"):
+            decode(one, [tmp_path / "missing.jpg"])
 
 
 def test_broken_files_cost_no_other_and_decoding_goes_on(decoder, tmp_path):
