@@ -105,6 +105,7 @@ def by_dali(monkeypatch):
         raise AssertionError("left to Pillow")
 
     monkeypatch.setattr(dali, "crop_pixels", refuse)
+    monkeypatch.setattr(dali, "_fits", lambda image, size: False)
 
 
 class Broken:
@@ -172,6 +173,15 @@ def test_without_a_resize_the_pixels_are_the_same(decoder, by_dali, tmp_path):
     paths = [write(tmp_path / name.replace(":", ""), sharp(*shape, 3), **ENCODINGS[name])
              for name, shape in shapes.items()]
     assert np.array_equal(decode(decoder, paths)[1], decode(PillowDecoder(1), paths)[1])
+
+
+def test_pillow_decodes_what_is_not_resized(decoder, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(dali, "crop_pixels",
+                        lambda image, size: taken.append(image.size) or crop_pixels(image, size))
+    paths = [write(tmp_path / f"{w}.jpg", photograph(w, h)) for w, h in ((64, 70), (65, 70))]
+    agree(decoder, paths)
+    assert taken == [(64, 70)]
 
 
 @pytest.mark.parametrize("content", [photograph, sharp])
