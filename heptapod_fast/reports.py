@@ -18,6 +18,7 @@ are at toy shapes and show that the benchmarks work; `ours` is then what runs by
 for adamw_ema and global_norm, else the reference.
 
 """
+DETAILS = ("min and max", "files", "MB", "preprocessing", "CPU ms per image")  # not in the README
 MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -114,7 +115,8 @@ def bench_table(path: Path, brief: bool = False) -> str:
         s = b["stats"]
         if brief and "us" in b["extra_info"]:
             continue
-        notes = ", ".join(f"{k} {show(v)}" for k, v in b["extra_info"].items())
+        notes = ", ".join(f"{k} {show(v)}" for k, v in b["extra_info"].items()
+                          if not (brief and any(word in k for word in DETAILS)))
         lines.append(f"| {b['name']} | {1e3 * s['median']:.3f} | {1e3 * s['q1']:.3f} to "
                      f"{1e3 * s['q3']:.3f} | {notes} |")
     return "\n".join(lines)

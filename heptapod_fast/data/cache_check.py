@@ -78,25 +78,32 @@ def _shard_problems(cache: Cache, array: str, shard: int) -> list[str]:
     wrong = size_problem(cache.path, name, expected["bytes"])
     if wrong:
         return [wrong]
-    data = (cache.path / name).read_bytes()  # once, for all that follows
-    if f"{google_crc32c.value(data):08x}" != expected["crc32c"]:
-        return [f"{name}: checksum does not match, the file was changed or damaged"]
-    if cache.in_row_order(array, shard):
-        count = (stop - first) * math.prod(cache.row_shape(array))
-        values = np.frombuffer(data, cache.dtype(array), count)
-    else:
-        values = cache.read_shard(array, shard)
-    values = values.reshape(stop - first, cache.views, -1)
     broken = np.zeros(stop - first, bool)
     broken[[e["row"] - first for e in cache.manifest["quarantine"]
             if first <= e["row"] < stop]] = True
-    found: dict[str, list[int]] = {}
-    for start in range(0, len(values), _ROWS):  # what is worked on stays in the processor's caches
-        part, out = values[start:start + _ROWS], broken[start:start + _ROWS]
-        kinds = (_code_problems(part, out, cache.spec.vocabulary) if array == "codes"
-                 else _float_problems(part, out, array, cache.spec.name))
+    checksum, found = 0, {}
+
+    def look(start: int, values: np.ndarray) -> None:
+        values = values.reshape(-1, cache.views, math.prod(cache.row_shape(array)[1:]))
+        out = broken[start:start + len(values)]
+        kinds = (_code_problems(values, out, cache.spec.vocabulary) if array == "codes"
+                 else _float_problems(values, out, array, cache.spec.name))
         for what, bad in kinds:
             found.setdefault(what, []).extend((np.flatnonzero(bad) + first + start).tolist())
+
+    ordered = cache.in_row_order(array, shard)
+    with open(cache.path / name, "rb") as stream:
+        for start in range(0, stop - first, _ROWS):  # what is worked on stays in the caches
+            rows = min(_ROWS, stop - first - start)
+            data = stream.read(rows * cache.row_bytes(array))
+            checksum = google_crc32c.extend(checksum, data)
+            if ordered:
+                look(start, np.frombuffer(data, cache.dtype(array)))
+        checksum = google_crc32c.extend(checksum, stream.read())
+    if f"{checksum:08x}" != expected["crc32c"]:
+        return [f"{name}: checksum does not match, the file was changed or damaged"]
+    if not ordered:
+        look(0, cache.read_shard(array, shard))
     return [f"{name}: {_rows(rows)} {what}" for what, rows in found.items() if rows]
 
 
