@@ -119,8 +119,9 @@ def open_cached(config: Config, world: World, cache: Cache) -> CacheTokens:
     source = error = None
     reserved = memory_estimate(config, len(cache.class_names), world.size)
     mode, why = choose_mode(cache, world.device, config.cache_mode, reserved)
-    # Ranks that share the reading must be of one mind.
-    if mode != "stream" and any(world.any(mode == "stream")):
+    # Ranks that share the reading must be of one mind; all of them ask, whatever they think.
+    streamed, = world.any(mode == "stream")
+    if streamed and mode != "stream":
         mode, why = "stream", "another rank has no room for it"
     try:
         source = CacheTokens(cache, config.seed, config.flip, world.device, mode, world.local,

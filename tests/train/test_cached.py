@@ -9,12 +9,22 @@ import torch
 import zarr
 
 from heptapod_fast import Config, load_run
-from heptapod_fast.data.cache_format import CacheError
+from heptapod_fast.data.cache_format import CacheError, open_cache
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunError
 from heptapod_fast.tokenizers import KL16, load_tokenizer
+from heptapod_fast.train.parallel import World
+from heptapod_fast.train.setup import open_cached
 from tests.caches import CLASSES, edit_manifest, sign, small_cache, small_tokenizer
-from tests.running import command, final_files, flags, refused, start_here, train_here
+from tests.running import (
+    command,
+    final_files,
+    flags,
+    refused,
+    start_here,
+    tiny_config,
+    train_here,
+)
 from tests.tokenizers.reference import random_weights
 
 CACHED = dict(codes=None, logogram_count=None)
@@ -180,6 +190,22 @@ def test_a_cache_that_moved(copy, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="other settings: --data"):
         start_here(out, data=str(tmp_path / "images"), tokenizer="patch-vq", codes=300,
                    image_size=16, flip=True, logogram_count=None)
+
+
+@pytest.mark.parametrize("ours, theirs, mode", [("auto", True, "stream"), ("auto", False, "ram"),
+                                                ("stream", False, "stream")])
+def test_ranks_agree_on_the_mode(made, tmp_path, ours, theirs, mode):
+    """Every rank takes part in every question, in the same order."""
+    asked = []
+
+    class Two(World):
+        def any(self, *flags):
+            asked.append(flags)
+            return tuple(flag or theirs and len(asked) == 1 for flag in flags)
+
+    config = tiny_config(tmp_path, data=str(made), cache_mode=ours, **CACHED)
+    source = open_cached(config, Two(0, 1, torch.device("cpu")), open_cache(made))
+    assert source.mode == mode and len(asked) == 2
 
 
 def test_a_damaged_codebook(copy, tmp_path):
