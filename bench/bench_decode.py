@@ -43,7 +43,7 @@ PICTURES = ["photographs, 500 x 375", "logograms, 256 x 256"]
 CONTENDERS = ["dali cpu", "dali cuda", "torchvision cpu"]
 
 
-def photograph(width: int, height: int, seed: int) -> Image.Image:
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth noise of eight octaves, falling off as in photographs, under hard-edged discs."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))

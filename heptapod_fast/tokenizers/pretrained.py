@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,17 +27,34 @@ CHUNK_PIXELS = {"cpu": 2**19}
 CHUNK_PIXELS_ELSEWHERE = 2**22
 
 
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """float32 means float32 (no TF32, no bf16 products), and algorithms that repeat their bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True,
-                                        allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class _ExactFloat32:
+    """While any thread is inside: float32 means float32 (no TF32, no bf16 products), and algorithms
+    repeat their bits. PyTorch's switches are the process's, so that the first thread to enter sets
+    them and the last one to leave puts them back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = ExitStack()
+                self._before.callback(torch.set_float32_matmul_precision,
+                                      torch.get_float32_matmul_precision())
+                torch.set_float32_matmul_precision("highest")
+                self._before.enter_context(torch.backends.cudnn.flags(
+                    enabled=True, benchmark=False, deterministic=True, allow_tf32=False))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._before.close()
+
+
+_exact_float32 = _ExactFloat32()
 
 
 class Pretrained(Tokenizer):
@@ -145,7 +163,7 @@ class Pretrained(Tokenizer):
         pixels = self.chunk_pixels or CHUNK_PIXELS.get(self.device.type, CHUNK_PIXELS_ELSEWHERE)
         count = max(1, pixels // self.image_size**2)
         results = torch.empty(len(inputs_B), *shape, dtype=torch.float32, device=self.device)
-        with (torch.no_grad(), torch.autocast(self.device.type, enabled=False), _exact_float32()):
+        with (torch.no_grad(), torch.autocast(self.device.type, enabled=False), _exact_float32):
             for start in range(0, len(inputs_B), count):
                 results[start:start + count] = work(inputs_B[start:start + count])
         return results

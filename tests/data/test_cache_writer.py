@@ -51,13 +51,18 @@ def stop_after(monkeypatch, name, count):
     monkeypatch.setattr(Builder, name, method)
 
 
+def begin(monkeypatch, path, plan, name="_write", count=3):
+    """A build that ends in the middle."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, name, count)
+        with pytest.raises(Stop):
+            build_cache(path, plan)
+
+
 @pytest.mark.parametrize("where, count", [("_write", 1), ("_write", 4), ("_encode", 9),
                                           ("_write_frame", 1), ("finish", 1), ("_verify", 1)])
 def test_a_build_goes_on_where_it_stopped(folder, tmp_path, undisturbed, where, count, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, where, count)
-        with pytest.raises(Stop):
-            build_cache(tmp_path / "c.zarr", small_plan(folder))
+    begin(monkeypatch, tmp_path / "c.zarr", small_plan(folder), where, count)
     (tmp_path / "c.zarr" / ".x.0a.partial").write_text("half a file")
     encoded = []
     real = Builder._build_shard
@@ -105,9 +110,7 @@ def test_other_settings_are_refused(folder, tmp_path, settings, flag, finished, 
     if finished:
         build_cache(path, small_plan(folder))
     else:
-        stop_after(monkeypatch, "_write", 3)
-        with pytest.raises(Stop):
-            build_cache(path, small_plan(folder))
+        begin(monkeypatch, path, small_plan(folder))
     with pytest.raises(CacheError, match="begun with other settings") as caught:
         build_cache(path, small_plan(folder, **settings))
     assert flag in str(caught.value) and "remove it" in str(caught.value)
@@ -115,10 +118,7 @@ def test_other_settings_are_refused(folder, tmp_path, settings, flag, finished, 
 
 def test_other_images_are_refused(tmp_path, monkeypatch):
     folder = image_folder(tmp_path / "images", 20)
-    with monkeypatch.context() as patch:
-        stop_after(patch, "_write", 2)
-        with pytest.raises(Stop):
-            build_cache(tmp_path / "c.zarr", small_plan(folder))
+    begin(monkeypatch, tmp_path / "c.zarr", small_plan(folder), "_write", 2)
     shutil.copy(folder / "ant/000.png", folder / "ant/zzz.png")
     with pytest.raises(CacheError, match="the images of --data"):
         build_cache(tmp_path / "c.zarr", small_plan(folder))
@@ -247,10 +247,7 @@ def test_tokens_that_are_not_finite_are_an_error(folder, tmp_path, value):
 def test_shards_that_are_lost_before_the_end_are_built_again(folder, tmp_path, undisturbed,
                                                              monkeypatch):
     path = tmp_path / "c.zarr"
-    with monkeypatch.context() as patch:
-        stop_after(patch, "finish", 1)
-        with pytest.raises(Stop):
-            build_cache(path, small_plan(folder))
+    begin(monkeypatch, path, small_plan(folder), "finish", 1)
     raw = bytearray((path / "codes/c/2/0/0").read_bytes())
     raw[5] ^= 1
     (path / "codes/c/2/0/0").write_bytes(raw)
@@ -277,10 +274,7 @@ def test_damaged_shards_of_a_finished_cache_are_built_again(folder, tmp_path, to
     real = Builder._build_shard
     monkeypatch.setattr(Builder, "_build_shard",
                         lambda self, shard: built.append(shard) or real(self, shard))
-    with monkeypatch.context() as patch:  # killed once more on the way
-        stop_after(patch, "_write", 2)
-        with pytest.raises(Stop):
-            build_cache(path, plan)
+    begin(monkeypatch, path, plan, "_write", 2)  # killed once more on the way
     with pytest.raises(CacheError, match="was interrupted: repeat the command"):
         open_cache(path)
     build_cache(path, plan)
@@ -340,10 +334,7 @@ def test_codebooks(tmp_path):
 def test_what_is_spoilt_during_a_build_is_written_again(folder, tmp_path, undisturbed, name, data,
                                                         monkeypatch):
     path = tmp_path / "c.zarr"
-    with monkeypatch.context() as patch:
-        stop_after(patch, "_write", 3)
-        with pytest.raises(Stop):
-            build_cache(path, small_plan(folder))
+    begin(monkeypatch, path, small_plan(folder))
     (path / name).unlink()
     if data is not None:
         (path / name).write_bytes(data)
@@ -355,10 +346,7 @@ def test_what_is_spoilt_during_a_build_is_written_again(folder, tmp_path, undist
 def test_shards_that_zarr_cannot_read_are_built_again(folder, tmp_path, undisturbed, spoil_shard,
                                                       monkeypatch):
     path = tmp_path / "c.zarr"
-    with monkeypatch.context() as patch:
-        stop_after(patch, "_write", 3)
-        with pytest.raises(Stop):
-            build_cache(path, small_plan(folder))
+    begin(monkeypatch, path, small_plan(folder))
     file = path / "codes/c/1/0/0"
     file.write_bytes(spoil_shard(file.read_bytes()))
     (path / BUILDING / "shard-00001.json").unlink()
@@ -371,10 +359,7 @@ def test_shards_that_zarr_cannot_read_are_built_again(folder, tmp_path, undistur
 
 
 def test_a_damaged_plan(folder, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, "_write", 3)
-        with pytest.raises(Stop):
-            build_cache(tmp_path / "c.zarr", small_plan(folder))
+    begin(monkeypatch, tmp_path / "c.zarr", small_plan(folder))
     (tmp_path / "c.zarr" / BUILDING / "plan.json").write_text("")
     with pytest.raises(CacheError, match="plan.json is damaged"):
         build_cache(tmp_path / "c.zarr", small_plan(folder))
@@ -391,10 +376,7 @@ def test_images_that_are_away_for_a_while(tmp_path, monkeypatch):
     path, raw = plan.files[plan.order[20]][0], None
     raw = path.read_bytes()
     path.write_bytes(bytes(len(raw)))
-    with monkeypatch.context() as patch:
-        stop_after(patch, "_write", 3)
-        with pytest.raises(Stop):
-            build_cache(tmp_path / "d.zarr", small_plan(folder, max_broken=1))
+    begin(monkeypatch, tmp_path / "d.zarr", small_plan(folder, max_broken=1))
     path.write_bytes(raw)
     cache = build_cache(tmp_path / "d.zarr", small_plan(folder, max_broken=1))
     assert cache.manifest["quarantine"] == []

@@ -5,7 +5,7 @@ import torch
 
 import heptapod_fast.tokenizers.autoencoder as layers
 from heptapod_fast.rng import Rng
-from heptapod_fast.tokenizers import KL16
+from heptapod_fast.tokenizers import KL16, pretrained
 from heptapod_fast.tokenizers.kl16 import SCALE, posterior_tokens
 from tests.tokenizers.reference import Reference, ReferenceKL16, gap, images, random_weights
 
@@ -101,6 +101,21 @@ def test_float32_means_float32(tokenizer, monkeypatch):
         torch.set_default_dtype(torch.float32)
     assert seen == [("highest", False, True)] and torch.backends.cudnn.allow_tf32
     assert mean.dtype == torch.float32 and mean.is_contiguous()
+
+
+def test_float32_in_several_threads_leaves_nothing_behind():
+    exact, seen = pretrained._exact_float32, []
+    torch.set_float32_matmul_precision("high")
+    try:
+        exact.__enter__()
+        exact.__enter__()  # another thread, which the first one does not outlive
+        exact.__exit__()
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        exact.__exit__()
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", False), ("high", True)]
 
 
 def test_whole_network_against_float64(tokenizer, reference):

@@ -211,7 +211,7 @@ def test_the_documented_sequence(tmp_path):
     assert "2,000 images" in out
     assert "whole" in run("tools/verify.py", tmp_path / "logograms.zarr")
     out = run("tools/train.py", "--size", "tiny", "--data", tmp_path / "logograms.zarr", "--images",
-              1024, "--sample-every", 0, "--out", tmp_path / "run", "--device", "cpu")
+              256, "--sample-every", 0, "--out", tmp_path / "run", "--device", "cpu")
     assert "2,000 images, 8 classes" in out and "finished" in out
     out = run("tools/sample.py", tmp_path / "run", "--count", 8, "--out", tmp_path / "grid.png")
     assert "8 images" in out

@@ -144,7 +144,7 @@ def test_words_that_are_not_understood_are_named(words, named):
     (dict(tokenizer="patch"), ("--codes 16", "patch")),
     (dict(data="synthetic"), ("--logogram-count",)),
     (dict(data="/no/such/folder", logogram_count=None), ("/no/such/folder", "--data")),
-    (dict(data="cache.zarr", logogram_count=None), ("--data cache.zarr",)),
+    (dict(data="cache.zarr", logogram_count=None), ("cache.zarr", "--data", "tools/cache.py")),
     (dict(size="B", head_depth=None, codes=None, logogram_count=None), ("--data is missing",)),
     (dict(num_classes=99), ("num_classes=99",)),
     (dict(adamw_ema="cuda"), ("cuda",)),

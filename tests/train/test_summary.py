@@ -11,7 +11,8 @@ from heptapod_fast.data import SyntheticTokens
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import build_system
 from heptapod_fast.tokenizers import token_spec
-from heptapod_fast.train.summary import activation_values, summary
+from heptapod_fast.train.memory import activation_values
+from heptapod_fast.train.summary import summary
 from tests.running import tiny_config
 
 CASES = {
