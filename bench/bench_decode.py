@@ -43,19 +43,20 @@ PICTURES = ["photographs, 500 x 375", "logograms, 256 x 256"]
 CONTENDERS = ["dali cpu", "dali cuda", "torchvision cpu"]
 
 
-def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth noise of eight octaves, falling off as in photographs, under hard-edged discs."""
+def photograph(width: int, height: int, seed: int = 0, octaves: int = 8, fall: float = 0.6,
+               discs: int = 20, radii: tuple[int, int] = (4, 60)) -> Image.Image:
+    """Smooth noise of several octaves, falling off as in photographs, under hard-edged discs."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
-    for octave in range(1, 9):
+    for octave in range(1, octaves + 1):
         for channel in range(3):
             noise = rng.normal(size=(2**octave, 2**octave)).astype(np.float32)
             grown = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-            total[..., channel] += np.asarray(grown) * 2.0 ** (-0.6 * octave)
+            total[..., channel] += np.asarray(grown) * 2.0 ** (-fall * octave)
     total -= total.min()
     image = Image.fromarray((total * (255 / total.max())).astype(np.uint8))
-    for _ in range(20):
-        x, y, radius = rng.integers(0, width), rng.integers(0, height), rng.integers(4, 60)
+    for _ in range(discs):
+        x, y, radius = rng.integers(0, width), rng.integers(0, height), rng.integers(*radii)
         colour = tuple(rng.integers(0, 256, 3).tolist())
         ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), colour)
     return image

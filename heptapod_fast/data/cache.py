@@ -50,12 +50,13 @@ class CacheTokens:
         flip: take the mirrored view with probability 1/2.
         device: where batches are returned.
         mode: gpu, ram, stream, or auto, the first of them that fits (`choose_mode`).
+        why: the reason for the mode, for a caller that has chosen it; default `choose_mode`'s.
         share: (k, n) reads only every n-th shard from k on at the start in mode ram, where n
             processes of a machine share the reading.
         progress: called as progress(bytes read, bytes in all) at the start.
 
     Attributes:
-        mode: gpu, ram or stream. why: the reason for it.
+        mode, why: gpu, ram or stream, and the reason for it.
         num_images, num_classes, class_names, fingerprint: see `TokenSource`. Images that could not
             be read when the cache was made are not among them.
 
@@ -66,13 +67,14 @@ class CacheTokens:
 
     def __init__(self, cache: Cache, seed: int, flip: bool = False,
                  device: torch.device | str = "cpu", mode: str = "auto",
-                 share: tuple[int, int] = (0, 1),
+                 why: str | None = None, share: tuple[int, int] = (0, 1),
                  progress: Callable[[int, int], None] | None = None) -> None:
         if flip and cache.views < 2:
             raise CacheError(f"--flip: {cache.path} was built without mirrored images; build it "
                              "with --flip, or train with --no-flip")
         self.cache, self.seed, self.flip, self.device = cache, seed, flip, torch.device(device)
-        self.mode, self.why = choose_mode(cache, self.device, mode)
+        self.mode, reason = choose_mode(cache, self.device, mode)
+        self.why = why or reason
         broken = [entry["row"] for entry in cache.manifest["quarantine"]]
         rows = np.delete(np.arange(cache.rows), broken)
         sizes = np.bincount(rows // cache.manifest["shard_rows"], minlength=cache.shards)

@@ -124,9 +124,9 @@ def open_cached(config: Config, world: World, cache: Cache) -> CacheTokens:
     if streamed and mode != "stream":
         mode, why = "stream", "another rank has no room for it"
     try:
-        source = CacheTokens(cache, config.seed, config.flip, world.device, mode, world.local,
+        source = CacheTokens(cache, config.seed, config.flip, world.device, mode, why,
+                             world.local,
                              Progress("reading the cache", "files") if world.main else None)
-        source.why = why
     except (CacheError, OSError) as caught:
         error = caught
     if any(world.any(error is not None)):

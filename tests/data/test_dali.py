@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFile
 
 import heptapod_fast.data.dali as dali
+from bench import bench_decode
 from heptapod_fast.data import ImageFolder, Logograms, write_folder
 from heptapod_fast.data.decoding import PREPROCESSING, PillowDecoder, crop_pixels
 
@@ -32,21 +33,9 @@ ENCODINGS = {
 
 
 def photograph(width, height, seed=0):
-    """Smooth noise of several octaves under a few hard-edged discs."""
-    rng = np.random.default_rng(seed)
-    total = np.zeros((height, width, 3))
-    for octave in range(1, 7):
-        for channel in range(3):
-            noise = rng.normal(size=(2**octave, 2**octave)).astype(np.float32)
-            grown = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-            total[..., channel] += np.asarray(grown) / 2**octave
-    total -= total.min()
-    image = Image.fromarray((total * (255 / total.max())).astype(np.uint8))
-    for _ in range(8):
-        x, y, radius = rng.integers(0, width), rng.integers(0, height), rng.integers(3, 30)
-        colour = tuple(rng.integers(0, 256, 3).tolist())
-        ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-    return image
+    """A small one."""
+    return bench_decode.photograph(width, height, seed, octaves=6, fall=1.0, discs=8,
+                                   radii=(3, 30))
 
 
 def sharp(width, height, seed=0):
