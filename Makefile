@@ -33,6 +33,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --benchmark-only
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 clean:
 	rm -rf $(VENV) build heptapod_fast/*.so heptapod_fast/_build_note.txt *.egg-info
 

@@ -66,8 +66,14 @@ def find_nvcc() -> str | None:
 
 def run_logged(command: list[str], log: Path) -> None:
     """Runs a command; on failure prints its output and raises with its first error line."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace", check=False)
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     with log.open("a") as file:
         file.write(done.stdout)
     if done.returncode:
@@ -89,8 +95,16 @@ def build_with_cmake(torch_dir: Path, nvcc: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     log.write_text("")
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DTORCH_DIR={torch_dir}",
-                 "-DCMAKE_BUILD_TYPE=Release", f"-DHEPTAPOD_CUDA={'ON' if nvcc else 'OFF'}"]
+    configure = [
+        cmake,
+        "-S",
+        str(ROOT),
+        "-B",
+        str(folder),
+        f"-DTORCH_DIR={torch_dir}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DHEPTAPOD_CUDA={'ON' if nvcc else 'OFF'}",
+    ]
     configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []
     if shutil.which("ninja") and not (folder / "Makefile").exists():
         configure += ["-G", "Ninja"]
@@ -142,12 +156,14 @@ class BuildLibrary(build_ext):
         if note:
             (folder / NOTE).write_text(note + "\n")
         what = "built" if library is not None else "skipped"
-        print(f"heptapod_fast: compiled operators {what}{': ' if note else ''}{note}",
-              file=sys.stderr)
+        print(
+            f"heptapod_fast: compiled operators {what}{': ' if note else ''}{note}", file=sys.stderr
+        )
 
     def get_outputs(self) -> list[str]:
-        return [str(self.folder() / name) for name in (LIBRARY, NOTE)
-                if (self.folder() / name).exists()]
+        return [
+            str(self.folder() / name) for name in (LIBRARY, NOTE) if (self.folder() / name).exists()
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -158,5 +174,7 @@ class BuildLibrary(build_ext):
 
 # The extension carries no sources: its presence makes setuptools call build_ext and tag the wheel
 # with the platform.
-setup(ext_modules=[Extension("heptapod_fast._library", sources=[])],
-      cmdclass={"build_ext": BuildLibrary})
+setup(
+    ext_modules=[Extension("heptapod_fast._library", sources=[])],
+    cmdclass={"build_ext": BuildLibrary},
+)

@@ -17,9 +17,10 @@ from bench.bench_diffusion_mlp import mlp_case
 from heptapod_fast.ops.adaln import adaln
 
 # Images x supervised tokens x noises, width of the diffusion MLP.
-SHAPES = {"cuda": {"B": (128 * 128 * 4, 1024), "L": (128 * 128 * 4, 1280),
-                   "H": (64 * 128 * 4, 1536)},
-          "cpu": {"tiny": (64, 32)}}
+SHAPES = {
+    "cuda": {"B": (128 * 128 * 4, 1024), "L": (128 * 128 * 4, 1280), "H": (64 * 128 * 4, 1536)},
+    "cpu": {"tiny": (64, 32)},
+}
 
 
 def inputs(device, rows, width):
@@ -29,8 +30,16 @@ def inputs(device, rows, width):
     modulation = torch.randn(rows, 3 * width, device=device, dtype=torch.bfloat16)
     shift, scale, gate = (part.requires_grad_() for part in modulation.chunk(3, dim=1))
     vector = functools.partial(normal, width, dtype=torch.float32)
-    arguments = (normal(rows, width), normal(rows, width), vector(), gate, shift, scale, vector(),
-                 vector())
+    arguments = (
+        normal(rows, width),
+        normal(rows, width),
+        vector(),
+        gate,
+        shift,
+        scale,
+        vector(),
+        vector(),
+    )
     return arguments, (torch.randn_like(arguments[0]), torch.randn_like(arguments[0]))
 
 
@@ -50,17 +59,33 @@ def cases(device):
     for size, (rows, width) in SHAPES[device].items():
         for backward in (False, True):
             direction = "forward and backward" if backward else "forward"
-            found.append(harness.Case(
-                "adaln", f"chain {direction}, {size}, {rows} x {width}",
-                functools.partial(inputs, device, rows, width),
-                {"ours": contender(harness.fastest(device), backward),
-                 "eager": contender("reference", backward),
-                 "compiled": contender("reference", backward, harness.compiled)},
-                bytes=(17 if backward else 7) * rows * width * 2,
-                gate=">= 1.15x compiled" if backward else "",
-                aim=">= 1.3x compiled" if backward else ""))
-        found.append(mlp_case("adaln", f"one block forward and backward, {size}", device, rows,
-                              width, 1, gate=">= 1.15x compiled", aim=">= 1.3x compiled"))
+            found.append(
+                harness.Case(
+                    "adaln",
+                    f"chain {direction}, {size}, {rows} x {width}",
+                    functools.partial(inputs, device, rows, width),
+                    {
+                        "ours": contender(harness.fastest(device), backward),
+                        "eager": contender("reference", backward),
+                        "compiled": contender("reference", backward, harness.compiled),
+                    },
+                    bytes=(17 if backward else 7) * rows * width * 2,
+                    gate=">= 1.15x compiled" if backward else "",
+                    aim=">= 1.3x compiled" if backward else "",
+                )
+            )
+        found.append(
+            mlp_case(
+                "adaln",
+                f"one block forward and backward, {size}",
+                device,
+                rows,
+                width,
+                1,
+                gate=">= 1.15x compiled",
+                aim=">= 1.3x compiled",
+            )
+        )
     return found
 
 

@@ -22,8 +22,20 @@ SIZES = {"cuda": {"B": (29, 768), "L": (38, 1024), "H": (48, 1280)}, "cpu": {"ti
 
 def shapes(layers, width):
     """Per block some large tensors and many small ones."""
-    block = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width),
-             (4 * width,), (width, 4 * width), (width,), (width,), (width,), (width,), (width,)]
+    block = [
+        (3 * width, width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        (4 * width, width),
+        (4 * width,),
+        (width, 4 * width),
+        (width,),
+        (width,),
+        (width,),
+        (width,),
+        (width,),
+    ]
     return block * layers
 
 
@@ -45,9 +57,21 @@ def ours(clip, implementation):
             scale = one
             if clip:
                 scale = (CLIP / (global_norm(grads, implementation) + 1e-6)).clamp(max=1.0)
-            adamw_ema(params, grads, *moments, [ema], lr=lr, step=step, grad_scale=scale,
-                      ema_decays=decays, weight_decays=[WEIGHT_DECAY] * len(params),
-                      beta1=BETAS[0], beta2=BETAS[1], eps=EPS, implementation=implementation)
+            adamw_ema(
+                params,
+                grads,
+                *moments,
+                [ema],
+                lr=lr,
+                step=step,
+                grad_scale=scale,
+                ema_decays=decays,
+                weight_decays=[WEIGHT_DECAY] * len(params),
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                eps=EPS,
+                implementation=implementation,
+            )
 
         return run
 
@@ -64,6 +88,7 @@ def leaves(made):
 
 def with_optimizer(make, clip, wrap=lambda f: f):
     """make(parameters) -> an optimizer; its step between PyTorch's clipping and foreach average."""
+
     def prepare(made):
         params, ema = leaves(made), made[2]
         optimizer = make(params)
@@ -84,8 +109,15 @@ def torch_adamw(variant):
     def make(params):
         # A captured step counts on the device; on CPU there is nothing to capture.
         capturable = params[0].is_cuda
-        return torch.optim.AdamW(params, lr=RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY,
-                                 capturable=capturable, **{variant: True})
+        return torch.optim.AdamW(
+            params,
+            lr=RATE,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=WEIGHT_DECAY,
+            capturable=capturable,
+            **{variant: True},
+        )
 
     return make
 
@@ -94,12 +126,14 @@ def apex_adam(params):
     try:
         from apex.optimizers import FusedAdam
     except (ImportError, RuntimeError) as error:
-        raise harness.Missing("apex is not installed: build it from github.com/NVIDIA/apex with "
-                              "--cpp_ext --cuda_ext") from error
+        raise harness.Missing(
+            "apex is not installed: build it from github.com/NVIDIA/apex with --cpp_ext --cuda_ext"
+        ) from error
     if not params[0].is_cuda:
         raise harness.Missing("apex runs on cuda tensors")
-    return FusedAdam(params, lr=RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY,
-                     capturable=True)
+    return FusedAdam(
+        params, lr=RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, capturable=True
+    )
 
 
 def apex_adam_swa(made):
@@ -109,12 +143,22 @@ def apex_adam_swa(made):
     try:
         from apex.contrib.openfold_triton.fused_adam_swa import AdamMathType, FusedAdamSWA
     except (ImportError, RuntimeError) as error:
-        raise harness.Missing("apex's fused_adam_swa is not installed: build apex from "
-                              "github.com/NVIDIA/apex") from error
+        raise harness.Missing(
+            "apex's fused_adam_swa is not installed: build apex from github.com/NVIDIA/apex"
+        ) from error
     params, ema = leaves(made), made[2]
-    optimizer = FusedAdamSWA(params, params, ema, DECAY, lr=RATE, betas=BETAS, eps=EPS,
-                             adam_math_mode=AdamMathType.ApexAdamW, weight_decay=WEIGHT_DECAY,
-                             set_grad_none=False)
+    optimizer = FusedAdamSWA(
+        params,
+        params,
+        ema,
+        DECAY,
+        lr=RATE,
+        betas=BETAS,
+        eps=EPS,
+        adam_math_mode=AdamMathType.ApexAdamW,
+        weight_decay=WEIGHT_DECAY,
+        set_grad_none=False,
+    )
 
     def run():
         norm = torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True)
@@ -133,32 +177,67 @@ def cases(device):
         count = sum(torch.Size(shape).numel() for shape in shapes(layers, width))
         make = functools.partial(inputs, device, layers, width)
         name = f"{size}, {count / 1e6:.1f}M parameters"
-        found.append(harness.Case(
-            "adamw_ema", f"whole step, {name}", make,
-            {"ours": ours(True, fastest),
-             "torch fused + foreach EMA + clip": with_optimizer(torch_adamw("fused"), True),
-             "torch foreach": with_optimizer(torch_adamw("foreach"), True),
-             "apex": with_optimizer(apex_adam, True), "apex fused_adam_swa": apex_adam_swa},
-            bytes=40 * count, gate=">= 1.4x best peer, 85% of copy bandwidth",
-            aim=">= 2x best peer, 92% of copy bandwidth"))
-        found.append(harness.Case(
-            "adamw_ema", f"update and average alone, {name}", make,
-            {"ours": ours(False, fastest),
-             "torch fused + foreach EMA": with_optimizer(torch_adamw("fused"), False)},
-            bytes=36 * count, gate="85% of copy bandwidth", aim="92% of copy bandwidth"))
-        found.append(harness.Case(
-            "global_norm", f"norm alone, {name}", make,
-            {"ours": norm_alone(functools.partial(global_norm, implementation=fastest)),
-             "torch foreach": norm_alone(
-                 functools.partial(torch.nn.utils.get_total_norm, foreach=True)),
-             "eager": norm_alone(functools.partial(global_norm, implementation="reference"))},
-            bytes=4 * count, gate="85% of copy bandwidth", aim="92% of copy bandwidth"))
+        found.append(
+            harness.Case(
+                "adamw_ema",
+                f"whole step, {name}",
+                make,
+                {
+                    "ours": ours(True, fastest),
+                    "torch fused + foreach EMA + clip": with_optimizer(torch_adamw("fused"), True),
+                    "torch foreach": with_optimizer(torch_adamw("foreach"), True),
+                    "apex": with_optimizer(apex_adam, True),
+                    "apex fused_adam_swa": apex_adam_swa,
+                },
+                bytes=40 * count,
+                gate=">= 1.4x best peer, 85% of copy bandwidth",
+                aim=">= 2x best peer, 92% of copy bandwidth",
+            )
+        )
+        found.append(
+            harness.Case(
+                "adamw_ema",
+                f"update and average alone, {name}",
+                make,
+                {
+                    "ours": ours(False, fastest),
+                    "torch fused + foreach EMA": with_optimizer(torch_adamw("fused"), False),
+                },
+                bytes=36 * count,
+                gate="85% of copy bandwidth",
+                aim="92% of copy bandwidth",
+            )
+        )
+        found.append(
+            harness.Case(
+                "global_norm",
+                f"norm alone, {name}",
+                make,
+                {
+                    "ours": norm_alone(functools.partial(global_norm, implementation=fastest)),
+                    "torch foreach": norm_alone(
+                        functools.partial(torch.nn.utils.get_total_norm, foreach=True)
+                    ),
+                    "eager": norm_alone(functools.partial(global_norm, implementation="reference")),
+                },
+                bytes=4 * count,
+                gate="85% of copy bandwidth",
+                aim="92% of copy bandwidth",
+            )
+        )
         if size in ("B", "tiny"):  # compiling hundreds of tensors takes minutes
-            found.append(harness.Case(
-                "adamw_ema", f"compiled peer, whole step, {name}", make,
-                {"ours": ours(True, fastest),
-                 "compiled": with_optimizer(torch_adamw("foreach"), True, harness.compiled)},
-                bytes=40 * count))
+            found.append(
+                harness.Case(
+                    "adamw_ema",
+                    f"compiled peer, whole step, {name}",
+                    make,
+                    {
+                        "ours": ours(True, fastest),
+                        "compiled": with_optimizer(torch_adamw("foreach"), True, harness.compiled),
+                    },
+                    bytes=40 * count,
+                )
+            )
     return found
 
 

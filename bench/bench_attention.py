@@ -27,18 +27,33 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import harness
-from heptapod_fast.grid import AttentionMask, two_stream_mask
-from heptapod_fast.ops.attention import attention, cross_attention
+from heptapod_fast.ops import (
+    CAUSAL,
+    FULL,
+    AttentionMask,
+    Ends,
+    Visible,
+    attention,
+    cross_attention,
+)
+from heptapod_fast.ops.masks import two_stream_mask
 
 HEADS = {"B": (12, 64), "H": (16, 80), "L": (16, 64), "tiny": (2, 32)}
 # Next-neighbor on a 16 x 16 grid goes through its 31 diagonals.
 GROUPS = {"cuda": [min(i + 1, 31 - i, 16) for i in range(31)], "cpu": [1, 2, 3, 2]}
 WINDOW = 16
-BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-            "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
-GATES = {"forward": (">= 1.2x best peer", ">= 1.45x best peer"),
-         "backward": (">= 1.5x best peer, 50% of copy bandwidth",
-                      ">= 2.2x best peer, 65% of copy bandwidth")}
+BACKENDS = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+GATES = {
+    "forward": (">= 1.2x best peer", ">= 1.45x best peer"),
+    "backward": (
+        ">= 1.5x best peer, 50% of copy bandwidth",
+        ">= 2.2x best peer, 65% of copy bandwidth",
+    ),
+}
 
 
 class Shape(NamedTuple):
@@ -71,8 +86,9 @@ def inputs(shape: Shape) -> Inputs:
     leaf = shape.visible != "decoding"
 
     def make(*middle):
-        return torch.randn(shape.batch, *middle, heads, width, device=shape.device,
-                           dtype=torch.bfloat16)
+        return torch.randn(
+            shape.batch, *middle, heads, width, device=shape.device, dtype=torch.bfloat16
+        )
 
     if not shape.crossed:
         return Inputs((make(shape.queries, 3).requires_grad_(),), make(shape.queries))
@@ -80,8 +96,13 @@ def inputs(shape: Shape) -> Inputs:
     ends = None
     if shape.visible == "local head":
         window = min(WINDOW, shape.queries // 4)
-        half = torch.randint(1, shape.keys + 1, (shape.batch // 2, shape.queries // window),
-                             device=shape.device, dtype=torch.int32)
+        half = torch.randint(
+            1,
+            shape.keys + 1,
+            (shape.batch // 2, shape.queries // window),
+            device=shape.device,
+            dtype=torch.int32,
+        )
         ends = torch.cat((half, shape.keys + 1 - half)).repeat_interleave(window, dim=1)
     return Inputs(given, make(shape.queries), ends)
 
@@ -92,7 +113,17 @@ def streams(device: str) -> AttentionMask:
     return two_stream_mask(GROUPS[device], prefix=0).to(device)
 
 
+def visible_of(shape: Shape, made: Inputs) -> Visible:
+    """As our own operation takes it."""
+    if shape.visible == "local head":
+        return Ends(made.ends)
+    if shape.visible == "two streams":
+        return streams(shape.device)
+    return FULL if shape.visible == "full" else CAUSAL
+
+
 # --------------------------------------------------------------------------------------- contenders
+
 
 def timed(function, arguments, grad, direction):
     """The call to be timed: "forward", "backward" alone, or "forward and backward"."""
@@ -103,14 +134,13 @@ def timed(function, arguments, grad, direction):
 
 def packed(shape, direction, implementation):
     """heptapod_fast's own operation."""
+
     def prepare(made):
-        if shape.crossed:
-            function = functools.partial(cross_attention, ends=made.ends,
-                                         causal=shape.visible == "decoding")
-        else:
-            mask = streams(shape.device) if shape.visible == "two streams" else None
-            function = functools.partial(attention, causal=shape.visible == "causal", mask=mask)
-        function = functools.partial(function, implementation=implementation)
+        function = functools.partial(
+            cross_attention if shape.crossed else attention,
+            visible=visible_of(shape, made),
+            implementation=implementation,
+        )
         return timed(function, made.packed, made.grad, direction)
 
     return prepare
@@ -118,17 +148,20 @@ def packed(shape, direction, implementation):
 
 def flash_attn(shape, direction):
     """The package; it has no masks."""
+
     def prepare(made):
         try:
             import flash_attn as package
         except ImportError:
-            raise harness.Missing("flash-attn is not installed: pip install flash-attn "
-                                  "--no-build-isolation") from None
+            raise harness.Missing(
+                "flash-attn is not installed: pip install flash-attn --no-build-isolation"
+            ) from None
         if shape.visible == "decoding":
             q, kv = made.packed
             return functools.partial(package.flash_attn_with_kvcache, q, *kv.unbind(2))
-        function = functools.partial(package.flash_attn_qkvpacked_func,
-                                     causal=shape.visible == "causal")
+        function = functools.partial(
+            package.flash_attn_qkvpacked_func, causal=shape.visible == "causal"
+        )
         return timed(function, made.packed, made.grad, direction)
 
     return prepare
@@ -136,11 +169,14 @@ def flash_attn(shape, direction):
 
 def split(shape, direction, make):
     """A peer that takes q, k, v (B, H, N, D); make(shape, made) returns its function."""
+
     def prepare(made):
         first, *rest = made.packed
         parts = (first, *rest[0].unbind(2)) if rest else first.unbind(2)
-        heads = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_(first.requires_grad)
-                      for x in parts)
+        heads = tuple(
+            x.detach().transpose(1, 2).contiguous().requires_grad_(first.requires_grad)
+            for x in parts
+        )
         function = make(shape, made)
         with refusals():
             # The gradient in the layout that the peer gave its output, or it would copy.
@@ -171,8 +207,9 @@ def sdpa(backend):
 
         def function(q, k, v):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias,
-                                                      is_causal=shape.visible == "causal")
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=bias, is_causal=shape.visible == "causal"
+                )
 
         return function
 
@@ -204,6 +241,7 @@ def block_mask(visible: str, length: int, device: str):
     if visible == "full":
         return None
     if visible == "causal":
+
         def seen(b, h, i, j):
             return j <= i
     else:
@@ -220,8 +258,10 @@ def flex(shape, made):
     """torch.compile of FlexAttention, as its users call it."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return functools.partial(harness.compiled(flex_attention),
-                             block_mask=block_mask(shape.visible, shape.queries, shape.device))
+    return functools.partial(
+        harness.compiled(flex_attention),
+        block_mask=block_mask(shape.visible, shape.queries, shape.device),
+    )
 
 
 def contenders(shape, direction):
@@ -241,6 +281,7 @@ def contenders(shape, direction):
 
 
 # -------------------------------------------------------------------------------------------- cases
+
 
 def pairs(shape) -> float:
     """How many keys the queries of a sequence see together (of the local head: on average)."""
@@ -263,26 +304,42 @@ def case(shape, direction, gate="", aim=""):
     return harness.Case(
         "attention",
         f"{shape.visible} {direction}, {shape.size}, {shape.batch} x {length}, {heads} heads x "
-        f"{width}", functools.partial(inputs, shape), contenders(shape, direction),
+        f"{width}",
+        functools.partial(inputs, shape),
+        contenders(shape, direction),
         bytes=shape.batch * (2 * elements + 4 * statistics),
-        flops=multiplies * shape.batch * heads * width * pairs(shape), gate=gate, aim=aim)
+        flops=multiplies * shape.batch * heads * width * pairs(shape),
+        gate=gate,
+        aim=aim,
+    )
 
 
 def cases(device):
     def plain(size, batch):
-        lengths = (("causal", 256), ("full", 257)) if device == "cuda" else (("causal", 16),
-                                                                             ("full", 17))
-        return [case(Shape(visible, device, size, batch, length, length), direction, *gates)
-                for visible, length in lengths for direction, gates in GATES.items()]
+        lengths = (
+            (("causal", 256), ("full", 257)) if device == "cuda" else (("causal", 16), ("full", 17))
+        )
+        return [
+            case(Shape(visible, device, size, batch, length, length), direction, *gates)
+            for visible, length in lengths
+            for direction, gates in GATES.items()
+        ]
 
     size, batch, length = ("B", 128, 256) if device == "cuda" else ("tiny", 2, 16)
     elements = 2 * sum(GROUPS[device])
     local = Shape("local head", device, size, batch, length, length)
     decoding = Shape("decoding", device, size, max(batch // 2, 2), 1, length + 1)
     found = plain(size, batch) + [
-        case(Shape("two streams", device, size, batch, elements, elements), "forward and backward",
-             ">= 2x flex", ">= 3x flex"),
-        case(local, "forward"), case(local, "backward"), case(decoding, "forward")]
+        case(
+            Shape("two streams", device, size, batch, elements, elements),
+            "forward and backward",
+            ">= 2x flex",
+            ">= 3x flex",
+        ),
+        case(local, "forward"),
+        case(local, "backward"),
+        case(decoding, "forward"),
+    ]
     if device == "cuda":
         found += [*plain("B", 256), *plain("H", 128), *plain("H", 256), *plain("L", 128)]
     return found

@@ -11,10 +11,12 @@ import torch
 
 from bench import harness
 from heptapod_fast.ops.bias_gelu import bias_gelu
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 
-SHAPES = {"cuda": {"B": (128 * 257, 3072), "L": (128 * 257, 4096), "H": (64 * 257, 5120)},
-          "cpu": {"tiny": (256, 512)}}
+SHAPES = {
+    "cuda": {"B": (128 * 257, 3072), "L": (128 * 257, 4096), "H": (64 * 257, 5120)},
+    "cpu": {"tiny": (256, 512)},
+}
 
 
 def inputs(device, rows, width, drop):
@@ -23,7 +25,7 @@ def inputs(device, rows, width, drop):
     mask = None
     if drop:
         keys = torch.randint(0, 2**32, (rows, 2), device=device)
-        mask = Mask(keys, torch.arange(rows, device=device), drop)
+        mask = DropoutMask(keys, torch.arange(rows, device=device), drop)
     return x, bias, mask, torch.randn_like(x)
 
 
@@ -45,13 +47,21 @@ def cases(device):
             for backward in (False, True):
                 direction = "backward" if backward else "forward"
                 what = activation + (f" dropout {drop}" if drop else "")
-                found.append(harness.Case(
-                    "bias_gelu", f"{what} {direction}, {size}, {rows} x {width}",
-                    functools.partial(inputs, device, rows, width, drop),
-                    {"ours": contender(harness.fastest(device), activation, backward),
-                     "eager": contender("reference", activation, backward),
-                     "compiled": contender("reference", activation, backward, harness.compiled)},
-                    bytes=(3 if backward else 2) * rows * width * 2))
+                found.append(
+                    harness.Case(
+                        "bias_gelu",
+                        f"{what} {direction}, {size}, {rows} x {width}",
+                        functools.partial(inputs, device, rows, width, drop),
+                        {
+                            "ours": contender(harness.fastest(device), activation, backward),
+                            "eager": contender("reference", activation, backward),
+                            "compiled": contender(
+                                "reference", activation, backward, harness.compiled
+                            ),
+                        },
+                        bytes=(3 if backward else 2) * rows * width * 2,
+                    )
+                )
     return found
 
 

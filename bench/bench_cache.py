@@ -45,18 +45,31 @@ def tokenizer_of(name: str, device: torch.device):
     if name == "patch":
         return Patch(SIDE, 16)
     generator = torch.Generator().manual_seed(0)
-    weights = {key: torch.randn(shape, generator=generator) * 0.02
-               for key, shape in file_shapes(name).items()}
+    weights = {
+        key: torch.randn(shape, generator=generator) * 0.02
+        for key, shape in file_shapes(name).items()
+    }
     return PRETRAINED[name](weights, SIDE).to(device)
 
 
-def measure(name: str, folder: Path, device: torch.device, threads: int, count: int,
-            progress=None) -> dict:
+def measure(
+    name: str, folder: Path, device: torch.device, threads: int, count: int, progress=None
+) -> dict:
     """Build one cache of the first `count` files: rates and shares."""
     names, files = find_images(folder)
     decoder = open_decoder("auto", device, threads)
-    plan = Plan(folder, files[:count], names, tokenizer_of(name, device), decoder, flip=False,
-                batch=8, seed=0, shard_rows=8192, max_broken=0)
+    plan = Plan(
+        folder,
+        files[:count],
+        names,
+        tokenizer_of(name, device),
+        decoder,
+        flip=False,
+        batch=8,
+        seed=0,
+        shard_rows=8192,
+        max_broken=0,
+    )
     with tempfile.TemporaryDirectory() as out, claim(Path(out) / "c.zarr"):
         builder = Builder(Path(out) / "c.zarr", plan, threads)
         begin = time.perf_counter()
@@ -70,13 +83,17 @@ def measure(name: str, folder: Path, device: torch.device, threads: int, count: 
         begin = time.perf_counter()
         decoder.decode([path for path, _ in plan.files], pixels)
         decoding = time.perf_counter() - begin
-        return {"images/s": round(count / built, 2),
-                **{f"waited for {part}": f"{seconds / total:.1%}"
-                   for part, seconds in builder.seconds.items()},
-                "decoding alone, images/s": round(count / decoding, 1),
-                "encoding alone, images/s": round(_encoding(plan, pixels, device), 2),
-                "writing alone, MB/s": round(cache.nbytes / writing / 1e6, 1),
-                "preprocessing": decoder.preprocessing}
+        return {
+            "images/s": round(count / built, 2),
+            **{
+                f"waited for {part}": f"{seconds / total:.1%}"
+                for part, seconds in builder.seconds.items()
+            },
+            "decoding alone, images/s": round(count / decoding, 1),
+            "encoding alone, images/s": round(_encoding(plan, pixels, device), 2),
+            "writing alone, MB/s": round(cache.nbytes / writing / 1e6, 1),
+            "preprocessing": decoder.preprocessing,
+        }
 
 
 def _encoding(plan: Plan, pixels: np.ndarray, device: torch.device) -> float:
@@ -106,8 +123,11 @@ def verifying(samples: int) -> dict:
         wrong = problems(cache)
         seconds = time.perf_counter() - begin
         assert not wrong, wrong
-        return {"images/s": round(samples / seconds, 1), "MB": round(cache.nbytes / 1e6, 1),
-                "GB/s": round(cache.nbytes / seconds / 1e9, 2)}
+        return {
+            "images/s": round(samples / seconds, 1),
+            "MB": round(cache.nbytes / 1e6, 1),
+            "GB/s": round(cache.nbytes / seconds / 1e9, 2),
+        }
 
 
 @pytest.mark.parametrize("name", ["patch", "kl16", "vq16"])
@@ -137,9 +157,17 @@ def main() -> None:
     checked = verifying(options.samples)
     rows.append(as_row(f"verifying {options.samples:,} images of moments", checked))
     print(rows[-1]["name"], json.dumps(checked))
-    options.out.write_text(json.dumps({
-        "datetime": datetime.datetime.now().isoformat(timespec="seconds"), "machine_info": about,
-        "benchmarks": rows}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps(
+            {
+                "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
+                "machine_info": about,
+                "benchmarks": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

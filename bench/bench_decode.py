@@ -43,8 +43,15 @@ PICTURES = ["photographs, 500 x 375", "logograms, 256 x 256"]
 CONTENDERS = ["dali cpu", "dali cuda", "torchvision cpu"]
 
 
-def photograph(width: int, height: int, seed: int = 0, octaves: int = 8, fall: float = 0.6,
-               discs: int = 20, radii: tuple[int, int] = (4, 60)) -> Image.Image:
+def photograph(
+    width: int,
+    height: int,
+    seed: int = 0,
+    octaves: int = 8,
+    fall: float = 0.6,
+    discs: int = 20,
+    radii: tuple[int, int] = (4, 60),
+) -> Image.Image:
     """Smooth noise of several octaves, falling off as in photographs, under hard-edged discs."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
@@ -129,9 +136,12 @@ def compare(paths: list[Path], threads: int, names: list[str], rounds: int = ROU
     reference, result = statistics.median(rates["pillow"]), {}
     for name, found in rates.items():
         low, middle, high = statistics.quantiles(found, n=4)
-        result[name] = {"images/s": round(middle, 1), "quartiles": [round(low, 1), round(high, 1)],
-                        "against pillow": round(middle / reference, 3),
-                        "CPU ms per image": round(1e3 * statistics.median(used[name]), 3)}
+        result[name] = {
+            "images/s": round(middle, 1),
+            "quartiles": [round(low, 1), round(high, 1)],
+            "against pillow": round(middle / reference, 3),
+            "CPU ms per image": round(1e3 * statistics.median(used[name]), 3),
+        }
         errors = np.square(out[name].astype(np.float32) - out["pillow"]).mean((1, 2, 3))
         if name != "pillow":
             least = 10 * np.log10(255**2 / errors.max()) if errors.any() else np.inf
@@ -185,9 +195,17 @@ def main() -> None:
                 for name, entry in compare(paths, threads, names).items():
                     rows.append(as_row(f"{pictures}, {threads} threads, {name}", entry))
                     print(rows[-1]["name"], json.dumps(entry))
-    options.out.write_text(json.dumps({
-        "datetime": datetime.datetime.now().isoformat(timespec="seconds"), "machine_info": about,
-        "benchmarks": rows}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps(
+            {
+                "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
+                "machine_info": about,
+                "benchmarks": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def describe(settings: dict) -> dict:
@@ -196,18 +214,26 @@ def describe(settings: dict) -> dict:
     for name in ("torch", "numpy", "pillow", "zarr", "nvidia-dali-cuda130", "torchvision"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"device": device_name(choose_device("auto")), "cpus": os.cpu_count(),
-            "load before": round(os.getloadavg()[0], 2),
-            "python_version": platform.python_version(), **versions,
-            "command": " ".join(["python", *sys.argv]), **settings}
+    return {
+        "device": device_name(choose_device("auto")),
+        "cpus": os.cpu_count(),
+        "load before": round(os.getloadavg()[0], 2),
+        "python_version": platform.python_version(),
+        **versions,
+        "command": " ".join(["python", *sys.argv]),
+        **settings,
+    }
 
 
 def as_row(name: str, entry: dict) -> dict:
     """What was measured as pytest-benchmark stores it, for tools/report.py: seconds per image."""
     low, high = entry.get("quartiles", [entry["images/s"]] * 2)
     kept = {key: value for key, value in entry.items() if key != "quartiles"}
-    return {"name": name, "extra_info": kept, "stats": {
-        "median": 1 / entry["images/s"], "q1": 1 / high, "q3": 1 / low}}
+    return {
+        "name": name,
+        "extra_info": kept,
+        "stats": {"median": 1 / entry["images/s"], "q1": 1 / high, "q3": 1 / low},
+    }
 
 
 if __name__ == "__main__":

@@ -30,9 +30,14 @@ from heptapod_fast.ops.diffusion_loss import (
 )
 
 # Tokens of a micro-batch with a loss, channels of a token, repeats.
-SHAPES = {"cuda": {"latents": (128 * 128, 16, 4), "2x2 patches": (128 * 32, 48, 4),
-                   "patches": (64 * 64, 192, 4)},
-          "cpu": {"tiny": (32, 16, 4)}}
+SHAPES = {
+    "cuda": {
+        "latents": (128 * 128, 16, 4),
+        "2x2 patches": (128 * 32, 48, 4),
+        "patches": (64 * 64, 192, 4),
+    },
+    "cpu": {"tiny": (32, 16, 4)},
+}
 
 
 def inputs(device, tokens, channels, repeat):
@@ -59,8 +64,10 @@ def traced_draws(draws, channels):
 
 def torch_draws(draws, channels):
     rows, device = len(draws.index_M) * draws.repeat, draws.index_M.device
-    return (torch.randint(0, STEPS, (rows,), device=device),
-            torch.randn(rows, channels, device=device))
+    return (
+        torch.randint(0, STEPS, (rows,), device=device),
+        torch.randn(rows, channels, device=device),
+    )
 
 
 def ours(device, bound, whole):
@@ -92,8 +99,9 @@ def peer(draw, bound, whole, wrap=lambda f: f):
             return add_noise(x0.repeat_interleave(repeat, dim=0), noise, t, tables), t, noise
 
         def loss(prediction, x0, xt, t, noise):
-            each = row_losses(prediction, x0.repeat_interleave(repeat, dim=0), xt, noise, t, tables,
-                              bound)
+            each = row_losses(
+                prediction, x0.repeat_interleave(repeat, dim=0), xt, noise, t, tables, bound
+            )
             return each.view(-1, repeat).mean(1)
 
         noised, loss = wrap(noised), wrap(loss)
@@ -109,13 +117,18 @@ def peer(draw, bound, whole, wrap=lambda f: f):
 
 
 def contenders(device, bound, whole):
-    found = {"ours": ours(device, bound, whole), "eager": peer(philox_draws, bound, whole),
-             "compiled": peer(philox_draws, bound, whole, harness.compiled)}
+    found = {
+        "ours": ours(device, bound, whole),
+        "eager": peer(philox_draws, bound, whole),
+        "compiled": peer(philox_draws, bound, whole, harness.compiled),
+    }
     if whole:
         found["eager, torch.randn"] = peer(torch_draws, bound, whole)
     if whole and device == "cuda":
-        found |= {"compiled, traced philox": peer(traced_draws, bound, whole, harness.compiled),
-                  "compiled, torch.randn": peer(torch_draws, bound, whole, harness.compiled)}
+        found |= {
+            "compiled, traced philox": peer(traced_draws, bound, whole, harness.compiled),
+            "compiled, torch.randn": peer(torch_draws, bound, whole, harness.compiled),
+        }
     return found
 
 
@@ -134,14 +147,18 @@ def cases(device):
     for name, (tokens, channels, repeat) in SHAPES[device].items():
         for bound, whole in ((True, True), (True, False), (False, True)):
             what = "MSE + VB" if bound else "MSE"
-            found.append(harness.Case(
-                "diffusion_loss", f"{'step' if whole else 'loss'}, {what}, {name}, "
-                f"{tokens} x {repeat} x {channels}",
-                functools.partial(inputs, device, tokens, channels, repeat),
-                contenders(device, bound, whole),
-                bytes=bytes_moved(tokens, channels, repeat, bound, whole),
-                gate=">= 2x best peer" if bound and whole else "",
-                aim=">= 4x best peer" if bound and whole else ""))
+            found.append(
+                harness.Case(
+                    "diffusion_loss",
+                    f"{'step' if whole else 'loss'}, {what}, {name}, "
+                    f"{tokens} x {repeat} x {channels}",
+                    functools.partial(inputs, device, tokens, channels, repeat),
+                    contenders(device, bound, whole),
+                    bytes=bytes_moved(tokens, channels, repeat, bound, whole),
+                    gate=">= 2x best peer" if bound and whole else "",
+                    aim=">= 4x best peer" if bound and whole else "",
+                )
+            )
     return found
 
 

@@ -85,13 +85,18 @@ def peer(draw, whole, wrap=lambda f: f):
 
 
 def contenders(device, whole):
-    found = {"ours": ours(device, whole), "eager": peer(philox_draws, whole),
-             "compiled": peer(philox_draws, whole, harness.compiled)}
+    found = {
+        "ours": ours(device, whole),
+        "eager": peer(philox_draws, whole),
+        "compiled": peer(philox_draws, whole, harness.compiled),
+    }
     if whole:
         found["eager, torch.randn"] = peer(torch_draws, whole)
     if whole and device == "cuda":
-        found |= {"compiled, traced philox": peer(traced_draws, whole, harness.compiled),
-                  "compiled, torch.randn": peer(torch_draws, whole, harness.compiled)}
+        found |= {
+            "compiled, traced philox": peer(traced_draws, whole, harness.compiled),
+            "compiled, torch.randn": peer(torch_draws, whole, harness.compiled),
+        }
     return found
 
 
@@ -106,13 +111,17 @@ def cases(device):
     found = []
     for name, (tokens, channels, repeat) in SHAPES[device].items():
         for whole in (True, False):
-            found.append(harness.Case(
-                "flow_loss", f"{'step' if whole else 'loss'}, {name}, "
-                f"{tokens} x {repeat} x {channels}",
-                functools.partial(inputs, device, tokens, channels, repeat),
-                contenders(device, whole),
-                bytes=bytes_moved(tokens, channels, repeat, whole),
-                gate=">= 2x best peer" if whole else "", aim=">= 4x best peer" if whole else ""))
+            found.append(
+                harness.Case(
+                    "flow_loss",
+                    f"{'step' if whole else 'loss'}, {name}, {tokens} x {repeat} x {channels}",
+                    functools.partial(inputs, device, tokens, channels, repeat),
+                    contenders(device, whole),
+                    bytes=bytes_moved(tokens, channels, repeat, whole),
+                    gate=">= 2x best peer" if whole else "",
+                    aim=">= 4x best peer" if whole else "",
+                )
+            )
     return found
 
 

@@ -75,10 +75,15 @@ def make(kind, tokenizer, device):
     return run
 
 
-STEP = {"gather alone": (Gathered, Masked), "last block alone": (Heptapod, Gathered),
-        "both": (Heptapod, Masked)}
-TOKENS = {"discrete": {"cpu": "patch-vq", "cuda": "vq16"},
-          "continuous": {"cpu": "patch", "cuda": "kl16"}}
+STEP = {
+    "gather alone": (Gathered, Masked),
+    "last block alone": (Heptapod, Gathered),
+    "both": (Heptapod, Masked),
+}
+TOKENS = {
+    "discrete": {"cpu": "patch-vq", "cuda": "vq16"},
+    "continuous": {"cpu": "patch", "cuda": "kl16"},
+}
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -120,8 +125,10 @@ def bench_last_block(versus, device):
 
 # Sequences, elements of each, width. The last block of the head gathers, and its input scatters the
 # states of the backbone; in the backward pass it is the other way round.
-SHAPES = {"cuda": {"B": (128, 257, 768), "L": (128, 257, 1024), "H": (128, 257, 1280)},
-          "cpu": {"tiny": (8, 37, 48)}}
+SHAPES = {
+    "cuda": {"B": (128, 257, 768), "L": (128, 257, 1024), "H": (128, 257, 1280)},
+    "cpu": {"tiny": (8, 37, 48)},
+}
 
 
 def rows_and_index(device, sequences, elements, width):
@@ -156,14 +163,24 @@ def cases(device):
     found = []
     for size, (sequences, elements, width) in SHAPES[device].items():
         rows, packed = sequences * elements, sequences * (elements // 2)
-        for name, make, moved in (("gather_rows", gathering, 2 * packed),
-                                  ("scatter_rows", scattering, packed + rows)):
-            found.append(harness.Case(
-                name, f"{size}, {packed} of {rows} x {width}",
-                functools.partial(rows_and_index, device, sequences, elements, width),
-                {"ours": make("triton" if device == "cuda" else "auto"), "eager": make("reference"),
-                 "compiled": make("reference", harness.compiled)},
-                bytes=moved * width * 2, gate=">= 1x best peer"))
+        for name, make, moved in (
+            ("gather_rows", gathering, 2 * packed),
+            ("scatter_rows", scattering, packed + rows),
+        ):
+            found.append(
+                harness.Case(
+                    name,
+                    f"{size}, {packed} of {rows} x {width}",
+                    functools.partial(rows_and_index, device, sequences, elements, width),
+                    {
+                        "ours": make("triton" if device == "cuda" else "auto"),
+                        "eager": make("reference"),
+                        "compiled": make("reference", harness.compiled),
+                    },
+                    bytes=moved * width * 2,
+                    gate=">= 1x best peer",
+                )
+            )
     return found
 
 

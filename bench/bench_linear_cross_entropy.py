@@ -20,9 +20,10 @@ from heptapod_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 VOCABULARY = {"cuda": 16384, "cpu": 128}
 # Rows of a batch of 128 (128 x 128.5) and width.
-SHAPES = {"cuda": {"B": (128 * 128 + 64, 768), "L": (128 * 128 + 64, 1024),
-                   "H": (128 * 128 + 64, 1280)},
-          "cpu": {"tiny": (48, 32)}}
+SHAPES = {
+    "cuda": {"B": (128 * 128 + 64, 768), "L": (128 * 128 + 64, 1024), "H": (128 * 128 + 64, 1280)},
+    "cpu": {"tiny": (48, 32)},
+}
 
 
 def inputs(device, rows, width, targets=1):
@@ -59,8 +60,9 @@ def liger():
     function = import_or_say("liger-kernel", load)
 
     def total(z, weight, bias, target):
-        found = function.apply(z, weight.to(z.dtype), target, bias.to(z.dtype), None, -100, 0.0,
-                               0.0, "sum")
+        found = function.apply(
+            z, weight.to(z.dtype), target, bias.to(z.dtype), None, -100, 0.0, 0.0, "sum"
+        )
         return found[0] if isinstance(found, tuple) else found
 
     return total
@@ -73,8 +75,9 @@ def cut():
         return function
 
     function = import_or_say("cut-cross-entropy", load)
-    return lambda z, weight, bias, target: function(z, weight.to(z.dtype), target,
-                                                    bias=bias.to(z.dtype), reduction="sum")
+    return lambda z, weight, bias, target: function(
+        z, weight.to(z.dtype), target, bias=bias.to(z.dtype), reduction="sum"
+    )
 
 
 def quack():
@@ -84,22 +87,31 @@ def quack():
         return function
 
     function = import_or_say("quack-kernels", load)
-    return lambda z, weight, bias, target: function(z, weight.to(z.dtype), target, chunk_size=4096,
-                                                    reduction="sum")
+    return lambda z, weight, bias, target: function(
+        z, weight.to(z.dtype), target, chunk_size=4096, reduction="sum"
+    )
 
 
 def chunked():
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise harness.Missing(f"PyTorch {torch.__version__} has no chunked linear_cross_entropy: "
-                              "pip install 'torch>=2.13'")
+        raise harness.Missing(
+            f"PyTorch {torch.__version__} has no chunked linear_cross_entropy: "
+            "pip install 'torch>=2.13'"
+        )
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
     return lambda z, weight, bias, target: F.linear_cross_entropy(
-        z, weight.to(z.dtype), target, linear_bias=bias.to(z.dtype), reduction="sum",
-        options=options)
+        z,
+        weight.to(z.dtype),
+        target,
+        linear_bias=bias.to(z.dtype),
+        reduction="sum",
+        options=options,
+    )
 
 
 def contender(make, leaves=3):
     """leaves: how many of z, weight and bias the peer has gradients for."""
+
     def prepare(made):
         function, (*tensors, target) = make(), made
         upstream = torch.tensor(1.0 / len(target), device=target.device)
@@ -129,33 +141,53 @@ def cases(device):
     implementations = {
         "ours": lambda: ours("triton" if device == "cuda" else "auto"),
         "eager": lambda: ours("reference"),
-        "compiled": lambda: harness.compiled(ours("reference"))}
+        "compiled": lambda: harness.compiled(ours("reference")),
+    }
     found = []
     for size, (rows, width) in SHAPES[device].items():
         codes = VOCABULARY[device]
         moved = 2 * rows * width * 2 + 2 * codes * width * 4
-        peers = {"liger": contender(liger), "cut-cross-entropy": contender(cut),
-                 "quack (no bias)": contender(quack, 2), "torch chunked": contender(chunked)}
-        found.append(harness.Case(
-            "linear_cross_entropy", f"forward and backward, {size}, {rows} x {width} x {codes}",
-            functools.partial(inputs, device, rows, width),
-            {name: contender(make) for name, make in implementations.items()} | peers,
-            bytes=moved, flops=6.0 * rows * codes * width, gate=">= 1.1x best peer",
-            aim=">= 1.25x best peer"))
-        found.append(harness.Case(
-            "linear_cross_entropy", f"loss alone, {size}, {rows} x {width} x {codes}",
-            functools.partial(inputs, device, rows, width),
-            {name: evaluation(make) for name, make in implementations.items()},
-            bytes=rows * width * 2 + codes * width * 4, flops=2.0 * rows * codes * width))
+        peers = {
+            "liger": contender(liger),
+            "cut-cross-entropy": contender(cut),
+            "quack (no bias)": contender(quack, 2),
+            "torch chunked": contender(chunked),
+        }
+        found.append(
+            harness.Case(
+                "linear_cross_entropy",
+                f"forward and backward, {size}, {rows} x {width} x {codes}",
+                functools.partial(inputs, device, rows, width),
+                {name: contender(make) for name, make in implementations.items()} | peers,
+                bytes=moved,
+                flops=6.0 * rows * codes * width,
+                gate=">= 1.1x best peer",
+                aim=">= 1.25x best peer",
+            )
+        )
+        found.append(
+            harness.Case(
+                "linear_cross_entropy",
+                f"loss alone, {size}, {rows} x {width} x {codes}",
+                functools.partial(inputs, device, rows, width),
+                {name: evaluation(make) for name, make in implementations.items()},
+                bytes=rows * width * 2 + codes * width * 4,
+                flops=2.0 * rows * codes * width,
+            )
+        )
     size, (rows, width) = next(iter(SHAPES[device].items()))
     rows = rows // 4
-    found.append(harness.Case(
-        "linear_cross_entropy",
-        f"4 targets, forward and backward, {size}, {rows} x {width} x {codes}",
-        functools.partial(inputs, device, rows, width, 4),
-        {name: contender(make) for name, make in implementations.items()},
-        bytes=2 * rows * width * 2 + 2 * codes * width * 4, flops=6.0 * rows * codes * width,
-        gate=">= 1.1x best peer"))
+    found.append(
+        harness.Case(
+            "linear_cross_entropy",
+            f"4 targets, forward and backward, {size}, {rows} x {width} x {codes}",
+            functools.partial(inputs, device, rows, width, 4),
+            {name: contender(make) for name, make in implementations.items()},
+            bytes=2 * rows * width * 2 + 2 * codes * width * 4,
+            flops=6.0 * rows * codes * width,
+            gate=">= 1.1x best peer",
+        )
+    )
     return found
 
 

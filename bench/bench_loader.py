@@ -61,12 +61,16 @@ from heptapod_fast.train.parallel import device_name  # noqa: E402
 
 SMALL = dict(samples=4096, shard_rows=256)
 # contender, what is compared, how many times better than PEER it has to be
-GATES = (("ours, ram", "samples/s", 30), ("ours, stream", "samples/s", 8),
-         ("ours, ram", "CPU time", 100))
+GATES = (
+    ("ours, ram", "samples/s", 30),
+    ("ours, stream", "samples/s", 8),
+    ("ours, ram", "CPU time", 100),
+)
 SHOWN = {"samples/s": "samples/s", "CPU time": "CPU ms per batch", "first batch": "first batch ms"}
 
 
 # ---------------------------------------------------------------------------------------- measuring
+
 
 def cpu_seconds() -> float:
     """User and system time of this process and of its workers so far."""
@@ -118,21 +122,29 @@ def turn(made: Made, contender: Callable, device: str, seconds: float) -> dict[s
     batches.close()  # ends the workers; a thread that reads ahead comes to its end meanwhile
     time.sleep(0.1)
     assert not multiprocessing.active_children()
-    return {"samples/s": count * BATCH / elapsed, "CPU time": cpu / count * 1e3,
-            "first batch": first * 1e3}
+    return {
+        "samples/s": count * BATCH / elapsed,
+        "CPU time": cpu / count * 1e3,
+        "first batch": first * 1e3,
+    }
 
 
 def measure(made: Made, device: str, rounds: int, seconds: float) -> dict[str, dict]:
     """contender -> {quantity: its values in every round}, the contenders in turns."""
-    there = {name: contender for name, (_, contender) in CONTENDERS.items()
-             if device == "cuda" or not name.startswith("ours, gpu")}
+    there = {
+        name: contender
+        for name, (_, contender) in CONTENDERS.items()
+        if device == "cuda" or not name.startswith("ours, gpu")
+    }
     found = {name: [] for name in there}
     for number in range(rounds):
         for name, contender in there.items():
             found[name].append(turn(made, contender, device, seconds))
         print(f"{device}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    return {name: {key: [turn[key] for turn in turns] for key in turns[0]}
-            for name, turns in found.items()}
+    return {
+        name: {key: [turn[key] for turn in turns] for key in turns[0]}
+        for name, turns in found.items()
+    }
 
 
 def disk(folder: Path) -> tuple[int, int]:
@@ -143,40 +155,60 @@ def disk(folder: Path) -> tuple[int, int]:
 
 def summary(made: Made, found: dict[str, dict], device: str) -> list[dict]:
     """Rows as pytest-benchmark stores them (seconds per batch), for tools/report.py."""
+
     def short(values: list[float]) -> list[float]:
         return [round(value) if value > 1000 else float(f"{value:.4g}") for value in values]
 
     rows, peer = [], {key: statistics.median(v) for key, v in found[PEER].items()}
     for name, values in found.items():
         middle = {key: statistics.median(v) for key, v in values.items()}
-        better = {"samples/s": middle["samples/s"] / peer["samples/s"],
-                  "CPU time": peer["CPU time"] / middle["CPU time"]}
+        better = {
+            "samples/s": middle["samples/s"] / peer["samples/s"],
+            "CPU time": peer["CPU time"] / middle["CPU time"],
+        }
         extra = {}
         for key, shown in SHOWN.items():
-            extra[shown], = short([middle[key]])
+            (extra[shown],) = short([middle[key]])
             extra[f"{shown}, min and max"] = short([min(values[key]), max(values[key])])
         size, extra["files"] = disk(made.places[CONTENDERS[name][0]])
         extra["MB"] = round(size / 1e6, 1)
-        extra |= {f"times better than {PEER}, {what}": short([ratio])[0]
-                  for what, ratio in better.items()}
-        extra |= {f"gate, {what} {least} times better": "pass" if better[what] >= least else "fail"
-                  for contender, what, least in GATES if contender == name}
+        extra |= {
+            f"times better than {PEER}, {what}": short([ratio])[0] for what, ratio in better.items()
+        }
+        extra |= {
+            f"gate, {what} {least} times better": "pass" if better[what] >= least else "fail"
+            for contender, what, least in GATES
+            if contender == name
+        }
         times = [BATCH / rate for rate in values["samples/s"]]
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        rows.append({"name": f"{name}, to {device}", "extra_info": extra, "stats": {
-            "min": min(times), "max": max(times), "median": median, "q1": low, "q3": high,
-            "rounds": len(times)}})
+        rows.append(
+            {
+                "name": f"{name}, to {device}",
+                "extra_info": extra,
+                "stats": {
+                    "min": min(times),
+                    "max": max(times),
+                    "median": median,
+                    "q1": low,
+                    "q3": high,
+                    "rounds": len(times),
+                },
+            }
+        )
     return rows
 
 
 # ------------------------------------------------------------------------------- two ways to run it
 
+
 @pytest.fixture(scope="module")
 def measured():
     """(the small data, a function device -> contender -> its row of `summary`)."""
     for name in ("zarr", "google_crc32c"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install "
-                                         f"{name.replace('_', '-')}")
+        pytest.importorskip(
+            name, reason=f"{name} is not installed: pip install {name.replace('_', '-')}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         made = make(Path(folder), **SMALL)
 
@@ -196,8 +228,12 @@ def bench_loader(benchmark, measured, device, name):
     made, rows = measured
     batches = CONTENDERS[name][1](made, device=device)
     # Several at once: workers hand their batches over together.
-    benchmark.pedantic(lambda: ([next(batches) for _ in range(4)], wait(device)), rounds=3,
-                       iterations=1, warmup_rounds=1)
+    benchmark.pedantic(
+        lambda: ([next(batches) for _ in range(4)], wait(device)),
+        rounds=3,
+        iterations=1,
+        warmup_rounds=1,
+    )
     batches.close()
     benchmark.extra_info |= rows(device)[name]["extra_info"]
 
@@ -205,28 +241,41 @@ def bench_loader(benchmark, measured, device, name):
 def describe(options: argparse.Namespace, load: tuple) -> dict:
     """The machine and the settings."""
     versions = {name: metadata.version(name) for name in ("numpy", "zarr", "google-crc32c")}
-    return {"device": device_name(torch.device("cpu")), "cpus": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "torch threads": torch.get_num_threads(), "load before": [round(v, 2) for v in load],
-            "python_version": platform.python_version(), "torch": torch.__version__,
-            **versions, "command": " ".join(["python", "bench/bench_loader.py", *sys.argv[1:]]),
-            "samples": options.samples, "batch": BATCH, "shard rows": options.shard_rows,
-            "rounds": options.rounds, "seconds per turn": options.seconds,
-            "page cache": "warm: files just written, nothing dropped"}
+    return {
+        "device": device_name(torch.device("cpu")),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch threads": torch.get_num_threads(),
+        "load before": [round(v, 2) for v in load],
+        "python_version": platform.python_version(),
+        "torch": torch.__version__,
+        **versions,
+        "command": " ".join(["python", "bench/bench_loader.py", *sys.argv[1:]]),
+        "samples": options.samples,
+        "batch": BATCH,
+        "shard rows": options.shard_rows,
+        "rounds": options.rounds,
+        "seconds per turn": options.seconds,
+        "page cache": "warm: files just written, nothing dropped",
+    }
 
 
 def table(rows: list[dict]) -> str:
     """What the command prints."""
-    lines = [f"{'':32}{'samples/s':>12}{'min .. max':>22}{'CPU ms':>9}{'first ms':>10}{'MB':>9}"
-             f"{'files':>8}{'rate x':>8}{'CPU x':>8}"]
+    lines = [
+        f"{'':32}{'samples/s':>12}{'min .. max':>22}{'CPU ms':>9}{'first ms':>10}{'MB':>9}"
+        f"{'files':>8}{'rate x':>8}{'CPU x':>8}"
+    ]
     for row in rows:
         extra = row["extra_info"]
         rate, cpu, first = (extra[shown] for shown in SHOWN.values())
         low, high = extra["samples/s, min and max"]
         better = [extra[f"times better than {PEER}, {what}"] for what in ("samples/s", "CPU time")]
-        lines.append(f"{row['name']:32}{rate:>12,.0f}{f'{low:,.0f} .. {high:,.0f}':>22}{cpu:>9.2f}"
-                     f"{first:>10.1f}{extra['MB']:>9,.1f}{extra['files']:>8,}{better[0]:>8.2f}"
-                     f"{better[1]:>8.2f}")
+        lines.append(
+            f"{row['name']:32}{rate:>12,.0f}{f'{low:,.0f} .. {high:,.0f}':>22}{cpu:>9.2f}"
+            f"{first:>10.1f}{extra['MB']:>9,.1f}{extra['files']:>8,}{better[0]:>8.2f}"
+            f"{better[1]:>8.2f}"
+        )
         lines += [f"    {key}: {value}" for key, value in extra.items() if key.startswith("gate")]
     return "\n".join(lines)
 
@@ -240,8 +289,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of one turn")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch in this process")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()),
-                        help="where a temporary folder is made and removed again")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where a temporary folder is made and removed again",
+    )
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error(f"--rounds {options.rounds}: a median with a spread needs at least 2")
@@ -255,8 +308,11 @@ def main() -> None:
             found = measure(made, device, options.rounds, options.seconds)
             rows += summary(made, found, device)
         about = describe(options, load)
-    result = {"datetime": datetime.datetime.now().isoformat(timespec="seconds"),
-              "machine_info": about, "benchmarks": rows}
+    result = {
+        "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
+        "machine_info": about,
+        "benchmarks": rows,
+    }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
     print(f"written: {options.out}")

@@ -21,8 +21,10 @@ CASES = {
     "1d-raster discrete": dict(system="1d-raster", tokenizer="patch-vq"),
     "1d-random discrete": dict(system="1d-random", tokenizer="patch-vq"),
 }
-CUDA_CASES = {"heptapod B continuous": dict(tokenizer="kl16"),
-              "heptapod B discrete": dict(tokenizer="vq16")}
+CUDA_CASES = {
+    "heptapod B continuous": dict(tokenizer="kl16"),
+    "heptapod B discrete": dict(tokenizer="vq16"),
+}
 
 
 def steps(benchmark, config, device):
@@ -50,8 +52,9 @@ def steps(benchmark, config, device):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.benchmark(group="training step, tiny, batch 64")
 def bench_tiny(benchmark, tmp_path, case):
-    config = Config(size="tiny", device="cpu", logogram_count=2000, out=str(tmp_path),
-                    **CASES[case]).resolve()
+    config = Config(
+        size="tiny", device="cpu", logogram_count=2000, out=str(tmp_path), **CASES[case]
+    ).resolve()
     steps(benchmark, config, "cpu")
 
 
@@ -60,6 +63,7 @@ def bench_tiny(benchmark, tmp_path, case):
 def bench_b(benchmark, tmp_path, case):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    config = Config(size="B", data="synthetic", batch=128, device="cuda", out=str(tmp_path),
-                    **CUDA_CASES[case]).resolve()
+    config = Config(
+        size="B", data="synthetic", batch=128, device="cuda", out=str(tmp_path), **CUDA_CASES[case]
+    ).resolve()
     steps(benchmark, config, "cuda")

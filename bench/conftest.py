@@ -25,6 +25,7 @@ def measure(device, benchmark):
     that GB/s compares them. On CUDA the time is that of the GPU, from events around 20 calls; what
     pytest-benchmark prints there includes launches and one synchronisation per call.
     """
+
     def run(function, bytes_moved):
         for _ in range(3):
             function()
@@ -61,6 +62,7 @@ def versus(device, benchmark):
     pytest-benchmark's row is `ours`; benchmark.extra_info gets the peer's median, the ratio of the
     medians and the quartiles of the ratios of each round.
     """
+
     def run(ours, peer, rounds=15):
         wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
 

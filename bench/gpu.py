@@ -37,8 +37,14 @@ def main() -> int:
     options = parse()
     if options.worker:
         state = json.loads(options.state.read_text())
-        SECTIONS[options.worker](Work(options.rows, time.monotonic() + options.seconds,
-                                      set(state["done"]), state["failed"]))
+        SECTIONS[options.worker](
+            Work(
+                options.rows,
+                time.monotonic() + options.seconds,
+                set(state["done"]),
+                state["failed"],
+            )
+        )
         return 0
     if options.list:
         for name, section in SECTIONS.items():
@@ -58,20 +64,34 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure on a GPU.")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="DIR")
-    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), metavar="NAME",
-                        help="these, done before or not; --list names them")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=list(SECTIONS),
+        metavar="NAME",
+        help="these, done before or not; --list names them",
+    )
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--list", action="store_true", help="name the sections and stop")
-    parser.add_argument("--merge", type=Path, nargs="*", metavar="FILE",
-                        help="add result files measured elsewhere (none: write the pages anew); "
-                             "no GPU needed")
-    for name, kind in (("--worker", str), ("--rows", Path), ("--state", Path),
-                       ("--seconds", float)):
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="add result files measured elsewhere (none: write the pages anew); no GPU needed",
+    )
+    for name, kind in (
+        ("--worker", str),
+        ("--rows", Path),
+        ("--state", Path),
+        ("--seconds", float),
+    ):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 # -------------------------------------------------------------------------------------------- runs
+
 
 def measure(options: argparse.Namespace) -> None:
     """Run sections until they or the minutes are over, keeping what each has written."""
@@ -79,8 +99,10 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("bench/gpu.py measures on a CUDA device and finds none. Without one: "
-                         "--list, --merge FILE, `pytest bench/ --benchmark-only`")
+        raise SystemExit(
+            "bench/gpu.py measures on a CUDA device and finds none. Without one: "
+            "--list, --merge FILE, `pytest bench/ --benchmark-only`"
+        )
     install(deadline)
     about = describe(torch)
     for name in options.sections or SECTIONS:
@@ -96,15 +118,19 @@ def measure(options: argparse.Namespace) -> None:
             continue
         section = run_section(name, left, known.get("rows", []))
         merge({**about, "sections": {name: section}}, options.out)
-        print(f"{name}: {section['status']}, {len(section['rows'])} rows in "
-              f"{section['seconds']:.0f} s{section['why'] and ': ' + section['why'][-1500:]}",
-              flush=True)
+        print(
+            f"{name}: {section['status']}, {len(section['rows'])} rows in "
+            f"{section['seconds']:.0f} s{section['why'] and ': ' + section['why'][-1500:]}",
+            flush=True,
+        )
 
 
 # What has to hold before anything is measured, in a process that has not imported it yet.
-READY = ("import importlib.util as u\nfrom heptapod_fast.ops import library\n"
-         "print(library.status())\n"
-         "assert u.find_spec('heptapod_fast.kernels') and library.available('cuda')")
+READY = (
+    "import importlib.util as u\nfrom heptapod_fast.ops import library\n"
+    "print(library.status())\n"
+    "assert u.find_spec('heptapod_fast.kernels') and library.available('cuda')"
+)
 
 
 def install(deadline: float) -> None:
@@ -112,13 +138,27 @@ def install(deadline: float) -> None:
     code, output = run([sys.executable, "-c", READY], deadline)
     if code:
         begin = time.monotonic()
-        _, built = run([sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps",
-                        "-q", "-e", "."], deadline)
+        _, built = run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--no-build-isolation",
+                "--no-deps",
+                "-q",
+                "-e",
+                ".",
+            ],
+            deadline,
+        )
         code, output = run([sys.executable, "-c", READY], deadline)
         print(f"pip install -e .: {time.monotonic() - begin:.0f} s", flush=True)
         if code:
-            raise SystemExit(f"the project cannot be installed here, so nothing is measured:\n"
-                             f"{built[-3000:]}\n{output[-2000:]}")
+            raise SystemExit(
+                f"the project cannot be installed here, so nothing is measured:\n"
+                f"{built[-3000:]}\n{output[-2000:]}"
+            )
     print(output.strip(), flush=True)
 
 
@@ -133,12 +173,25 @@ def run_section(name: str, seconds: float, rows: list[dict]) -> dict:
         written, state = Path(folder) / "rows.jsonl", Path(folder) / "state.json"
         written.touch()
         while True:
-            state.write_text(json.dumps({"done": [r["case"] for r in rows if whole(r)],
-                                         "failed": failed}))
+            state.write_text(
+                json.dumps({"done": [r["case"] for r in rows if whole(r)], "failed": failed})
+            )
             left = deadline - time.monotonic()
-            code, output = run([sys.executable, __file__, "--worker", name, "--rows", str(written),
-                                "--state", str(state), "--seconds", str(max(5.0, left - 15))],
-                               deadline)
+            code, output = run(
+                [
+                    sys.executable,
+                    __file__,
+                    "--worker",
+                    name,
+                    "--rows",
+                    str(written),
+                    "--state",
+                    str(state),
+                    "--seconds",
+                    str(max(5.0, left - 15)),
+                ],
+                deadline,
+            )
             found = [row for line in written.read_text().splitlines() if (row := parsed(line))]
             written.write_text("")
             rows = joined(rows, [row for row in found if "case" in row])
@@ -148,8 +201,13 @@ def run_section(name: str, seconds: float, rows: list[dict]) -> dict:
             if code != RESTART or not broken or deadline - time.monotonic() < LEAST:
                 break
     status = "done" if code == 0 else "partial" if rows else "failed"
-    return {"status": status, "seconds": round(time.monotonic() - begin, 1), "rows": rows,
-            "why": "" if code == 0 else output.strip()[-3000:], "code": digest(name)}
+    return {
+        "status": status,
+        "seconds": round(time.monotonic() - begin, 1),
+        "rows": rows,
+        "why": "" if code == 0 else output.strip()[-3000:],
+        "code": digest(name),
+    }
 
 
 def parsed(line: str) -> dict | None:
@@ -178,15 +236,29 @@ def describe(torch) -> dict:
     """The machine and the versions that a result belongs to."""
     import triton
 
-    return {"gpu": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
-            "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "triton": triton.__version__, "cuda": torch.version.cuda},
-            "command": "python bench/gpu.py"}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "command": "python bench/gpu.py",
+    }
 
 
-COMMON = ("heptapod_fast", "kernels", "csrc", "CMakeLists.txt", "setup.py", "bench/harness.py",
-          "bench/gpu_sections.py")
+COMMON = (
+    "heptapod_fast",
+    "kernels",
+    "csrc",
+    "CMakeLists.txt",
+    "setup.py",
+    "bench/harness.py",
+    "bench/gpu_sections.py",
+)
 BESIDE = {"adaln": ["diffusion_mlp"], "flow_loss": ["diffusion_loss"]}
 
 
@@ -208,6 +280,7 @@ def digest(section: str) -> str:
 
 # ------------------------------------------------------------------------------------------- files
 
+
 def read(path: Path) -> dict:
     """A result file; SystemExit says what is wrong with it."""
     try:
@@ -216,8 +289,9 @@ def read(path: Path) -> dict:
     except (OSError, ValueError, AttributeError) as error:
         raise SystemExit(f"--merge {path}: not a result of bench/gpu.py: {error}") from None
     if missing:
-        raise SystemExit(f"--merge {path}: not a result of bench/gpu.py, it lacks "
-                         f"{', '.join(sorted(missing))}")
+        raise SystemExit(
+            f"--merge {path}: not a result of bench/gpu.py, it lacks {', '.join(sorted(missing))}"
+        )
     return result
 
 
@@ -233,9 +307,13 @@ def stored(name: str, about: dict, folders) -> dict:
         for path in sorted((folder / "gpu").glob("*.json")):
             result = json.loads(path.read_text())
             section = result["sections"].get(name)
-            if (section and section["code"] == digest(name) and result["gpu"] == about["gpu"]
-                    and result["versions"] == about["versions"]
-                    and found.get("status") != "done"):
+            if (
+                section
+                and section["code"] == digest(name)
+                and result["gpu"] == about["gpu"]
+                and result["versions"] == about["versions"]
+                and found.get("status") != "done"
+            ):
                 found = {**section, "rows": joined(found.get("rows", []), section["rows"])}
     return found
 
@@ -250,8 +328,12 @@ def merge(result: dict, out: Path) -> None:
         if before and before["code"] == section["code"]:
             status = "done" if "done" in (before["status"], section["status"]) else "partial"
             rows = joined(before["rows"], section["rows"])
-            section = {**section, "rows": rows, "status": status if rows else section["status"],
-                       "why": "" if status == "done" else section["why"]}
+            section = {
+                **section,
+                "rows": rows,
+                "status": status if rows else section["status"],
+                "why": "" if status == "done" else section["why"],
+            }
         all_["sections"][name] = section
     path.write_text(json.dumps(all_, indent=1) + "\n")
 

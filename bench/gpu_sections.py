@@ -22,8 +22,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATIONS = ("attention", "layer_norm", "adaln", "linear_cross_entropy", "adamw_ema",
-              "diffusion_loss", "diffusion_mlp", "bias_gelu", "gather_rows", "flow_loss")
+OPERATIONS = (
+    "attention",
+    "layer_norm",
+    "adaln",
+    "linear_cross_entropy",
+    "adamw_ema",
+    "diffusion_loss",
+    "diffusion_mlp",
+    "bias_gelu",
+    "gather_rows",
+    "flow_loss",
+)
 BATCH = {"B": 128, "L": 128, "H": 64}
 RESTART = 75  # exit code: go on in a fresh process, this one cannot capture graphs any more
 
@@ -69,8 +79,16 @@ class Work:
         except harness.CaptureFailed as error:
             self.emit({"failed": [name, error.contender, str(error)]})
             sys.exit(RESTART)
-        self.emit({"case": name, "bytes": case.bytes, "flops": case.flops, "gate": case.gate,
-                   "aim": case.aim, "contenders": {r.contender: asdict(r) for r in results}})
+        self.emit(
+            {
+                "case": name,
+                "bytes": case.bytes,
+                "flops": case.flops,
+                "gate": case.gate,
+                "aim": case.aim,
+                "contenders": {r.contender: asdict(r) for r in results},
+            }
+        )
         if any(result.why == harness.NO_TIME for result in results):
             raise TimeoutError("out of time")
 
@@ -82,6 +100,7 @@ def case_name(case) -> str:
 
 # ----------------------------------------------------------------------------------------- ceilings
 
+
 def ceilings(work: Work) -> None:
     """What this card reaches: device copy (bytes read plus written), products at our shapes."""
     import torch
@@ -89,39 +108,69 @@ def ceilings(work: Work) -> None:
     from bench import harness
 
     for megabytes in (256, 1024):
-        def inputs(count=megabytes * 2**20 // 2):
-            return (torch.randn(count, device="cuda", dtype=torch.bfloat16),
-                    torch.empty(count, device="cuda", dtype=torch.bfloat16))
 
-        work.measure(harness.Case("ceilings", f"copy {megabytes} MB", inputs,
-                                  {"copy": lambda made: lambda: made[1].copy_(made[0])},
-                                  bytes=2 * megabytes * 2**20))
+        def inputs(count=megabytes * 2**20 // 2):
+            return (
+                torch.randn(count, device="cuda", dtype=torch.bfloat16),
+                torch.empty(count, device="cuda", dtype=torch.bfloat16),
+            )
+
+        work.measure(
+            harness.Case(
+                "ceilings",
+                f"copy {megabytes} MB",
+                inputs,
+                {"copy": lambda made: lambda: made[1].copy_(made[0])},
+                bytes=2 * megabytes * 2**20,
+            )
+        )
     rows = 128 * 257
     shapes = {"square": (8192, 8192, 8192)}
     for size, width, mlp in (("B", 768, 1024), ("L", 1024, 1280), ("H", 1280, 1536)):
-        shapes |= {f"{size} qkv": (rows, 3 * width, width), f"{size} proj": (rows, width, width),
-                   f"{size} fc1": (rows, 4 * width, width), f"{size} fc2": (rows, width, 4 * width),
-                   f"{size} weight gradient of fc1": (4 * width, width, rows),
-                   f"{size} diffusion fc": (65536, mlp, mlp),
-                   f"{size} diffusion modulation": (65536, 3 * mlp, mlp)}
+        shapes |= {
+            f"{size} qkv": (rows, 3 * width, width),
+            f"{size} proj": (rows, width, width),
+            f"{size} fc1": (rows, 4 * width, width),
+            f"{size} fc2": (rows, width, 4 * width),
+            f"{size} weight gradient of fc1": (4 * width, width, rows),
+            f"{size} diffusion fc": (65536, mlp, mlp),
+            f"{size} diffusion modulation": (65536, 3 * mlp, mlp),
+        }
     for name, (m, n, k) in shapes.items():
+
         def inputs(m=m, n=n, k=k):
             make = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
             return make(m, k), make(n, k)
 
-        work.measure(harness.Case(
-            "ceilings", f"product {name}, {m} x {n} x {k}", inputs,
-            {"cuBLAS": lambda made: lambda: torch.mm(made[0], made[1].t())}, flops=2 * m * n * k,
-            bytes=2 * (m * k + n * k + m * n)))
+        work.measure(
+            harness.Case(
+                "ceilings",
+                f"product {name}, {m} x {n} x {k}",
+                inputs,
+                {"cuBLAS": lambda made: lambda: torch.mm(made[0], made[1].t())},
+                flops=2 * m * n * k,
+                bytes=2 * (m * k + n * k + m * n),
+            )
+        )
 
 
 # -------------------------------------------------------------------------------------------- tests
 
+
 def smoke(work: Work) -> None:
     """tests/gpu and the shortest test of every operation on this GPU."""
-    tests(work, "smoke", ["tests/gpu", "tests/ops", "-k",
-                          "gpu or no_rows or test_kernel_by_the_rule or test_kernels_by_the_rule",
-                          "--maxfail=10"], 210)
+    tests(
+        work,
+        "smoke",
+        [
+            "tests/gpu",
+            "tests/ops",
+            "-k",
+            "gpu or no_rows or test_kernel_by_the_rule or test_kernels_by_the_rule",
+            "--maxfail=10",
+        ],
+        210,
+    )
 
 
 def attention_tests(work: Work) -> None:
@@ -131,25 +180,48 @@ def attention_tests(work: Work) -> None:
 
 def all_tests(work: Work) -> None:
     """Every test that a GPU changes: operators, kernels, whole systems; attention's are apart."""
-    tests(work, "tests", ["tests/gpu", "tests/ops", "tests/systems/test_kernels.py",
-                          "--ignore=tests/ops/test_attention.py",
-                          "--ignore=tests/ops/test_offline.py", "--maxfail=40"], 300)
+    tests(
+        work,
+        "tests",
+        [
+            "tests/gpu",
+            "tests/ops",
+            "tests/systems/test_kernels.py",
+            "--ignore=tests/ops/test_attention.py",
+            "--ignore=tests/ops/test_offline.py",
+            "--maxfail=40",
+        ],
+        300,
+    )
 
 
 def tests(work: Work, name: str, arguments: list[str], most: float) -> None:
     """One run of pytest as a row; a run that was cut off is no row of its own."""
     if not work.wants(name):
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p",
-               "no:cacheprovider", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfE",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     begin = time.monotonic()
     code, output = run(command, min(work.deadline, begin + most))
     lines = [line for line in output.splitlines() if re.search(r"\d (passed|failed|error)", line)]
-    row = {"case": name, "passed": code == 0, "summary": lines[-1].strip("= ") if lines else "",
-           "output": "" if code == 0 else output[-12_000:],
-           "seconds": round(time.monotonic() - begin, 1)}
+    row = {
+        "case": name,
+        "passed": code == 0,
+        "summary": lines[-1].strip("= ") if lines else "",
+        "output": "" if code == 0 else output[-12_000:],
+        "seconds": round(time.monotonic() - begin, 1),
+    }
     if code == 124:
         work.emit(row | {"case": f"{name}, cut off", "summary": "out of time"})
         raise TimeoutError("out of time")
@@ -159,9 +231,16 @@ def tests(work: Work, name: str, arguments: list[str], most: float) -> None:
 def run(command: list[str], deadline: float) -> tuple[int, str]:
     """(exit code, output) of a command in the repository; with everything it started, it ends at
     the deadline (code 124)."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, errors="replace",
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
         code = process.returncode
@@ -185,10 +264,16 @@ SIZED = re.compile(r"\b[LH],")
 def operation(name: str, which: str = "first") -> Callable[[Work], None]:
     """A section of cases of bench/bench_NAME.py: the first size, the larger ones, or compiled ones
     that take long."""
+
     def section(work: Work) -> None:
         for case in importlib.import_module(f"bench.bench_{name}").cases("cuda"):
-            kind = ("slow" if case.name.startswith("compiled peer")
-                    else "larger" if SIZED.search(case.name) else "first")
+            kind = (
+                "slow"
+                if case.name.startswith("compiled peer")
+                else "larger"
+                if SIZED.search(case.name)
+                else "first"
+            )
             if kind == which:
                 work.measure(case)
 
@@ -199,11 +284,15 @@ def operation(name: str, which: str = "first") -> Callable[[Work], None]:
 
 # -------------------------------------------------------------------------------------------- steps
 
+
 def step(size: str) -> Callable[[Work], None]:
     """Whole training steps of one size on synthetic tokens, with the kernels."""
+
     def section(work: Work) -> None:
-        variants = [("latents, dropout 0.1", dict(tokenizer="kl16")),
-                    ("latents, dropout 0", dict(tokenizer="kl16", dropout=0.0))]
+        variants = [
+            ("latents, dropout 0.1", dict(tokenizer="kl16")),
+            ("latents, dropout 0", dict(tokenizer="kl16", dropout=0.0)),
+        ]
         if size == "B":
             variants.append(("codes, dropout 0.1", dict(tokenizer="vq16")))
         for name, settings in variants:
@@ -217,24 +306,35 @@ def step(size: str) -> Callable[[Work], None]:
 
 def baseline(size: str) -> Callable[[Work], None]:
     """The same steps by plain PyTorch: eager, and torch.compile of backbone, head and MLP."""
+
     def section(work: Work) -> None:
         for name, compiled in (("eager", False), ("compiled", True)):
             name = f"reference, {name}, latents, dropout 0"
-            settings = dict(tokenizer="kl16", dropout=0.0, kernels="reference",
-                            attention="sdpa", adamw_ema="reference")
+            settings = dict(
+                tokenizer="kl16",
+                dropout=0.0,
+                kernels="reference",
+                attention="sdpa",
+                adamw_ema="reference",
+            )
             if work.wants(f"{size}, {name}"):
                 try:
                     work.emit(training_step(size, name, settings, compiled=compiled))
                 except Exception as error:  # memory, or a graph that cannot be compiled
-                    work.emit({"case": f"{size}, {name}",
-                               "failed": f"{type(error).__name__}: {error}"[:600]})
+                    work.emit(
+                        {
+                            "case": f"{size}, {name}",
+                            "failed": f"{type(error).__name__}: {error}"[:600],
+                        }
+                    )
 
     section.__doc__ = f"The step of size {size} by plain PyTorch, eager and compiled."
     return section
 
 
-def training_step(size: str, name: str, settings: dict, profile: bool = False,
-                  compiled: bool = False) -> dict:
+def training_step(
+    size: str, name: str, settings: dict, profile: bool = False, compiled: bool = False
+) -> dict:
     """images/s, TFLOP/s, MFU and memory of one configuration; the loop's own step."""
     import torch
 
@@ -261,13 +361,18 @@ def training_step(size: str, name: str, settings: dict, profile: bool = False,
     batch = prepared.config.batch
     flops = training_flops(prepared.system)
     peak = peak_flops(prepared.world.device)
-    row = {"case": f"{size}, {name}", "batch": batch, "images_per_second": round(batch / median, 1),
-           "quartiles": [round(batch / high, 1), round(batch / low, 1)],
-           "tflops": round(batch / median * flops / 1e12, 1),
-           "mfu": round(batch / median * flops / peak, 4) if peak else None,
-           "memory_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-           "estimated_GB": estimated(prepared),
-           "first_step_seconds": round(first, 1), "operators": lines}
+    row = {
+        "case": f"{size}, {name}",
+        "batch": batch,
+        "images_per_second": round(batch / median, 1),
+        "quartiles": [round(batch / high, 1), round(batch / low, 1)],
+        "tflops": round(batch / median * flops / 1e12, 1),
+        "mfu": round(batch / median * flops / peak, 4) if peak else None,
+        "memory_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "estimated_GB": estimated(prepared),
+        "first_step_seconds": round(first, 1),
+        "operators": lines,
+    }
     if profile:
         row["kernels"] = kernel_times(lambda: one_step(prepared, *micro), steps=3)
     return row
@@ -294,8 +399,15 @@ def prepared_run(size: str, settings: dict, device: str = "cuda", batch: int | N
 
     lines, batch = [], batch or BATCH[size]
     with tempfile.TemporaryDirectory() as folder:
-        config = Config(size=size, data="synthetic", batch=batch, micro_batch=batch, out=folder,
-                        device=device, **settings).resolve()
+        config = Config(
+            size=size,
+            data="synthetic",
+            batch=batch,
+            micro_batch=batch,
+            out=folder,
+            device=device,
+            **settings,
+        ).resolve()
         prepared, _ = prepare(config, World(0, 1, torch.device(device)), lines.append)
     prepared.system.train()
     return prepared, share_of_batch(prepared.config, 1), [x for x in lines if "operator" in x]
@@ -323,11 +435,20 @@ def kernel_times(function: Callable, steps: int, most: int = 40) -> list[dict]:
         torch.cuda.synchronize()
     # The loop's own ranges appear on the device too and would count everything twice.
     cuda = torch.autograd.DeviceType.CUDA
-    found = [event for event in profiler.key_averages()
-             if event.device_type == cuda and not event.is_user_annotation]
+    found = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == cuda and not event.is_user_annotation
+    ]
     found.sort(key=lambda event: event.self_device_time_total, reverse=True)
-    rows = [{"kernel": event.key[:120], "us": round(event.self_device_time_total / steps, 1),
-             "calls": round(event.count / steps, 1)} for event in found[:most]]
+    rows = [
+        {
+            "kernel": event.key[:120],
+            "us": round(event.self_device_time_total / steps, 1),
+            "calls": round(event.count / steps, 1),
+        }
+        for event in found[:most]
+    ]
     total = sum(event.self_device_time_total for event in found) / steps
     return [{"kernel": "all", "us": round(total, 1), "calls": 0}, *rows]
 
@@ -335,14 +456,22 @@ def kernel_times(function: Callable, steps: int, most: int = 40) -> list[dict]:
 # By worth: whether it is right at all, what everything is compared with, how fast it trains, the
 # operations with a gate (attention's heads of 80 are of the larger sizes), everything else.
 SECTIONS: dict[str, Callable[[Work], None]] = {
-    "smoke": smoke, "ceilings": ceilings, "step-B": step("B"),
-    "op-attention": operation("attention"), "op-attention-LH": operation("attention", "larger"),
+    "smoke": smoke,
+    "ceilings": ceilings,
+    "step-B": step("B"),
+    "op-attention": operation("attention"),
+    "op-attention-LH": operation("attention", "larger"),
     **{f"op-{name}": operation(name) for name in OPERATIONS[1:6]},
-    "tests-attention": attention_tests, "tests": all_tests,
-    "step-L": step("L"), "step-H": step("H"),
+    "tests-attention": attention_tests,
+    "tests": all_tests,
+    "step-L": step("L"),
+    "step-H": step("H"),
     **{f"baseline-{size}": baseline(size) for size in BATCH},
     **{f"op-{name}": operation(name) for name in OPERATIONS[6:]},
-    **{f"op-{name}-LH": operation(name, "larger") for name in OPERATIONS[1:]
-       if name not in ("diffusion_loss", "flow_loss")},
+    **{
+        f"op-{name}-LH": operation(name, "larger")
+        for name in OPERATIONS[1:]
+        if name not in ("diffusion_loss", "flow_loss")
+    },
     "op-adamw_ema-compiled": operation("adamw_ema", "slow"),
 }

@@ -107,8 +107,12 @@ class Result:
     missing: bool = False
 
 
-def measure(case: Case, rounds: int = 21, deadline: float = float("inf"),
-            failed: dict[str, str] | None = None) -> list[Result]:
+def measure(
+    case: Case,
+    rounds: int = 21,
+    deadline: float = float("inf"),
+    failed: dict[str, str] | None = None,
+) -> list[Result]:
     """Every contender of a case, interleaved; a contender that fails says why and is left out.
 
     failed: contenders that are known to fail, with the reason. Raises CaptureFailed.

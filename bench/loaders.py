@@ -34,6 +34,7 @@ PEER = "MAR npz, 2 workers"
 
 # --------------------------------------------------------------------------------------- the data
 
+
 @dataclass(frozen=True)
 class Made:
     """Samples and where they lie. values: (N, 2 views, mean and std, 16, 16, 16) float16; labels:
@@ -46,8 +47,11 @@ class Made:
     @property
     def places(self) -> dict[str, Path]:
         """Layout -> its folder."""
-        return {"cache": self.folder / "cache.zarr", "npz": self.folder / "npz",
-                "tar": self.folder / "tar"}
+        return {
+            "cache": self.folder / "cache.zarr",
+            "npz": self.folder / "npz",
+            "tar": self.folder / "tar",
+        }
 
     @cached_property
     def known(self) -> dict[bytes, int]:
@@ -73,13 +77,29 @@ class _Given(Builder):
 
 def write_cache(made: Made, shard_rows: int) -> None:
     names = tuple(f"{label:03d}" for label in range(CLASSES))
-    files = [(made.folder / names[label] / f"{n:08d}.png", int(label))
-             for n, label in enumerate(made.labels)]
+    files = [
+        (made.folder / names[label] / f"{n:08d}.png", int(label))
+        for n, label in enumerate(made.labels)
+    ]
     about = {"tokenizer": "kl16", "image_size": 256, "weights": None, "fingerprint": "random"}
-    tokenizer = SimpleNamespace(spec=token_spec("kl16", 256), image_size=256,
-                                device=torch.device("cpu"), describe=lambda: about)
-    plan = Plan(made.folder, files, names, tokenizer, SimpleNamespace(preprocessing="none"),
-                flip=True, batch=BATCH, seed=SEED, shard_rows=shard_rows, max_broken=0)
+    tokenizer = SimpleNamespace(
+        spec=token_spec("kl16", 256),
+        image_size=256,
+        device=torch.device("cpu"),
+        describe=lambda: about,
+    )
+    plan = Plan(
+        made.folder,
+        files,
+        names,
+        tokenizer,
+        SimpleNamespace(preprocessing="none"),
+        flip=True,
+        batch=BATCH,
+        seed=SEED,
+        shard_rows=shard_rows,
+        max_broken=0,
+    )
     with claim(made.places["cache"]):
         builder = _Given(made.places["cache"], plan, made.values)
         builder.begin()
@@ -119,9 +139,11 @@ def make(folder: Path, samples: int, shard_rows: int) -> Made:
         ValueError: sizes for which the modes would not do what they are measured for.
     """
     if shard_rows % BATCH or samples % shard_rows or samples <= WINDOW * shard_rows:
-        raise ValueError(f"--samples {samples} --shard-rows {shard_rows}: expected shards of a "
-                         f"multiple of {BATCH} rows, and a multiple of them in samples, more than "
-                         f"{WINDOW} (one window of mode stream)")
+        raise ValueError(
+            f"--samples {samples} --shard-rows {shard_rows}: expected shards of a "
+            f"multiple of {BATCH} rows, and a multiple of them in samples, more than "
+            f"{WINDOW} (one window of mode stream)"
+        )
     reading.WINDOW = WINDOW * shard_rows  # as many shards as of the usual size
     rng = np.random.default_rng(SEED)
     values = np.empty((samples, 2, 2, 16, 16, 16), np.float16)
@@ -137,9 +159,11 @@ def make(folder: Path, samples: int, shard_rows: int) -> Made:
 
 # ----------------------------------------------------------------------------------- the contenders
 
+
 def ours(made: Made, mode: str, tokens: bool, device: str) -> Iterator[tuple]:
-    source = CacheTokens(open_cache(made.places["cache"]), SEED, flip=True, device=device,
-                         mode=mode)
+    source = CacheTokens(
+        open_cache(made.places["cache"]), SEED, flip=True, device=device, mode=mode
+    )
     for first in itertools.count(0, BATCH):
         index = torch.arange(first, first + BATCH)
         if tokens:
@@ -155,9 +179,11 @@ class Folder(Dataset):
 
     def __init__(self, root: Path) -> None:
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.samples = [(os.path.join(root, name, file), label)
-                        for label, name in enumerate(classes)
-                        for file in sorted(os.listdir(os.path.join(root, name)))]
+        self.samples = [
+            (os.path.join(root, name, file), label)
+            for label, name in enumerate(classes)
+            for file in sorted(os.listdir(os.path.join(root, name)))
+        ]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -216,8 +242,14 @@ class Endless(Sampler):
 def loader(made: Made, layout: str, workers: int, device: str) -> Iterator[tuple]:
     data = Folder(made.places["npz"]) if layout == "npz" else Tars(made.places["tar"])
     sampler = Endless(len(data)) if layout == "npz" else None
-    for moments, labels in DataLoader(data, BATCH, sampler=sampler, num_workers=workers,
-                                      drop_last=True, pin_memory=device == "cuda"):
+    for moments, labels in DataLoader(
+        data,
+        BATCH,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=True,
+        pin_memory=device == "cuda",
+    ):
         moments = moments.to(device, non_blocking=True)
         yield moments[:, 0], moments[:, 1], labels.to(device, non_blocking=True)
 
@@ -241,7 +273,7 @@ def zarr_shards(made: Made, device: str) -> Iterator[tuple]:
     labels, size = group["labels"][:].astype(np.int64), group["mean"].shards[0]
     while True:
         for first in rng.permutation(len(labels) // size) * size:
-            mean, std = (group[name][first:first + size] for name in ("mean", "std"))
+            mean, std = (group[name][first : first + size] for name in ("mean", "std"))
             for rows in rng.permutation(size).reshape(-1, BATCH):
                 pick = (rows, rng.integers(0, 2, BATCH))
                 found = mean[pick], std[pick], labels[first + rows]

@@ -73,8 +73,9 @@ def tune(operation: str, deadline: float) -> set[str]:
     return changed
 
 
-def improve(key: tuple, cases: list, deadline: float,
-            tunable: Callable[[str, dict[str, int]], bool]) -> None:
+def improve(
+    key: tuple, cases: list, deadline: float, tunable: Callable[[str, dict[str, int]], bool]
+) -> None:
     """Descent on one configuration, in place in the loaded table, one move at a time."""
     from heptapod_fast.kernels import tuning
 
@@ -95,8 +96,10 @@ def improve(key: tuple, cases: list, deadline: float,
                 tuning.lookup.cache_clear()
                 break
             best = seconds
-    print(f"{'/'.join(map(str, key))}: {config}, {before * 1e6:.1f} -> {best * 1e6:.1f} us",
-          flush=True)
+    print(
+        f"{'/'.join(map(str, key))}: {config}, {before * 1e6:.1f} -> {best * 1e6:.1f} us",
+        flush=True,
+    )
 
 
 def moves(config: dict[str, int]) -> list[dict[str, float]]:
@@ -129,31 +132,48 @@ def total(cases: list) -> float | None:
 
 def time_of(case) -> float | None:
     """Seconds of our contender in a case; None if it fails (shared memory, registers, ...)."""
-    ours = harness.Case(case.operation, case.name, case.inputs, {"ours": case.contenders["ours"]},
-                        case.bytes, case.flops)
+    ours = harness.Case(
+        case.operation,
+        case.name,
+        case.inputs,
+        {"ours": case.contenders["ours"]},
+        case.bytes,
+        case.flops,
+    )
     try:
         return harness.measure(ours, rounds=7)[0].seconds
     except harness.CaptureFailed:
-        raise SystemExit(f"{case.name}: a launch failed inside a CUDA graph; tables written so far "
-                         "hold, start again with the operations after it") from None
+        raise SystemExit(
+            f"{case.name}: a launch failed inside a CUDA graph; tables written so far "
+            "hold, start again with the operations after it"
+        ) from None
 
 
 def about(torch) -> dict:
     """Where the table comes from."""
     import triton
 
-    return {"gpu": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
-            "torch": torch.__version__, "triton": triton.__version__}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
 
 
 def render(table: dict) -> str:
     """JSON with one configuration a line."""
     lines = [f' "tuned": {json.dumps(table["tuned"])}']
     for arch in sorted(k for k in table if k != "tuned"):
-        kernels = [f'  {json.dumps(kernel)}: {{\n' + ",\n".join(
-            f'   {json.dumps(size)}: {json.dumps(config)}' for size, config in rows.items())
-            + "\n  }" for kernel, rows in table[arch].items()]
-        lines.append(f' {json.dumps(arch)}: {{\n' + ",\n".join(kernels) + "\n }")
+        kernels = [
+            f"  {json.dumps(kernel)}: {{\n"
+            + ",\n".join(
+                f"   {json.dumps(size)}: {json.dumps(config)}" for size, config in rows.items()
+            )
+            + "\n  }"
+            for kernel, rows in table[arch].items()
+        ]
+        lines.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(kernels) + "\n }")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

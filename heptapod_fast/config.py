@@ -36,14 +36,36 @@ class Preset:
 # Heptapod section 5.1 and MAR's defaults (main_mar.py): 800 epochs of 1,281,167 images, batch 2048,
 # AdamW 0.9/0.95, weight decay 0.02, constant rate after a warm-up of 12.5%, clip 3, EMA 0.9999.
 _PAPER = dict(
-    data=None, tokenizer="kl16", image_size=256, images=1_024_933_600, batch=2048, density=1,
-    lr_per_256=1e-4, lr_schedule="constant", warmup=0.125, dropout=0.1, embedding_std=0.02,
-    sample_every=10_000_000, checkpoint_every=1_281_167, log_every=102_400,
+    data=None,
+    tokenizer="kl16",
+    image_size=256,
+    images=1_024_933_600,
+    batch=2048,
+    density=1,
+    lr_per_256=1e-4,
+    lr_schedule="constant",
+    warmup=0.125,
+    dropout=0.1,
+    embedding_std=0.02,
+    sample_every=10_000_000,
+    checkpoint_every=1_281_167,
+    log_every=102_400,
 )
 _TINY = dict(
-    data="logograms", tokenizer="patch-vq", image_size=24, images=150_000, batch=64,
-    density=2, lr_per_256=8e-3, lr_schedule="cosine", warmup=0.02, dropout=0.0,
-    embedding_std=1.0, sample_every=30_000, checkpoint_every=30_000, log_every=1_600,
+    data="logograms",
+    tokenizer="patch-vq",
+    image_size=24,
+    images=150_000,
+    batch=64,
+    density=2,
+    lr_per_256=8e-3,
+    lr_schedule="cosine",
+    warmup=0.02,
+    dropout=0.0,
+    embedding_std=1.0,
+    sample_every=30_000,
+    checkpoint_every=30_000,
+    log_every=1_600,
 )
 PRESETS = {
     "tiny": Preset(3, 128, 4, 3, 128, 256, _TINY),
@@ -214,8 +236,9 @@ class Config:
         if self.out is not None:
             return self.out
         data = self.data if self.data in ("logograms", "synthetic") else str(self.data).rstrip("/")
-        name = "-".join((self.system, self.size, data.split("/")[-1], self.tokenizer,
-                         f"{self.image_size}px"))
+        name = "-".join(
+            (self.system, self.size, data.split("/")[-1], self.tokenizer, f"{self.image_size}px")
+        )
         text = json.dumps(self.identity(), sort_keys=True)
         return f"runs/{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -237,11 +260,28 @@ class Config:
 # Changing one of these does not make another model out of a run. --images reshapes the schedule
 # from here on; device, precision and implementations change rounding. What the weights of a
 # tokenizer are, checkpoints know.
-MAY_CHANGE = frozenset({
-    "out", "images", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "device",
-    "precision", "kernels", "attention", "adamw_ema", "micro_batch", "max_broken",
-    "max_skips", "minutes", "allow_data_change", "cache_mode", "tokenizer_weights",
-})
+MAY_CHANGE = frozenset(
+    {
+        "out",
+        "images",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "sample_every",
+        "log_every",
+        "device",
+        "precision",
+        "kernels",
+        "attention",
+        "adamw_ema",
+        "micro_batch",
+        "max_broken",
+        "max_skips",
+        "minutes",
+        "allow_data_change",
+        "cache_mode",
+        "tokenizer_weights",
+    }
+)
 
 
 def is_cache(data: str | None) -> bool:

@@ -1,5 +1,4 @@
-"""Index arithmetic of the token grid: orders, supervised steps, packed rows, windows, and who sees
-whom (attention_masks.py, made once, at the start).
+"""Index arithmetic of the token grid: orders, supervised steps, packed rows, windows.
 
 Everything here is pure arithmetic on tensors, free of host synchronisation, with shapes that depend
 on settings alone. Suffixes: B sequences, N tokens of the grid, n supervised steps per sequence,
@@ -16,21 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from heptapod_fast.attention_masks import (
-    AttentionMask,
-    chunk_mask,
-    group_mask,
-    prefix_mask,
-    two_stream_mask,
-)
 from heptapod_fast.rng import Rng
-
-__all__ = [
-    "AttentionMask", "Rows", "chunk_mask", "draw_steps", "expected_rows", "group_mask",
-    "group_sizes", "mar_ratio", "packed_rows", "padded_rows", "prefix_mask", "random_orders",
-    "ranks", "raster_orders", "take_tokens", "two_stream_mask", "window_of", "window_positions",
-    "window_rows",
-]
 
 
 def random_orders(index_B: Tensor, num_tokens: int, rng: Rng) -> Tensor:
@@ -51,6 +36,7 @@ def ranks(order_BN: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------- supervised steps
 
+
 def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: Rng) -> Tensor:
     """(B, n) int64 in 0..N-1: the steps of every sequence that get a head pass and a loss.
 
@@ -66,8 +52,10 @@ def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: R
     """
     if mode == "antithetic":
         if len(index_B) % 2:
-            raise ValueError(f"antithetic steps need an even micro-batch, got {len(index_B)} "
-                             "sequences (--micro-batch, or --steps uniform)")
+            raise ValueError(
+                f"antithetic steps need an even micro-batch, got {len(index_B)} "
+                "sequences (--micro-batch, or --steps uniform)"
+            )
         first = rng.permutation("steps", index_B[0::2], num_tokens)[:, :density]
         return torch.stack((first, num_tokens - 1 - first), dim=1).flatten(0, 1)
     if mode == "uniform":
@@ -94,7 +82,7 @@ def take_tokens(tokens_BN: Tensor, position_BM: Tensor) -> Tensor:
 class Rows(NamedTuple):
     """Supervised positions of a micro-batch, one row each; every (pair, position) occurs once."""
 
-    pair_R: Tensor      # which (sequence, step): b * n + j
+    pair_R: Tensor  # which (sequence, step): b * n + j
     position_R: Tensor  # which grid position
     weight_R: Tensor | None  # None: every row counts 1
 
@@ -133,8 +121,10 @@ def expected_rows(batch: int, num_tokens: int, density: int, mode: str) -> float
         return batch * density * (num_tokens + 1) / 2
     # E[ceil(N * ratio)] = sum over k = 0..N-1 of P(ratio > k / N)
     low, high = _normal_cdf(-1.2), _normal_cdf(0.0)
-    masked = sum((high - _normal_cdf(max(k / num_tokens - 1.0, -0.3) / 0.25)) / (high - low)
-                 for k in range(num_tokens))
+    masked = sum(
+        (high - _normal_cdf(max(k / num_tokens - 1.0, -0.3) / 0.25)) / (high - low)
+        for k in range(num_tokens)
+    )
     return batch * density * masked
 
 
@@ -143,6 +133,7 @@ def _normal_cdf(x: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------ windows
+
 
 def window_positions(grid: int, window: int) -> Tensor:
     """(N / W, W) int64: the positions of each window, both in raster order."""
@@ -155,8 +146,9 @@ def window_of(grid: int, window: int) -> Tensor:
     """(N,) int64: the window that holds each position."""
     positions = window_positions(grid, window)
     owner = torch.arange(len(positions))[:, None].expand_as(positions)
-    return torch.empty(grid * grid, dtype=torch.int64).scatter_(0, positions.flatten(),
-                                                                owner.flatten())
+    return torch.empty(grid * grid, dtype=torch.int64).scatter_(
+        0, positions.flatten(), owner.flatten()
+    )
 
 
 def window_rows(position_SW: Tensor, rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
@@ -175,6 +167,7 @@ def window_rows(position_SW: Tensor, rank_BN: Tensor, steps_Bn: Tensor, loss_wei
 
 
 # ----------------------------------------------------------------------------------------- sampling
+
 
 def group_sizes(num_tokens: int, positions_per_step: int, schedule: str = "constant") -> list[int]:
     """How many positions each sampling step fills in; the sizes sum to N.

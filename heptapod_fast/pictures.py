@@ -23,7 +23,7 @@ def grid_of(images: Tensor, columns: int, gap: int = 2, least_side: int = 96) ->
     sheet = torch.full((3, rows * height + gap, columns * width + gap), 255, dtype=torch.uint8)
     for i, image in enumerate(pixels):
         top, left = i // columns * height + gap, i % columns * width + gap
-        sheet[:, top:top + image.shape[-2], left:left + image.shape[-1]] = image
+        sheet[:, top : top + image.shape[-2], left : left + image.shape[-1]] = image
     return sheet.permute(1, 2, 0).contiguous()
 
 
@@ -46,8 +46,9 @@ def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
     save_png(grid_of(images, columns), path)
 
 
-def save_chart(x: list[float], y: list[float], path: str | Path, title: str, x_label: str,
-               y_label: str) -> None:
+def save_chart(
+    x: list[float], y: list[float], path: str | Path, title: str, x_label: str, y_label: str
+) -> None:
     """A line chart of y over x, 800 x 400 pixels. ValueError with fewer than two points."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -60,16 +61,23 @@ def save_chart(x: list[float], y: list[float], path: str | Path, title: str, x_l
     high_x, high_y = max(high_x, low_x + 1e-9), max(high_y, low_y + 1e-9)
 
     def place(px: float, py: float) -> tuple[float, float]:
-        return (left + (px - low_x) / (high_x - low_x) * (width - left - right),
-                height - bottom - (py - low_y) / (high_y - low_y) * (height - top - bottom))
+        return (
+            left + (px - low_x) / (high_x - low_x) * (width - left - right),
+            height - bottom - (py - low_y) / (high_y - low_y) * (height - top - bottom),
+        )
 
     for k in range(5):
         px, py = low_x + k / 4 * (high_x - low_x), low_y + k / 4 * (high_y - low_y)
         (tick_x, _), (_, tick_y) = place(px, low_y), place(low_x, py)
         draw.line((left, tick_y, width - right, tick_y), fill="#dddddd")
         draw.text((left - 6, tick_y), f"{py:.3g}", fill="black", font=font, anchor="rm")
-        draw.text((tick_x, height - bottom + 6), f"{px:,.0f}", fill="black", font=font,
-                  anchor="lt" if k == 0 else "rt" if k == 4 else "mt")
+        draw.text(
+            (tick_x, height - bottom + 6),
+            f"{px:,.0f}",
+            fill="black",
+            font=font,
+            anchor="lt" if k == 0 else "rt" if k == 4 else "mt",
+        )
     draw.line([place(a, b) for a, b in zip(x, y, strict=True)], fill="#1f5fa8", width=2)
     draw.text((left, 12), title, fill="black", font=font)
     draw.text((width - right, height - 8), x_label, fill="black", font=font, anchor="rb")

@@ -36,9 +36,11 @@ class Progress:
         self.lines += 1
         rate = done / max(now - self.start, 1e-9)
         eta = duration((total - done) / max(rate, 1e-9))
-        text = (f"{self.what}: {done:,}/{total:,} {self.unit} ({100 * done / max(total, 1):.0f}%)  "
-                f"{rate:,.0f} {self.unit}/s  " + (f"took {duration(now - self.start)}" if finished
-                                                  else f"ETA {eta}"))
+        text = (
+            f"{self.what}: {done:,}/{total:,} {self.unit} ({100 * done / max(total, 1):.0f}%)  "
+            f"{rate:,.0f} {self.unit}/s  "
+            + (f"took {duration(now - self.start)}" if finished else f"ETA {eta}")
+        )
         if self.live:
             print(f"\r\x1b[2K{text}", end="\n" if finished else "", flush=True)
         else:

@@ -35,27 +35,43 @@ def report_run(folder: Path) -> None:
     kept = ("system", "size", "data", "tokenizer", "image_size", "batch", "seed")
     numbers = {name: getattr(config, name) for name in kept}
     sessions = read_metrics(run.sessions)
-    numbers |= {name: ", ".join(sorted({str(r[name]) for r in sessions}))
-                for name in ("device", "ranks", "torch", "activations")}
     numbers |= {
-        "images": last["images"], "steps": last["step"], "epochs": last["epoch"],
-        "loss": last["loss"], "images_per_second_median": median(rates),
+        name: ", ".join(sorted({str(r[name]) for r in sessions}))
+        for name in ("device", "ranks", "torch", "activations")
+    }
+    numbers |= {
+        "images": last["images"],
+        "steps": last["step"],
+        "epochs": last["epoch"],
+        "loss": last["loss"],
+        "images_per_second_median": median(rates),
         "images_per_second_range": [min(rates), max(rates)],
-        "tflops_median": median(r["tflops"] for r in records), "skipped_steps": last["skipped"],
+        "tflops_median": median(r["tflops"] for r in records),
+        "skipped_steps": last["skipped"],
     }
     if "mfu" in last:
         numbers["mfu_median"] = median(r["mfu"] for r in records)
     if (evaluation := folder / "evaluation.json").exists():
         numbers["evaluation"] = json.loads(evaluation.read_text())
     (folder / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    lines = [f"# {config.system} {config.size} on {config.data}", "",
-             f"{last['images']:,} of {config.images:,} images, last session "
-             f"{duration(last['seconds'])}.", "", *table(numbers, leave_out="evaluation")]
+    lines = [
+        f"# {config.system} {config.size} on {config.data}",
+        "",
+        f"{last['images']:,} of {config.images:,} images, last session "
+        f"{duration(last['seconds'])}.",
+        "",
+        *table(numbers, leave_out="evaluation"),
+    ]
     lines += ["", f"FLOPs: {FLOPS_FORMULA}."]
     if len(records) > 1:
-        save_chart([r["images"] for r in records], [r["loss"] for r in records],
-                   folder / "loss.png", f"{config.system} {config.size}: training loss", "images",
-                   "loss")
+        save_chart(
+            [r["images"] for r in records],
+            [r["loss"] for r in records],
+            folder / "loss.png",
+            f"{config.system} {config.size}: training loss",
+            "images",
+            "loss",
+        )
         lines += ["", "![loss](loss.png)"]
     if evaluation.exists():
         lines += ["", "## Evaluation", "", *table(numbers["evaluation"])]
@@ -76,8 +92,13 @@ def show(value) -> str:
         return ""
     if isinstance(value, list):
         return " to ".join(map(show, value))
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(
-        value, int) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def report_bench(folder: Path, root: Path) -> None:
@@ -85,8 +106,10 @@ def report_bench(folder: Path, root: Path) -> None:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
-    pages = ["\n\n".join([bench_table(path, brief) for path in files]
-                         + runs_table(folder / "runs")) for brief in (False, True)]
+    pages = [
+        "\n\n".join([bench_table(path, brief) for path in files] + runs_table(folder / "runs"))
+        for brief in (False, True)
+    ]
     (folder / "README.md").write_text(BENCH_PAGE + pages[0] + "\n")
     print(f"written: {folder / 'README.md'}")
     readme = root / "README.md"
@@ -107,18 +130,27 @@ def bench_table(path: Path, brief: bool = False) -> str:
     if not isinstance(data, dict) or "benchmarks" not in data:
         raise ValueError(f"{path} is not a result of pytest-benchmark")
     machine = data.get("machine_info", {})
-    lines = [f"**{path.stem}**: {machine.get('device', 'unknown device')}, Python "
-             f"{machine.get('python_version', '?')}, torch {machine.get('torch', '?')}; "
-             f"{data.get('datetime', '')[:10]}; `{machine.get('command', 'pytest bench/')}`", "",
-             "| benchmark | median ms | quartiles | notes |", "|---|---:|---|---|"]
+    lines = [
+        f"**{path.stem}**: {machine.get('device', 'unknown device')}, Python "
+        f"{machine.get('python_version', '?')}, torch {machine.get('torch', '?')}; "
+        f"{data.get('datetime', '')[:10]}; `{machine.get('command', 'pytest bench/')}`",
+        "",
+        "| benchmark | median ms | quartiles | notes |",
+        "|---|---:|---|---|",
+    ]
     for b in data["benchmarks"]:
         s = b["stats"]
         if brief and "us" in b["extra_info"]:
             continue
-        notes = ", ".join(f"{k} {show(v)}" for k, v in b["extra_info"].items()
-                          if not (brief and any(word in k for word in DETAILS)))
-        lines.append(f"| {b['name']} | {1e3 * s['median']:.3f} | {1e3 * s['q1']:.3f} to "
-                     f"{1e3 * s['q3']:.3f} | {notes} |")
+        notes = ", ".join(
+            f"{k} {show(v)}"
+            for k, v in b["extra_info"].items()
+            if not (brief and any(word in k for word in DETAILS))
+        )
+        lines.append(
+            f"| {b['name']} | {1e3 * s['median']:.3f} | {1e3 * s['q1']:.3f} to "
+            f"{1e3 * s['q3']:.3f} | {notes} |"
+        )
     return "\n".join(lines)
 
 
@@ -127,12 +159,17 @@ def runs_table(folder: Path) -> list[str]:
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     if not rows:
         return []
-    lines = ["**Training runs** (`report.json` of each in `bench/results/runs`)", "",
-             "| run | images | images/s, median | symmetry accuracy | device |",
-             "|---|---:|---:|---:|---|"]
+    lines = [
+        "**Training runs** (`report.json` of each in `bench/results/runs`)",
+        "",
+        "| run | images | images/s, median | symmetry accuracy | device |",
+        "|---|---:|---:|---:|---|",
+    ]
     for r in rows:
         accuracy = r.get("evaluation", {}).get("symmetry_accuracy")
-        lines.append(f"| {r['system']} {r['size']}, {r['data']} {r['image_size']} px, "
-                     f"{r['tokenizer']} | {r['images']:,} | {r['images_per_second_median']:.0f} | "
-                     f"{show(accuracy)} | {r['device']}, torch {r['torch']} |")
+        lines.append(
+            f"| {r['system']} {r['size']}, {r['data']} {r['image_size']} px, "
+            f"{r['tokenizer']} | {r['images']:,} | {r['images_per_second_median']:.0f} | "
+            f"{show(accuracy)} | {r['device']}, torch {r['torch']} |"
+        )
     return ["\n".join(lines)]

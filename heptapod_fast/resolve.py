@@ -46,8 +46,9 @@ def _refuse(values: dict, names: tuple[str, ...], why: str) -> None:
 def _refuse_unknown(values: dict) -> None:
     """Names that are not among the choices of their setting."""
     for name, hint in get_type_hints(Config).items():
-        choices = [c for part in (hint, *get_args(hint)) for c in get_args(part)
-                   if isinstance(c, str)]
+        choices = [
+            c for part in (hint, *get_args(hint)) for c in get_args(part) if isinstance(c, str)
+        ]
         if choices and values[name] is not None and values[name] not in choices:
             raise ValueError(f"{flag(name)} {values[name]}: expected one of {', '.join(choices)}")
 
@@ -55,8 +56,9 @@ def _refuse_unknown(values: dict) -> None:
 def _refuse_foreign(values: dict) -> None:
     """Flags that mean nothing for the chosen system."""
     if values["system"] != "heptapod":
-        _refuse(values, _HEAD_FLAGS,
-                f"belongs to the 2D head; --system {values['system']} has none")
+        _refuse(
+            values, _HEAD_FLAGS, f"belongs to the 2D head; --system {values['system']} has none"
+        )
 
 
 def _follow_cache(values: dict) -> None:
@@ -85,8 +87,9 @@ def _resolve_tokens(values: dict) -> None:
     if tokenizer == "patch-vq":
         values["codes"] = DEFAULT_CODES if values["codes"] is None else values["codes"]
     else:
-        _refuse(values, ("codes",),
-                f"sets the codebook of patch-vq, not of --tokenizer {tokenizer}")
+        _refuse(
+            values, ("codes",), f"sets the codebook of patch-vq, not of --tokenizer {tokenizer}"
+        )
     if tokenizer == "patch":
         _refuse(values, ("tokenizer_weights",), "given, but --tokenizer patch has no weights")
     if tokenizer not in CONTINUOUS:
@@ -98,8 +101,12 @@ def _resolve_tokens(values: dict) -> None:
     if values["data"] == "synthetic" and values["num_classes"] is None:
         values["num_classes"] = 1000
     if values["flip"] is None:
-        values["flip"] = (tokenizer in ("kl16", "vq16") and values["image_size"] == 256
-                          and values["size"] != "tiny" and values["data"] != "synthetic")
+        values["flip"] = (
+            tokenizer in ("kl16", "vq16")
+            and values["image_size"] == 256
+            and values["size"] != "tiny"
+            and values["data"] != "synthetic"
+        )
     elif values["flip"] and values["data"] == "synthetic":
         raise ValueError("--flip: synthetic tokens have no images to mirror")
     for name in ("image_size", "patch_size", "num_classes", "logogram_count"):
@@ -120,7 +127,8 @@ def _resolve_model(values: dict, preset: Preset) -> None:
         if values["depth"] < 1 or values["head_depth"] < 1:
             raise ValueError(
                 f"--head-depth {values['head_depth']}: expected 1 to {total - 1}, so that the "
-                f"backbone keeps a block (or give --depth too)")
+                f"backbone keeps a block (or give --depth too)"
+            )
         _resolve_head(values, grid)
     else:
         # Same parameters as Heptapod's backbone and head together.
@@ -132,8 +140,9 @@ def _resolve_model(values: dict, preset: Preset) -> None:
         if values[name] < 1:
             raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
     if values["width"] % values["heads"]:
-        raise ValueError(f"--width {values['width']} is not a multiple of --heads "
-                         f"{values['heads']}")
+        raise ValueError(
+            f"--width {values['width']} is not a multiple of --heads {values['heads']}"
+        )
     if values["tokenizer"] in CONTINUOUS:
         for name in ("diffusion_blocks", "diffusion_width"):
             values[name] = getattr(preset, name) if values[name] is None else values[name]
@@ -155,8 +164,10 @@ def _resolve_head(values: dict, grid: int) -> None:
         values["head"] = "local" if values["window"] not in (None, tokens) else "global"
     if values["head"] == "global":
         if values["window"] not in (None, tokens):
-            raise ValueError(f"--window {values['window']} contradicts --head global, whose window "
-                             f"is the whole grid of {tokens} tokens; use --head local")
+            raise ValueError(
+                f"--window {values['window']} contradicts --head global, whose window "
+                f"is the whole grid of {tokens} tokens; use --head local"
+            )
         values["window"] = tokens
     else:
         sides = [s for s in range(1, grid) if grid % s == 0]
@@ -166,18 +177,29 @@ def _resolve_head(values: dict, grid: int) -> None:
         if values["window"] is None:
             values["window"] = min(windows, key=lambda w: abs(math.log(w / (tokens / 4))))
         if values["window"] not in windows:
-            raise ValueError(f"--window {values['window']}: a {grid}x{grid} grid divides into "
-                             f"windows of {', '.join(map(str, windows))} tokens")
+            raise ValueError(
+                f"--window {values['window']}: a {grid}x{grid} grid divides into "
+                f"windows of {', '.join(map(str, windows))} tokens"
+            )
     if not 1 <= values["density"] <= tokens:
-        raise ValueError(f"--density {values['density']}: expected 1 to {tokens} steps per "
-                         "sequence")
+        raise ValueError(
+            f"--density {values['density']}: expected 1 to {tokens} steps per sequence"
+        )
     values["steps"] = values["steps"] or "antithetic"
     values["loss_weight"] = values["loss_weight"] or "position"
 
 
 # What no machine can do; larger values would hang before they fail.
-_LIMITS = {"image_size": 2**14, "depth": 2**10, "head_depth": 2**10, "width": 2**16, "batch": 2**22,
-           "codes": 2**20, "diffusion_blocks": 2**10, "diffusion_width": 2**16}
+_LIMITS = {
+    "image_size": 2**14,
+    "depth": 2**10,
+    "head_depth": 2**10,
+    "width": 2**16,
+    "batch": 2**22,
+    "codes": 2**20,
+    "diffusion_blocks": 2**10,
+    "diffusion_width": 2**16,
+}
 
 
 def _refuse_absurd(values: dict) -> None:
@@ -191,8 +213,14 @@ def _refuse_absurd(values: dict) -> None:
 
 
 def _resolve_recipe(values: dict) -> None:
-    for name in ("images", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
-                 "log_every"):
+    for name in (
+        "images",
+        "batch",
+        "micro_batch",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+    ):
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"{flag(name)} {values[name]}: expected at least 1")
     for name in ("sample_every", "max_skips", "max_broken"):
@@ -202,8 +230,10 @@ def _resolve_recipe(values: dict) -> None:
         if not 0.0 <= values[name] < 1.0:
             raise ValueError(f"{flag(name)} {values[name]}: expected 0 <= B < 1")
     if values["batch"] > values["images"]:
-        raise ValueError(f"--batch {values['batch']} is more than --images {values['images']}: "
-                         "a run has at least one step")
+        raise ValueError(
+            f"--batch {values['batch']} is more than --images {values['images']}: "
+            "a run has at least one step"
+        )
     if values["minutes"] is not None and not values["minutes"] > 0:
         raise ValueError(f"--minutes {values['minutes']}: expected more than 0")
     if not 0.0 <= values["warmup"] < 1.0:
@@ -226,22 +256,29 @@ def share_of_batch(config: Config, world_size: int) -> tuple[int, int]:
     """
     batch, micro = config.batch, config.micro_batch
     if batch % world_size:
-        raise ValueError(f"--batch {batch} does not divide over {world_size} ranks: the nearest "
-                         f"are {batch // world_size * world_size} and "
-                         f"{-(-batch // world_size) * world_size}")
+        raise ValueError(
+            f"--batch {batch} does not divide over {world_size} ranks: the nearest "
+            f"are {batch // world_size * world_size} and "
+            f"{-(-batch // world_size) * world_size}"
+        )
     share = batch // world_size
     divisors = [d for d in range(1, share + 1) if share % d == 0]
     pairs = config.steps == "antithetic"
     if micro is None:
-        fitting = [d for d in divisors if d <= PRESETS[config.size].micro_batch
-                   and not (pairs and d % 2)]
+        fitting = [
+            d for d in divisors if d <= PRESETS[config.size].micro_batch and not (pairs and d % 2)
+        ]
         micro = max(fitting, default=share)
     if share % micro:
         nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
-        raise ValueError(f"--micro-batch {micro} does not divide the {share} sequences of a rank: "
-                         f"the nearest are {' and '.join(map(str, nearest))}")
+        raise ValueError(
+            f"--micro-batch {micro} does not divide the {share} sequences of a rank: "
+            f"the nearest are {' and '.join(map(str, nearest))}"
+        )
     if pairs and micro % 2:
-        raise ValueError(f"a micro-batch of {micro} is odd, but --steps antithetic works on pairs: "
-                         "use an even --micro-batch (and an even --batch per rank), or "
-                         "--steps uniform")
+        raise ValueError(
+            f"a micro-batch of {micro} is odd, but --steps antithetic works on pairs: "
+            "use an even --micro-batch (and an even --batch per rank), or "
+            "--steps uniform"
+        )
     return share, share // micro

@@ -61,8 +61,9 @@ class Rng:
         """(..., count) float32, standard normal by Box-Muller; arguments as `bits`."""
         return to_normal(self.bits(stream, index, count + count % 2, slot))[..., :count]
 
-    def integers(self, stream: str, index: Tensor, count: int, high: int,
-                 slot: Tensor | int = 0) -> Tensor:
+    def integers(
+        self, stream: str, index: Tensor, count: int, high: int, slot: Tensor | int = 0
+    ) -> Tensor:
         """(..., count) int64, uniform on 0..high-1 (bias below high / 2**32)."""
         return to_integer(self.bits(stream, index, count, slot), high)
 

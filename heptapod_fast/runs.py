@@ -1,7 +1,7 @@
 """The run directory: what is in it, who may write to it, and how a run is read back.
 
-    RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
-              tokenizer.safetensors (if fitted)
+RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
+          tokenizer.safetensors (if fitted)
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class RunDir:
             self._lock.seek(0)
             other = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise RunError(f"{self.path} is in use by {other}: wait for it, stop it, or choose "
-                           "another --out") from error
+            raise RunError(
+                f"{self.path} is in use by {other}: wait for it, stop it, or choose another --out"
+            ) from error
         changed = self._compare(config)
         self._write_config(config)
         try:
@@ -91,12 +92,15 @@ class RunDir:
         if cache.spec.name == "patch-vq":
             tokenizer.save(self.tokenizer)
         elif cache.spec.name in PRETRAINED:
-            write_json(self.tokenizer.with_suffix(".json"),
-                       cache.manifest["tokenizer"] if tokenizer is None else tokenizer.describe())
+            write_json(
+                self.tokenizer.with_suffix(".json"),
+                cache.manifest["tokenizer"] if tokenizer is None else tokenizer.describe(),
+            )
 
     def _unwritable(self, error: OSError) -> RunError:
-        return RunError(f"cannot write to the run directory {self.path}: {error} (--out names "
-                        "another)")
+        return RunError(
+            f"cannot write to the run directory {self.path}: {error} (--out names another)"
+        )
 
     def finished(self, images: int) -> int:
         """Images of the newest checkpoint if it verifies and holds `images` or more, else 0."""
@@ -115,27 +119,38 @@ class RunDir:
             ours = {".lock", self.config.with_suffix(".tmp").name}  # of a start that was cut off
             foreign = sorted({p.name for p in self.path.iterdir()} - ours)
             if foreign:
-                raise RunError(f"{self.path} is not a run directory but holds {foreign[:5]}: "
-                               "choose another --out")
+                raise RunError(
+                    f"{self.path} is not a run directory but holds {foreign[:5]}: "
+                    "choose another --out"
+                )
             return []
         before, now = vars(self.read_config()), vars(config)
-        differences = {name: f"{flag(name)} {now[name]} (was {before[name]})" for name in now
-                       if now[name] != before[name]}
+        differences = {
+            name: f"{flag(name)} {now[name]} (was {before[name]})"
+            for name in now
+            if now[name] != before[name]
+        }
         moved = is_cache(before["data"]) and is_cache(now["data"])  # checkpoints know its contents
-        fatal = [text for name, text in differences.items()
-                 if name not in MAY_CHANGE and not (moved and name == "data")]
+        fatal = [
+            text
+            for name, text in differences.items()
+            if name not in MAY_CHANGE and not (moved and name == "data")
+        ]
         if fatal and not self._began():
             self.tokenizer.unlink(missing_ok=True)  # fitted with the other settings
             return []
         if fatal:
-            raise RunError(f"{self.path} holds a run with other settings: {'; '.join(fatal)}. "
-                           "Repeat its settings to continue it, or choose another --out")
+            raise RunError(
+                f"{self.path} holds a run with other settings: {'; '.join(fatal)}. "
+                "Repeat its settings to continue it, or choose another --out"
+            )
         return [text for name, text in differences.items() if name != "out"]
 
     def _began(self) -> bool:
         """Whether there is anything to lose: a start that failed leaves no more than settings."""
-        return self.metrics.exists() or self.checkpoints.is_dir() and any(
-            self.checkpoints.iterdir())
+        return (
+            self.metrics.exists() or self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        )
 
     def _write_config(self, config: Config) -> None:
         temporary = self.config.with_suffix(".tmp")
@@ -158,14 +173,22 @@ class RunDir:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """--precision auto takes bf16 where the hardware multiplies it natively."""
     if name == "auto":
-        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                  else torch.cpu._is_avx512_bf16_supported())
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
         return torch.bfloat16 if native else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = None, progress=None,
-                   cache: Cache | None = None) -> Tokenizer | None:
+def open_tokenizer(
+    config: Config,
+    run: RunDir,
+    images: ImageSource | None = None,
+    progress=None,
+    cache: Cache | None = None,
+) -> Tokenizer | None:
     """The run's tokenizer: the file it was started with, the one given, the one of the cache, or
     one fitted on `images`.
 
@@ -190,14 +213,21 @@ def open_tokenizer(config: Config, run: RunDir, images: ImageSource | None = Non
     elif images is None:
         return None
     else:
-        tokenizer = PatchVQ.fit(images, config.image_size, config.patch_size, codes=config.codes,
-                                seed=config.seed, progress=progress)
+        tokenizer = PatchVQ.fit(
+            images,
+            config.image_size,
+            config.patch_size,
+            codes=config.codes,
+            seed=config.seed,
+            progress=progress,
+        )
     tokenizer.save(run.tokenizer)
     return tokenizer
 
 
-def _open_pretrained(config: Config, run: RunDir, settings: dict, fresh: bool,
-                     cache: Cache | None) -> Tokenizer | None:
+def _open_pretrained(
+    config: Config, run: RunDir, settings: dict, fresh: bool, cache: Cache | None
+) -> Tokenizer | None:
     """kl16 or vq16. The weights are those given, those of the cache, or those of the run; for a
     cache None if they are not there any more and none are given: training needs tokens only."""
     if config.data == "synthetic":
@@ -215,8 +245,10 @@ def _open_pretrained(config: Config, run: RunDir, settings: dict, fresh: bool,
             return tokenizer
         if weights is None:
             return None
-        raise RunError(f"{weights} are not the weights that {cache.path} was made with: name those "
-                       "with --tokenizer-weights, or leave it out and train without sample grids")
+        raise RunError(
+            f"{weights} are not the weights that {cache.path} was made with: name those "
+            "with --tokenizer-weights, or leave it out and train without sample grids"
+        )
     if weights is None and file.exists():
         weights = json.loads(file.read_text())["weights"]
     tokenizer = load_tokenizer(config.tokenizer, weights, **settings)
@@ -225,9 +257,14 @@ def _open_pretrained(config: Config, run: RunDir, settings: dict, fresh: bool,
     return tokenizer
 
 
-def load_run(path: str | Path, checkpoint: int | None = None, ema: str | None = None,
-             device: str = "auto", precision: str = "auto",
-             tokenizer_weights: str | None = None) -> System:
+def load_run(
+    path: str | Path,
+    checkpoint: int | None = None,
+    ema: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    tokenizer_weights: str | None = None,
+) -> System:
     """A trained system, ready to sample, from the newest checkpoint that verifies.
 
     ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's first;
@@ -264,14 +301,20 @@ def saved_tokenizer(config: Config, run: RunDir, chosen: checkpoints.Checkpoint)
         return None
     tokenizer = open_tokenizer(config, run)
     if tokenizer is None:
-        raise RunError(f"{run.tokenizer} is missing: the tokens of this run cannot be decoded "
-                       "without it; restore it from a copy")
+        raise RunError(
+            f"{run.tokenizer} is missing: the tokens of this run cannot be decoded "
+            "without it; restore it from a copy"
+        )
     if tokenizer.fingerprint != expected:
         if config.tokenizer in PRETRAINED:
-            raise RunError(f"{tokenizer.source} are not the weights that {chosen.path} was trained "
-                           "with: name those with --tokenizer-weights")
-        raise RunError(f"{run.tokenizer} is not what {chosen.path} was trained with: it was "
-                       "changed or damaged; restore it from a copy")
+            raise RunError(
+                f"{tokenizer.source} are not the weights that {chosen.path} was trained "
+                "with: name those with --tokenizer-weights"
+            )
+        raise RunError(
+            f"{run.tokenizer} is not what {chosen.path} was trained with: it was "
+            "changed or damaged; restore it from a copy"
+        )
     return tokenizer
 
 
@@ -281,6 +324,8 @@ def _weights_file(config: Config, ema: str | None) -> str:
         return "model"
     wanted = names[0] if ema is None else ema if ema.startswith("ema-") else f"ema-{ema}"
     if wanted not in names:
-        raise RunError(f"--ema {ema}: this run keeps {', '.join(names) or 'no average'}, and "
-                       "'none' for the raw weights")
+        raise RunError(
+            f"--ema {ema}: this run keeps {', '.join(names) or 'no average'}, and "
+            "'none' for the raw weights"
+        )
     return wanted

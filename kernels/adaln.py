@@ -31,10 +31,30 @@ class Branch(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward(x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr,
-             bias_ptr, new_ptr, out_ptr, mean_ptr, rstd_ptr, rows, width, gate_stride,
-             shift_stride, scale_stride, eps, BRANCH: tl.constexpr, AFFINE: tl.constexpr,
-             SLAB: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    x_ptr,
+    branch_ptr,
+    branch_bias_ptr,
+    gate_ptr,
+    shift_ptr,
+    scale_ptr,
+    weight_ptr,
+    bias_ptr,
+    new_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    width,
+    gate_stride,
+    shift_stride,
+    scale_stride,
+    eps,
+    BRANCH: tl.constexpr,
+    AFFINE: tl.constexpr,
+    SLAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     column = tl.arange(0, BLOCK)
     inside = column < width
     if AFFINE:
@@ -48,15 +68,18 @@ def _forward(x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, shift_ptr, scale_ptr,
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if BRANCH:
             branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside,
-                           other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(
+                tl.float32
+            )
             new = (x + gate * (branch + branch_bias)).to(new_ptr.dtype.element_ty)
             tl.store(new_ptr + at, new, mask=inside)
             x = new.to(tl.float32)
-        shift = tl.load(shift_ptr + row * shift_stride + column, mask=inside,
-                        other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row * scale_stride + column, mask=inside,
-                        other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + row * shift_stride + column, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        scale = tl.load(scale_ptr + row * scale_stride + column, mask=inside, other=0.0).to(
+            tl.float32
+        )
         mean = tl.sum(x, axis=0) / width
         centred = tl.where(inside, x - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
@@ -70,11 +93,36 @@ def _forward(x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, shift_ptr, scale_ptr,
 
 
 @triton.jit(do_not_specialize=["rows", "slab"])
-def _backward(dnew_ptr, dout_ptr, x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, scale_ptr,
-              weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dgate_ptr, dscale_ptr,
-              partial_ptr, rows, width, slab, dout_stride, gate_stride, scale_stride, dgate_stride,
-              dscale_stride, DNEW: tl.constexpr, BRANCH: tl.constexpr, AFFINE: tl.constexpr,
-              BLOCK: tl.constexpr):
+def _backward(
+    dnew_ptr,
+    dout_ptr,
+    x_ptr,
+    branch_ptr,
+    branch_bias_ptr,
+    gate_ptr,
+    scale_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    dgate_ptr,
+    dscale_ptr,
+    partial_ptr,
+    rows,
+    width,
+    slab,
+    dout_stride,
+    gate_stride,
+    scale_stride,
+    dgate_stride,
+    dscale_stride,
+    DNEW: tl.constexpr,
+    BRANCH: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     column = tl.arange(0, BLOCK)
     inside = column < width
     if AFFINE:
@@ -91,10 +139,10 @@ def _backward(dnew_ptr, dout_ptr, x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, 
         row = index + tl.full((), 0, tl.int64)  # 64 bits: rows * width may need them
         at = row * width + column
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + row * dout_stride + column, mask=inside,
-                       other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row * scale_stride + column, mask=inside,
-                        other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + row * dout_stride + column, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row * scale_stride + column, mask=inside, other=0.0).to(
+            tl.float32
+        )
         mean = tl.load(mean_ptr + index)
         rstd = tl.load(rstd_ptr + index)
         normal = (x - mean) * rstd
@@ -109,8 +157,11 @@ def _backward(dnew_ptr, dout_ptr, x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, 
             dscale = dout * normal
             dnormal = daffine
         scale_sum += dscale
-        tl.store(dscale_ptr + row * dscale_stride + column,
-                 dscale.to(dscale_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            dscale_ptr + row * dscale_stride + column,
+            dscale.to(dscale_ptr.dtype.element_ty),
+            mask=inside,
+        )
         # Outside the width dnormal is 0, so neither mean sees those lanes.
         along = tl.sum(dnormal * normal, axis=0) / width
         dx = rstd * (dnormal - tl.sum(dnormal, axis=0) / width - normal * along)
@@ -119,8 +170,9 @@ def _backward(dnew_ptr, dout_ptr, x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, 
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if BRANCH:
             branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside,
-                           other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(
+                tl.float32
+            )
             # From the cache every time: registers are what bounds the programs in flight.
             branch_bias = tl.load(branch_bias_ptr + column, mask=inside, other=0.0)
             dbranch = gate * dx
@@ -128,8 +180,11 @@ def _backward(dnew_ptr, dout_ptr, x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, 
             branch_sum += dbranch
             gate_sum += dgate
             tl.store(dbranch_ptr + at, dbranch.to(dbranch_ptr.dtype.element_ty), mask=inside)
-            tl.store(dgate_ptr + row * dgate_stride + column,
-                     dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                dgate_ptr + row * dgate_stride + column,
+                dgate.to(dgate_ptr.dtype.element_ty),
+                mask=inside,
+            )
     # In the order of SUMS.
     partial_ptr += tl.program_id(0).to(tl.int64) * 6 * width + column
     tl.store(partial_ptr, gate_sum, mask=inside)
@@ -140,8 +195,15 @@ def _backward(dnew_ptr, dout_ptr, x_ptr, branch_ptr, branch_bias_ptr, gate_ptr, 
     tl.store(partial_ptr + 5 * width, scale_sum, mask=inside)
 
 
-def forward(x: Tensor, branch: Branch | None, shift: Tensor, scale: Tensor, weight: Tensor | None,
-            bias: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
+def forward(
+    x: Tensor,
+    branch: Branch | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """x and branch (R, W) contiguous, modulation with a row stride, parameters (W,) float32.
 
     Returns x_new (None without a branch: it is x), v, and statistics (2, R) float32.
@@ -154,16 +216,44 @@ def forward(x: Tensor, branch: Branch | None, shift: Tensor, scale: Tensor, weig
     tile = dict(tuning.lookup("adaln", "forward", width, x.device))
     value, branch_bias, gate = branch or (None, None, None)
     _forward[(triton.cdiv(rows, tile["SLAB"]),)](
-        x, value, branch_bias, gate, shift, scale, weight, bias, new, out, stats[0], stats[1],
-        rows, width, _stride(gate), shift.stride(0), scale.stride(0), eps,
-        BRANCH=branch is not None, AFFINE=weight is not None,
-        BLOCK=triton.next_power_of_2(width), **tile)
+        x,
+        value,
+        branch_bias,
+        gate,
+        shift,
+        scale,
+        weight,
+        bias,
+        new,
+        out,
+        stats[0],
+        stats[1],
+        rows,
+        width,
+        _stride(gate),
+        shift.stride(0),
+        scale.stride(0),
+        eps,
+        BRANCH=branch is not None,
+        AFFINE=weight is not None,
+        BLOCK=triton.next_power_of_2(width),
+        **tile,
+    )
     return new, out, stats
 
 
-def backward(dnew: Tensor | None, dout: Tensor, x: Tensor, branch: Branch | None, scale: Tensor,
-             weight: Tensor | None, bias: Tensor | None, stats: Tensor,
-             dgate: Tensor | None = None, dscale: Tensor | None = None):
+def backward(
+    dnew: Tensor | None,
+    dout: Tensor,
+    x: Tensor,
+    branch: Branch | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    dgate: Tensor | None = None,
+    dscale: Tensor | None = None,
+):
     """x is forward's x_new. dgate, dscale: where to write them, with a row stride (None: new).
 
     dout may be a slice with a row stride: as the gradient of shift it can lie in its place already.
@@ -183,11 +273,36 @@ def backward(dnew: Tensor | None, dout: Tensor, x: Tensor, branch: Branch | None
     programs = min(tile.pop("programs"), rows)
     partials = torch.empty(programs, 6 * width, dtype=torch.float32, device=x.device)
     _backward[(programs,)](
-        dnew, dout, x, value, branch_bias, gate, scale, weight, bias, stats[0], stats[1], dx,
-        dbranch, dgate, dscale, partials, rows, width, triton.cdiv(rows, programs),
-        dout.stride(0), _stride(gate), scale.stride(0), _stride(dgate), dscale.stride(0),
-        DNEW=dnew is not None, BRANCH=branch is not None, AFFINE=weight is not None,
-        BLOCK=triton.next_power_of_2(width), **tile)
+        dnew,
+        dout,
+        x,
+        value,
+        branch_bias,
+        gate,
+        scale,
+        weight,
+        bias,
+        stats[0],
+        stats[1],
+        dx,
+        dbranch,
+        dgate,
+        dscale,
+        partials,
+        rows,
+        width,
+        triton.cdiv(rows, programs),
+        dout.stride(0),
+        _stride(gate),
+        scale.stride(0),
+        _stride(dgate),
+        dscale.stride(0),
+        DNEW=dnew is not None,
+        BRANCH=branch is not None,
+        AFFINE=weight is not None,
+        BLOCK=triton.next_power_of_2(width),
+        **tile,
+    )
     return dx, dbranch, dgate, dscale, column_sum(partials)
 
 
@@ -206,8 +321,9 @@ def compile_cases(arch: str):
 def _compile_case(kernel: str, size: int, tile: dict, place: str) -> offline.Case:
     options = {key: tile.pop(key) for key in ("num_warps", "maxnreg") if key in tile}
     tile.pop("programs", None)
-    flags = dict(BRANCH=place != "first", AFFINE=place != "last",
-                 BLOCK=triton.next_power_of_2(size))
+    flags = dict(
+        BRANCH=place != "first", AFFINE=place != "last", BLOCK=triton.next_power_of_2(size)
+    )
     absent = []
     if place == "first":
         absent = ["branch", "branch_bias", "gate", "new", "dbranch", "dgate"]
@@ -227,5 +343,11 @@ def _compile_case(kernel: str, size: int, tile: dict, place: str) -> offline.Cas
             types[name] = "*fp32" if name[:-4] in float32 else "*bf16"
         else:
             types[name] = "fp32" if name == "eps" else "i32"
-    return offline.Case(f"adaln {place} {kernel} <= {size}", function, types, constexprs, options,
-                        unaligned=("slab",))
+    return offline.Case(
+        f"adaln {place} {kernel} <= {size}",
+        function,
+        types,
+        constexprs,
+        options,
+        unaligned=("slab",),
+    )

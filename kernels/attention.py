@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from heptapod_fast.kernels import offline, tuning
-from heptapod_fast.ops.attention import BLOCK, HEAD_DIMS, MAX_LENGTH, Visible
+from heptapod_fast.ops.masks import BLOCK, HEAD_WIDTHS, MAX_LENGTH, Operands
 
 KINDS = dict(full=0, causal=1, chunk=2, ends=3, blocks=4)
 FULL, CAUSAL, CHUNK, ENDS, BLOCKS = (tl.constexpr(value) for value in KINDS.values())
@@ -53,8 +53,20 @@ def load_vector(ptr, column):
 
 
 @triton.jit
-def _last_row(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, last, kv_row, scale, D0: tl.constexpr,
-              D1: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def _last_row(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    last,
+    kv_row,
+    scale,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Query `last` against keys 0..last, on CUDA cores; all pointers but k's and v's at it.
 
     BLOCK_K softmaxes run side by side, one per place in a block, and are joined at the end: within
@@ -101,8 +113,20 @@ def _last_row(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, last, kv_row, scale, D0: tl
 
 
 @triton.jit
-def _visible(s, row, key, start, offset, keys, chunk, end, bits_at, words, KIND: tl.constexpr,
-             EVEN: tl.constexpr):
+def _visible(
+    s,
+    row,
+    key,
+    start,
+    offset,
+    keys,
+    chunk,
+    end,
+    bits_at,
+    words,
+    KIND: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Scores, -inf where the query does not see the key."""
     if KIND == BLOCKS:
         low = tl.load(bits_at + start // 32 * words)
@@ -122,10 +146,33 @@ def _visible(s, row, key, start, offset, keys, chunk, end, bits_at, words, KIND:
 
 
 @triton.jit
-def _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_ptr, block, queries,
-           keys, chunk, words, q_row, kv_row, out_row, scale, KIND: tl.constexpr,
-           TAIL: tl.constexpr, EVEN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-           BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def _block(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    ends_ptr,
+    schedule_ptr,
+    bits_ptr,
+    block,
+    queries,
+    keys,
+    chunk,
+    words,
+    q_row,
+    kv_row,
+    out_row,
+    scale,
+    KIND: tl.constexpr,
+    TAIL: tl.constexpr,
+    EVEN: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """BLOCK_Q queries of one head; pointers are at the first one of the sequence and head."""
     # What the schedule of a mask, and keys up to the last one, are cut into.
     tl.static_assert(BLOCK_K == 64 or (KIND != BLOCKS and not TAIL))
@@ -204,10 +251,35 @@ def _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_p
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "blocks", "chunk", "words"])
-def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_ptr, queries, keys,
-             heads, blocks, chunk, words, q_batch, q_row, kv_batch, kv_row, scale,
-             KIND: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr, D0: tl.constexpr,
-             D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def _forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    ends_ptr,
+    schedule_ptr,
+    bits_ptr,
+    queries,
+    keys,
+    heads,
+    blocks,
+    chunk,
+    words,
+    q_batch,
+    q_row,
+    kv_batch,
+    kv_row,
+    scale,
+    KIND: tl.constexpr,
+    TAIL: tl.constexpr,
+    EVEN: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # Blocks of one head run side by side; the longest of a causal head begin first.
     program = tl.program_id(0)
     block = blocks - 1 - program % blocks
@@ -227,16 +299,76 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits
     # Two calls, of which TAIL leaves one branch: a branch without it would stay in every kernel.
     if TAIL:
         if block == blocks - 1:
-            _last_row(q_ptr + limit * q_row, k_ptr, v_ptr, out_ptr + limit * out_row,
-                      lse_ptr + limit, limit, kv_row, scale, D0, D1, BLOCK_K, STAGES)
+            _last_row(
+                q_ptr + limit * q_row,
+                k_ptr,
+                v_ptr,
+                out_ptr + limit * out_row,
+                lse_ptr + limit,
+                limit,
+                kv_row,
+                scale,
+                D0,
+                D1,
+                BLOCK_K,
+                STAGES,
+            )
         else:
-            _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_ptr, block,
-                   queries, keys, chunk, words, q_row, kv_row, out_row, scale, KIND, TAIL, EVEN,
-                   D0, D1, BLOCK_Q, BLOCK_K, STAGES)
+            _block(
+                q_ptr,
+                k_ptr,
+                v_ptr,
+                out_ptr,
+                lse_ptr,
+                ends_ptr,
+                schedule_ptr,
+                bits_ptr,
+                block,
+                queries,
+                keys,
+                chunk,
+                words,
+                q_row,
+                kv_row,
+                out_row,
+                scale,
+                KIND,
+                TAIL,
+                EVEN,
+                D0,
+                D1,
+                BLOCK_Q,
+                BLOCK_K,
+                STAGES,
+            )
     else:
-        _block(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, schedule_ptr, bits_ptr, block,
-               queries, keys, chunk, words, q_row, kv_row, out_row, scale, KIND, TAIL, EVEN, D0,
-               D1, BLOCK_Q, BLOCK_K, STAGES)
+        _block(
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            out_ptr,
+            lse_ptr,
+            ends_ptr,
+            schedule_ptr,
+            bits_ptr,
+            block,
+            queries,
+            keys,
+            chunk,
+            words,
+            q_row,
+            kv_row,
+            out_row,
+            scale,
+            KIND,
+            TAIL,
+            EVEN,
+            D0,
+            D1,
+            BLOCK_Q,
+            BLOCK_K,
+            STAGES,
+        )
 
 
 def split(width: int) -> tuple[int, int]:
@@ -245,7 +377,7 @@ def split(width: int) -> tuple[int, int]:
     return main, width - main
 
 
-def kind_of(visible: Visible) -> str:
+def kind_of(visible: Operands) -> str:
     """The name in KINDS."""
     if visible.schedule is not None:
         return "blocks"
@@ -273,13 +405,15 @@ def constants(kind: str, queries: int, keys: int, width: int, config: dict) -> d
     EVEN: queries and keys fill their tiles, no bounds to check.
     """
     tail = has_tail(kind, queries, keys)
-    even = all((length - tail) % config[tile] == 0
-               for length, tile in ((queries, "BLOCK_Q"), (keys, "BLOCK_K")))
+    even = all(
+        (length - tail) % config[tile] == 0
+        for length, tile in ((queries, "BLOCK_Q"), (keys, "BLOCK_K"))
+    )
     main, rest = split(width)
     return dict(config, KIND=KINDS[kind], TAIL=tail, EVEN=even, D0=main, D1=rest)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, visible: Operands) -> tuple[Tensor, Tensor]:
     """q (B, N, H, D), k and v (B, M, H, D), strided alike, heads contiguous -> out (B, N, H, D),
     base-2 log-sum-exp (B, H, N) float32.
     """
@@ -297,16 +431,51 @@ def forward(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, 
         schedule = visible.schedule[config["BLOCK_Q"] // 128]
     if batch * heads:
         _forward[(blocks * batch * heads,)](
-            q, k, v, out, lse, visible.ends, schedule, bits, queries, keys, heads, blocks,
-            visible.chunk, 0 if bits is None else bits.shape[1], q.stride(0), q.stride(1),
-            k.stride(0), k.stride(1), width**-0.5 * math.log2(math.e), **settings)
+            q,
+            k,
+            v,
+            out,
+            lse,
+            visible.ends,
+            schedule,
+            bits,
+            queries,
+            keys,
+            heads,
+            blocks,
+            visible.chunk,
+            0 if bits is None else bits.shape[1],
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            width**-0.5 * math.log2(math.e),
+            **settings,
+        )
     return out, lse
 
 
-_TYPES = dict(q_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16", out_ptr="*bf16", lse_ptr="*fp32",
-              queries="i32", keys="i32", heads="i32", blocks="i32", chunk="i32", words="i32",
-              q_batch="i32", q_row="i32", kv_batch="i32", kv_row="i32", scale="fp32",
-              ends_ptr="*i32", schedule_ptr="*i32", bits_ptr="*i32")
+_TYPES = dict(
+    q_ptr="*bf16",
+    k_ptr="*bf16",
+    v_ptr="*bf16",
+    out_ptr="*bf16",
+    lse_ptr="*fp32",
+    queries="i32",
+    keys="i32",
+    heads="i32",
+    blocks="i32",
+    chunk="i32",
+    words="i32",
+    q_batch="i32",
+    q_row="i32",
+    kv_batch="i32",
+    kv_row="i32",
+    scale="fp32",
+    ends_ptr="*i32",
+    schedule_ptr="*i32",
+    bits_ptr="*i32",
+)
 _USED_BY = dict(ends_ptr=("ends",), schedule_ptr=("blocks",), bits_ptr=("blocks",))
 
 
@@ -314,25 +483,49 @@ def shapes(width: int) -> list[tuple[str, int]]:
     """(kind, length) of what is compiled offline for a width of heads."""
     if width not in (64, 80):
         return [("full", 257), ("causal", 255)]
-    return [("full", 256), ("causal", 256), ("full", 257), ("full", 321), ("full", 255),
-            ("blocks", 512), ("blocks", 514), ("ends", 100), ("chunk", 51)]
+    return [
+        ("full", 256),
+        ("causal", 256),
+        ("full", 257),
+        ("full", 321),
+        ("full", 255),
+        ("blocks", 512),
+        ("blocks", 514),
+        ("ends", 100),
+        ("chunk", 51),
+    ]
 
 
-def offline_case(direction: str, kernel, kind: str, length: int, width: int, settings: dict,
-                 types: dict[str, str], used_by: dict[str, tuple[str, ...]],
-                 **expected) -> offline.Case:
+def offline_case(
+    direction: str,
+    kernel,
+    kind: str,
+    length: int,
+    width: int,
+    settings: dict,
+    types: dict[str, str],
+    used_by: dict[str, tuple[str, ...]],
+    **expected,
+) -> offline.Case:
     """used_by: which kinds of masks pass a pointer; expected: as offline.Case takes it."""
     absent = {pointer: None for pointer, kinds in used_by.items() if kind not in kinds}
     constexprs = absent | settings
     options = dict(num_warps=constexprs.pop("num_warps"))
     types = {name: type for name, type in types.items() if name not in absent}
-    return offline.Case(f"attention {direction}, {kind} {length}, D {width}", kernel, types,
-                        constexprs, options, tensor_cores=True, **expected)
+    return offline.Case(
+        f"attention {direction}, {kind} {length}, D {width}",
+        kernel,
+        types,
+        constexprs,
+        options,
+        tensor_cores=True,
+        **expected,
+    )
 
 
 def offline_settings(direction: str, arch: str, settings_of=constants):
     """(kind, length, width, settings of the kernel) of everything compiled offline."""
-    for width in HEAD_DIMS:
+    for width in HEAD_WIDTHS:
         for kind, length in shapes(width):
             name = variant(direction, kind, length, length)
             config = tuning.config("attention", name, width, arch)
@@ -344,5 +537,14 @@ def compile_cases(arch: str):
     for kind, length, width, settings in offline_settings("forward", arch):
         # 16 warps on an SM hide each other's waits; what is even is what the models run.
         warps = {64: 16, 80: 12}.get(width, 4) if settings["EVEN"] else 4
-        yield offline_case("forward", _forward, kind, length, width, settings, _TYPES, _USED_BY,
-                           ctas=max(1, warps // settings["num_warps"]))
+        yield offline_case(
+            "forward",
+            _forward,
+            kind,
+            length,
+            width,
+            settings,
+            _TYPES,
+            _USED_BY,
+            ctas=max(1, warps // settings["num_warps"]),
+        )

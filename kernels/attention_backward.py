@@ -41,7 +41,7 @@ from heptapod_fast.kernels.attention import (
     store_rows,
     variant,
 )
-from heptapod_fast.ops.attention import Visible
+from heptapod_fast.ops.masks import Operands
 
 
 @triton.jit
@@ -70,8 +70,16 @@ def _each(ptr, row, end, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _delta(grad_ptr, out_ptr, delta_ptr, stride, queries, D0: tl.constexpr, D1: tl.constexpr,
-           ROWS: tl.constexpr):
+def _delta(
+    grad_ptr,
+    out_ptr,
+    delta_ptr,
+    stride,
+    queries,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """delta = rowsum(dO * O), for all queries: many rows at once, to wait for memory once."""
     column0 = tl.arange(0, D0)
     column1 = D0 + tl.arange(0, max(D1, 1))
@@ -88,9 +96,30 @@ def _delta(grad_ptr, out_ptr, delta_ptr, stride, queries, D0: tl.constexpr, D1: 
 
 
 @triton.jit
-def _tail(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, span,
-          grad_row, q_row, kv_row, dq_row, dkv_row, last, scale, scale2, D0: tl.constexpr,
-          D1: tl.constexpr, ROWS: tl.constexpr):
+def _tail(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    delta_ptr,
+    span,
+    grad_row,
+    q_row,
+    kv_row,
+    dq_row,
+    dkv_row,
+    last,
+    scale,
+    scale2,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """delta of all queries; all that the last key and the last query do, except to dK and dV of
     other keys: for these the last query's p and ds are left at delta + span and delta + 2 span."""
     column0 = tl.arange(0, D0)
@@ -179,8 +208,20 @@ def _tail(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_pt
 
 
 @triton.jit
-def _mask(x, visible_ptr, bits_ptr, key, start, queries, keys, words, chunk, KIND: tl.constexpr,
-          BLOCK_Q: tl.constexpr, EVEN: tl.constexpr):
+def _mask(
+    x,
+    visible_ptr,
+    bits_ptr,
+    key,
+    start,
+    queries,
+    keys,
+    words,
+    chunk,
+    KIND: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Exponents x (keys, queries), -inf where the query does not see the key. Rows of queries past
     the end may see what they like: their q, dO, lse and delta are zero."""
     lane = tl.arange(0, BLOCK_Q)
@@ -207,12 +248,46 @@ def _mask(x, visible_ptr, bits_ptr, key, start, queries, keys, words, chunk, KIN
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "words", "chunk", "span"])
-def _backward(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr,
-              visible_ptr, bits_ptr, queries, keys, heads, words, chunk, span, q_batch, q_row,
-              kv_batch, kv_row, dq_batch, dq_row, dkv_batch, dkv_row, scale, scale2,
-              KIND: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr, D0: tl.constexpr,
-              D1: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
-              STAGES: tl.constexpr, ROWS: tl.constexpr, SWAP: tl.constexpr):
+def _backward(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    delta_ptr,
+    visible_ptr,
+    bits_ptr,
+    queries,
+    keys,
+    heads,
+    words,
+    chunk,
+    span,
+    q_batch,
+    q_row,
+    kv_batch,
+    kv_row,
+    dq_batch,
+    dq_row,
+    dkv_batch,
+    dkv_row,
+    scale,
+    scale2,
+    KIND: tl.constexpr,
+    TAIL: tl.constexpr,
+    EVEN: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SWAP: tl.constexpr,
+):
     # What the schedule of a mask is cut into.
     tl.static_assert(KIND != BLOCKS or BLOCK_K == 64 or BLOCK_K == 128)
     tl.static_assert(KIND != BLOCKS or BLOCK_Q == 32 or BLOCK_Q == 64)
@@ -236,8 +311,30 @@ def _backward(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, d
     if TAIL:
         queries -= 1
         keys -= 1
-        _tail(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr,
-              span, grad_row, q_row, kv_row, dq_row, dkv_row, queries, scale, scale2, D0, D1, ROWS)
+        _tail(
+            grad_ptr,
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            out_ptr,
+            lse_ptr,
+            dq_ptr,
+            dk_ptr,
+            dv_ptr,
+            delta_ptr,
+            span,
+            grad_row,
+            q_row,
+            kv_row,
+            dq_row,
+            dkv_row,
+            queries,
+            scale,
+            scale2,
+            D0,
+            D1,
+            ROWS,
+        )
     else:
         _delta(grad_ptr, out_ptr, delta_ptr, grad_row, queries, D0, D1, ROWS)
     tl.debug_barrier()
@@ -287,8 +384,20 @@ def _backward(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, d
             if D1 > 0:
                 sT = tl.dot(k1, tl.trans(q1), acc=sT)
                 dpT = tl.dot(v1, tl.trans(g1), acc=dpT)
-            sT = _mask(sT * scale2 - lse[None, :], visible_ptr, bits_ptr, key, start, queries, keys,
-                       words, chunk, KIND, BLOCK_Q, EVEN)
+            sT = _mask(
+                sT * scale2 - lse[None, :],
+                visible_ptr,
+                bits_ptr,
+                key,
+                start,
+                queries,
+                keys,
+                words,
+                chunk,
+                KIND,
+                BLOCK_Q,
+                EVEN,
+            )
             pT = tl.exp2(sT)
             dsT = (pT * (dpT - delta[None, :])).to(TYPE)
             pT = pT.to(TYPE)
@@ -308,18 +417,62 @@ def _backward(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, d
                 else:
                     dq1 = tl.trans(tl.dot(tl.trans(k1), dsT))
                 _add(dq_ptr, query, column1, dq_row, queries, dq1 * scale, written, TAIL, EVEN)
-        _finish(q_ptr + queries * q_row, grad_ptr + queries * grad_row, dk_ptr, dv_ptr,
-                delta_ptr + span, span, key, column0, dkv_row, keys, dk0, dv0, scale, TAIL, EVEN)
+        _finish(
+            q_ptr + queries * q_row,
+            grad_ptr + queries * grad_row,
+            dk_ptr,
+            dv_ptr,
+            delta_ptr + span,
+            span,
+            key,
+            column0,
+            dkv_row,
+            keys,
+            dk0,
+            dv0,
+            scale,
+            TAIL,
+            EVEN,
+        )
         if D1 > 0:
-            _finish(q_ptr + queries * q_row, grad_ptr + queries * grad_row, dk_ptr, dv_ptr,
-                    delta_ptr + span, span, key, column1, dkv_row, keys, dk1, dv1, scale, TAIL,
-                    EVEN)
+            _finish(
+                q_ptr + queries * q_row,
+                grad_ptr + queries * grad_row,
+                dk_ptr,
+                dv_ptr,
+                delta_ptr + span,
+                span,
+                key,
+                column1,
+                dkv_row,
+                keys,
+                dk1,
+                dv1,
+                scale,
+                TAIL,
+                EVEN,
+            )
         tl.debug_barrier()
 
 
 @triton.jit
-def _finish(q_ptr, grad_ptr, dk_ptr, dv_ptr, p_ptr, span, key, column, stride, keys, dk, dv, scale,
-            TAIL: tl.constexpr, EVEN: tl.constexpr):
+def _finish(
+    q_ptr,
+    grad_ptr,
+    dk_ptr,
+    dv_ptr,
+    p_ptr,
+    span,
+    key,
+    column,
+    stride,
+    keys,
+    dk,
+    dv,
+    scale,
+    TAIL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Stores some columns of a chunk's dK and dV, with the last query's share where TAIL."""
     if TAIL:
         p = tl.load(p_ptr + key, mask=(key < keys) | EVEN, other=0.0)
@@ -330,8 +483,18 @@ def _finish(q_ptr, grad_ptr, dk_ptr, dv_ptr, p_ptr, span, key, column, stride, k
     store_rows(dk_ptr, key, column, stride, keys, dk * scale, EVEN)
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor,
-             dk: Tensor, dv: Tensor, visible: Visible) -> None:
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    visible: Operands,
+) -> None:
     """Fills dq (B, N, H, D), dk and dv (B, M, H, D), strided with heads contiguous as q, k and v.
 
     grad and out (B, N, H, D) contiguous, lse (B, H, N) as `attention.forward` gives it. k and v are
@@ -343,17 +506,38 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     config = tuning.lookup("attention", variant("backward", kind, queries, keys), width, q.device)
     settings = _settings(kind, queries, keys, width, config)
     span = triton.cdiv(queries, 128) * 128
-    delta = torch.empty(batch * heads * (3 if settings["TAIL"] else 1) * span, dtype=torch.float32,
-                        device=q.device)
+    delta = torch.empty(
+        batch * heads * (3 if settings["TAIL"] else 1) * span, dtype=torch.float32, device=q.device
+    )
     marks = visible.ends
     if kind == "blocks":
         marks = visible.schedule[2 + settings["BLOCK_K"] // 128]
     bits = visible.key_bits
     strides = [x.stride(i) for x in (q, k, dq, dk) for i in (0, 1)]
     _backward[(batch * heads,)](
-        grad, q, k, v, out, lse, dq, dk, dv, delta, marks, bits, queries, keys, heads,
-        0 if bits is None else bits.shape[1], visible.chunk, span, *strides, width**-0.5,
-        width**-0.5 * math.log2(math.e), **settings)
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+        delta,
+        marks,
+        bits,
+        queries,
+        keys,
+        heads,
+        0 if bits is None else bits.shape[1],
+        visible.chunk,
+        span,
+        *strides,
+        width**-0.5,
+        width**-0.5 * math.log2(math.e),
+        **settings,
+    )
 
 
 def _settings(kind: str, queries: int, keys: int, width: int, config: dict) -> dict:
@@ -366,17 +550,30 @@ def _settings(kind: str, queries: int, keys: int, width: int, config: dict) -> d
     return settings | dict(ROWS=32 if settings["TAIL"] else 32 * config["num_warps"])
 
 
-_TYPES = (dict.fromkeys(("queries", "keys", "heads", "words", "chunk", "span"), "i32")
-          | {f"{x}_{of}": "i32" for x in ("q", "kv", "dq", "dkv") for of in ("batch", "row")}
-          | {f"{x}_ptr": "*bf16" for x in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")}
-          | dict(lse_ptr="*fp32", delta_ptr="*fp32", visible_ptr="*i32", bits_ptr="*i32",
-                 scale="fp32", scale2="fp32"))
+_TYPES = (
+    dict.fromkeys(("queries", "keys", "heads", "words", "chunk", "span"), "i32")
+    | {f"{x}_{of}": "i32" for x in ("q", "kv", "dq", "dkv") for of in ("batch", "row")}
+    | {f"{x}_ptr": "*bf16" for x in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")}
+    | dict(
+        lse_ptr="*fp32",
+        delta_ptr="*fp32",
+        visible_ptr="*i32",
+        bits_ptr="*i32",
+        scale="fp32",
+        scale2="fp32",
+    )
+)
 # The last columns of dQ, transposed, have too few rows for wgmma.
 _HMMA = {80: 8, 96: 16}
 # Bytes of stack accepted, the most of Triton 3.6 and 3.7: lengths that do not fill the tiles, and
 # widths that no model has.
-_SPILLS = {("sm_80", 64): 24, ("sm_80", 80): 80, ("sm_80", 96): 376, ("sm_80", 128): 8,
-           ("sm_90", 80): 40}
+_SPILLS = {
+    ("sm_80", 64): 24,
+    ("sm_80", 80): 80,
+    ("sm_80", 96): 376,
+    ("sm_80", 128): 8,
+    ("sm_90", 80): 40,
+}
 
 
 _USED_BY = dict(visible_ptr=("ends", "blocks"), bits_ptr=("blocks",))
@@ -386,6 +583,16 @@ def compile_cases(arch: str):
     """The backward kernel for every width of heads; see offline.Case."""
     for kind, length, width, settings in offline_settings("backward", arch, _settings):
         spill = 0 if settings["EVEN"] and width <= 80 else _SPILLS.get((arch, width), 0)
-        yield offline_case("backward", _backward, kind, length, width, settings, _TYPES, _USED_BY,
-                           spill=spill, hmma=_HMMA.get(width, 0),
-                           why="dK, dV, S and dP fill the registers" if spill else "")
+        yield offline_case(
+            "backward",
+            _backward,
+            kind,
+            length,
+            width,
+            settings,
+            _TYPES,
+            _USED_BY,
+            spill=spill,
+            hmma=_HMMA.get(width, 0),
+            why="dK, dV, S and dP fill the registers" if spill else "",
+        )

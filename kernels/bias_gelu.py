@@ -15,7 +15,7 @@ from torch import Tensor
 from heptapod_fast.kernels import offline, tuning
 from heptapod_fast.kernels.columns import column_sum
 from heptapod_fast.kernels.randomness import keep, mask_arguments, row_keys
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 
 
 @triton.jit
@@ -33,9 +33,22 @@ def _activate(u, GELU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "counters"])
-def _forward(x_ptr, bias_ptr, out_ptr, key_ptr, counter_ptr, rows, width, rows_per_key, counters,
-             scale, GELU: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr,
-             BLOCK: tl.constexpr):
+def _forward(
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    key_ptr,
+    counter_ptr,
+    rows,
+    width,
+    rows_per_key,
+    counters,
+    scale,
+    GELU: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < width)[None, :]
@@ -44,18 +57,36 @@ def _forward(x_ptr, bias_ptr, out_ptr, key_ptr, counter_ptr, rows, width, rows_p
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y, _ = _activate(x + bias[None, :], GELU)
     if THRESHOLD > 0:
-        key0, key1, counter = row_keys(key_ptr, counter_ptr, tl.minimum(row, rows - 1),
-                                       rows_per_key, counters)
-        kept = keep(key0[:, None], key1[:, None], counter[:, None], column[None, :], width,
-                    THRESHOLD)
+        key0, key1, counter = row_keys(
+            key_ptr, counter_ptr, tl.minimum(row, rows - 1), rows_per_key, counters
+        )
+        kept = keep(
+            key0[:, None], key1[:, None], counter[:, None], column[None, :], width, THRESHOLD
+        )
         y = tl.where(kept, y * scale, 0.0)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "slab", "counters"])
-def _backward(grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, key_ptr, counter_ptr, rows, width,
-              slab, rows_per_key, counters, scale, GELU: tl.constexpr, THRESHOLD: tl.constexpr,
-              ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    grad_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    partial_ptr,
+    key_ptr,
+    counter_ptr,
+    rows,
+    width,
+    slab,
+    rows_per_key,
+    counters,
+    scale,
+    GELU: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)
@@ -71,18 +102,23 @@ def _backward(grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, key_ptr, counter_p
         _, slope = _activate(x + bias[None, :], GELU)
         dx = grad * slope
         if THRESHOLD > 0:
-            key0, key1, counter = row_keys(key_ptr, counter_ptr, tl.minimum(row, rows - 1),
-                                           rows_per_key, counters)
-            kept = keep(key0[:, None], key1[:, None], counter[:, None], column[None, :], width,
-                        THRESHOLD)
+            key0, key1, counter = row_keys(
+                key_ptr, counter_ptr, tl.minimum(row, rows - 1), rows_per_key, counters
+            )
+            kept = keep(
+                key0[:, None], key1[:, None], counter[:, None], column[None, :], width, THRESHOLD
+            )
             dx = tl.where(kept, dx * scale, 0.0)
         total += dx
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(partial_ptr + program.to(tl.int64) * width + column, tl.sum(total, axis=0),
-             mask=column < width)
+    tl.store(
+        partial_ptr + program.to(tl.int64) * width + column,
+        tl.sum(total, axis=0),
+        mask=column < width,
+    )
 
 
-def forward(x: Tensor, bias: Tensor, mask: Mask | None, activation: str) -> Tensor:
+def forward(x: Tensor, bias: Tensor, mask: DropoutMask | None, activation: str) -> Tensor:
     """x (..., F) contiguous, bias (F,) float32 -> y in x's dtype."""
     width, out = x.shape[-1], torch.empty_like(x)
     rows = x.numel() // max(1, width)
@@ -90,13 +126,22 @@ def forward(x: Tensor, bias: Tensor, mask: Mask | None, activation: str) -> Tens
         return out
     tile = dict(tuning.lookup("bias_gelu", "forward", width, x.device))
     grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))
-    _forward[grid](x, bias, out, rows=rows, width=width, GELU=activation == "gelu",
-                   **mask_arguments(mask, rows), **tile)
+    _forward[grid](
+        x,
+        bias,
+        out,
+        rows=rows,
+        width=width,
+        GELU=activation == "gelu",
+        **mask_arguments(mask, rows),
+        **tile,
+    )
     return out
 
 
-def backward(grad: Tensor, x: Tensor, bias: Tensor, mask: Mask | None,
-             activation: str) -> tuple[Tensor, Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, bias: Tensor, mask: DropoutMask | None, activation: str
+) -> tuple[Tensor, Tensor]:
     """grad and x (..., F) contiguous -> dx in x's dtype, dbias (F,) float32."""
     width, dx = x.shape[-1], torch.empty_like(x)
     rows = x.numel() // max(1, width)
@@ -107,29 +152,50 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor, mask: Mask | None,
     slab = triton.cdiv(rows, programs)
     partials = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     _backward[(programs, triton.cdiv(width, tile["BLOCK"]))](
-        grad, x, bias, dx, partials, rows=rows, width=width, slab=slab, GELU=activation == "gelu",
-        **mask_arguments(mask, rows), **tile)
+        grad,
+        x,
+        bias,
+        dx,
+        partials,
+        rows=rows,
+        width=width,
+        slab=slab,
+        GELU=activation == "gelu",
+        **mask_arguments(mask, rows),
+        **tile,
+    )
     return dx, column_sum(partials)
 
 
 def compile_cases(arch: str):
     """See offline.py."""
-    mask = dict(key_ptr="*i64", counter_ptr="*i64", rows_per_key="i32", counters="i32",
-                scale="fp32")
+    mask = dict(
+        key_ptr="*i64", counter_ptr="*i64", rows_per_key="i32", counters="i32", scale="fp32"
+    )
     common = dict(x_ptr="*bf16", bias_ptr="*fp32", rows="i32", width="i32", **mask)
     for size, tile in tuning.buckets("bias_gelu", "forward", arch).items():
         tile = dict(tile)
         options = {key: tile.pop(key) for key in ("num_warps",)}
         for gelu, threshold in ((True, round(0.1 * 2**32)), (False, 0)):
             name = f"bias_{'gelu' if gelu else 'silu'}{'+dropout' if threshold else ''}"
-            yield offline.Case(f"{name} forward <= {size}", _forward,
-                               dict(common, out_ptr="*bf16"),
-                               dict(tile, GELU=gelu, THRESHOLD=threshold), options)
+            yield offline.Case(
+                f"{name} forward <= {size}",
+                _forward,
+                dict(common, out_ptr="*bf16"),
+                dict(tile, GELU=gelu, THRESHOLD=threshold),
+                options,
+            )
             back = dict(tuning.buckets("bias_gelu", "backward", arch)[size])
             back.pop("programs")
-            yield offline.Case(f"{name} backward <= {size}", _backward,
-                               dict(common, grad_ptr="*bf16", dx_ptr="*bf16", partial_ptr="*fp32",
-                                    slab="i32"),
-                               dict({k: v for k, v in back.items() if k != "num_warps"}, GELU=gelu,
-                                    THRESHOLD=threshold), dict(num_warps=back["num_warps"]),
-                               unaligned=("slab",))
+            yield offline.Case(
+                f"{name} backward <= {size}",
+                _backward,
+                dict(common, grad_ptr="*bf16", dx_ptr="*bf16", partial_ptr="*fp32", slab="i32"),
+                dict(
+                    {k: v for k, v in back.items() if k != "num_warps"},
+                    GELU=gelu,
+                    THRESHOLD=threshold,
+                ),
+                dict(num_warps=back["num_warps"]),
+                unaligned=("slab",),
+            )

@@ -35,13 +35,18 @@ def column_sum(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """partials (P, W) float32 contiguous -> (W,)."""
     programs, width = partials.shape
     out = torch.empty(width, dtype=dtype, device=partials.device)
-    _column_sum[(triton.cdiv(width, BLOCK),)](partials, out, programs, width, ROWS=ROWS,
-                                              BLOCK=BLOCK, num_warps=4)
+    _column_sum[(triton.cdiv(width, BLOCK),)](
+        partials, out, programs, width, ROWS=ROWS, BLOCK=BLOCK, num_warps=4
+    )
     return out
 
 
 def compile_cases(arch: str):
     """See offline.py."""
-    yield offline.Case("column_sum", _column_sum,
-                       dict(partial_ptr="*fp32", out_ptr="*fp32", programs="i32", width="i32"),
-                       dict(ROWS=ROWS, BLOCK=BLOCK), dict(num_warps=4))
+    yield offline.Case(
+        "column_sum",
+        _column_sum,
+        dict(partial_ptr="*fp32", out_ptr="*fp32", programs="i32", width="i32"),
+        dict(ROWS=ROWS, BLOCK=BLOCK),
+        dict(num_warps=4),
+    )

@@ -33,15 +33,31 @@ FREE = ["time0", "time1", "noise0", "noise1", "steps"]
 
 
 @triton.jit(do_not_specialize=FREE)
-def _inputs(x0_ptr, index_ptr, slot_ptr, table_ptr, xt_ptr, t_ptr, rows, steps, time0, time1,
-            noise0, noise1, CHANNELS: tl.constexpr, REPEAT: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr):
+def _inputs(
+    x0_ptr,
+    index_ptr,
+    slot_ptr,
+    table_ptr,
+    xt_ptr,
+    t_ptr,
+    rows,
+    steps,
+    time0,
+    time1,
+    noise0,
+    noise1,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
     token, index, slot = row_draws(index_ptr, slot_ptr, row, rows, REPEAT)
-    word, _, _, _ = philox_words(index, slot, tl.zeros_like(slot), time0.to(tl.uint32),
-                                 time1.to(tl.uint32))
+    word, _, _, _ = philox_words(
+        index, slot, tl.zeros_like(slot), time0.to(tl.uint32), time1.to(tl.uint32)
+    )
     t = integer_below(word, steps)
     x0 = tl.load(x0_ptr + token[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0)
     noise = row_normals(index, slot, noise0.to(tl.uint32), noise1.to(tl.uint32), BLOCK)
@@ -79,11 +95,16 @@ def _first_step(x0, centred, log_scale):
     fall = tl.exp(lower - upper)
     first = x0 < -0.999
     last = x0 > 0.999
-    log_p = (tl.where(last, 0.0, log_upper) + tl.where(first, 0.0, log_not_lower)
-             + tl.where(first | last, 0.0, tl.log(1.0 - fall)))
-    slope = (tl.where(last, 0.0, not_upper * upper_slope)
-             - tl.where(first, 0.0, below * lower_slope)
-             + tl.where(first | last, 0.0, fall / (1.0 - fall) * (upper_slope - lower_slope)))
+    log_p = (
+        tl.where(last, 0.0, log_upper)
+        + tl.where(first, 0.0, log_not_lower)
+        + tl.where(first | last, 0.0, tl.log(1.0 - fall))
+    )
+    slope = (
+        tl.where(last, 0.0, not_upper * upper_slope)
+        - tl.where(first, 0.0, below * lower_slope)
+        + tl.where(first | last, 0.0, fall / (1.0 - fall) * (upper_slope - lower_slope))
+    )
     floor: tl.constexpr = -27.631021115928547
     return -tl.maximum(log_p, floor), tl.where(log_p > floor, -slope, 0.0)
 
@@ -112,9 +133,25 @@ def _bound(error, v, x0_ptr, x0_at, inside, t, table_ptr, steps):
 
 
 @triton.jit(do_not_specialize=FREE)
-def _forward(prediction_ptr, x0_ptr, t_ptr, table_ptr, index_ptr, slot_ptr, loss_ptr, tokens,
-             steps, noise0, noise1, BOUND: tl.constexpr, CHANNELS: tl.constexpr,
-             REPEAT: tl.constexpr, REPEATS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    prediction_ptr,
+    x0_ptr,
+    t_ptr,
+    table_ptr,
+    index_ptr,
+    slot_ptr,
+    loss_ptr,
+    tokens,
+    steps,
+    noise0,
+    noise1,
+    BOUND: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     TOKENS: tl.constexpr = ROWS // REPEATS
     channel = tl.arange(0, BLOCK)
     total = tl.zeros((TOKENS,), tl.float32)
@@ -139,9 +176,25 @@ def _forward(prediction_ptr, x0_ptr, t_ptr, table_ptr, index_ptr, slot_ptr, loss
 
 
 @triton.jit(do_not_specialize=FREE)
-def _backward(grad_ptr, prediction_ptr, x0_ptr, t_ptr, table_ptr, index_ptr, slot_ptr, out_ptr,
-              rows, steps, noise0, noise1, BOUND: tl.constexpr, CHANNELS: tl.constexpr,
-              REPEAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    grad_ptr,
+    prediction_ptr,
+    x0_ptr,
+    t_ptr,
+    table_ptr,
+    index_ptr,
+    slot_ptr,
+    out_ptr,
+    rows,
+    steps,
+    noise0,
+    noise1,
+    BOUND: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
@@ -168,8 +221,9 @@ def _tile(kernel: str, channels: int, device: torch.device) -> dict[str, int]:
     return dict(found, BLOCK=noise_block(channels))
 
 
-def inputs(x0: Tensor, index: Tensor, slot: Tensor, tables: Tensor, repeat: int,
-           key: list[int]) -> tuple[Tensor, Tensor]:
+def inputs(
+    x0: Tensor, index: Tensor, slot: Tensor, tables: Tensor, repeat: int, key: list[int]
+) -> tuple[Tensor, Tensor]:
     """x0 (M, C) float32, index and slot (M,), tables (8, T), all contiguous; key: two words for the
     times, two for the noise -> x_t (M * repeat, C) float32, t (M * repeat,) int64."""
     channels, rows = x0.shape[1], x0.shape[0] * repeat
@@ -178,13 +232,33 @@ def inputs(x0: Tensor, index: Tensor, slot: Tensor, tables: Tensor, repeat: int,
     if rows:
         tile = _tile("inputs", channels, x0.device)
         _inputs[(triton.cdiv(rows, tile["ROWS"]),)](
-            x0, index, slot, tables, xt, t, rows, tables.shape[1], *signed(key), CHANNELS=channels,
-            REPEAT=repeat, **tile)
+            x0,
+            index,
+            slot,
+            tables,
+            xt,
+            t,
+            rows,
+            tables.shape[1],
+            *signed(key),
+            CHANNELS=channels,
+            REPEAT=repeat,
+            **tile,
+        )
     return xt, t
 
 
-def forward(prediction: Tensor, x0: Tensor, t: Tensor, tables: Tensor, index: Tensor, slot: Tensor,
-            repeat: int, key: list[int], bound: bool) -> Tensor:
+def forward(
+    prediction: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    tables: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    repeat: int,
+    key: list[int],
+    bound: bool,
+) -> Tensor:
     """prediction (M * repeat, 2C), the rest as `inputs` takes and gives it -> loss (M,) float32."""
     tokens, channels = x0.shape
     loss = x0.new_empty(tokens)
@@ -192,45 +266,108 @@ def forward(prediction: Tensor, x0: Tensor, t: Tensor, tables: Tensor, index: Te
         tile = _tile("forward", channels, x0.device)
         repeats = min(triton.next_power_of_2(repeat), tile["ROWS"])
         _forward[(triton.cdiv(tokens, tile["ROWS"] // repeats),)](
-            prediction, x0, t, tables, index, slot, loss, tokens, tables.shape[1], *signed(key),
-            BOUND=bound, CHANNELS=channels, REPEAT=repeat, REPEATS=repeats, **tile)
+            prediction,
+            x0,
+            t,
+            tables,
+            index,
+            slot,
+            loss,
+            tokens,
+            tables.shape[1],
+            *signed(key),
+            BOUND=bound,
+            CHANNELS=channels,
+            REPEAT=repeat,
+            REPEATS=repeats,
+            **tile,
+        )
     return loss
 
 
-def backward(grad: Tensor, prediction: Tensor, x0: Tensor, t: Tensor, tables: Tensor, index: Tensor,
-             slot: Tensor, repeat: int, key: list[int], bound: bool) -> Tensor:
+def backward(
+    grad: Tensor,
+    prediction: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    tables: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    repeat: int,
+    key: list[int],
+    bound: bool,
+) -> Tensor:
     """grad (M,) float32, the rest as `forward` -> the gradient of the prediction, in its dtype."""
     out, channels, rows = torch.empty_like(prediction), x0.shape[1], prediction.shape[0]
     if rows:
         tile = _tile("backward", channels, x0.device)
         _backward[(triton.cdiv(rows, tile["ROWS"]),)](
-            grad, prediction, x0, t, tables, index, slot, out, rows, tables.shape[1], *signed(key),
-            BOUND=bound, CHANNELS=channels, REPEAT=repeat, **tile)
+            grad,
+            prediction,
+            x0,
+            t,
+            tables,
+            index,
+            slot,
+            out,
+            rows,
+            tables.shape[1],
+            *signed(key),
+            BOUND=bound,
+            CHANNELS=channels,
+            REPEAT=repeat,
+            **tile,
+        )
     return out
 
 
 def compile_cases(arch: str):
     """See offline.py."""
-    pointers = dict(x0_ptr="*fp32", t_ptr="*i64", table_ptr="*fp32", index_ptr="*i64",
-                    slot_ptr="*i64", steps="i32", noise0="i32", noise1="i32")
+    pointers = dict(
+        x0_ptr="*fp32",
+        t_ptr="*i64",
+        table_ptr="*fp32",
+        index_ptr="*i64",
+        slot_ptr="*i64",
+        steps="i32",
+        noise0="i32",
+        noise1="i32",
+    )
     for channels in (16, 48, 192, 768, 4096):
-        tiles = {kernel: dict(tuning.config("diffusion_loss", kernel, channels, arch),
-                              BLOCK=noise_block(channels))
-                 for kernel in ("inputs", "forward", "backward")}
+        tiles = {
+            kernel: dict(
+                tuning.config("diffusion_loss", kernel, channels, arch), BLOCK=noise_block(channels)
+            )
+            for kernel in ("inputs", "forward", "backward")
+        }
         warps = {kernel: dict(num_warps=tile.pop("num_warps")) for kernel, tile in tiles.items()}
         shape = dict(CHANNELS=channels, REPEAT=4)
-        yield offline.Case(f"diffusion_loss inputs, C = {channels}", _inputs,
-                           dict(pointers, xt_ptr="*fp32", rows="i32", time0="i32", time1="i32"),
-                           dict(tiles["inputs"], **shape), warps["inputs"], unaligned=FREE)
+        yield offline.Case(
+            f"diffusion_loss inputs, C = {channels}",
+            _inputs,
+            dict(pointers, xt_ptr="*fp32", rows="i32", time0="i32", time1="i32"),
+            dict(tiles["inputs"], **shape),
+            warps["inputs"],
+            unaligned=FREE,
+        )
         for dtype, bound in (("fp32", True), ("bf16", True), ("fp32", False)):
             what = f"C = {channels}, {dtype}{'' if bound else ', mse'}"
             types = dict(pointers, prediction_ptr=f"*{dtype}")
-            yield offline.Case(f"diffusion_loss forward, {what}", _forward,
-                               dict(types, loss_ptr="*fp32", tokens="i32"),
-                               dict(tiles["forward"], **shape, BOUND=bound,
-                                    REPEATS=min(4, tiles["forward"]["ROWS"])),
-                               warps["forward"], unaligned=FREE)
-            yield offline.Case(f"diffusion_loss backward, {what}", _backward,
-                               dict(types, grad_ptr="*fp32", out_ptr=f"*{dtype}", rows="i32"),
-                               dict(tiles["backward"], **shape, BOUND=bound), warps["backward"],
-                               unaligned=FREE)
+            yield offline.Case(
+                f"diffusion_loss forward, {what}",
+                _forward,
+                dict(types, loss_ptr="*fp32", tokens="i32"),
+                dict(
+                    tiles["forward"], **shape, BOUND=bound, REPEATS=min(4, tiles["forward"]["ROWS"])
+                ),
+                warps["forward"],
+                unaligned=FREE,
+            )
+            yield offline.Case(
+                f"diffusion_loss backward, {what}",
+                _backward,
+                dict(types, grad_ptr="*fp32", out_ptr=f"*{dtype}", rows="i32"),
+                dict(tiles["backward"], **shape, BOUND=bound),
+                warps["backward"],
+                unaligned=FREE,
+            )

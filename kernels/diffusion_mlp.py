@@ -20,24 +20,38 @@ from torch import Tensor
 
 from heptapod_fast.kernels import adaln, bias_gelu, offline, tuning
 from heptapod_fast.kernels.products import mm_float
-from heptapod_fast.ops.diffusion_mlp import DiffusionWeights
+from heptapod_fast.ops.diffusion_weights import DiffusionWeights
 
 SHARED, PER_BLOCK, LAST = 3, 6, 3  # tensors that `forward` keeps
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _silu_sum(time_ptr, t_ptr, condition_ptr, out_ptr, rows, width, repeat, ROWS: tl.constexpr,
-              BLOCK: tl.constexpr):
+def _silu_sum(
+    time_ptr,
+    t_ptr,
+    condition_ptr,
+    out_ptr,
+    rows,
+    width,
+    repeat,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     t = tl.load(t_ptr + row, mask=row < rows, other=0)
-    y = tl.load(time_ptr + t[:, None] * width + column[None, :], mask=inside,
-                other=0.0).to(tl.float32)
-    y += tl.load(condition_ptr + (row // repeat)[:, None] * width + column[None, :], mask=inside,
-                 other=0.0).to(tl.float32)
-    tl.store(out_ptr + row[:, None] * width + column[None, :],
-             (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty), mask=inside)
+    y = tl.load(time_ptr + t[:, None] * width + column[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    y += tl.load(
+        condition_ptr + (row // repeat)[:, None] * width + column[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
+    tl.store(
+        out_ptr + row[:, None] * width + column[None, :],
+        (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -48,8 +62,18 @@ def _slope(y):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _condition_gradient(ds_ptr, time_ptr, t_ptr, condition_ptr, out_ptr, tokens, width, repeat,
-                        ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _condition_gradient(
+    ds_ptr,
+    time_ptr,
+    t_ptr,
+    condition_ptr,
+    out_ptr,
+    tokens,
+    width,
+    repeat,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (column < width)[None, :]
@@ -59,17 +83,29 @@ def _condition_gradient(ds_ptr, time_ptr, t_ptr, condition_ptr, out_ptr, tokens,
     for k in tl.range(0, repeat):
         row = token * repeat + k
         t = tl.load(t_ptr + row, mask=token < tokens, other=0)
-        time = tl.load(time_ptr + t[:, None] * width + column[None, :], mask=inside,
-                       other=0.0).to(tl.float32)
-        ds = tl.load(ds_ptr + row[:, None] * width + column[None, :], mask=inside,
-                     other=0.0).to(tl.float32)
+        time = tl.load(time_ptr + t[:, None] * width + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+        ds = tl.load(ds_ptr + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         total += ds * _slope(time + condition)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _time_gradient(ds_ptr, time_ptr, order_ptr, bound_ptr, condition_ptr, out_ptr, width, repeat,
-                   ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _time_gradient(
+    ds_ptr,
+    time_ptr,
+    order_ptr,
+    bound_ptr,
+    condition_ptr,
+    out_ptr,
+    width,
+    repeat,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -80,13 +116,18 @@ def _time_gradient(ds_ptr, time_ptr, order_ptr, bound_ptr, condition_ptr, out_pt
         index = start + tl.arange(0, ROWS)
         row = tl.load(order_ptr + index, mask=index < last, other=0)
         mask = (index < last)[:, None] & inside[None, :]
-        ds = tl.load(ds_ptr + row[:, None] * width + column[None, :], mask=mask,
-                     other=0.0).to(tl.float32)
-        condition = tl.load(condition_ptr + (row // repeat)[:, None] * width + column[None, :],
-                            mask=mask, other=0.0).to(tl.float32)
+        ds = tl.load(ds_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        condition = tl.load(
+            condition_ptr + (row // repeat)[:, None] * width + column[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
         total += ds * _slope(time[None, :] + condition)
-    tl.store(out_ptr + t * width + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty),
-             mask=inside)
+    tl.store(
+        out_ptr + t * width + column,
+        tl.sum(total, axis=0).to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def silu_sum(time_TW: Tensor, t_R: Tensor, condition_MW: Tensor) -> Tensor:
@@ -96,13 +137,15 @@ def silu_sum(time_TW: Tensor, t_R: Tensor, condition_MW: Tensor) -> Tensor:
     if out.numel():
         tile = dict(tuning.lookup("adaln", "silu_sum", width, out.device))
         grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))
-        _silu_sum[grid](time_TW, t_R, condition_MW, out, rows, width, rows // len(condition_MW),
-                        **tile)
+        _silu_sum[grid](
+            time_TW, t_R, condition_MW, out, rows, width, rows // len(condition_MW), **tile
+        )
     return out
 
 
-def silu_sum_backward(ds_RW: Tensor, time_TW: Tensor, t_R: Tensor,
-                      condition_MW: Tensor) -> tuple[Tensor, Tensor]:
+def silu_sum_backward(
+    ds_RW: Tensor, time_TW: Tensor, t_R: Tensor, condition_MW: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of time and condition, added up in the order of the rows."""
     rows, (tokens, width) = len(t_R), condition_MW.shape
     dtime, dcondition = torch.empty_like(time_TW), torch.empty_like(condition_MW)
@@ -110,8 +153,9 @@ def silu_sum_backward(ds_RW: Tensor, time_TW: Tensor, t_R: Tensor,
         return dtime.zero_(), dcondition.zero_()
     tile = dict(tuning.lookup("adaln", "condition_gradient", width, ds_RW.device))
     grid = (triton.cdiv(tokens, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))
-    _condition_gradient[grid](ds_RW, time_TW, t_R, condition_MW, dcondition, tokens, width,
-                              rows // tokens, **tile)
+    _condition_gradient[grid](
+        ds_RW, time_TW, t_R, condition_MW, dcondition, tokens, width, rows // tokens, **tile
+    )
     # Rows by timestep: a sort and a search instead of a histogram, which would wait or use atomics.
     steps = len(time_TW)
     ordered, order_R = torch.sort(t_R.int(), stable=True)
@@ -119,7 +163,8 @@ def silu_sum_backward(ds_RW: Tensor, time_TW: Tensor, t_R: Tensor,
     bounds = torch.searchsorted(ordered, every, out_int32=True)
     tile = dict(tuning.lookup("adaln", "time_gradient", width, ds_RW.device))
     _time_gradient[(steps, triton.cdiv(width, tile["BLOCK"]))](
-        ds_RW, time_TW, order_R, bounds, condition_MW, dtime, width, rows // tokens, **tile)
+        ds_RW, time_TW, order_R, bounds, condition_MW, dtime, width, rows // tokens, **tile
+    )
     return dtime, dcondition
 
 
@@ -142,16 +187,20 @@ def mm_rounded(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype, out: Tensor | Non
     extra = -a_MK.shape[1] % 4  # rows of the factor then are multiples of 16 bytes
     a1, a2, a3 = split(F.pad(a_MK, (0, extra)))
     b1, b2, b3 = split(F.pad(b_KN, (0, 0, 0, extra)))
-    return torch.mm(torch.cat((a1, a1, a1, a2, a2, a3), 1), torch.cat((b1, b2, b3, b1, b2, b1)),
-                    out=out)
+    return torch.mm(
+        torch.cat((a1, a1, a1, a2, a2, a3), 1), torch.cat((b1, b2, b3, b1, b2, b1)), out=out
+    )
 
 
 def _input(xt_RC: Tensor, weight_WC: Tensor, bias_W: Tensor, dtype: torch.dtype) -> Tensor:
     """xt @ weight^T + bias as float32 has it, rounded to dtype: (R, W)."""
     if dtype == torch.float32:
         return torch.addmm(bias_W, xt_RC, weight_WC.t())
-    return mm_rounded(torch.cat((xt_RC, torch.ones_like(xt_RC[:, :1])), 1),
-                      torch.cat((weight_WC.t(), bias_W[None])), dtype)
+    return mm_rounded(
+        torch.cat((xt_RC, torch.ones_like(xt_RC[:, :1])), 1),
+        torch.cat((weight_WC.t(), bias_W[None])),
+        dtype,
+    )
 
 
 def _input_backward(dx_RW: Tensor, xt_RC: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +211,7 @@ def _input_backward(dx_RW: Tensor, xt_RC: Tensor) -> tuple[Tensor, Tensor]:
     # Columns of ones give the bias gradient in the same pass.
     ones = xt_RC.new_ones(len(xt_RC), 8 - 3 * channels % 8, dtype=torch.bfloat16)
     found = mm_float(dx_RW.t(), torch.cat((*split(xt_RC), ones), 1))
-    weight = found[:, :3 * channels].unflatten(1, (3, channels)).sum(1)
+    weight = found[:, : 3 * channels].unflatten(1, (3, channels)).sum(1)
     return weight, found[:, 3 * channels].clone()
 
 
@@ -187,8 +236,9 @@ def _modulation(weights: DiffusionWeights, dtype: torch.dtype) -> tuple[Tensor, 
     layers = [*weights.blocks, weights]
     weight = [layer.modulation_weight for layer in layers]
     bias = [layer.modulation_bias for layer in layers]
-    out = torch.empty(sum(map(len, weight)), weight[0].shape[1], dtype=dtype,
-                      device=weight[0].device)
+    out = torch.empty(
+        sum(map(len, weight)), weight[0].shape[1], dtype=dtype, device=weight[0].device
+    )
     for part, value in zip(out.split([len(w) for w in weight]), weight, strict=True):
         part.copy_(value)
     return out, torch.cat(bias).to(dtype)
@@ -196,7 +246,7 @@ def _modulation(weights: DiffusionWeights, dtype: torch.dtype) -> tuple[Tensor, 
 
 def _slot(all_RK: Tensor, k: int, width: int) -> Tensor:
     """Part k of modulation or its gradient: (R, W), a view."""
-    return all_RK[:, k * width:(k + 1) * width]
+    return all_RK[:, k * width : (k + 1) * width]
 
 
 def _affine(weights: DiffusionWeights, i: int) -> tuple[Tensor | None, Tensor | None]:
@@ -205,8 +255,15 @@ def _affine(weights: DiffusionWeights, i: int) -> tuple[Tensor | None, Tensor | 
     return weights.blocks[i].norm_weight, weights.blocks[i].norm_bias
 
 
-def forward(xt: Tensor, t: Tensor, time: Tensor, condition: Tensor, weights: DiffusionWeights,
-            eps: float, keep: bool) -> list[Tensor]:
+def forward(
+    xt: Tensor,
+    t: Tensor,
+    time: Tensor,
+    condition: Tensor,
+    weights: DiffusionWeights,
+    eps: float,
+    keep: bool,
+) -> list[Tensor]:
     """The prediction (R, 2C) float32 and, if `keep`, what `backward` needs; arrays contiguous.
 
     Kept are SiLU(y), modulation and its weights, PER_BLOCK tensors for each block (x, v, statistics
@@ -236,8 +293,15 @@ def forward(xt: Tensor, t: Tensor, time: Tensor, condition: Tensor, weights: Dif
     return [_output(v, weights.output_weight, weights.output_bias), *saved]
 
 
-def backward(grad: Tensor, xt: Tensor, t: Tensor, time: Tensor, condition: Tensor,
-             weights: DiffusionWeights, saved: list[Tensor]) -> list[Tensor]:
+def backward(
+    grad: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    time: Tensor,
+    condition: Tensor,
+    weights: DiffusionWeights,
+    saved: list[Tensor],
+) -> list[Tensor]:
     """Gradients of time and condition in their dtype, then of parameters in float32.
 
     These are: the first layer's weight and bias, the last layer's, all modulation weights as one
@@ -246,7 +310,7 @@ def backward(grad: Tensor, xt: Tensor, t: Tensor, time: Tensor, condition: Tenso
     """
     width, dtype, count = condition.shape[1], condition.dtype, len(weights.blocks)
     s, modulation, modulation_weight = saved[:SHARED]
-    places = [saved[SHARED + PER_BLOCK * i:][:PER_BLOCK] for i in range(count + 1)]
+    places = [saved[SHARED + PER_BLOCK * i :][:PER_BLOCK] for i in range(count + 1)]
     dmodulation = torch.empty_like(modulation)
     dlast = _output_backward(grad, places[-1][1])
     mm_rounded(grad, weights.output_weight, dtype, out=_slot(dmodulation, 3 * count, width))
@@ -255,22 +319,45 @@ def backward(grad: Tensor, xt: Tensor, t: Tensor, time: Tensor, condition: Tenso
         x, _, stats = places[i][:3]
         branch = dgate = None
         if i > 0:
-            branch = adaln.Branch(places[i - 1][5], weights.blocks[i - 1].fc2_bias,
-                                  _slot(modulation, 3 * i - 1, width))
+            branch = adaln.Branch(
+                places[i - 1][5],
+                weights.blocks[i - 1].fc2_bias,
+                _slot(modulation, 3 * i - 1, width),
+            )
             dgate = _slot(dmodulation, 3 * i - 1, width)
         dx, dh, _, _, found = adaln.backward(
-            dx, _slot(dmodulation, 3 * i, width), x, branch, _slot(modulation, 3 * i + 1, width),
-            *_affine(weights, i), stats, dgate, _slot(dmodulation, 3 * i + 1, width))
+            dx,
+            _slot(dmodulation, 3 * i, width),
+            x,
+            branch,
+            _slot(modulation, 3 * i + 1, width),
+            *_affine(weights, i),
+            stats,
+            dgate,
+            _slot(dmodulation, 3 * i + 1, width),
+        )
         sums.insert(0, found)
         if i > 0:
             _, v, _, a, g, _ = places[i - 1]
-            products = _mlp_backward(dh, weights.blocks[i - 1], v, a, g,
-                                     _slot(dmodulation, 3 * i - 3, width)) + products
+            products = (
+                _mlp_backward(
+                    dh, weights.blocks[i - 1], v, a, g, _slot(dmodulation, 3 * i - 3, width)
+                )
+                + products
+            )
     dfirst = _input_backward(dx, xt)
-    dtime, dcondition = silu_sum_backward(torch.mm(dmodulation, modulation_weight), time, t,
-                                          condition)
-    return [dtime, dcondition, *dfirst, *dlast, mm_float(dmodulation.t(), s), torch.cat(sums),
-            *products]
+    dtime, dcondition = silu_sum_backward(
+        torch.mm(dmodulation, modulation_weight), time, t, condition
+    )
+    return [
+        dtime,
+        dcondition,
+        *dfirst,
+        *dlast,
+        mm_float(dmodulation.t(), s),
+        torch.cat(sums),
+        *products,
+    ]
 
 
 def _mlp_backward(dh: Tensor, block, v: Tensor, a: Tensor, g: Tensor, dv: Tensor) -> list[Tensor]:
@@ -283,17 +370,23 @@ def _mlp_backward(dh: Tensor, block, v: Tensor, a: Tensor, g: Tensor, dv: Tensor
 
 def compile_cases(arch: str):
     """See offline.py."""
-    common = dict(time_ptr="*bf16", condition_ptr="*bf16", out_ptr="*bf16", width="i32",
-                  repeat="i32")
+    common = dict(
+        time_ptr="*bf16", condition_ptr="*bf16", out_ptr="*bf16", width="i32", repeat="i32"
+    )
     rows = dict(t_ptr="*i64")
     for name, kernel, types in (
-            ("silu_sum", _silu_sum, rows | dict(rows="i32")),
-            ("condition_gradient", _condition_gradient,
-             rows | dict(ds_ptr="*bf16", tokens="i32")),
-            ("time_gradient", _time_gradient,
-             dict(ds_ptr="*bf16", order_ptr="*i64", bound_ptr="*i32"))):
+        ("silu_sum", _silu_sum, rows | dict(rows="i32")),
+        ("condition_gradient", _condition_gradient, rows | dict(ds_ptr="*bf16", tokens="i32")),
+        ("time_gradient", _time_gradient, dict(ds_ptr="*bf16", order_ptr="*i64", bound_ptr="*i32")),
+    ):
         for size, tile in tuning.buckets("adaln", name, arch).items():
             tile = dict(tile)
             options = dict(num_warps=tile.pop("num_warps"))
-            yield offline.Case(f"diffusion_mlp {name} <= {size}", kernel, common | types, tile,
-                               options, unaligned=("repeat",))
+            yield offline.Case(
+                f"diffusion_mlp {name} <= {size}",
+                kernel,
+                common | types,
+                tile,
+                options,
+                unaligned=("repeat",),
+            )

@@ -26,15 +26,30 @@ KEYS = ["time0", "time1", "noise0", "noise1"]
 
 
 @triton.jit(do_not_specialize=KEYS)
-def _inputs(x0_ptr, index_ptr, slot_ptr, xt_ptr, time_ptr, rows, time0, time1, noise0, noise1,
-            CHANNELS: tl.constexpr, REPEAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _inputs(
+    x0_ptr,
+    index_ptr,
+    slot_ptr,
+    xt_ptr,
+    time_ptr,
+    rows,
+    time0,
+    time1,
+    noise0,
+    noise1,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
     token, index, slot = row_draws(index_ptr, slot_ptr, row, rows, REPEAT)
     x0 = tl.load(x0_ptr + token[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0)
-    word, _, _, _ = philox_words(index, slot, tl.zeros_like(slot), time0.to(tl.uint32),
-                                 time1.to(tl.uint32))
+    word, _, _, _ = philox_words(
+        index, slot, tl.zeros_like(slot), time0.to(tl.uint32), time1.to(tl.uint32)
+    )
     time = uniform(word)
     noise = row_normals(index, slot, noise0.to(tl.uint32), noise1.to(tl.uint32), BLOCK)
     xt = (1.0 - time)[:, None] * x0 + time[:, None] * noise
@@ -43,9 +58,21 @@ def _inputs(x0_ptr, index_ptr, slot_ptr, xt_ptr, time_ptr, rows, time0, time1, n
 
 
 @triton.jit(do_not_specialize=KEYS)
-def _forward(prediction_ptr, x0_ptr, index_ptr, slot_ptr, loss_ptr, tokens, noise0, noise1,
-             CHANNELS: tl.constexpr, REPEAT: tl.constexpr, REPEATS: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    prediction_ptr,
+    x0_ptr,
+    index_ptr,
+    slot_ptr,
+    loss_ptr,
+    tokens,
+    noise0,
+    noise1,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     TOKENS: tl.constexpr = ROWS // REPEATS
     channel = tl.arange(0, BLOCK)
     total = tl.zeros((TOKENS,), tl.float32)
@@ -53,8 +80,9 @@ def _forward(prediction_ptr, x0_ptr, index_ptr, slot_ptr, loss_ptr, tokens, nois
         row, valid = repeat_rows(first, tokens, REPEAT, REPEATS, ROWS)
         inside = valid[:, None] & (channel < CHANNELS)[None, :]
         token, index, slot = row_draws(index_ptr, slot_ptr, row, tokens * REPEAT, REPEAT)
-        guess = tl.load(prediction_ptr + row[:, None] * CHANNELS + channel[None, :], mask=inside,
-                        other=0.0).to(tl.float32)
+        guess = tl.load(
+            prediction_ptr + row[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         x0 = tl.load(x0_ptr + token[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0)
         noise = row_normals(index, slot, noise0.to(tl.uint32), noise1.to(tl.uint32), BLOCK)
         error = guess - (noise - x0)
@@ -64,9 +92,21 @@ def _forward(prediction_ptr, x0_ptr, index_ptr, slot_ptr, loss_ptr, tokens, nois
 
 
 @triton.jit(do_not_specialize=KEYS)
-def _backward(grad_ptr, prediction_ptr, x0_ptr, index_ptr, slot_ptr, out_ptr, rows, noise0, noise1,
-              CHANNELS: tl.constexpr, REPEAT: tl.constexpr, ROWS: tl.constexpr,
-              BLOCK: tl.constexpr):
+def _backward(
+    grad_ptr,
+    prediction_ptr,
+    x0_ptr,
+    index_ptr,
+    slot_ptr,
+    out_ptr,
+    rows,
+    noise0,
+    noise1,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
@@ -85,8 +125,9 @@ def _tile(kernel: str, channels: int, device: torch.device) -> dict[str, int]:
     return dict(found, BLOCK=noise_block(channels))
 
 
-def inputs(x0: Tensor, index: Tensor, slot: Tensor, repeat: int,
-           key: list[int]) -> tuple[Tensor, Tensor]:
+def inputs(
+    x0: Tensor, index: Tensor, slot: Tensor, repeat: int, key: list[int]
+) -> tuple[Tensor, Tensor]:
     """x0 (M, C) float32, index and slot (M,), all contiguous; key: two words for the times, two for
     the noise -> x_t (M * repeat, C) and time (M * repeat,), float32."""
     channels, rows = x0.shape[1], x0.shape[0] * repeat
@@ -94,12 +135,14 @@ def inputs(x0: Tensor, index: Tensor, slot: Tensor, repeat: int,
     if rows:
         tile = _tile("inputs", channels, x0.device)
         _inputs[(triton.cdiv(rows, tile["ROWS"]),)](
-            x0, index, slot, xt, time, rows, *signed(key), CHANNELS=channels, REPEAT=repeat, **tile)
+            x0, index, slot, xt, time, rows, *signed(key), CHANNELS=channels, REPEAT=repeat, **tile
+        )
     return xt, time
 
 
-def forward(prediction: Tensor, x0: Tensor, index: Tensor, slot: Tensor, repeat: int,
-            key: list[int]) -> Tensor:
+def forward(
+    prediction: Tensor, x0: Tensor, index: Tensor, slot: Tensor, repeat: int, key: list[int]
+) -> Tensor:
     """prediction (M * repeat, C), the rest as `inputs` -> loss (M,) float32."""
     tokens, channels = x0.shape
     loss = x0.new_empty(tokens)
@@ -107,20 +150,47 @@ def forward(prediction: Tensor, x0: Tensor, index: Tensor, slot: Tensor, repeat:
         tile = _tile("forward", channels, x0.device)
         repeats = min(triton.next_power_of_2(repeat), tile["ROWS"])
         _forward[(triton.cdiv(tokens, tile["ROWS"] // repeats),)](
-            prediction, x0, index, slot, loss, tokens, *signed(key), CHANNELS=channels,
-            REPEAT=repeat, REPEATS=repeats, **tile)
+            prediction,
+            x0,
+            index,
+            slot,
+            loss,
+            tokens,
+            *signed(key),
+            CHANNELS=channels,
+            REPEAT=repeat,
+            REPEATS=repeats,
+            **tile,
+        )
     return loss
 
 
-def backward(grad: Tensor, prediction: Tensor, x0: Tensor, index: Tensor, slot: Tensor, repeat: int,
-             key: list[int]) -> Tensor:
+def backward(
+    grad: Tensor,
+    prediction: Tensor,
+    x0: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    repeat: int,
+    key: list[int],
+) -> Tensor:
     """grad (M,) float32, the rest as `forward` -> the gradient of the prediction, in its dtype."""
     out, channels, rows = torch.empty_like(prediction), x0.shape[1], prediction.shape[0]
     if rows:
         tile = _tile("backward", channels, x0.device)
         _backward[(triton.cdiv(rows, tile["ROWS"]),)](
-            grad, prediction, x0, index, slot, out, rows, *signed(key), CHANNELS=channels,
-            REPEAT=repeat, **tile)
+            grad,
+            prediction,
+            x0,
+            index,
+            slot,
+            out,
+            rows,
+            *signed(key),
+            CHANNELS=channels,
+            REPEAT=repeat,
+            **tile,
+        )
     return out
 
 
@@ -128,22 +198,37 @@ def compile_cases(arch: str):
     """See offline.py."""
     pointers = dict(x0_ptr="*fp32", index_ptr="*i64", slot_ptr="*i64", noise0="i32", noise1="i32")
     for channels in (16, 48, 192, 768, 4096):
-        tiles = {kernel: dict(tuning.config("flow_loss", kernel, channels, arch),
-                              BLOCK=noise_block(channels))
-                 for kernel in ("inputs", "forward", "backward")}
+        tiles = {
+            kernel: dict(
+                tuning.config("flow_loss", kernel, channels, arch), BLOCK=noise_block(channels)
+            )
+            for kernel in ("inputs", "forward", "backward")
+        }
         warps = {kernel: dict(num_warps=tile.pop("num_warps")) for kernel, tile in tiles.items()}
         shape = dict(CHANNELS=channels, REPEAT=4)
-        yield offline.Case(f"flow_loss inputs, C = {channels}", _inputs,
-                           dict(pointers, xt_ptr="*fp32", time_ptr="*fp32", rows="i32",
-                                time0="i32", time1="i32"),
-                           dict(tiles["inputs"], **shape), warps["inputs"], unaligned=KEYS)
+        yield offline.Case(
+            f"flow_loss inputs, C = {channels}",
+            _inputs,
+            dict(pointers, xt_ptr="*fp32", time_ptr="*fp32", rows="i32", time0="i32", time1="i32"),
+            dict(tiles["inputs"], **shape),
+            warps["inputs"],
+            unaligned=KEYS,
+        )
         for dtype in ("fp32", "bf16"):
             types = dict(pointers, prediction_ptr=f"*{dtype}")
-            yield offline.Case(f"flow_loss forward, C = {channels}, {dtype}", _forward,
-                               dict(types, loss_ptr="*fp32", tokens="i32"),
-                               dict(tiles["forward"], **shape,
-                                    REPEATS=min(4, tiles["forward"]["ROWS"])),
-                               warps["forward"], unaligned=KEYS)
-            yield offline.Case(f"flow_loss backward, C = {channels}, {dtype}", _backward,
-                               dict(types, grad_ptr="*fp32", out_ptr=f"*{dtype}", rows="i32"),
-                               dict(tiles["backward"], **shape), warps["backward"], unaligned=KEYS)
+            yield offline.Case(
+                f"flow_loss forward, C = {channels}, {dtype}",
+                _forward,
+                dict(types, loss_ptr="*fp32", tokens="i32"),
+                dict(tiles["forward"], **shape, REPEATS=min(4, tiles["forward"]["ROWS"])),
+                warps["forward"],
+                unaligned=KEYS,
+            )
+            yield offline.Case(
+                f"flow_loss backward, C = {channels}, {dtype}",
+                _backward,
+                dict(types, grad_ptr="*fp32", out_ptr=f"*{dtype}", rows="i32"),
+                dict(tiles["backward"], **shape),
+                warps["backward"],
+                unaligned=KEYS,
+            )

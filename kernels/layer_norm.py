@@ -20,7 +20,7 @@ from torch import Tensor
 from heptapod_fast.kernels import offline, tuning
 from heptapod_fast.kernels.columns import column_sum
 from heptapod_fast.kernels.randomness import keep, mask_arguments, row_keys
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 
 
 @triton.jit
@@ -48,9 +48,21 @@ def _fold(x, THREADS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _residual(x_ptr, branch_ptr, sum_ptr, shift, column, key0, key1, counter, scale,
-              BIAS: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,
-              FULL: tl.constexpr):
+def _residual(
+    x_ptr,
+    branch_ptr,
+    sum_ptr,
+    shift,
+    column,
+    key0,
+    key1,
+    counter,
+    scale,
+    BIAS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """Some columns of the sum, stored and as stored; of x where there is no branch."""
     x = _load(x_ptr, column, WIDTH, FULL)
     if branch_ptr is not None:
@@ -58,8 +70,9 @@ def _residual(x_ptr, branch_ptr, sum_ptr, shift, column, key0, key1, counter, sc
         if BIAS:
             branch += shift
         if THRESHOLD > 0:
-            branch = tl.where(keep(key0, key1, counter, column, WIDTH, THRESHOLD), branch * scale,
-                              0.0)
+            branch = tl.where(
+                keep(key0, key1, counter, column, WIDTH, THRESHOLD), branch * scale, 0.0
+            )
         rounded = (x + branch).to(sum_ptr.dtype.element_ty)
         _store(sum_ptr, column, rounded, WIDTH, FULL)
         x = rounded.to(tl.float32)
@@ -73,10 +86,31 @@ def _centre(x, mean, column, WIDTH: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "slab", "counters"])
-def _forward(x_ptr, branch_ptr, branch_bias_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, stats_ptr,
-             key_ptr, counter_ptr, rows, slab, rows_per_key, counters, scale, eps,
-             BIAS: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
-             REST: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr):
+def _forward(
+    x_ptr,
+    branch_ptr,
+    branch_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,
+    out_ptr,
+    stats_ptr,
+    key_ptr,
+    counter_ptr,
+    rows,
+    slab,
+    rows_per_key,
+    counters,
+    scale,
+    eps,
+    BIAS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    THREADS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     ALL: tl.constexpr = WIDTH == MAIN + REST
     FULL: tl.constexpr = ALL or REST > 0
@@ -101,12 +135,38 @@ def _forward(x_ptr, branch_ptr, branch_bias_ptr, weight_ptr, bias_ptr, sum_ptr, 
             key0, key1, counter = row_keys(key_ptr, counter_ptr, row, rows_per_key, counters)
         branch_at = branch_ptr + at if branch_ptr is not None else None
         sum_at = sum_ptr + at if branch_ptr is not None else None
-        xM = _residual(x_ptr + at, branch_at, sum_at, shiftM, columnM, key0, key1, counter, scale,
-                       BIAS, THRESHOLD, WIDTH, FULL)
+        xM = _residual(
+            x_ptr + at,
+            branch_at,
+            sum_at,
+            shiftM,
+            columnM,
+            key0,
+            key1,
+            counter,
+            scale,
+            BIAS,
+            THRESHOLD,
+            WIDTH,
+            FULL,
+        )
         total = _fold(xM, THREADS, VECTOR)
         if REST > 0:
-            xR = _residual(x_ptr + at, branch_at, sum_at, shiftR, columnR, key0, key1, counter,
-                           scale, BIAS, THRESHOLD, WIDTH, ALL)
+            xR = _residual(
+                x_ptr + at,
+                branch_at,
+                sum_at,
+                shiftR,
+                columnR,
+                key0,
+                key1,
+                counter,
+                scale,
+                BIAS,
+                THRESHOLD,
+                WIDTH,
+                ALL,
+            )
             total += _fold(xR, THREADS, VECTOR)
         mean = tl.sum(total) * (1.0 / WIDTH)
         xM = _centre(xM, mean, columnM, WIDTH, FULL)
@@ -129,8 +189,17 @@ def _forward(x_ptr, branch_ptr, branch_bias_ptr, weight_ptr, bias_ptr, sum_ptr, 
 
 
 @triton.jit
-def _read(grad_ptr, sum_ptr, weight, mean, rstd, column, AFFINE: tl.constexpr,
-          WIDTH: tl.constexpr, FULL: tl.constexpr):
+def _read(
+    grad_ptr,
+    sum_ptr,
+    weight,
+    mean,
+    rstd,
+    column,
+    AFFINE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """dy, weight * dy and the normalised row, some columns of them; dy is 0 beyond the width."""
     grad = _load(grad_ptr, column, WIDTH, FULL)
     normal = (_load(sum_ptr, column, WIDTH, FULL) - mean) * rstd
@@ -138,9 +207,24 @@ def _read(grad_ptr, sum_ptr, weight, mean, rstd, column, AFFINE: tl.constexpr,
 
 
 @triton.jit
-def _finish(weighted, normal, rstd, mean_g, mean_gn, grad_sum_ptr, dx_ptr, dbranch_ptr, column,
-            key0, key1, counter, scale, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,
-            FULL: tl.constexpr):
+def _finish(
+    weighted,
+    normal,
+    rstd,
+    mean_g,
+    mean_gn,
+    grad_sum_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    column,
+    key0,
+    key1,
+    counter,
+    scale,
+    THRESHOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """Stores some columns of dx, and of dbranch if there is dropout; returns dbranch."""
     dx = weighted * rstd - mean_g - normal * mean_gn
     if grad_sum_ptr is not None:
@@ -153,8 +237,17 @@ def _finish(weighted, normal, rstd, mean_g, mean_gn, grad_sum_ptr, dx_ptr, dbran
 
 
 @triton.jit
-def _store_sums(out_ptr, column, dweight, dbias, dbranch, AFFINE: tl.constexpr,
-                BIAS: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr):
+def _store_sums(
+    out_ptr,
+    column,
+    dweight,
+    dbias,
+    dbranch,
+    AFFINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """One program's partial sums, those that exist, one after the other."""
     if AFFINE:
         _store(out_ptr, column, dweight, WIDTH, FULL)
@@ -164,11 +257,30 @@ def _store_sums(out_ptr, column, dweight, dbias, dbranch, AFFINE: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["rows", "slab", "counters"])
-def _backward(grad_ptr, grad_sum_ptr, sum_ptr, stats_ptr, weight_ptr, dx_ptr, dbranch_ptr,
-              partial_ptr, key_ptr, counter_ptr, rows, slab, rows_per_key, counters, scale,
-              BIAS: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,
-              MAIN: tl.constexpr, REST: tl.constexpr, THREADS: tl.constexpr,
-              STAGES: tl.constexpr):
+def _backward(
+    grad_ptr,
+    grad_sum_ptr,
+    sum_ptr,
+    stats_ptr,
+    weight_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    partial_ptr,
+    key_ptr,
+    counter_ptr,
+    rows,
+    slab,
+    rows_per_key,
+    counters,
+    scale,
+    BIAS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    THREADS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     VECTOR: tl.constexpr = 128 // sum_ptr.dtype.element_ty.primitive_bitwidth
     ALL: tl.constexpr = WIDTH == MAIN + REST
     FULL: tl.constexpr = ALL or REST > 0
@@ -196,15 +308,17 @@ def _backward(grad_ptr, grad_sum_ptr, sum_ptr, stats_ptr, weight_ptr, dx_ptr, db
         dbranch_at = dbranch_ptr + at if THRESHOLD > 0 else None
         mean = tl.load(stats_ptr + 2 * row64)
         rstd = tl.load(stats_ptr + 2 * row64 + 1)
-        dyM, gM, nM = _read(grad_ptr + at, sum_ptr + at, weightM, mean, rstd, columnM, AFFINE,
-                            WIDTH, FULL)
+        dyM, gM, nM = _read(
+            grad_ptr + at, sum_ptr + at, weightM, mean, rstd, columnM, AFFINE, WIDTH, FULL
+        )
         total_g = _fold(gM, THREADS, VECTOR)
         total_gn = _fold(gM * nM, THREADS, VECTOR)
         dweightM += dyM * nM
         dbiasM += dyM
         if REST > 0:
-            dyR, gR, nR = _read(grad_ptr + at, sum_ptr + at, weightR, mean, rstd, columnR, AFFINE,
-                                WIDTH, ALL)
+            dyR, gR, nR = _read(
+                grad_ptr + at, sum_ptr + at, weightR, mean, rstd, columnR, AFFINE, WIDTH, ALL
+            )
             total_g += _fold(gR, THREADS, VECTOR)
             total_gn += _fold(gR * nR, THREADS, VECTOR)
             dweightR += dyR * nR
@@ -213,12 +327,43 @@ def _backward(grad_ptr, grad_sum_ptr, sum_ptr, stats_ptr, weight_ptr, dx_ptr, db
         mean_g, mean_gn = tl.split(tl.sum(tl.join(total_g, total_gn), axis=0))
         mean_g *= rstd * (1.0 / WIDTH)
         mean_gn *= rstd * (1.0 / WIDTH)
-        dbranchM += _finish(gM, nM, rstd, mean_g, mean_gn, grad_sum_at, dx_ptr + at, dbranch_at,
-                            columnM, key0, key1, counter, scale, THRESHOLD, WIDTH, FULL)
+        dbranchM += _finish(
+            gM,
+            nM,
+            rstd,
+            mean_g,
+            mean_gn,
+            grad_sum_at,
+            dx_ptr + at,
+            dbranch_at,
+            columnM,
+            key0,
+            key1,
+            counter,
+            scale,
+            THRESHOLD,
+            WIDTH,
+            FULL,
+        )
         if REST > 0:
-            dbranchR += _finish(gR, nR, rstd, mean_g, mean_gn, grad_sum_at, dx_ptr + at,
-                                dbranch_at, columnR, key0, key1, counter, scale, THRESHOLD, WIDTH,
-                                ALL)
+            dbranchR += _finish(
+                gR,
+                nR,
+                rstd,
+                mean_g,
+                mean_gn,
+                grad_sum_at,
+                dx_ptr + at,
+                dbranch_at,
+                columnR,
+                key0,
+                key1,
+                counter,
+                scale,
+                THRESHOLD,
+                WIDTH,
+                ALL,
+            )
     SUMS: tl.constexpr = 2 * AFFINE + BIAS
     out = partial_ptr + program.to(tl.int64) * (SUMS * WIDTH) if SUMS > 0 else None
     _store_sums(out, columnM, dweightM, dbiasM, dbranchM, AFFINE, BIAS, WIDTH, FULL)
@@ -242,16 +387,23 @@ def _constants(width: int, config: dict) -> tuple[int, dict]:
     return count, dict(config, WIDTH=width, MAIN=main, REST=rest, THREADS=threads)
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None,
-            eps: float) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """x (..., D) contiguous, weight and bias (D,) float32 -> y, stats (rows, 2): mean, 1 / std."""
     _, y, stats = _launch_forward(x, None, None, weight, bias, None, eps)
     return y, stats
 
 
-def add_forward(x: Tensor, branch: Tensor, branch_bias: Tensor | None, weight: Tensor | None,
-                bias: Tensor | None, mask: Mask | None,
-                eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_forward(
+    x: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: DropoutMask | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """x and branch (..., D) contiguous, parameters (D,) float32 -> sum, y, stats (rows, 2)."""
     return _launch_forward(x, branch, branch_bias, weight, bias, mask, eps)
 
@@ -264,14 +416,33 @@ def _launch_forward(x, branch, branch_bias, weight, bias, mask, eps):
     if rows:
         slab, constants = _tile("forward", width, x.device)
         _forward[(triton.cdiv(rows, slab),)](
-            x, branch, branch_bias, weight, bias, total, y, stats, rows=rows, slab=slab, eps=eps,
-            BIAS=branch_bias is not None, **mask_arguments(mask, rows), **constants)
+            x,
+            branch,
+            branch_bias,
+            weight,
+            bias,
+            total,
+            y,
+            stats,
+            rows=rows,
+            slab=slab,
+            eps=eps,
+            BIAS=branch_bias is not None,
+            **mask_arguments(mask, rows),
+            **constants,
+        )
     return total, y, stats
 
 
-def backward(grad: Tensor, grad_sum: Tensor | None, total: Tensor, stats: Tensor,
-             weight: Tensor | None, mask: Mask | None,
-             branch_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    mask: DropoutMask | None,
+    branch_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y and (or None) of the sum, the sum (..., D), all contiguous ->
 
     dx; dbranch, or an empty tensor without dropout (it is dx); sums over rows (S, D) float32:
@@ -287,48 +458,97 @@ def backward(grad: Tensor, grad_sum: Tensor | None, total: Tensor, stats: Tensor
     programs = triton.cdiv(rows, slab)
     partials = torch.empty(programs, sums * width, dtype=torch.float32, device=total.device)
     _backward[(programs,)](
-        grad, grad_sum, total, stats, weight, dx, None if mask is None else dbranch,
-        partials if sums else None, rows=rows, slab=slab, BIAS=branch_bias,
-        **mask_arguments(mask, rows), **constants)
-    return dx, dbranch, column_sum(partials).view(sums, width) if sums else \
-        partials.view(0, width)
+        grad,
+        grad_sum,
+        total,
+        stats,
+        weight,
+        dx,
+        None if mask is None else dbranch,
+        partials if sums else None,
+        rows=rows,
+        slab=slab,
+        BIAS=branch_bias,
+        **mask_arguments(mask, rows),
+        **constants,
+    )
+    return dx, dbranch, column_sum(partials).view(sums, width) if sums else partials.view(0, width)
 
 
-_POINTERS = dict(x_ptr="*bf16", branch_ptr="*bf16", branch_bias_ptr="*fp32", weight_ptr="*fp32",
-                 bias_ptr="*fp32", sum_ptr="*bf16", out_ptr="*bf16", stats_ptr="*fp32",
-                 grad_ptr="*bf16", grad_sum_ptr="*bf16", dx_ptr="*bf16", dbranch_ptr="*bf16",
-                 partial_ptr="*fp32", key_ptr="*i64", counter_ptr="*i64")
-_VALUES = dict(rows="i32", slab="i32", rows_per_key="i32", counters="i32", scale="fp32",
-               eps="fp32")
+_POINTERS = dict(
+    x_ptr="*bf16",
+    branch_ptr="*bf16",
+    branch_bias_ptr="*fp32",
+    weight_ptr="*fp32",
+    bias_ptr="*fp32",
+    sum_ptr="*bf16",
+    out_ptr="*bf16",
+    stats_ptr="*fp32",
+    grad_ptr="*bf16",
+    grad_sum_ptr="*bf16",
+    dx_ptr="*bf16",
+    dbranch_ptr="*bf16",
+    partial_ptr="*fp32",
+    key_ptr="*i64",
+    counter_ptr="*i64",
+)
+_VALUES = dict(rows="i32", slab="i32", rows_per_key="i32", counters="i32", scale="fp32", eps="fp32")
 
 
-def _case(name: str, kernel, width: int, config: dict, absent: tuple[str, ...], bias: bool,
-          drop: float) -> offline.Case:
+def _case(
+    name: str, kernel, width: int, config: dict, absent: tuple[str, ...], bias: bool, drop: float
+) -> offline.Case:
     _, constants = _constants(width, dict(config))
     options = dict(num_warps=constants.pop("num_warps"))
     absent += () if drop else ("key_ptr", "counter_ptr")
     constants |= dict(BIAS=bias, THRESHOLD=round(drop * 2**32)) | dict.fromkeys(
-        p for p in absent if p in kernel.arg_names)
-    types = {n: t for n, t in (_POINTERS | _VALUES).items()
-             if n in kernel.arg_names and n not in constants}
-    return offline.Case(f"{name} {width}", kernel, types, constants, options,
-                        unaligned=("slab", "rows_per_key", "counters"))
+        p for p in absent if p in kernel.arg_names
+    )
+    types = {
+        n: t
+        for n, t in (_POINTERS | _VALUES).items()
+        if n in kernel.arg_names and n not in constants
+    }
+    return offline.Case(
+        f"{name} {width}",
+        kernel,
+        types,
+        constants,
+        options,
+        unaligned=("slab", "rows_per_key", "counters"),
+    )
 
 
 def compile_cases(arch: str):
     """See offline.py. The model's widths, the widest one, and one with a masked part."""
     none = ("branch_ptr", "branch_bias_ptr", "sum_ptr")
     for width in (768, 1024, 1280, 1536, 3000, 4096):
-        there, back = (tuning.config("layer_norm", kernel, width, arch)
-                       for kernel in ("forward", "backward"))
+        there, back = (
+            tuning.config("layer_norm", kernel, width, arch) for kernel in ("forward", "backward")
+        )
         yield _case("add_layer_norm+dropout forward", _forward, width, there, (), True, 0.1)
         yield _case("add_layer_norm+dropout backward", _backward, width, back, (), True, 0.1)
         if width <= 1280:
-            yield _case("add_layer_norm backward", _backward, width, back, ("dbranch_ptr",), True,
-                        0.0)
+            yield _case(
+                "add_layer_norm backward", _backward, width, back, ("dbranch_ptr",), True, 0.0
+            )
         if width == 1024:
             yield _case("layer_norm forward", _forward, width, there, none, False, 0.0)
-            yield _case("layer_norm backward", _backward, width, back,
-                        ("grad_sum_ptr", "dbranch_ptr"), False, 0.0)
-            yield _case("layer_norm without parameters backward", _backward, width, back,
-                        ("grad_sum_ptr", "dbranch_ptr", "weight_ptr", "partial_ptr"), False, 0.0)
+            yield _case(
+                "layer_norm backward",
+                _backward,
+                width,
+                back,
+                ("grad_sum_ptr", "dbranch_ptr"),
+                False,
+                0.0,
+            )
+            yield _case(
+                "layer_norm without parameters backward",
+                _backward,
+                width,
+                back,
+                ("grad_sum_ptr", "dbranch_ptr", "weight_ptr", "partial_ptr"),
+                False,
+                0.0,
+            )

@@ -50,9 +50,22 @@ def _chosen(logits_ptr, target_ptr, row, last, columns, K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "slab"])
-def _rows(logits_ptr, pair_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_ptr, rows,
-          columns, slab, K: tl.constexpr, GRADIENT: tl.constexpr, WHOLE: tl.constexpr,
-          BLOCK: tl.constexpr):
+def _rows(
+    logits_ptr,
+    pair_ptr,
+    target_ptr,
+    weight_ptr,
+    loss_ptr,
+    weighted_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    slab,
+    K: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = (column < columns) | WHOLE
@@ -61,17 +74,25 @@ def _rows(logits_ptr, pair_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, 
     first = program.to(tl.int64) * slab
     last = tl.minimum(first + slab, rows)
     total = tl.zeros((BLOCK,), tl.float32)
-    following = tl.load(pair_ptr + first * (columns // 2) + pair,
-                        mask=pair_inside & (first < last), other=TWO_LOWEST)
+    following = tl.load(
+        pair_ptr + first * (columns // 2) + pair,
+        mask=pair_inside & (first < last),
+        other=TWO_LOWEST,
+    )
     chosen = _chosen(logits_ptr, target_ptr, first, last, columns, K)
     for row in tl.range(first, last):
         # The lower half of a pair is the element before.
-        x = tl.interleave((following << 16).to(tl.float32, bitcast=True),
-                          (following & -65536).to(tl.float32, bitcast=True))
+        x = tl.interleave(
+            (following << 16).to(tl.float32, bitcast=True),
+            (following & -65536).to(tl.float32, bitcast=True),
+        )
         loss = -chosen
         # The next row, and its target logits before this program overwrites them.
-        following = tl.load(pair_ptr + (row + 1) * (columns // 2) + pair,
-                            mask=pair_inside & (row + 1 < last), other=TWO_LOWEST)
+        following = tl.load(
+            pair_ptr + (row + 1) * (columns // 2) + pair,
+            mask=pair_inside & (row + 1 < last),
+            other=TWO_LOWEST,
+        )
         chosen = _chosen(logits_ptr, target_ptr, row + 1, last, columns, K)
         peak = tl.max(x, axis=0)
         power = tl.exp2(x * LOG2E - peak * LOG2E)
@@ -89,15 +110,27 @@ def _rows(logits_ptr, pair_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, 
                 gradient -= tl.where(column == code, weight / K, 0.0)
             gradient = tl.where(weight == 0.0, 0.0, gradient)
             total += gradient
-            tl.store(logits_ptr + row * columns + column,
-                     gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                logits_ptr + row * columns + column,
+                gradient.to(logits_ptr.dtype.element_ty),
+                mask=inside,
+            )
     if GRADIENT:
         tl.store(partial_ptr + program.to(tl.int64) * columns + column, total, mask=inside)
 
 
 @triton.jit
-def _tile(logits_ptr, target_ptr, row, column, last, columns, K: tl.constexpr, ROWS: tl.constexpr,
-          BLOCK: tl.constexpr):
+def _tile(
+    logits_ptr,
+    target_ptr,
+    row,
+    column,
+    last,
+    columns,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """(offsets, inside, logits in float32, share of the targets) of a tile."""
     live = row < last
     at = row[:, None] * columns + column[None, :]
@@ -113,9 +146,21 @@ def _tile(logits_ptr, target_ptr, row, column, last, columns, K: tl.constexpr, R
 
 
 @triton.jit(do_not_specialize=["rows", "slab"])
-def _blocks(logits_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_ptr, rows, columns,
-            slab, K: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr):
+def _blocks(
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    loss_ptr,
+    weighted_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    slab,
+    K: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     first = program * slab
     last = tl.minimum(first + slab, rows)
@@ -123,8 +168,11 @@ def _blocks(logits_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_
         if first >= last:  # no rows are left for this program, yet its sums are added up
             for left in tl.range(0, columns, BLOCK):
                 column = left + tl.arange(0, BLOCK)
-                tl.store(partial_ptr + program * columns + column, tl.zeros((BLOCK,), tl.float32),
-                         mask=column < columns)
+                tl.store(
+                    partial_ptr + program * columns + column,
+                    tl.zeros((BLOCK,), tl.float32),
+                    mask=column < columns,
+                )
     for start in tl.range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         live = row < last
@@ -136,12 +184,14 @@ def _blocks(logits_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_
         chosen = tl.zeros((ROWS,), tl.float32)
         for left in tl.range(0, columns, BLOCK):
             column = left + tl.arange(0, BLOCK)
-            _, _, x, hits = _tile(logits_ptr, target_ptr, row, column, last, columns, K, ROWS,
-                                  BLOCK)
+            _, _, x, hits = _tile(
+                logits_ptr, target_ptr, row, column, last, columns, K, ROWS, BLOCK
+            )
             chosen += tl.sum(tl.where(hits > 0, x, 0.0) * hits, axis=1)
             higher = tl.maximum(peak, tl.max(x, axis=1))
-            mass = (mass * tl.exp2((peak - higher) * LOG2E)
-                    + tl.sum(tl.exp2((x - higher[:, None]) * LOG2E), axis=1))
+            mass = mass * tl.exp2((peak - higher) * LOG2E) + tl.sum(
+                tl.exp2((x - higher[:, None]) * LOG2E), axis=1
+            )
             peak = higher
         loss = peak + tl.log(mass) - chosen
         tl.store(loss_ptr + row, loss, mask=live)
@@ -149,8 +199,9 @@ def _blocks(logits_ptr, target_ptr, weight_ptr, loss_ptr, weighted_ptr, partial_
         if GRADIENT:
             for left in tl.range(0, columns, BLOCK):
                 column = left + tl.arange(0, BLOCK)
-                at, inside, x, hits = _tile(logits_ptr, target_ptr, row, column, last, columns, K,
-                                            ROWS, BLOCK)
+                at, inside, x, hits = _tile(
+                    logits_ptr, target_ptr, row, column, last, columns, K, ROWS, BLOCK
+                )
                 power = tl.exp2((x - peak[:, None]) * LOG2E)
                 gradient = power * (weight / mass)[:, None] - hits * weight[:, None]
                 gradient = tl.where(inside & (weight != 0.0)[:, None], gradient, 0.0)
@@ -178,8 +229,9 @@ def scale(x: Tensor, factor: Tensor) -> Tensor:
     the dtype of x first."""
     out = torch.empty_like(x)
     if x.numel():
-        _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, factor, out, x.numel(),
-                                                       BLOCK=SCALE_BLOCK, num_warps=8)
+        _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+            x, factor, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8
+        )
     return out
 
 
@@ -202,8 +254,15 @@ def chunk_rows(rows: int, most: int) -> int:
     return min(most, 64 * triton.cdiv(alike, 64))
 
 
-def forward(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, row_weight: Tensor | None,
-            chunk: int | None, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    chunk: int | None,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """z (R, D), weight (V, D), bias (V,), target (R, K) int64, row_weight (R,) float32, contiguous.
 
     -> total (), losses (R,), dz (R, D), dweight (V, D), dbias (V,), gradients of the total; all
@@ -224,8 +283,9 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, row_weight:
     weight, bias = weight.to(z.dtype), bias.to(z.dtype)
     logits = torch.empty(min(chunk, rows), columns, dtype=z.dtype, device=z.device)
     kernel, tile, programs = _plan(logits)
-    partials = torch.empty(triton.cdiv(rows, chunk) if gradients else 0, programs, columns,
-                           **single)
+    partials = torch.empty(
+        triton.cdiv(rows, chunk) if gradients else 0, programs, columns, **single
+    )
     for i, start in enumerate(range(0, rows, chunk)):
         part = slice(start, min(start + chunk, rows))
         count = part.stop - start
@@ -233,9 +293,19 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, row_weight:
         torch.addmm(bias, z[part], weight.t(), out=logits)
         views = (logits, logits.view(torch.int32)) if kernel is _rows else (logits,)
         kernel[(programs,)](
-            *views, target[part], None if row_weight is None else row_weight[part], loss[part],
-            weighted[part], partials[i] if gradients else None, count, columns,
-            triton.cdiv(count, programs), K=target.shape[1], GRADIENT=gradients, **tile)
+            *views,
+            target[part],
+            None if row_weight is None else row_weight[part],
+            loss[part],
+            weighted[part],
+            partials[i] if gradients else None,
+            count,
+            columns,
+            triton.cdiv(count, programs),
+            K=target.shape[1],
+            GRADIENT=gradients,
+            **tile,
+        )
         if gradients:
             torch.mm(logits, weight, out=dz[part])
             if i == 0:
@@ -248,8 +318,14 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, row_weight:
 
 
 # (targets, gradient, row weights, whether the row fills the block)
-VARIANTS = ((1, True, False, True), (1, True, True, True), (4, True, True, True),
-            (16, True, False, True), (1, False, False, True), (1, True, False, False))
+VARIANTS = (
+    (1, True, False, True),
+    (1, True, True, True),
+    (4, True, True, True),
+    (16, True, False, True),
+    (1, False, False, True),
+    (1, True, False, False),
+)
 
 
 def compile_cases(arch: str):
@@ -260,33 +336,68 @@ def compile_cases(arch: str):
             name = f"rows of {size}{'' if whole else ', partly filled'}"
             # 16 warps can have 128 registers each, which only Blackwell's compiler finds too few.
             tight = largest and arch == "sm_100" and variant[0] > 1
-            yield _case(name, _rows, dict(tile, BLOCK=size, WHOLE=whole),
-                        dict(logits_ptr="*bf16", pair_ptr="*i32"), *variant,
-                        spill=48 if tight else 0)
-    tile, = tuning.buckets("linear_cross_entropy", "blocks", arch).values()
+            yield _case(
+                name,
+                _rows,
+                dict(tile, BLOCK=size, WHOLE=whole),
+                dict(logits_ptr="*bf16", pair_ptr="*i32"),
+                *variant,
+                spill=48 if tight else 0,
+            )
+    (tile,) = tuning.buckets("linear_cross_entropy", "blocks", arch).values()
     for dtype in ("bf16", "fp32"):
         for *variant, whole in VARIANTS:
             if whole:
                 # Triton 3.6 spills an address or two with several targets; 3.7 none.
-                yield _case(f"blocks {dtype}", _blocks, tile, dict(logits_ptr=f"*{dtype}"),
-                            *variant, spill=16 if variant[0] > 1 else 0)
+                yield _case(
+                    f"blocks {dtype}",
+                    _blocks,
+                    tile,
+                    dict(logits_ptr=f"*{dtype}"),
+                    *variant,
+                    spill=16 if variant[0] > 1 else 0,
+                )
+
+    yield offline.Case(
+        "linear_cross_entropy scale",
+        _scale,
+        dict(x_ptr="*bf16", factor_ptr="*fp32", out_ptr="*bf16", count="i32"),
+        dict(BLOCK=SCALE_BLOCK),
+        dict(num_warps=8),
+    )
 
 
-    yield offline.Case("linear_cross_entropy scale", _scale,
-                       dict(x_ptr="*bf16", factor_ptr="*fp32", out_ptr="*bf16", count="i32"),
-                       dict(BLOCK=SCALE_BLOCK), dict(num_warps=8))
-
-
-def _case(name: str, kernel: object, tile: dict, types: dict, targets: int, gradient: bool,
-          weighted: bool, spill: int = 0) -> offline.Case:
-    types = dict(types, target_ptr="*i64", loss_ptr="*fp32", weighted_ptr="*fp32", rows="i32",
-                 columns="i32", slab="i32")
+def _case(
+    name: str,
+    kernel: object,
+    tile: dict,
+    types: dict,
+    targets: int,
+    gradient: bool,
+    weighted: bool,
+    spill: int = 0,
+) -> offline.Case:
+    types = dict(
+        types,
+        target_ptr="*i64",
+        loss_ptr="*fp32",
+        weighted_ptr="*fp32",
+        rows="i32",
+        columns="i32",
+        slab="i32",
+    )
     constants = {key: value for key, value in tile.items() if key not in ("programs", "num_warps")}
     constants |= dict(K=targets, GRADIENT=gradient)
     for pointer, there in (("weight_ptr", weighted), ("partial_ptr", gradient)):
         (types if there else constants)[pointer] = "*fp32" if there else None
     return offline.Case(
         f"linear_cross_entropy {name}, {targets} targets{', weights' if weighted else ''}"
-        f"{'' if gradient else ', loss alone'}", kernel, types, constants,
-        dict(num_warps=tile["num_warps"]), unaligned=("slab", "rows"), spill=spill,
-        why="no registers are left" if spill else "")
+        f"{'' if gradient else ', loss alone'}",
+        kernel,
+        types,
+        constants,
+        dict(num_warps=tile["num_warps"]),
+        unaligned=("slab", "rows"),
+        spill=spill,
+        why="no registers are left" if spill else "",
+    )

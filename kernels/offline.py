@@ -76,28 +76,46 @@ def compile_case(case: Case, arch: str) -> dict:
     types = dict(case.types) | {name: "constexpr" for name in case.constexprs}
     missing = [name for name in names if name not in types]
     if missing or set(types) - set(names):
-        raise ValueError(f"{case.name}: arguments without a type {missing}, unknown "
-                         f"{sorted(set(types) - set(names))}")
-    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-                 if types[name][0] in "*i" and name not in case.unaligned
-                 and name not in (case.kernel.do_not_specialize or ())}
+        raise ValueError(
+            f"{case.name}: arguments without a type {missing}, unknown "
+            f"{sorted(set(types) - set(names))}"
+        )
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types[name][0] in "*i"
+        and name not in case.unaligned
+        and name not in (case.kernel.do_not_specialize or ())
+    }
     constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
     source = ASTSource(case.kernel, {name: types[name] for name in names}, constexprs, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32),
-                              options=dict(case.options))
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", int(arch[3:]), 32), options=dict(case.options)
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _cuobjdump("--dump-resource-usage", file.name)
         assembly = _cuobjdump("--dump-sass", file.name)
     number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
-    return {"case": case.name, "arch": arch, **case.options, "registers": number["REG"],
-            "stack": number["STACK"], "shared": compiled.metadata.shared,
-            "hgmma": assembly.count("HGMMA"), "hmma": len(re.findall(r"\b(?:UTC)?HMMA", assembly)),
-            "allowed": case.spill, "why": case.why, "tensor_cores": case.tensor_cores,
-            "hmma_allowed": case.hmma, "ctas_wanted": case.ctas,
-            "ctas": ctas(arch, number["REG"], case.options.get("num_warps", 4),
-                         compiled.metadata.shared)}
+    return {
+        "case": case.name,
+        "arch": arch,
+        **case.options,
+        "registers": number["REG"],
+        "stack": number["STACK"],
+        "shared": compiled.metadata.shared,
+        "hgmma": assembly.count("HGMMA"),
+        "hmma": len(re.findall(r"\b(?:UTC)?HMMA", assembly)),
+        "allowed": case.spill,
+        "why": case.why,
+        "tensor_cores": case.tensor_cores,
+        "hmma_allowed": case.hmma,
+        "ctas_wanted": case.ctas,
+        "ctas": ctas(
+            arch, number["REG"], case.options.get("num_warps", 4), compiled.metadata.shared
+        ),
+    }
 
 
 def ctas(arch: str, registers: int, warps: int, shared: int) -> int:
@@ -109,11 +127,17 @@ def ctas(arch: str, registers: int, warps: int, shared: int) -> int:
 
 def compile_all(architectures: list[str], only: str = "") -> list[dict]:
     """Figures of every case whose name contains `only`; as many processes as there are cores."""
-    jobs = [(arch, i) for arch in architectures
-            for i, case in enumerate(cases(arch)) if only in case.name]
+    jobs = [
+        (arch, i)
+        for arch in architectures
+        for i, case in enumerate(cases(arch))
+        if only in case.name
+    ]
     # Processes of their own: a forked one would share what PyTorch has started.
-    workers = ProcessPoolExecutor(max(1, min(len(jobs), len(os.sched_getaffinity(0)))),
-                                  mp_context=multiprocessing.get_context("spawn"))
+    workers = ProcessPoolExecutor(
+        max(1, min(len(jobs), len(os.sched_getaffinity(0)))),
+        mp_context=multiprocessing.get_context("spawn"),
+    )
     with workers:
         return list(workers.map(_compile_job, jobs, chunksize=4))
 
@@ -149,12 +173,17 @@ def faults(found: dict) -> list[str]:
 
 def markdown(results: list[dict]) -> str:
     """The figures as a table."""
-    lines = ["| kernel | arch | warps | registers | stack | shared KB | programs per SM | HGMMA | "
-             "HMMA |", "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| kernel | arch | warps | registers | stack | shared KB | programs per SM | HGMMA | "
+        "HMMA |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for r in results:
-        lines.append(f"| {r['case']} | {r['arch']} | {r.get('num_warps', 4)} | "
-                     f"{r['registers']} | {r['stack']} | {r['shared'] / 1024:.1f} | {r['ctas']} | "
-                     f"{r['hgmma']} | {r['hmma']} |")
+        lines.append(
+            f"| {r['case']} | {r['arch']} | {r.get('num_warps', 4)} | "
+            f"{r['registers']} | {r['stack']} | {r['shared'] / 1024:.1f} | {r['ctas']} | "
+            f"{r['hgmma']} | {r['hmma']} |"
+        )
     return "\n".join(lines)
 
 
@@ -162,14 +191,26 @@ def page(results: list[dict]) -> str:
     """The table with what made it, and why the spills in it are accepted."""
     import triton
 
-    excused = sorted({f"- {r['case']}, {r['arch']}: {r['stack']} bytes, {r['why']}"
-                      for r in results if r["stack"]})
-    return "\n".join([
-        "# Kernels, compiled without a GPU", "",
-        f"Made by `python -m heptapod_fast.kernels.offline`, Triton {triton.__version__}. A stack "
-        "is a spill. Programs per SM: how many fit at once, by registers, warps and shared memory.",
-        "",
-        *(["Accepted spills:", "", *excused, ""] if excused else []), markdown(results), ""])
+    excused = sorted(
+        {
+            f"- {r['case']}, {r['arch']}: {r['stack']} bytes, {r['why']}"
+            for r in results
+            if r["stack"]
+        }
+    )
+    return "\n".join(
+        [
+            "# Kernels, compiled without a GPU",
+            "",
+            "Made by `python -m heptapod_fast.kernels.offline`, Triton "
+            f"{triton.__version__}. A stack is a spill. Programs per SM: how many fit at once, by "
+            "registers, warps and shared memory.",
+            "",
+            *(["Accepted spills:", "", *excused, ""] if excused else []),
+            markdown(results),
+            "",
+        ]
+    )
 
 
 def main() -> None:

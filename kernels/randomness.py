@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 
 
 @triton.jit
@@ -31,14 +31,20 @@ def row_keys(key_ptr, counter_ptr, row, rows_per_key, counters):
     return key0, key1, tl.load(counter_ptr + row % counters)
 
 
-def mask_arguments(mask: Mask | None, rows: int) -> dict:
+def mask_arguments(mask: DropoutMask | None, rows: int) -> dict:
     """What kernels with dropout are launched with; without a mask THRESHOLD is 0."""
     if mask is None:
-        return dict(key_ptr=None, counter_ptr=None, rows_per_key=1, counters=1, scale=1.0,
-                    THRESHOLD=0)
-    return dict(key_ptr=mask.key_P2, counter_ptr=mask.counter_N,
-                rows_per_key=rows // len(mask.key_P2), counters=len(mask.counter_N),
-                scale=1.0 / (1.0 - mask.p), THRESHOLD=mask.threshold())
+        return dict(
+            key_ptr=None, counter_ptr=None, rows_per_key=1, counters=1, scale=1.0, THRESHOLD=0
+        )
+    return dict(
+        key_ptr=mask.key_P2,
+        counter_ptr=mask.counter_N,
+        rows_per_key=rows // len(mask.key_P2),
+        counters=len(mask.counter_N),
+        scale=1.0 / (1.0 - mask.p),
+        THRESHOLD=mask.threshold(),
+    )
 
 
 @triton.jit
@@ -97,13 +103,16 @@ def _sine_cosine(u):
     angle = 6.283185307179586 * (u - 0.25 * quarter.to(tl.float32))
     z = angle * angle
     sine = angle + angle * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
-    cosine = 1.0 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320
-                                                                    - z * (1 / 3628800)))))
+    cosine = 1.0 + z * (
+        -1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320 - z * (1 / 3628800))))
+    )
     odd = (quarter & 1) == 1
     by_sine = tl.where(odd, cosine, sine)
     by_cosine = tl.where(odd, sine, cosine)
-    return (tl.where((quarter & 2) == 2, -by_sine, by_sine),
-            tl.where(((quarter + 1) & 2) == 2, -by_cosine, by_cosine))
+    return (
+        tl.where((quarter & 2) == 2, -by_sine, by_sine),
+        tl.where(((quarter + 1) & 2) == 2, -by_cosine, by_cosine),
+    )
 
 
 @triton.jit

@@ -41,7 +41,8 @@ def nearest(operation: str, capability: int) -> str:
         raise RuntimeError(
             f"{operation}: the kernels need compute capability "
             f"{architectures(operation)[0] / 10} or newer, this GPU has {capability / 10}; "
-            f"use --kernels reference")
+            f"use --kernels reference"
+        )
     return f"sm_{fitting[-1]}"
 
 
@@ -56,8 +57,10 @@ def bucket(operation: str, kernel: str, size: int, arch: str) -> int:
     rows = buckets(operation, kernel, arch)
     fitting = [most for most in rows if size <= most]
     if not fitting:
-        raise ValueError(f"{operation}: size {size} is above {max(rows)}, the last one in "
-                         f"kernels/configs/{operation}.json")
+        raise ValueError(
+            f"{operation}: size {size} is above {max(rows)}, the last one in "
+            f"kernels/configs/{operation}.json"
+        )
     return fitting[0]
 
 
@@ -90,8 +93,7 @@ def recording() -> Iterator[set[tuple[str, str, str, int]]]:
 
 @functools.cache
 def lookup(operation: str, kernel: str, size: int, device: torch.device) -> dict[str, int]:
-    """The configuration for a size; ValueError above the last bucket. CPU (the interpreter): sm_90.
-    """
+    """The configuration for a size; ValueError above the last bucket. On a CPU: sm_90's."""
     arch = NEWEST
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

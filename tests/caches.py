@@ -53,8 +53,11 @@ def small_cache(path: Path, tokenizer=None, count: int = 70, **settings):
 
 def contents(path: Path) -> dict[str, bytes]:
     """Every file of a cache."""
-    return {p.relative_to(path).as_posix(): p.read_bytes()
-            for p in sorted(path.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in sorted(path.rglob("*"))
+        if p.is_file()
+    }
 
 
 def edit_manifest(path: Path, change) -> None:
@@ -66,6 +69,7 @@ def edit_manifest(path: Path, change) -> None:
 
 def sign(path: Path) -> None:
     """Make the manifest agree with the files, as whoever wrote wrong values would have it."""
+
     def change(manifest):
         for name in manifest["files"]:
             file = path / name

@@ -5,7 +5,34 @@ casts truncate (Triton 3.6 and 3.7). Here casts round to nearest even, `tl.dot` 
 float32, and arithmetic on bfloat16 is refused, because our kernels convert to float32 first.
 """
 
+import importlib.util
+import os
+
 import numpy as np
+import torch
+
+
+def use_without_a_gpu() -> None:
+    """Where there is no GPU, kernels run in the interpreter from here on.
+
+    Raises:
+        RuntimeError: versions that do not work together.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    import triton
+
+    versions = [
+        tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, np)
+    ]
+    # Triton 3.6's interpreter takes int() of arrays of one element, which numpy 2.4 refuses.
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of triton {triton.__version__} does not work with "
+            f"numpy {np.__version__}: pip install 'numpy<2.4', or triton>=3.7"
+        )
+    install()
 
 
 def to_float(data: np.ndarray) -> np.ndarray:
@@ -43,8 +70,10 @@ def install() -> None:
         return cast(self, src, dst_type)
 
     def multiply(self, a, b, d, *options):
-        a, b = (handle(to_float(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
-                for x in (a, b))
+        a, b = (
+            handle(to_float(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
         return dot(self, a, b, d, *options)
 
     def refuse(operands):

@@ -41,8 +41,14 @@ def run(function: Callable, arguments: Sequence, upstream: Sequence[Tensor] | No
     return outputs, grads
 
 
-def assert_within_rule(found: Tensor, reference: Tensor, exact: Tensor, factor: float = 2.0,
-                       name: str = "result", floor: float = 0.0) -> None:
+def assert_within_rule(
+    found: Tensor,
+    reference: Tensor,
+    exact: Tensor,
+    factor: float = 2.0,
+    name: str = "result",
+    floor: float = 0.0,
+) -> None:
     """max |found - exact| <= factor * max |reference - exact| + one rounding of the result + floor.
 
     The rounding is half a unit of the result's dtype at the largest exact value; float32 gets
@@ -53,31 +59,43 @@ def assert_within_rule(found: Tensor, reference: Tensor, exact: Tensor, factor: 
     assert bool(found.isfinite().all()), f"{name} has elements that are not finite (unwritten?)"
     found, reference, exact = found.detach(), reference.detach(), exact.detach()
     unit = torch.finfo(found.dtype).eps * (0.5 if found.dtype != torch.float32 else 4.0)
-    allowed = (factor * float((reference.double() - exact).abs().max())
-               + unit * float(exact.abs().max()) + floor)
+    allowed = (
+        factor * float((reference.double() - exact).abs().max())
+        + unit * float(exact.abs().max())
+        + floor
+    )
     error = float((found.double() - exact).abs().max())
     assert error <= allowed, f"{name}: error {error:.3g} against float64, {allowed:.3g} allowed"
 
 
-def compare(kernel: Callable, reference: Callable, arguments: Sequence,
-            upstream: Sequence[Tensor] | None = None, exact: Callable | None = None,
-            factor: float = 2.0, floor: float = 0.0) -> None:
+def compare(
+    kernel: Callable,
+    reference: Callable,
+    arguments: Sequence,
+    upstream: Sequence[Tensor] | None = None,
+    exact: Callable | None = None,
+    factor: float = 2.0,
+    floor: float = 0.0,
+) -> None:
     """Outputs and gradients of `kernel` against `reference` in float64 (or `exact`), by the rule.
 
     floor: an absolute allowance, for results that cancel to zero. The kernel runs with
     uninitialised memory filled with NaN, twice, and must give the same bits.
     """
     with torch.random.fork_rng(devices=[]):
-        exact_outputs, exact_grads = run(exact or reference, [double(a) for a in arguments],
-                                         upstream)
+        exact_outputs, exact_grads = run(
+            exact or reference, [double(a) for a in arguments], upstream
+        )
         plain_outputs, plain_grads = run(reference, [fresh(a) for a in arguments], upstream)
         results = []
         for _ in range(2):
             with poisoned():
                 results.append(run(kernel, [fresh(a) for a in arguments], upstream))
     outputs, grads = results[0]
-    for group, found, plain, true in (("output", outputs, plain_outputs, exact_outputs),
-                                      ("gradient", grads, plain_grads, exact_grads)):
+    for group, found, plain, true in (
+        ("output", outputs, plain_outputs, exact_outputs),
+        ("gradient", grads, plain_grads, exact_grads),
+    ):
         assert len(found) == len(plain), f"{len(found)} {group}s, the reference has {len(plain)}"
         for i, (f, p, t) in enumerate(zip(found, plain, true, strict=True)):
             assert_within_rule(f, p, t.double(), factor, f"{group} {i}", floor)
@@ -102,8 +120,9 @@ def check_operator(op, *arguments) -> None:
     torch.library.opcheck(op, arguments)
 
 
-def check_compiles(function: Callable, arguments: Sequence,
-                   upstream: Sequence[Tensor] | None = None) -> None:
+def check_compiles(
+    function: Callable, arguments: Sequence, upstream: Sequence[Tensor] | None = None
+) -> None:
     """torch.compile(fullgraph=True) gives the bits of eager mode, forward and backward."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -113,5 +132,6 @@ def check_compiles(function: Callable, arguments: Sequence,
         assert torch.equal(expected, found)
 
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                                  reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)

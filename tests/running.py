@@ -5,6 +5,7 @@ import io
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,9 +22,21 @@ from heptapod_fast.train.parallel import World
 from heptapod_fast.train.setup import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(size="tiny", width=32, heads=2, depth=1, head_depth=1, batch=8, images=64,
-            logogram_count=64, codes=16, log_every=8, checkpoint_every=16, sample_every=0,
-            device="cpu")
+TINY = dict(
+    size="tiny",
+    width=32,
+    heads=2,
+    depth=1,
+    head_depth=1,
+    batch=8,
+    images=64,
+    logogram_count=64,
+    codes=16,
+    log_every=8,
+    checkpoint_every=16,
+    sample_every=0,
+    device="cpu",
+)
 NO_HEAD = {"head_depth": None}
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -74,8 +87,7 @@ def train_here(out, stop_at=None, say=lambda text: None, **settings):
     """(run, outcome) of training in this process; SIGTERM comes in the step from image stop_at."""
     run = start_here(out, say, **settings)
     if stop_at is not None:
-        run.source = Interrupting(run.source, stop_at,
-                                  lambda: signal.raise_signal(signal.SIGTERM))
+        run.source = Interrupting(run.source, stop_at, lambda: signal.raise_signal(signal.SIGTERM))
     return run, train(run)
 
 
@@ -121,15 +133,38 @@ def command(tool: str, *words) -> Result:
 
 def environment(**extra) -> dict[str, str]:
     """For child processes: one thread each, and no accelerator."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                         "PYTHONUNBUFFERED": "1"} | extra
+    return (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        | extra
+    )
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    """A launcher on a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+    )
 
 
 def start(tool: str, *words, launcher=(sys.executable,), **extra) -> subprocess.Popen:
     """Run tools/TOOL.py in another process; stdout and stderr together."""
-    return subprocess.Popen([*launcher, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)],
-                            env=environment(**extra), cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)],
+        env=environment(**extra),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> Result:

@@ -34,8 +34,10 @@ def nm(which, path):
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
     out = subprocess.run(["nm", "-D", which, str(path)], capture_output=True, text=True, check=True)
-    return [re.sub(r"@.*", "", re.sub(r"^[0-9a-f]+ ", "", line.strip()))
-            for line in out.stdout.splitlines()]
+    return [
+        re.sub(r"@.*", "", re.sub(r"^[0-9a-f]+ ", "", line.strip()))
+        for line in out.stdout.splitlines()
+    ]
 
 
 def allowed():
@@ -85,8 +87,9 @@ def test_nothing_of_cuda_torch_is_needed_to_load(needed):
 def test_dependencies(needed):
     if shutil.which("readelf") is None:
         pytest.skip("readelf (binutils) is not installed")
-    out = subprocess.run(["readelf", "-d", str(library.PATH)], capture_output=True, text=True,
-                         check=True).stdout
+    out = subprocess.run(
+        ["readelf", "-d", str(library.PATH)], capture_output=True, text=True, check=True
+    ).stdout
     libraries = re.findall(r"NEEDED.*\[(.*?)\]", out)
     # Without it weak CUDA symbols stay unresolved on GPU machines.
     assert "libtorch.so" in libraries
@@ -97,16 +100,19 @@ def test_dependencies(needed):
 @pytest.fixture(scope="module")
 def cuobjdump(needed):
     """cuobjdump(flag): its output for the built library."""
-    if "CUDA" not in library.status():
-        pytest.skip("the library was built without CUDA")
+    if not library.available("cuda"):
+        pytest.skip(library.why_not("cuda"))
     spec = importlib.util.find_spec("triton")
     folders = [Path(spec.origin).parent / "backends/nvidia/bin"] if spec else []
     folders += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
     found = [folder / "cuobjdump" for folder in folders if (folder / "cuobjdump").exists()]
     if not found:
         pytest.skip("cuobjdump is neither in CUDA's folder nor in triton's")
-    return lambda flag: subprocess.run([found[0], flag, library.PATH], capture_output=True,
-                                       text=True, check=True).stdout
+    return lambda flag: (
+        subprocess.run(
+            [found[0], flag, library.PATH], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def test_machine_code_for_every_architecture(cuobjdump):
@@ -134,15 +140,24 @@ def test_no_kernel_spills(cuobjdump):
     for arch in ARCHITECTURES:
         names = {name for a, name in usage if a == arch}
         assert not {k for k in kernels if not any(k in name for name in names)}, arch
-    spilling = {key: use for key, use in usage.items() if (use["STACK"] or use["LOCAL"])
-                and not any(name in key[1] for name in STACK)}
+    spilling = {
+        key: use
+        for key, use in usage.items()
+        if (use["STACK"] or use["LOCAL"]) and not any(name in key[1] for name in STACK)
+    }
     assert not spilling
 
 
 def run_python(code, folder, **environment):
     """Runs code in a new interpreter that sees `folder` first; returns the finished process."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder,
-                          env=os.environ | {"PYTHONPATH": str(folder)} | environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)} | environment,
+        check=False,
+    )
 
 
 def test_the_library_loads_in_a_fresh_process(needed):
@@ -151,18 +166,24 @@ def test_the_library_loads_in_a_fresh_process(needed):
 
 
 def test_everything_imports_and_runs_without_the_library(tmp_path):
-    shutil.copytree(ROOT / "heptapod_fast", tmp_path / "heptapod_fast",
-                    ignore=shutil.ignore_patterns("*.so", "__pycache__", library._NOTE.name))
+    shutil.copytree(
+        ROOT / "heptapod_fast",
+        tmp_path / "heptapod_fast",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__", library._NOTE.name),
+    )
     done = run_python(
         "import torch, heptapod_fast.ops as ops; from heptapod_fast.rng import Rng\n"
         "print(ops.library.status()); print(ops.library.available('cpu'))\n"
         "print(ops.dispatch.choose('adamw_ema', 'cpu', torch.float32))\n"
-        "print(Rng(3).bits('s', torch.arange(2), 2).tolist())", tmp_path)
+        "print(Rng(3).bits('s', torch.arange(2), 2).tolist())",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     status, available, choice, bits = done.stdout.splitlines()
     assert status.startswith("compiled operators: not built") and available == "False"
     assert choice.startswith("adamw_ema: reference (not cuda")
     from heptapod_fast.rng import Rng
+
     assert bits == str(Rng(3).bits("s", torch.arange(2), 2).tolist())
 
 
@@ -178,8 +199,14 @@ def sources(tmp_path):
 
 
 def build(folder, **environment):
-    return subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder,
-                          capture_output=True, text=True, env=os.environ | environment, check=False)
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
 
 
 def test_a_failed_build_still_installs_and_says_why(sources):

@@ -39,8 +39,10 @@ def test_baselines_lack_the_heads_embeddings_and_norm_only(size, system):
     assert parameters(config) == PAPER_TOTALS[size] - tables
 
 
-@pytest.mark.parametrize("size, depth, width, heads, blocks, mlp", [
-    ("B", 12, 768, 12, 6, 1024), ("L", 16, 1024, 16, 8, 1280), ("H", 20, 1280, 16, 12, 1536)])
+@pytest.mark.parametrize(
+    "size, depth, width, heads, blocks, mlp",
+    [("B", 12, 768, 12, 6, 1024), ("L", 16, 1024, 16, 8, 1280), ("H", 20, 1280, 16, 12, 1536)],
+)
 def test_presets_are_table_3(size, depth, width, heads, blocks, mlp):
     c = resolved(size)
     assert (c.depth, c.head_depth, c.width, c.heads) == (depth, depth, width, heads)
@@ -65,26 +67,37 @@ def test_recipe_of_tiny():
     assert (c.dropout, c.flip, c.codes, c.density) == (0.0, False, 128, 2)
 
 
-@pytest.mark.parametrize("settings, expected", [
-    (dict(size="B", data="folder"), True),
-    (dict(size="B", data="folder", tokenizer="vq16"), True),
-    (dict(size="B", data="folder", tokenizer="patch"), False),
-    (dict(size="B", data="folder", tokenizer="patch-vq"), False),
-    (dict(size="B", data="folder", image_size=128), False),
-    (dict(size="B", data="synthetic"), False),
-    (dict(size="B", data="folder", flip=False), False),
-    (dict(size="tiny", tokenizer="kl16", image_size=256, data="folder"), False),
-    (dict(size="tiny", flip=True), True),
-])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (dict(size="B", data="folder"), True),
+        (dict(size="B", data="folder", tokenizer="vq16"), True),
+        (dict(size="B", data="folder", tokenizer="patch"), False),
+        (dict(size="B", data="folder", tokenizer="patch-vq"), False),
+        (dict(size="B", data="folder", image_size=128), False),
+        (dict(size="B", data="synthetic"), False),
+        (dict(size="B", data="folder", flip=False), False),
+        (dict(size="tiny", tokenizer="kl16", image_size=256, data="folder"), False),
+        (dict(size="tiny", flip=True), True),
+    ],
+)
 def test_flip_rule(settings, expected):
     assert Config(**settings).resolve().flip is expected
 
 
-@pytest.mark.parametrize("settings", [
-    dict(size="tiny"), dict(size="tiny", system="1d-random"), dict(size="tiny", window=9),
-    dict(size="tiny", tokenizer="patch", image_size=32), dict(size="B"),
-    dict(size="L", head_depth=1), dict(size="H", system="1d-raster"), dict(size="L", head="local"),
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(size="tiny"),
+        dict(size="tiny", system="1d-random"),
+        dict(size="tiny", window=9),
+        dict(size="tiny", tokenizer="patch", image_size=32),
+        dict(size="B"),
+        dict(size="L", head_depth=1),
+        dict(size="H", system="1d-raster"),
+        dict(size="L", head="local"),
+    ],
+)
 def test_resolving_twice_changes_nothing(settings):
     once = resolved(**settings)
     assert once.resolve() == once
@@ -97,73 +110,87 @@ def test_head_depth_keeps_the_total(head_depth, depth):
     assert parameters(config) == PAPER_TOTALS["L"]
 
 
-@pytest.mark.parametrize("settings, head, window", [
-    (dict(), "global", 256), (dict(window=256), "global", 256), (dict(window=64), "local", 64),
-    (dict(head="local"), "local", 64), (dict(head="local", window=4), "local", 4)])
+@pytest.mark.parametrize(
+    "settings, head, window",
+    [
+        (dict(), "global", 256),
+        (dict(window=256), "global", 256),
+        (dict(window=64), "local", 64),
+        (dict(head="local"), "local", 64),
+        (dict(head="local", window=4), "local", 4),
+    ],
+)
 def test_window_and_head_follow_from_each_other(settings, head, window):
     config = resolved("B", **settings)
     assert (config.head, config.window) == (head, window)
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(head="global", window=4), "--window 4 contradicts --head global"),
-    (dict(head="local", window=5), "--window 5"),
-    (dict(window=8), "--window 8"),
-    (dict(window=16), "--window 16"),
-    (dict(head="local", window=36), "--window 36"),
-    (dict(head="local", image_size=4), "--head local"),
-    (dict(image_size=25), "--image-size 25"),
-    (dict(image_size=0), "--image-size 0"),
-    (dict(patch_size=0), "--patch-size 0"),
-    (dict(tokenizer="kl16", image_size=32, patch_size=8), "--patch-size 8"),
-    (dict(tokenizer="kl16"), "--image-size 24"),
-    (dict(tokenizer="patch", codes=16), "--codes 16"),
-    (dict(codes=1), "--codes must be 2 or more"),
-    (dict(tokenizer="patch", tokenizer_weights="x"), "--tokenizer-weights"),
-    (dict(diffusion_blocks=2), "--diffusion-blocks"),
-    (dict(diffusion_width=2), "--diffusion-width"),
-    (dict(diffusion_repeat=2), "--diffusion-repeat"),
-    (dict(diffusion_loss="mse"), "--diffusion-loss"),
-    (dict(tokenizer="patch", diffusion_repeat=0), "--diffusion-repeat 0"),
-    (dict(tokenizer="patch", diffusion_width=0), "--diffusion-width 0"),
-    (dict(data="synthetic", logogram_count=5), "--logogram-count"),
-    (dict(logogram_count=0), "--logogram-count 0"),
-    (dict(data="synthetic", flip=True), "--flip"),
-    (dict(num_classes=0), "--num-classes 0"),
-    (dict(head_depth=0), "--head-depth 0"),
-    (dict(head_depth=6), "--head-depth 6"),
-    (dict(density=0), "--density 0"),
-    (dict(density=37), "--density 37"),
-    (dict(width=30), "--width 30"),
-    (dict(width=0), "--width 0"),
-    (dict(heads=0), "--heads 0"),
-    (dict(dropout=1.0), "--dropout 1.0"),
-    (dict(dropout=-0.1), "--dropout -0.1"),
-    (dict(images=0), "--images 0"),
-    (dict(batch=0), "--batch 0"),
-    (dict(micro_batch=0), "--micro-batch 0"),
-    (dict(sample_every=-1), "--sample-every -1"),
-    (dict(warmup=1.0), "--warmup 1.0"),
-    (dict(clip=-1.0), "--clip"),
-    (dict(lr_per_256=0.0), "--lr-per-256"),
-    (dict(weight_decay=-0.1), "--weight-decay"),
-    (dict(ema=(0.9, 0.9)), "--ema"),
-    (dict(ema=(1.0,)), "--ema"),
-    (dict(embedding_std=0.0), "--embedding-std 0.0"),
-    (dict(seed=-1), "--seed -1"),
-    (dict(seed=2**63), "--seed"),
-    (dict(size="XXL"), "--size XXL: expected one of tiny, B, L, H"),
-    (dict(system="npp"), "--system npp: expected one of heptapod, 1d-raster"),
-    (dict(steps="mirrored"), "--steps mirrored"),
-    (dict(loss_weight="token"), "--loss-weight token"),
-    (dict(tokenizer="vae"), "--tokenizer vae"),
-    (dict(clip=float("nan")), "--clip nan"), (dict(lr_per_256=float("inf")), "--lr-per-256 inf"),
-    (dict(ema=(float("nan"),)), "--ema"), (dict(beta1=1.0), "--beta1 1.0"),
-    (dict(beta2=-0.1), "--beta2 -0.1"), (dict(minutes=0.0), "--minutes 0.0"),
-    (dict(max_skips=-1), "--max-skips -1"),
-    (dict(images=32), "--batch 64 is more than --images 32"),
-    (dict(batch=10**11), "--batch 100000000000"), (dict(depth=10**11), "--depth 100000000000"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(head="global", window=4), "--window 4 contradicts --head global"),
+        (dict(head="local", window=5), "--window 5"),
+        (dict(window=8), "--window 8"),
+        (dict(window=16), "--window 16"),
+        (dict(head="local", window=36), "--window 36"),
+        (dict(head="local", image_size=4), "--head local"),
+        (dict(image_size=25), "--image-size 25"),
+        (dict(image_size=0), "--image-size 0"),
+        (dict(patch_size=0), "--patch-size 0"),
+        (dict(tokenizer="kl16", image_size=32, patch_size=8), "--patch-size 8"),
+        (dict(tokenizer="kl16"), "--image-size 24"),
+        (dict(tokenizer="patch", codes=16), "--codes 16"),
+        (dict(codes=1), "--codes must be 2 or more"),
+        (dict(tokenizer="patch", tokenizer_weights="x"), "--tokenizer-weights"),
+        (dict(diffusion_blocks=2), "--diffusion-blocks"),
+        (dict(diffusion_width=2), "--diffusion-width"),
+        (dict(diffusion_repeat=2), "--diffusion-repeat"),
+        (dict(diffusion_loss="mse"), "--diffusion-loss"),
+        (dict(tokenizer="patch", diffusion_repeat=0), "--diffusion-repeat 0"),
+        (dict(tokenizer="patch", diffusion_width=0), "--diffusion-width 0"),
+        (dict(data="synthetic", logogram_count=5), "--logogram-count"),
+        (dict(logogram_count=0), "--logogram-count 0"),
+        (dict(data="synthetic", flip=True), "--flip"),
+        (dict(num_classes=0), "--num-classes 0"),
+        (dict(head_depth=0), "--head-depth 0"),
+        (dict(head_depth=6), "--head-depth 6"),
+        (dict(density=0), "--density 0"),
+        (dict(density=37), "--density 37"),
+        (dict(width=30), "--width 30"),
+        (dict(width=0), "--width 0"),
+        (dict(heads=0), "--heads 0"),
+        (dict(dropout=1.0), "--dropout 1.0"),
+        (dict(dropout=-0.1), "--dropout -0.1"),
+        (dict(images=0), "--images 0"),
+        (dict(batch=0), "--batch 0"),
+        (dict(micro_batch=0), "--micro-batch 0"),
+        (dict(sample_every=-1), "--sample-every -1"),
+        (dict(warmup=1.0), "--warmup 1.0"),
+        (dict(clip=-1.0), "--clip"),
+        (dict(lr_per_256=0.0), "--lr-per-256"),
+        (dict(weight_decay=-0.1), "--weight-decay"),
+        (dict(ema=(0.9, 0.9)), "--ema"),
+        (dict(ema=(1.0,)), "--ema"),
+        (dict(embedding_std=0.0), "--embedding-std 0.0"),
+        (dict(seed=-1), "--seed -1"),
+        (dict(seed=2**63), "--seed"),
+        (dict(size="XXL"), "--size XXL: expected one of tiny, B, L, H"),
+        (dict(system="npp"), "--system npp: expected one of heptapod, 1d-raster"),
+        (dict(steps="mirrored"), "--steps mirrored"),
+        (dict(loss_weight="token"), "--loss-weight token"),
+        (dict(tokenizer="vae"), "--tokenizer vae"),
+        (dict(clip=float("nan")), "--clip nan"),
+        (dict(lr_per_256=float("inf")), "--lr-per-256 inf"),
+        (dict(ema=(float("nan"),)), "--ema"),
+        (dict(beta1=1.0), "--beta1 1.0"),
+        (dict(beta2=-0.1), "--beta2 -0.1"),
+        (dict(minutes=0.0), "--minutes 0.0"),
+        (dict(max_skips=-1), "--max-skips -1"),
+        (dict(images=32), "--batch 64 is more than --images 32"),
+        (dict(batch=10**11), "--batch 100000000000"),
+        (dict(depth=10**11), "--depth 100000000000"),
+    ],
+)
 def test_refusals_name_the_flag(settings, message):
     with pytest.raises(ValueError) as error:
         Config(**{"size": "tiny", **settings}).resolve()
@@ -171,30 +198,48 @@ def test_refusals_name_the_flag(settings, message):
 
 
 @pytest.mark.parametrize("system", ["1d-raster", "1d-random"])
-@pytest.mark.parametrize("name, value", [
-    ("head", "global"), ("head_depth", 2), ("window", 4), ("density", 1), ("steps", "uniform"),
-    ("loss_weight", "step")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("head", "global"),
+        ("head_depth", 2),
+        ("window", 4),
+        ("density", 1),
+        ("steps", "uniform"),
+        ("loss_weight", "step"),
+    ],
+)
 def test_baselines_refuse_head_flags(system, name, value):
     with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
         Config(size="tiny", system=system, **{name: value}).resolve()
 
 
-@pytest.mark.parametrize("settings, world, expected", [
-    (dict(batch=64), 1, (64, 1)), (dict(batch=64), 4, (16, 1)),
-    (dict(batch=64, micro_batch=8), 2, (32, 4)), (dict(batch=1024), 1, (1024, 4)),
-    (dict(batch=518), 1, (518, 7)), (dict(batch=7, steps="uniform"), 1, (7, 1)),
-    (dict(batch=6, micro_batch=3, system="1d-random"), 2, (3, 1))])
+@pytest.mark.parametrize(
+    "settings, world, expected",
+    [
+        (dict(batch=64), 1, (64, 1)),
+        (dict(batch=64), 4, (16, 1)),
+        (dict(batch=64, micro_batch=8), 2, (32, 4)),
+        (dict(batch=1024), 1, (1024, 4)),
+        (dict(batch=518), 1, (518, 7)),
+        (dict(batch=7, steps="uniform"), 1, (7, 1)),
+        (dict(batch=6, micro_batch=3, system="1d-random"), 2, (3, 1)),
+    ],
+)
 def test_share_of_batch(settings, world, expected):
     assert share_of_batch(resolved(**settings), world) == expected
 
 
-@pytest.mark.parametrize("settings, world, message", [
-    (dict(batch=10), 4, "--batch 10 does not divide over 4 ranks: the nearest are 8 and 12"),
-    (dict(batch=8, micro_batch=3), 1, "--micro-batch 3 does not divide the 8 sequences"),
-    (dict(batch=8, micro_batch=16), 1, "--micro-batch 16"),
-    (dict(batch=8, micro_batch=1), 1, "--micro-batch"),
-    (dict(batch=6), 2, "--steps uniform"),
-])
+@pytest.mark.parametrize(
+    "settings, world, message",
+    [
+        (dict(batch=10), 4, "--batch 10 does not divide over 4 ranks: the nearest are 8 and 12"),
+        (dict(batch=8, micro_batch=3), 1, "--micro-batch 3 does not divide the 8 sequences"),
+        (dict(batch=8, micro_batch=16), 1, "--micro-batch 16"),
+        (dict(batch=8, micro_batch=1), 1, "--micro-batch"),
+        (dict(batch=6), 2, "--steps uniform"),
+    ],
+)
 def test_batches_that_cannot_be_shared_are_refused(settings, world, message):
     with pytest.raises(ValueError) as error:
         share_of_batch(resolved(**settings), world)
@@ -203,19 +248,52 @@ def test_batches_that_cannot_be_shared_are_refused(settings, world, message):
 
 def test_every_setting_that_matters_changes_the_run_directory():
     base = resolved()
-    changed = dict(seed=1, batch=32, density=3, head_depth=1, width=64, dropout=0.1, codes=64,
-                   ema=(0.99,), lr_per_256=1e-3, warmup=0.1, logogram_count=77, steps="uniform",
-                   loss_weight="step", window=4, clip=1.0, beta2=0.9, weight_decay=0.0, flip=True,
-                   system="1d-random", data="synthetic", image_size=28, allow_upscale=True)
-    names = {name: resolved(**({"logogram_count": None} | {name: value}
-                               if name == "data" else {name: value})).run_dir()
-             for name, value in changed.items()}
+    changed = dict(
+        seed=1,
+        batch=32,
+        density=3,
+        head_depth=1,
+        width=64,
+        dropout=0.1,
+        codes=64,
+        ema=(0.99,),
+        lr_per_256=1e-3,
+        warmup=0.1,
+        logogram_count=77,
+        steps="uniform",
+        loss_weight="step",
+        window=4,
+        clip=1.0,
+        beta2=0.9,
+        weight_decay=0.0,
+        flip=True,
+        system="1d-random",
+        data="synthetic",
+        image_size=28,
+        allow_upscale=True,
+    )
+    names = {
+        name: resolved(
+            **({"logogram_count": None} | {name: value} if name == "data" else {name: value})
+        ).run_dir()
+        for name, value in changed.items()
+    }
     assert len({base.run_dir(), *names.values()}) == 1 + len(changed)
 
 
-@pytest.mark.parametrize("change", [
-    dict(images=777), dict(checkpoint_every=1), dict(keep_checkpoints=9), dict(device="cpu"),
-    dict(precision="fp32"), dict(attention="sdpa"), dict(micro_batch=2), dict(minutes=3.0)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(images=777),
+        dict(checkpoint_every=1),
+        dict(keep_checkpoints=9),
+        dict(device="cpu"),
+        dict(precision="fp32"),
+        dict(attention="sdpa"),
+        dict(micro_batch=2),
+        dict(minutes=3.0),
+    ],
+)
 def test_settings_that_do_not_matter_keep_the_run_directory(change):
     assert set(change) <= MAY_CHANGE
     assert resolved(**change).run_dir() == resolved().run_dir()
@@ -227,8 +305,9 @@ def test_run_directory_is_readable_and_out_wins():
     assert resolved(out="elsewhere").run_dir() == "elsewhere"
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(ema=()), dict(ema=(0.5, 0.9), window=9),
-                                      dict(system="1d-raster")])
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(ema=()), dict(ema=(0.5, 0.9), window=9), dict(system="1d-raster")]
+)
 def test_json_round_trip(settings):
     config = resolved(**settings)
     assert Config.from_json(config.to_json()) == config

@@ -30,6 +30,7 @@ def orders_of(batch, num_tokens):
 
 # ------------------------------------------------------------------------------------------ orders
 
+
 @settings(max_examples=25, deadline=None)
 @given(num_tokens=st.integers(1, 40), first=st.integers(0, 2**40), batch=st.integers(1, 5))
 def test_orders_are_permutations_and_functions_of_the_index(num_tokens, first, batch):
@@ -56,6 +57,7 @@ def test_raster_orders_and_ranks():
 
 
 # ------------------------------------------------------------------------------------------- steps
+
 
 @pytest.mark.parametrize("parity", [0, 1])
 @pytest.mark.parametrize("mode, density", [("antithetic", 1), ("antithetic", 3), ("uniform", 2)])
@@ -122,16 +124,22 @@ def test_expected_rows_are_the_mean(mode, num_tokens):
     mean = (num_tokens - steps).double().mean()
     assert float(mean) == pytest.approx(grid.expected_rows(1, num_tokens, 1, mode), rel=0.01)
     assert grid.expected_rows(6, num_tokens, 3, mode) == pytest.approx(
-        18 * grid.expected_rows(1, num_tokens, 1, mode))
+        18 * grid.expected_rows(1, num_tokens, 1, mode)
+    )
 
 
 # -------------------------------------------------------------------------------------------- rows
 
+
 def enumerated(order, steps):
     """(pair, position) of every unseen position, in the order they would come up."""
     density = steps.shape[1]
-    return [(b * density + j, int(p)) for b in range(len(order)) for j in range(density)
-            for p in order[b, int(steps[b, j]):]]
+    return [
+        (b * density + j, int(p))
+        for b in range(len(order))
+        for j in range(density)
+        for p in order[b, int(steps[b, j]) :]
+    ]
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,6 +181,7 @@ def test_step_weights_sum_to_one_for_every_step(kind):
 
 # ----------------------------------------------------------------------------------------- windows
 
+
 def window_rows_of(order, steps, loss_weight="position", side=4, window=4):
     owner, positions = grid.window_of(side, window), grid.window_positions(side, window)
     chosen = positions[owner[order.gather(1, steps).flatten()]]
@@ -194,20 +203,25 @@ def test_windows_partition_the_grid_into_squares(side, window):
 def test_window_rows_against_brute_force():
     order, steps = orders_of(4, 16), steps_of(4, 16, 5, "uniform")
     chosen, rows = window_rows_of(order, steps)
-    supervised = [(s, p) for s, p, w in zip(rows.pair_R.tolist(), rows.position_R.tolist(),
-                                            rows.weight_R.tolist()) if w]
+    supervised = [
+        (s, p)
+        for s, p, w in zip(rows.pair_R.tolist(), rows.position_R.tolist(), rows.weight_R.tolist())
+        if w
+    ]
     expected = []
     for s in range(20):
         sequence, step = order[s // 5].tolist(), int(steps.flatten()[s])
         following = sequence[step]
-        same = [p for p in range(16)
-                if (p // 8, p % 4 // 2) == (following // 8, following % 4 // 2)]
+        same = [
+            p for p in range(16) if (p // 8, p % 4 // 2) == (following // 8, following % 4 // 2)
+        ]
         assert chosen[s].tolist() == same
         expected += [(s, p) for p in same if sequence.index(p) >= step]
     assert supervised == expected
 
 
 # ------------------------------------------------------------------------------------------ groups
+
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 16, 36, 256])

@@ -8,8 +8,16 @@ import torch
 from heptapod_fast.rng import Rng
 
 INDEX = torch.arange(50_000)
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 
 
 def correlation(a, b):
@@ -27,8 +35,11 @@ def test_uniform_moments_and_bins():
 
 @pytest.mark.parametrize("word", [0, 2**32 - 1])
 def test_uniform_never_reaches_its_ends(word, monkeypatch):
-    monkeypatch.setattr(Rng, "bits", lambda self, stream, index, count, slot=0: torch.full(
-        (*index.shape, count), word))
+    monkeypatch.setattr(
+        Rng,
+        "bits",
+        lambda self, stream, index, count, slot=0: torch.full((*index.shape, count), word),
+    )
     u = Rng(0).uniform("u", torch.arange(2), 3)
     assert 0 < float(u.min()) and float(u.max()) < 1
     assert torch.isfinite(Rng(0).normal("n", torch.arange(2), 3)).all()
@@ -46,24 +57,39 @@ def test_normal_moments():
 
 def test_streams_slots_steps_seeds_and_indices_are_independent():
     base = Rng(0).uniform("a", INDEX, 1)
-    others = [Rng(0).uniform("b", INDEX, 1), Rng(0).uniform("a", INDEX, 1, slot=1),
-              Rng(0).at(1).uniform("a", INDEX, 1), Rng(1).uniform("a", INDEX, 1),
-              Rng(0).uniform("a", INDEX + 1, 1), Rng(0).uniform("a", INDEX, 2)[:, 1:],
-              Rng(0).uniform("a", INDEX + 2**32, 1)]
+    others = [
+        Rng(0).uniform("b", INDEX, 1),
+        Rng(0).uniform("a", INDEX, 1, slot=1),
+        Rng(0).at(1).uniform("a", INDEX, 1),
+        Rng(1).uniform("a", INDEX, 1),
+        Rng(0).uniform("a", INDEX + 1, 1),
+        Rng(0).uniform("a", INDEX, 2)[:, 1:],
+        Rng(0).uniform("a", INDEX + 2**32, 1),
+    ]
     for other in others:
         assert abs(correlation(base, other)) < 0.02
 
 
 def test_seed_stream_and_step_cannot_be_confused():
-    keys = {Rng(seed, step).key(stream) for seed in (0, 1, 11) for step in (0, 1, 11)
-            for stream in ("a", "b", "a.1")}
+    keys = {
+        Rng(seed, step).key(stream)
+        for seed in (0, 1, 11)
+        for step in (0, 1, 11)
+        for stream in ("a", "b", "a.1")
+    }
     assert len(keys) == 27
 
 
-@pytest.mark.parametrize("draw", [
-    lambda r, i: r.bits("s", i, 5), lambda r, i: r.uniform("s", i, 5),
-    lambda r, i: r.normal("s", i, 5), lambda r, i: r.integers("s", i, 5, 7),
-    lambda r, i: r.permutation("s", i, 9)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda r, i: r.bits("s", i, 5),
+        lambda r, i: r.uniform("s", i, 5),
+        lambda r, i: r.normal("s", i, 5),
+        lambda r, i: r.integers("s", i, 5, 7),
+        lambda r, i: r.permutation("s", i, 9),
+    ],
+)
 def test_draws_do_not_depend_on_the_batch(draw):
     index = torch.tensor([9, 4, 2**40, 0, 77])
     together = draw(Rng(2), index)

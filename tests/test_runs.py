@@ -24,8 +24,10 @@ def weights(system):
     return {name: p.detach() for name, p in system.named_parameters()}
 
 
-@pytest.mark.parametrize("ema, file", [(None, "ema-0.9999"), ("0.5", "ema-0.5"), ("none", "model"),
-                                       ("ema-0.9999", "ema-0.9999")])
+@pytest.mark.parametrize(
+    "ema, file",
+    [(None, "ema-0.9999"), ("0.5", "ema-0.5"), ("none", "model"), ("ema-0.9999", "ema-0.9999")],
+)
 def test_load_run_takes_the_average_asked_for(trained, ema, file):
     system = load_run(trained, ema=ema, device="cpu")
     expected = final_tensors(trained, file)
@@ -56,8 +58,9 @@ def test_an_unknown_average_is_refused_with_the_list(trained):
 def test_a_run_without_averages_gives_its_weights(tmp_path):
     train_here(tmp_path, ema=(), images=16)
     expected = final_tensors(tmp_path)
-    assert all(torch.equal(w, expected[n]) for n, w in
-               weights(load_run(tmp_path, device="cpu")).items())
+    assert all(
+        torch.equal(w, expected[n]) for n, w in weights(load_run(tmp_path, device="cpu")).items()
+    )
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -68,8 +71,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         load_run(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"size": "tiny"}',
-                                  '{"size": "tiny", "ema": [], "new_setting": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"size": "tiny"}', '{"size": "tiny", "ema": [], "new_setting": 1}'],
+)
 def test_a_damaged_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunError, match="config.json cannot be read"):
@@ -97,8 +102,12 @@ def test_claim_makes_the_directory(tmp_path):
     config = tiny_config(tmp_path / "deep" / "run")
     run = RunDir(config.run_dir())
     assert run.claim(config) == []
-    assert {p.name for p in run.path.iterdir()} == {".lock", "config.json", "samples",
-                                                    "checkpoints"}
+    assert {p.name for p in run.path.iterdir()} == {
+        ".lock",
+        "config.json",
+        "samples",
+        "checkpoints",
+    }
     assert run.read_config() == config
 
 

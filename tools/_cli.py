@@ -51,8 +51,11 @@ def main(work: Callable[[], int | None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        print(f"error: out of memory ({str(error).splitlines()[0][:200]}): lower --micro-batch or "
-              "--batch, or choose a smaller --size", file=sys.stderr)
+        print(
+            f"error: out of memory ({str(error).splitlines()[0][:200]}): lower --micro-batch or "
+            "--batch, or choose a smaller --size",
+            file=sys.stderr,
+        )
         code = 1
     except KeyboardInterrupt:
         print("interrupted before there was anything to save", file=sys.stderr)

@@ -37,8 +37,13 @@ class SamplingArguments(SampleOptions):
         """The system; ValueError if its tokens cannot be decoded."""
         from heptapod_fast.runs import load_run
 
-        system = load_run(self.run, self.checkpoint, self.ema, self.device,
-                          tokenizer_weights=self.tokenizer_weights)
+        system = load_run(
+            self.run,
+            self.checkpoint,
+            self.ema,
+            self.device,
+            tokenizer_weights=self.tokenizer_weights,
+        )
         if system.tokenizer is None:
             raise ValueError(f"{self.run} was trained on synthetic tokens: nothing can be decoded")
         return system
@@ -49,13 +54,16 @@ class SamplingArguments(SampleOptions):
         from heptapod_fast.rng import Rng
         from heptapod_fast.sampling.generate import generate
 
-        return generate(system, labels, Rng(self.seed), self.options(), self.batch,
-                        Progress("sampling"))
+        return generate(
+            system, labels, Rng(self.seed), self.options(), self.batch, Progress("sampling")
+        )
 
     def check_count(self, count: int) -> None:
         """ValueError for counts that cannot be."""
         if not 1 <= count <= 10_000_000 or self.batch < 1:
-            raise ValueError(f"--count {count}, --batch {self.batch}: expected at least 1, and at "
-                             "most 10,000,000 images")
+            raise ValueError(
+                f"--count {count}, --batch {self.batch}: expected at least 1, and at "
+                "most 10,000,000 images"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed}: expected 0 to 2**63 - 1")

@@ -84,23 +84,31 @@ def build(given: Arguments, world) -> int:
     from heptapod_fast.progress import Progress, duration
 
     if not given.out.rstrip("/").endswith(".zarr"):
-        raise ValueError(f"--out {given.out}: expected a name that ends in .zarr, by which "
-                         "tools/train.py --data knows caches")
+        raise ValueError(
+            f"--out {given.out}: expected a name that ends in .zarr, by which "
+            "tools/train.py --data knows caches"
+        )
     begin, path, found = time.monotonic(), Path(given.out), look(given, world)
     lock = claim(path) if world.main else None
     plan = make_plan(given, world, found)
     builder = Builder(path, plan, threads_of(given, world))
     if world.main and builder.begin():
-        print(f"building  {path}: {len(plan.files):,} images, {len(plan.class_names)} classes, "
-              f"{plan.shards} shard{'s' * (plan.shards > 1)}", flush=True)
+        print(
+            f"building  {path}: {len(plan.files):,} images, {len(plan.class_names)} classes, "
+            f"{plan.shards} shard{'s' * (plan.shards > 1)}",
+            flush=True,
+        )
     world.barrier()
     missing = builder.missing()
     world.barrier()  # nobody finishes a shard before everybody has seen what is missing
     if missing and world.main and len(missing) < plan.shards:
         print(f"going on  {plan.shards - len(missing)} shards are done", flush=True)
-    builder.build(missing[world.rank::world.size],
-                  Progress("encoding" if world.size == 1 else f"encoding, 1 of {world.size} parts")
-                  if world.main else None)
+    builder.build(
+        missing[world.rank :: world.size],
+        Progress("encoding" if world.size == 1 else f"encoding, 1 of {world.size} parts")
+        if world.main
+        else None,
+    )
     world.barrier()
     if world.main:
         if builder.work.exists():

@@ -30,21 +30,31 @@ def work() -> None:
     given = parser.parse_args()
     begin = time.monotonic()
     extra = ["--images", given.images] if given.images else []
-    step("tools/train.py", "--size", "tiny", "--out", given.out, "--minutes",
-         f"{given.minutes:g}", *extra)
+    step(
+        "tools/train.py",
+        "--size",
+        "tiny",
+        "--out",
+        given.out,
+        "--minutes",
+        f"{given.minutes:g}",
+        *extra,
+    )
     step("tools/evaluate.py", given.out, "--count", "400")
     step("tools/report.py", given.out)
     run = ROOT / given.out
     shutil.copyfile(run / "evaluation.png", ROOT / "demo.png")
     results = json.loads((run / "evaluation.json").read_text())
-    print(f"\nsamples            demo.png (a row per class: 2-fold, 3-fold, ... symmetry)\n"
-          f"symmetry accuracy  {results['symmetry_accuracy']:.3f} over {results['samples']} "
-          f"samples\n"
-          f"copies             {results['copy_share']:.1%} of the samples lie as near to a "
-          f"training image as the nearest\n"
-          f"                   {results['copy_share_fresh']:.1%} of images never trained on\n"
-          f"report             {given.out}/report.md\n"
-          f"time               {time.monotonic() - begin:.0f} s without the installation")
+    print(
+        f"\nsamples            demo.png (a row per class: 2-fold, 3-fold, ... symmetry)\n"
+        f"symmetry accuracy  {results['symmetry_accuracy']:.3f} over {results['samples']} "
+        f"samples\n"
+        f"copies             {results['copy_share']:.1%} of the samples lie as near to a "
+        f"training image as the nearest\n"
+        f"                   {results['copy_share_fresh']:.1%} of images never trained on\n"
+        f"report             {given.out}/report.md\n"
+        f"time               {time.monotonic() - begin:.0f} s without the installation"
+    )
 
 
 if __name__ == "__main__":

@@ -35,24 +35,31 @@ def work() -> int:
     default = ["symmetry"] if system.config.data == "logograms" else []
     names = default if arguments.metrics is None else arguments.metrics.split(",")
     if not names:
-        raise ValueError(f"--metrics is missing: none of this version's ({', '.join(METRICS)}) "
-                         f"applies by itself to --data {system.config.data}")
+        raise ValueError(
+            f"--metrics is missing: none of this version's ({', '.join(METRICS)}) "
+            f"applies by itself to --data {system.config.data}"
+        )
     context = MetricContext(source=open_images(system.config), tokenizer=system.tokenizer)
     metrics = make_metrics(names, context)
     labels = spread(list(range(system.num_classes)), arguments.count)
     images = arguments.images(system, labels)
-    results: dict[str, object] = {"images_seen": system.images_seen, "samples": arguments.count,
-                                  "checkpoint": system.checkpoint.name, "seed": arguments.seed,
-                                  "weights": arguments.ema or "first average",
-                                  **asdict(arguments.options())}
+    results: dict[str, object] = {
+        "images_seen": system.images_seen,
+        "samples": arguments.count,
+        "checkpoint": system.checkpoint.name,
+        "seed": arguments.seed,
+        "weights": arguments.ema or "first average",
+        **asdict(arguments.options()),
+    }
     for metric in metrics:
         metric.update(images, labels)
         results |= metric.compute()
     out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    picked = [i for c in labels.unique()[:8].tolist()
-              for i in (labels == c).nonzero()[:8, 0].tolist()]
+    picked = [
+        i for c in labels.unique()[:8].tolist() for i in (labels == c).nonzero()[:8, 0].tolist()
+    ]
     save_grid(images[picked], out.with_suffix(".png"), columns=8)
     for name, value in results.items():
         print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")

@@ -84,8 +84,11 @@ def operation(arguments: Arguments) -> int:
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    known = sorted(p.stem[6:] for p in Path(sys.path[0], "bench").glob("bench_*.py")
-                   if "def cases" in p.read_text())
+    known = sorted(
+        p.stem[6:]
+        for p in Path(sys.path[0], "bench").glob("bench_*.py")
+        if "def cases" in p.read_text()
+    )
     if arguments.op not in known:
         raise ValueError(f"--op {arguments.op}: expected one of {', '.join(known)}")
     device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
@@ -120,20 +123,28 @@ def write(profiler, out: Path, steps: int, config: Config) -> None:
     def own(event) -> float:
         return (event.self_device_time_total if cuda else event.self_cpu_time_total) / steps / 1000
 
-    phases = {e.key: (e.device_time_total if cuda else e.cpu_time_total) / steps / 1000
-              for e in events
-              if e.key in ("data", "forward", "backward", "optimizer")}
+    phases = {
+        e.key: (e.device_time_total if cuda else e.cpu_time_total) / steps / 1000
+        for e in events
+        if e.key in ("data", "forward", "backward", "optimizer")
+    }
     whole = sum(phases.values())
     rows = sorted((e for e in events if e.key not in phases), key=own, reverse=True)[:25]
     device = device_name(choose_device(config.device))
-    lines = [f"# One training step: {config.system} {config.size}, batch {config.batch}", "",
-             f"{device}, torch {torch.__version__}; {steps} steps under torch.profiler, which "
-             f"slows them down. {config.batch / whole * 1000:,.0f} images/s while profiled.", "",
-             "| phase | ms | share |", "|---|---:|---:|"]
+    lines = [
+        f"# One training step: {config.system} {config.size}, batch {config.batch}",
+        "",
+        f"{device}, torch {torch.__version__}; {steps} steps under torch.profiler, which "
+        f"slows them down. {config.batch / whole * 1000:,.0f} images/s while profiled.",
+        "",
+        "| phase | ms | share |",
+        "|---|---:|---:|",
+    ]
     lines += [f"| {name} | {ms:.2f} | {ms / whole:.0%} |" for name, ms in phases.items()]
     lines += ["", "| operator | own ms | share | calls |", "|---|---:|---:|---:|"]
-    lines += [f"| {e.key} | {own(e):.2f} | {own(e) / whole:.1%} | {e.count / steps:g} |"
-              for e in rows]
+    lines += [
+        f"| {e.key} | {own(e):.2f} | {own(e) / whole:.1%} | {e.count / steps:g} |" for e in rows
+    ]
     (out / "profile.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines[:16]))
     print(f"written: {out / 'profile.md'} and {out / 'trace.json'}")

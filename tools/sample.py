@@ -35,16 +35,20 @@ def chosen_classes(text: str | None, available: int) -> list[int]:
         raise ValueError(f"--classes {text}: expected numbers with commas, as 0,1,2") from error
     bad = [c for c in classes if not 0 <= c < available]
     if bad:
-        raise ValueError(f"--classes {text}: {bad} out of range, this run has {available} classes, "
-                         f"0 to {available - 1}")
+        raise ValueError(
+            f"--classes {text}: {bad} out of range, this run has {available} classes, "
+            f"0 to {available - 1}"
+        )
     return classes
 
 
 def work() -> int:
     """Parse, load, sample, write."""
     arguments = parse(Arguments)
-    for flag, path, ending in (("--out", arguments.out, ".png"),
-                               ("--save-npz", arguments.save_npz, ".npz")):
+    for flag, path, ending in (
+        ("--out", arguments.out, ".png"),
+        ("--save-npz", arguments.save_npz, ".npz"),
+    ):
         if path is not None and not path.endswith(ending):
             raise ValueError(f"{flag} {path}: expected a name that ends in {ending}")
     from heptapod_fast.pictures import save_grid
@@ -61,8 +65,7 @@ def work() -> int:
     out = arguments.out or Path(arguments.run) / "samples" / name
     save_grid(images, out, columns=max(1, min(8, -(-count // len(classes)))))
     drawn = ", ".join(system.class_names[c] for c in dict.fromkeys(labels.tolist()))
-    print(f"{count} images of classes {drawn} after "
-          f"{system.images_seen:,} training images: {out}")
+    print(f"{count} images of classes {drawn} after {system.images_seen:,} training images: {out}")
     save_singles(arguments, images, labels)
     return 0
 

@@ -65,8 +65,10 @@ def run(config: Config, world) -> int:
             say(f"continuing with {'; '.join(changed)}")
     begin, seen = time.monotonic(), directory.finished(config.images)
     if seen:
-        say(f"{directory.path} is finished: {seen:,} images. Sample from it with: "
-            f"python tools/sample.py {directory.path}   or train on with a larger --images")
+        say(
+            f"{directory.path} is finished: {seen:,} images. Sample from it with: "
+            f"python tools/sample.py {directory.path}   or train on with a larger --images"
+        )
         return 0
     session, resumed = prepare(config, world, say)
     if resumed:
@@ -76,12 +78,17 @@ def run(config: Config, world) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # all is saved: impatience must not look like failure
     if outcome != "finished":
-        why = ("stopped by a signal" if outcome == "stopped"
-               else f"--minutes {config.minutes:g} are over")
+        why = (
+            "stopped by a signal"
+            if outcome == "stopped"
+            else f"--minutes {config.minutes:g} are over"
+        )
         say(f"{why} at {session.images:,} images, all saved; the same command continues")
     else:
-        say(f"finished  {session.images:,} images in {duration(time.monotonic() - begin)}: "
-            f"{directory.path}")
+        say(
+            f"finished  {session.images:,} images in {duration(time.monotonic() - begin)}: "
+            f"{directory.path}"
+        )
     return 0
 
 

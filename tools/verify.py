@@ -36,18 +36,26 @@ def cache(path: str) -> int:
 
     opened = open_cache(path, look=False)
     about, left_out = opened.manifest, opened.manifest["quarantine"]
-    print(f"manifest.json: {opened.rows - len(left_out):,} images, {opened.views} view"
-          f"{'s' * (opened.views > 1)}, "
-          f"{len(opened.class_names)} classes, {about['tokenizer']['tokenizer']} at "
-          f"{about['tokenizer']['image_size']} px, {opened.nbytes / 1e6:,.1f} MB, "
-          f"shards: {opened.shards}")
+    print(
+        f"manifest.json: {opened.rows - len(left_out):,} images, {opened.views} view"
+        f"{'s' * (opened.views > 1)}, "
+        f"{len(opened.class_names)} classes, {about['tokenizer']['tokenizer']} at "
+        f"{about['tokenizer']['image_size']} px, {opened.nbytes / 1e6:,.1f} MB, "
+        f"shards: {opened.shards}"
+    )
     for entry in left_out:
         print(f"left out: {entry['path']}: {entry['reason']}")
     wrong = problems(opened, Progress("verifying", "shards"))
     for text in wrong:
         print(f"damaged: {text}")
-    print(f"{path}: " + (f"{len(wrong)} problems" if wrong else
-                         f"whole, {len(about['files'])} files as they were written"))
+    print(
+        f"{path}: "
+        + (
+            f"{len(wrong)} problems"
+            if wrong
+            else f"whole, {len(about['files'])} files as they were written"
+        )
+    )
     return int(bool(wrong))
 
 
@@ -67,8 +75,10 @@ def run(path: str) -> int:
         wrong = problems(path)
         bad += bool(wrong)
         good += [] if wrong else [path]
-        print(f"{path.name}: " + ("; ".join(wrong) if wrong else
-                                  f"whole, {load(path).state['images']:,} images"))
+        print(
+            f"{path.name}: "
+            + ("; ".join(wrong) if wrong else f"whole, {load(path).state['images']:,} images")
+        )
     if not found:
         print("no checkpoints")
     if good:

@@ -9,11 +9,20 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "Batch": "tokens", "Cache": "cache_format", "CacheError": "cache_format",
-    "CacheTokens": "cache", "ImageFolder": "images", "ImageSource": "sources",
-    "Logograms": "logograms", "SyntheticTokens": "tokens", "TokenSource": "tokens",
-    "TokenizedImages": "tokens", "logogram_classes": "logograms", "open_cache": "cache_format",
-    "sample_ids": "order", "write_folder": "logograms",
+    "Batch": "tokens",
+    "Cache": "cache_format",
+    "CacheError": "cache_format",
+    "CacheTokens": "cache",
+    "ImageFolder": "images",
+    "ImageSource": "sources",
+    "Logograms": "logograms",
+    "SyntheticTokens": "tokens",
+    "TokenSource": "tokens",
+    "TokenizedImages": "tokens",
+    "logogram_classes": "logograms",
+    "open_cache": "cache_format",
+    "sample_ids": "order",
+    "write_folder": "logograms",
 }
 __all__ = sorted(_WHERE)
 

@@ -65,13 +65,22 @@ class CacheTokens:
         ValueError: the mode cannot be had here.
     """
 
-    def __init__(self, cache: Cache, seed: int, flip: bool = False,
-                 device: torch.device | str = "cpu", mode: str = "auto",
-                 why: str | None = None, share: tuple[int, int] = (0, 1),
-                 progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        seed: int,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+        mode: str = "auto",
+        why: str | None = None,
+        share: tuple[int, int] = (0, 1),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         if flip and cache.views < 2:
-            raise CacheError(f"--flip: {cache.path} was built without mirrored images; build it "
-                             "with --flip, or train with --no-flip")
+            raise CacheError(
+                f"--flip: {cache.path} was built without mirrored images; build it "
+                "with --flip, or train with --no-flip"
+            )
         self.cache, self.seed, self.flip, self.device = cache, seed, flip, torch.device(device)
         self.mode, reason = choose_mode(cache, self.device, mode)
         self.why = why or reason
@@ -83,17 +92,22 @@ class CacheTokens:
         identity = f"{cache.fingerprint}/flip={int(flip)}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._rows = torch.from_numpy(rows)
-        self._order = WindowedOrder(sizes.tolist(), seed,
-                                    -(-WINDOW // cache.manifest["shard_rows"]))
+        self._order = WindowedOrder(
+            sizes.tolist(), seed, -(-WINDOW // cache.manifest["shard_rows"])
+        )
         self._labels = torch.from_numpy(_labels(cache)).long().to(self.device)
         # Drawn for many samples at once: by themselves, batches cost as much to draw as to copy.
         self._block = lru_cache(maxsize=4)(
-            lambda k: self._draw(torch.arange(k * BLOCK, (k + 1) * BLOCK)))
+            lambda k: self._draw(torch.arange(k * BLOCK, (k + 1) * BLOCK))
+        )
         self._unchecked: list[Tensor] = []
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._hosts = {name: HostArray(cache, name) for name in cache.arrays}
-        self._reader = (_Ahead(self._order, partial(read_shards, cache, self._hosts))
-                        if self.mode == "stream" else None)
+        self._reader = (
+            _Ahead(self._order, partial(read_shards, cache, self._hosts))
+            if self.mode == "stream"
+            else None
+        )
         self._arrays = self._open(share, progress)
 
     def batch(self, index: Tensor) -> Batch:
@@ -123,7 +137,8 @@ class CacheTokens:
                     raise CacheError(
                         f"{self.cache.path}: {name} is not finite for {int(bad.sum())} samples of "
                         f"a batch, of which sample {sample} is image {image} of the sorted files; "
-                        f"python tools/verify.py {self.cache.path} lists all. Build it anew")
+                        f"python tools/verify.py {self.cache.path} lists all. Build it anew"
+                    )
 
     def rows(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(B,) int64 global sample indices on the CPU -> stored rows (B, ...) of every array in
@@ -142,10 +157,11 @@ class CacheTokens:
         if stop - first != len(index) or not bool((index.diff() == 1).all()):
             return self._draw(index)
         blocks = [self._block(k) for k in range(first // BLOCK, (stop - 1) // BLOCK + 1)]
-        rows, places = (torch.cat(parts) if len(parts) > 1 else parts[0]
-                        for parts in zip(*blocks, strict=True))
+        rows, places = (
+            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*blocks, strict=True)
+        )
         at = first % BLOCK
-        return rows[at:at + len(index)], places[at:at + len(index)]
+        return rows[at : at + len(index)], places[at : at + len(index)]
 
     def _draw(self, index: Tensor) -> tuple[Tensor, Tensor]:
         rows = self._rows[self._order.ids(index)]
@@ -171,8 +187,9 @@ class CacheTokens:
         np.take(host, wanted, axis=0, out=pinned.numpy(), mode="clip")
         return pinned.to(self.device, non_blocking=True)
 
-    def _open(self, share: tuple[int, int],
-              progress: Callable[[int, int], None] | None) -> dict[str, Tensor]:
+    def _open(
+        self, share: tuple[int, int], progress: Callable[[int, int], None] | None
+    ) -> dict[str, Tensor]:
         """Every array as (N * V, ...), all views of a row side by side."""
         cache, hosts = self.cache, self._hosts
         if self.mode == "stream":
@@ -180,8 +197,10 @@ class CacheTokens:
         if self.mode == "ram":
             read_shards(cache, hosts, range(share[0], cache.shards, share[1]), progress)
             return {name: host.tensor for name, host in hosts.items()}
-        found = {name: torch.empty(host.tensor.shape, dtype=host.tensor.dtype, device=self.device)
-                 for name, host in hosts.items()}
+        found = {
+            name: torch.empty(host.tensor.shape, dtype=host.tensor.dtype, device=self.device)
+            for name, host in hosts.items()
+        }
         for shard in range(cache.shards):
             read_shards(cache, hosts, [shard])
             first, stop = (row * cache.views for row in cache.extent(shard))
@@ -192,8 +211,9 @@ class CacheTokens:
         return found
 
 
-def choose_mode(cache: Cache, device: torch.device, mode: str,
-                reserved: int = 0) -> tuple[str, str]:
+def choose_mode(
+    cache: Cache, device: torch.device, mode: str, reserved: int = 0
+) -> tuple[str, str]:
     """gpu, ram or stream, and why.
 
     Raises:
@@ -203,23 +223,30 @@ def choose_mode(cache: Cache, device: torch.device, mode: str,
     if mode not in MODES:
         raise ValueError(f"--cache-mode {mode}: expected one of {', '.join(MODES)}")
     if mode == "gpu" and device.type != "cuda":
-        raise ValueError(f"--cache-mode gpu: training runs on {device.type}; use ram, stream or "
-                         "auto")
+        raise ValueError(
+            f"--cache-mode gpu: training runs on {device.type}; use ram, stream or auto"
+        )
     if mode != "auto":
         return mode, f"{size}, asked for"
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if cache.nbytes <= _SHARE * free - reserved:
-            return "gpu", (f"{size} fit beside the {reserved / 1e9:.0f} GB of training into "
-                           f"{free / 1e9:.0f} GB")
+            return "gpu", (
+                f"{size} fit beside the {reserved / 1e9:.0f} GB of training into "
+                f"{free / 1e9:.0f} GB"
+            )
     memory = available_memory()
     if memory is None or cache.nbytes <= _SHARE * memory:
         return "ram", f"{size} fit into memory"
     return "stream", f"{size} are more than {_SHARE:.0%} of the {memory / 1e9:.1f} GB free"
 
 
-def read_shards(cache: Cache, hosts: dict[str, HostArray], shards: Iterable[int],
-                progress: Callable[[int, int], None] | None = None) -> None:
+def read_shards(
+    cache: Cache,
+    hosts: dict[str, HostArray],
+    shards: Iterable[int],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Reads and verifies shards with a few threads; CacheError names all that are damaged."""
     jobs = [(host, shard) for shard in shards for host in hosts.values()]
     wrong = []
@@ -262,8 +289,10 @@ class _Ahead:
 def _labels(cache: Cache) -> np.ndarray:
     labels, classes = cache.read_index("labels"), len(cache.class_names)
     if labels.min() < 0 or labels.max() >= classes:
-        raise CacheError(f"{cache.path}: labels are {labels.min()}..{labels.max()}, expected "
-                         f"0..{classes - 1}; build the cache anew")
+        raise CacheError(
+            f"{cache.path}: labels are {labels.min()}..{labels.max()}, expected "
+            f"0..{classes - 1}; build the cache anew"
+        )
     return labels
 
 
@@ -311,22 +340,31 @@ class HostArray:
         wrong = size_problem(self._cache.path, name, expected["bytes"])
         if wrong:  # what lies behind the end of a file cannot be read
             return wrong
-        value, data = 0, self._memory[shard * self._part:(shard + 1) * self._part]
+        value, data = 0, self._memory[shard * self._part : (shard + 1) * self._part]
         for start in range(0, len(data), _READ):
-            value = google_crc32c.extend(value, data[start:start + _READ].tobytes())
+            value = google_crc32c.extend(value, data[start : start + _READ].tobytes())
         with open(self._cache.path / name, "rb") as stream:
             stream.seek(len(data))
             value = google_crc32c.extend(value, stream.read())
-        return "" if f"{value:08x}" == expected["crc32c"] else (
-            f"{name}: checksum does not match, the file was changed or damaged")
+        return (
+            ""
+            if f"{value:08x}" == expected["crc32c"]
+            else (f"{name}: checksum does not match, the file was changed or damaged")
+        )
 
 
 def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
     """(total,) uint8: the first `part` bytes of every file, one after the other."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int,
-                          ctypes.c_int, ctypes.c_int64)
+    libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    )
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
     def place(address: int | None, length: int, flags: int, descriptor: int) -> int:
@@ -340,6 +378,10 @@ def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
     weakref.finalize(memory, libc.munmap, base, total)
     for number, file in enumerate(files):
         with open(file, "rb") as stream:
-            place(base + number * part, min(part, total - number * part),
-                  mmap.MAP_SHARED | _MAP_FIXED, stream.fileno())
+            place(
+                base + number * part,
+                min(part, total - number * part),
+                mmap.MAP_SHARED | _MAP_FIXED,
+                stream.fileno(),
+            )
     return np.frombuffer(memory, np.uint8)

@@ -27,8 +27,7 @@ from heptapod_fast.tokenizers import (
 
 @dataclass(frozen=True)
 class Found:
-    """What a cache will be built from. tokenizer: None for a codebook that is still to be fitted.
-    """
+    """What a cache will be built from. tokenizer: None for a codebook still to be fitted."""
 
     class_names: tuple[str, ...]
     files: Files
@@ -48,14 +47,22 @@ def look(given, world) -> Found:
     stored_arrays(token_spec(given.tokenizer, given.image_size, given.patch_size, given.codes))
     _check_weights(given)
     if Path(given.out).resolve().is_relative_to(Path(given.data).resolve()):
-        raise ValueError(f"--out {given.out} lies inside --data {given.data}, where it would be "
-                         "taken for images: choose another place")
+        raise ValueError(
+            f"--out {given.out} lies inside --data {given.data}, where it would be "
+            "taken for images: choose another place"
+        )
     class_names, files = find_images(Path(given.data))
     decoder = open_decoder(given.decoder, world.device, threads_of(given, world))
     begun = any((Path(given.out) / name).exists() for name in (MANIFEST, f"{BUILDING}/{PLAN}"))
     if world.main and not begun:
-        check_images(Path(given.data), files, given.image_size, given.max_broken,
-                     given.allow_upscale, Progress("looking at headers"))
+        check_images(
+            Path(given.data),
+            files,
+            given.image_size,
+            given.max_broken,
+            given.allow_upscale,
+            Progress("looking at headers"),
+        )
     fitted = given.tokenizer == "patch-vq" and given.tokenizer_weights is None
     tokenizer = None if fitted else _load(given, given.tokenizer_weights)
     return Found(class_names, files, decoder, tokenizer)
@@ -71,14 +78,29 @@ def make_plan(given, world, found: Found) -> Plan:
             fresh.unlink(missing_ok=True)  # of a start that ended before there was a plan
         there = [path for path in (out / CODEBOOK, fresh) if path.exists()]
         if world.main and not there:
-            fit_codebook(found.files, found.decoder, given.image_size, given.patch_size,
-                         given.codes, given.seed,
-                         Progress("fitting the codebook", "rounds")).save(fresh)
+            fit_codebook(
+                found.files,
+                found.decoder,
+                given.image_size,
+                given.patch_size,
+                given.codes,
+                given.seed,
+                Progress("fitting the codebook", "rounds"),
+            ).save(fresh)
         world.barrier()
         tokenizer = _load(given, (there or [fresh])[0])
-    return Plan(Path(given.data), found.files, found.class_names, tokenizer.to(world.device),
-                found.decoder, given.flip, given.batch, given.seed, given.shard_rows,
-                given.max_broken)
+    return Plan(
+        Path(given.data),
+        found.files,
+        found.class_names,
+        tokenizer.to(world.device),
+        found.decoder,
+        given.flip,
+        given.batch,
+        given.seed,
+        given.shard_rows,
+        given.max_broken,
+    )
 
 
 def _check_weights(given) -> None:
@@ -111,12 +133,16 @@ def report(path: Path, seconds: dict[str, float], took: str) -> str:
     """The lines at the end: what was built, where the time went, what to do next."""
     cache = open_cache(path)
     about, total = cache.manifest, sum(seconds.values())
-    lines = [f"finished  {path}: {cache.rows - len(about['quarantine']):,} images, "
-             f"{cache.views} view{'s' * (cache.views > 1)}, {cache.nbytes / 1e6:,.1f} MB, {took}"]
+    lines = [
+        f"finished  {path}: {cache.rows - len(about['quarantine']):,} images, "
+        f"{cache.views} view{'s' * (cache.views > 1)}, {cache.nbytes / 1e6:,.1f} MB, {took}"
+    ]
     if total:
-        lines.append("time      " + ", ".join(f"{name} {part / total:.0%}"
-                                              for name, part in seconds.items())
-                     + " (what this process waited for; decoding and encoding overlap)")
+        lines.append(
+            "time      "
+            + ", ".join(f"{name} {part / total:.0%}" for name, part in seconds.items())
+            + " (what this process waited for; decoding and encoding overlap)"
+        )
     for entry in about["quarantine"][:20]:
         lines.append(f"left out  {entry['path']}: {entry['reason']}")
     if len(about["quarantine"]) > 20:

@@ -52,9 +52,13 @@ def problems(cache: Cache, progress: Callable[[int, int], None] | None = None) -
             if progress is not None:
                 progress(done, len(jobs))
     # File managers and network file systems leave hidden files behind.
-    there = {path.relative_to(cache.path).as_posix() for path in cache.path.rglob("*")
-             if path.is_file() and not path.name.startswith(".")
-             and BUILDING not in path.relative_to(cache.path).parts}
+    there = {
+        path.relative_to(cache.path).as_posix()
+        for path in cache.path.rglob("*")
+        if path.is_file()
+        and not path.name.startswith(".")
+        and BUILDING not in path.relative_to(cache.path).parts
+    }
     extra = sorted(there - files.keys() - {MANIFEST})
     return found + [f"{name}: not part of the cache" for name in extra]
 
@@ -79,15 +83,19 @@ def _shard_problems(cache: Cache, array: str, shard: int) -> list[str]:
     if wrong:
         return [wrong]
     broken = np.zeros(stop - first, bool)
-    broken[[e["row"] - first for e in cache.manifest["quarantine"]
-            if first <= e["row"] < stop]] = True
+    broken[[e["row"] - first for e in cache.manifest["quarantine"] if first <= e["row"] < stop]] = (
+        True
+    )
     checksum, found = 0, {}
 
     def look(start: int, values: np.ndarray) -> None:
         values = values.reshape(-1, cache.views, math.prod(cache.row_shape(array)[1:]))
-        out = broken[start:start + len(values)]
-        kinds = (_code_problems(values, out, cache.spec.vocabulary) if array == "codes"
-                 else _float_problems(values, out, array, cache.spec.name))
+        out = broken[start : start + len(values)]
+        kinds = (
+            _code_problems(values, out, cache.spec.vocabulary)
+            if array == "codes"
+            else _float_problems(values, out, array, cache.spec.name)
+        )
         for what, bad in kinds:
             found.setdefault(what, []).extend((np.flatnonzero(bad) + first + start).tolist())
 
@@ -107,16 +115,21 @@ def _shard_problems(cache: Cache, array: str, shard: int) -> list[str]:
     return [f"{name}: {_rows(rows)} {what}" for what, rows in found.items() if rows]
 
 
-def _float_problems(values: np.ndarray, broken: np.ndarray, array: str,
-                    tokenizer: str) -> list[tuple[str, np.ndarray]]:
+def _float_problems(
+    values: np.ndarray, broken: np.ndarray, array: str, tokenizer: str
+) -> list[tuple[str, np.ndarray]]:
     """(what is wrong, the rows it is wrong with)."""
     # float16 is infinite or NaN where all five bits of the exponent are set.
     bits = values.view("<u2")
     exponents = bits & np.uint16(0x7C00)
     wild = exponents.max(2).max(1) == 0x7C00
-    found = [("not finite", wild & ~broken),
-             ("of images that could not be read hold numbers",
-              (exponents.min(2).min(1) != 0x7C00) & broken)]
+    found = [
+        ("not finite", wild & ~broken),
+        (
+            "of images that could not be read hold numbers",
+            (exponents.min(2).min(1) != 0x7C00) & broken,
+        ),
+    ]
     if tokenizer == "kl16":
         same = (bits.max(2) == bits.min(2)).any(1)
         found.append(("constant (every value of the image is the same)", same & ~wild & ~broken))
@@ -126,11 +139,13 @@ def _float_problems(values: np.ndarray, broken: np.ndarray, array: str,
     return found
 
 
-def _code_problems(values: np.ndarray, broken: np.ndarray,
-                   vocabulary: int) -> list[tuple[str, np.ndarray]]:
-    return [(f"codes outside 0..{vocabulary - 1}", (values >= vocabulary).any((1, 2)) & ~broken),
-            ("of images that could not be read hold codes",
-             (values != NO_CODE).any((1, 2)) & broken)]
+def _code_problems(
+    values: np.ndarray, broken: np.ndarray, vocabulary: int
+) -> list[tuple[str, np.ndarray]]:
+    return [
+        (f"codes outside 0..{vocabulary - 1}", (values >= vocabulary).any((1, 2)) & ~broken),
+        ("of images that could not be read hold codes", (values != NO_CODE).any((1, 2)) & broken),
+    ]
 
 
 def _rows(rows: list[int]) -> str:
@@ -150,9 +165,11 @@ def refuse_bad(name: str, values: np.ndarray, paths: list[Path]) -> None:
         bad = ~np.isfinite(flat).all(1) | (name == "std") & (flat < 0).any(1)
     if bad.any():
         lines = (str(paths[k]) for k in np.flatnonzero(bad))
-        raise CacheError(f"the tokenizer gives {name} that cannot be stored (not finite in "
-                         f"{values.dtype}) for {bad.sum()} of {len(bad)} images: check "
-                         "--tokenizer-weights" + listing(lines, int(bad.sum()), 10))
+        raise CacheError(
+            f"the tokenizer gives {name} that cannot be stored (not finite in "
+            f"{values.dtype}) for {bad.sum()} of {len(bad)} images: check "
+            "--tokenizer-weights" + listing(lines, int(bad.sum()), 10)
+        )
 
 
 def channel_sums(values: np.ndarray, broken: list[int]) -> dict[str, Any]:
@@ -161,7 +178,7 @@ def channel_sums(values: np.ndarray, broken: list[int]) -> dict[str, Any]:
     kept = np.delete(np.arange(len(values)), broken)
     total = np.zeros((2, values.shape[2]))
     for start in range(0, len(kept), 64):
-        part = values[kept[start:start + 64]].astype(np.float64)
+        part = values[kept[start : start + 64]].astype(np.float64)
         total[0] += part.sum((0, 1, 3, 4))
         total[1] += np.square(part, out=part).sum((0, 1, 3, 4))
     count = len(kept) * values[:1, :, 0].size
@@ -177,6 +194,8 @@ def statistics(records: list[dict[str, Any]]) -> dict[str, Any]:
         count = sum(part["count"] for part in parts)
         mean = np.sum([part["sum"] for part in parts], axis=0) / max(count, 1)
         square = np.sum([part["squares"] for part in parts], axis=0) / max(count, 1)
-        found[name] = {"mean": mean.tolist(),
-                       "std": np.sqrt(np.maximum(square - mean**2, 0.0)).tolist()}
+        found[name] = {
+            "mean": mean.tolist(),
+            "std": np.sqrt(np.maximum(square - mean**2, 0.0)).tolist(),
+        }
     return found

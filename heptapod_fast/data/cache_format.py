@@ -59,8 +59,9 @@ class Cache:
     def spec(self) -> TokenSpec:
         """The tokens."""
         about = self.manifest["tokenizer"]
-        return token_spec(about["tokenizer"], about["image_size"], about.get("patch_size"),
-                          about.get("codes"))
+        return token_spec(
+            about["tokenizer"], about["image_size"], about.get("patch_size"), about.get("codes")
+        )
 
     @property
     def rows(self) -> int:
@@ -98,8 +99,12 @@ class Cache:
         """sha256 over all that decides what is read: contents, rows left out, classes, tokenizer;
         not where it lies."""
         about = self.manifest
-        identity = [about["files"], [entry["row"] for entry in about["quarantine"]],
-                    about["dataset"]["class_names"], about["tokenizer"]["fingerprint"]]
+        identity = [
+            about["files"],
+            [entry["row"] for entry in about["quarantine"]],
+            about["dataset"]["class_names"],
+            about["tokenizer"]["fingerprint"],
+        ]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def extent(self, shard: int) -> tuple[int, int]:
@@ -141,9 +146,11 @@ class Cache:
         with open(self.path / self.shard_file(array, shard), "rb") as stream:
             stream.seek(max(0, stream.seek(0, 2) - 16 * chunks - 4))
             places = np.frombuffer(stream.read(16 * chunks), "<u8").reshape(-1, 2)[:used]
-        return bool(len(places) == used
-                    and (places[:, 0] == np.arange(used) * np.uint64(chunk_bytes)).all()
-                    and (places[:, 1] == chunk_bytes).all())
+        return bool(
+            len(places) == used
+            and (places[:, 0] == np.arange(used) * np.uint64(chunk_bytes)).all()
+            and (places[:, 1] == chunk_bytes).all()
+        )
 
     def read_shard(self, array: str, shard: int) -> np.ndarray:
         """(rows, V, ...) of one shard, read through zarr."""
@@ -166,9 +173,11 @@ class Cache:
     def damage(self, wrong: list[str]) -> str:
         """What to say of damaged files."""
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        return (f"{self.path} is damaged: {'; '.join(wrong[:SHOWN])}{more}. Restore these files "
-                "from a copy, or repeat the command that made it: tools/cache.py builds damaged "
-                "shards again")
+        return (
+            f"{self.path} is damaged: {'; '.join(wrong[:SHOWN])}{more}. Restore these files "
+            "from a copy, or repeat the command that made it: tools/cache.py builds damaged "
+            "shards again"
+        )
 
     def problem(self, name: str) -> str:
         """What is wrong with one file, by its bytes; empty if nothing is."""
@@ -188,9 +197,11 @@ def refuse_other(cache: Cache, asked: dict[str, Any]) -> None:
     for name in ("tokenizer", "image_size", "patch_size", "codes"):
         wanted, flag = asked[name], "--" + name.replace("_", "-")
         if wanted is not None and name in about and about[name] != wanted:
-            raise CacheError(f"{cache.path} was made with {flag} {about[name]}, this run asks for "
-                             f"{flag} {wanted}: leave {flag} out, or build another cache with "
-                             "tools/cache.py")
+            raise CacheError(
+                f"{cache.path} was made with {flag} {about[name]}, this run asks for "
+                f"{flag} {wanted}: leave {flag} out, or build another cache with "
+                "tools/cache.py"
+            )
 
 
 def size_problem(path: Path, name: str, expected: int) -> str:
@@ -216,13 +227,18 @@ def open_cache(path: str | Path, look: bool = True) -> Cache:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such cache; check --data, or build it: python "
-                                f"tools/cache.py --data IMAGE_FOLDER --out {path}")
+        raise FileNotFoundError(
+            f"{path}: no such cache; check --data, or build it: python "
+            f"tools/cache.py --data IMAGE_FOLDER --out {path}"
+        )
     cache = Cache(path, _read_manifest(path))
     if not look:
         return cache
-    wrong = [text for name, entry in cache.manifest["files"].items()
-             if (text := size_problem(path, name, entry["bytes"]))]
+    wrong = [
+        text
+        for name, entry in cache.manifest["files"].items()
+        if (text := size_problem(path, name, entry["bytes"]))
+    ]
     if wrong:
         raise CacheError(cache.damage(wrong))
     for array in (*cache.arrays, *INDEX):
@@ -233,24 +249,35 @@ def open_cache(path: str | Path, look: bool = True) -> Cache:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
-        what = ("its construction was interrupted: repeat the command that builds it, it goes on"
-                if (path / BUILDING).exists() else "build one with tools/cache.py")
+        what = (
+            "its construction was interrupted: repeat the command that builds it, it goes on"
+            if (path / BUILDING).exists()
+            else "build one with tools/cache.py"
+        )
         raise CacheError(f"{path} is no finished cache, it has no {MANIFEST}; {what}")
     try:
         manifest = json.loads(file.read_text())
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{file} is damaged ({error}): restore it from a copy, or build the "
-                         "cache anew") from error
+        raise CacheError(
+            f"{file} is damaged ({error}): restore it from a copy, or build the cache anew"
+        ) from error
     if found != FORMAT:
-        what = ("update heptapod_fast" if isinstance(found, int) and found > FORMAT
-                else "build it anew with tools/cache.py")
+        what = (
+            "update heptapod_fast"
+            if isinstance(found, int) and found > FORMAT
+            else "build it anew with tools/cache.py"
+        )
         raise CacheError(f"{path} has cache format {found}, this version reads {FORMAT}: {what}")
-    wrong = (manifest_problems(manifest) if seal(manifest)["seal"] == manifest.get("seal")
-             else "it is not what was written")
+    wrong = (
+        manifest_problems(manifest)
+        if seal(manifest)["seal"] == manifest.get("seal")
+        else "it is not what was written"
+    )
     if wrong:
-        raise CacheError(f"{file} is damaged ({wrong}): restore it from a copy, or build the "
-                         "cache anew")
+        raise CacheError(
+            f"{file} is damaged ({wrong}): restore it from a copy, or build the cache anew"
+        )
     return manifest
 
 
@@ -268,8 +295,9 @@ def manifest_problems(manifest: dict[str, Any]) -> str:
     try:
         about = Cache(Path("."), manifest)
         rows, shards = about.rows, about.shards
-        needed = {about.shard_file(array, shard) for array in about.arrays
-                  for shard in range(shards)}
+        needed = {
+            about.shard_file(array, shard) for array in about.arrays for shard in range(shards)
+        }
         needed |= {f"{array}/c/0" for array in INDEX}
         needed |= {f"{array}/zarr.json" for array in (*about.arrays, *INDEX)} | {"zarr.json"}
         needed |= {CODEBOOK} if about.spec.name == "patch-vq" else set()
@@ -310,11 +338,14 @@ def check_metadata(cache: Cache, array: str) -> None:
     expected = {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype}
     for key, value in expected.items():
         if found.get(key) != value:
-            raise CacheError(f"{file}: expected {key} {value}, found {found.get(key)}; build the "
-                             "cache anew")
+            raise CacheError(
+                f"{file}: expected {key} {value}, found {found.get(key)}; build the cache anew"
+            )
     codecs = found.get("codecs")
     if array not in INDEX and codecs and codecs[0].get("name") == "sharding_indexed":
         codecs = codecs[0]["configuration"]["codecs"]
     if codecs != [{"name": "bytes", "configuration": {"endian": "little"}}]:
-        raise CacheError(f"{file}: expected plain values in little-endian byte order, found codecs "
-                         f"{codecs}; build the cache anew")
+        raise CacheError(
+            f"{file}: expected plain values in little-endian byte order, found codecs "
+            f"{codecs}; build the cache anew"
+        )

@@ -51,10 +51,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
-            raise ValueError(f"--shard-rows {self.shard_rows}: expected up to {CHUNK_ROWS}, or a "
-                             f"multiple of {CHUNK_ROWS}")
-        for name, value, least in (("--batch", self.batch, 1), ("--seed", self.seed, 0),
-                                   ("--max-broken", self.max_broken, 0)):
+            raise ValueError(
+                f"--shard-rows {self.shard_rows}: expected up to {CHUNK_ROWS}, or a "
+                f"multiple of {CHUNK_ROWS}"
+            )
+        for name, value, least in (
+            ("--batch", self.batch, 1),
+            ("--seed", self.seed, 0),
+            ("--max-broken", self.max_broken, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name} {value}: expected at least {least}")
         index = torch.arange(len(self.files))
@@ -79,17 +84,31 @@ class Plan:
         """The manifest but for contents."""
         names, rows = stored_arrays(self.tokenizer.spec), len(self.files)
         return {
-            "format": FORMAT, "made_by": "heptapod_fast", "rows": rows, "views": self.views,
-            "shard_rows": self.shard_rows, "chunk_rows": self.chunk_rows,
-            "arrays": {name: {"dtype": dtype, "shape": [rows, self.views, *shape]}
-                       for name, (dtype, shape) in names.items()},
-            "tokenizer": self.tokenizer.describe(), "preprocessing": self.decoder.preprocessing,
+            "format": FORMAT,
+            "made_by": "heptapod_fast",
+            "rows": rows,
+            "views": self.views,
+            "shard_rows": self.shard_rows,
+            "chunk_rows": self.chunk_rows,
+            "arrays": {
+                name: {"dtype": dtype, "shape": [rows, self.views, *shape]}
+                for name, (dtype, shape) in names.items()
+            },
+            "tokenizer": self.tokenizer.describe(),
+            "preprocessing": self.decoder.preprocessing,
             "image_size": self.tokenizer.image_size,
-            "dataset": {"folder": str(self.folder.resolve()), "files": rows,
-                        "fingerprint": self._fingerprint(), "class_names": list(self.class_names)},
+            "dataset": {
+                "folder": str(self.folder.resolve()),
+                "files": rows,
+                "fingerprint": self._fingerprint(),
+                "class_names": list(self.class_names),
+            },
             "order": {"kind": "philox4x64 argsort, epoch 0", "seed": self.seed},
-            "encoding": {"batch": self.batch, "device": self.tokenizer.device.type,
-                         "torch": torch.__version__},
+            "encoding": {
+                "batch": self.batch,
+                "device": self.tokenizer.device.type,
+                "torch": torch.__version__,
+            },
         }
 
     def _fingerprint(self) -> str:
@@ -109,8 +128,14 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def check_images(folder: Path, files: Files, image_size: int, max_broken: int,
-                 allow_upscale: bool, progress: Callable[[int, int], None] | None = None) -> None:
+def check_images(
+    folder: Path,
+    files: Files,
+    image_size: int,
+    max_broken: int,
+    allow_upscale: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Looks at the header of every file before hours are spent.
 
     Raises:
@@ -119,14 +144,22 @@ def check_images(folder: Path, files: Files, image_size: int, max_broken: int,
     sizes = read_sizes([path for path, _ in files], progress)
     broken = refuse_broken(folder, files, sizes, max_broken)
     if len(broken) == len(files):
-        raise ValueError(f"{folder}: none of its {len(files)} images can be read (first: "
-                         f"{broken[0][1]}): choose another --data")
+        raise ValueError(
+            f"{folder}: none of its {len(files)} images can be read (first: "
+            f"{broken[0][1]}): choose another --data"
+        )
     refuse_small(folder, files, sizes, image_size, allow_upscale)
 
 
-def fit_codebook(files: Files, decoder: Decoder, image_size: int, patch_size: int,
-                 codes: int | None, seed: int,
-                 progress: Callable[[int, int], None] | None = None) -> PatchVQ:
+def fit_codebook(
+    files: Files,
+    decoder: Decoder,
+    image_size: int,
+    patch_size: int,
+    codes: int | None,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> PatchVQ:
     """patch-vq's codebook from as many random images as `PatchVQ.fit` looks at.
 
     Raises:
@@ -143,10 +176,16 @@ def fit_codebook(files: Files, decoder: Decoder, image_size: int, patch_size: in
     return PatchVQ.fit(pixels[good], image_size, patch_size, spec.vocabulary, seed, progress)
 
 
-_FLAGS = {"tokenizer": "--tokenizer, --tokenizer-weights, --patch-size, --codes or --image-size",
-          "views": "--flip", "shard_rows": "--shard-rows", "dataset": "the images of --data",
-          "preprocessing": "--decoder", "order": "--seed", "encoding": "--batch or --device",
-          "image_size": "--image-size"}
+_FLAGS = {
+    "tokenizer": "--tokenizer, --tokenizer-weights, --patch-size, --codes or --image-size",
+    "views": "--flip",
+    "shard_rows": "--shard-rows",
+    "dataset": "the images of --data",
+    "preprocessing": "--decoder",
+    "order": "--seed",
+    "encoding": "--batch or --device",
+    "image_size": "--image-size",
+}
 
 
 def changes(path: Path, before: dict, now: dict) -> str:
@@ -154,16 +193,20 @@ def changes(path: Path, before: dict, now: dict) -> str:
     changed = [key for key in now if _contents(before.get(key)) != _contents(now[key])]
     if not changed:
         return ""
-    lines = [f"{_FLAGS.get(key, key)}: {_difference(before.get(key), now[key])}"
-             for key in changed]
-    return (f"{path} was begun with other settings; repeat them to go on, or remove it to begin "
-            "anew" + listing(lines, len(lines), 20))
+    lines = [f"{_FLAGS.get(key, key)}: {_difference(before.get(key), now[key])}" for key in changed]
+    return (
+        f"{path} was begun with other settings; repeat them to go on, or remove it to begin "
+        "anew" + listing(lines, len(lines), 20)
+    )
 
 
 def _contents(value: Any) -> Any:
     """An entry of a plan without the places where things lie, which may change."""
-    return ({key: part for key, part in value.items() if key not in ("folder", "weights")}
-            if isinstance(value, dict) else value)
+    return (
+        {key: part for key, part in value.items() if key not in ("folder", "weights")}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _difference(before: Any, now: Any) -> str:
@@ -173,15 +216,20 @@ def _difference(before: Any, now: Any) -> str:
     parts = []
     if "class_names" in now:
         old, new = before.get("class_names", []), now["class_names"]
-        for word, names in (("new classes", [n for n in new if n not in set(old)]),
-                            ("missing classes", [n for n in old if n not in set(new)])):
+        for word, names in (
+            ("new classes", [n for n in new if n not in set(old)]),
+            ("missing classes", [n for n in old if n not in set(new)]),
+        ):
             if names:
-                parts.append(f"{len(names)} {word} ({', '.join(names[:5])}"
-                             f"{', ...' if len(names) > 5 else ''})")
+                parts.append(
+                    f"{len(names)} {word} ({', '.join(names[:5])}"
+                    f"{', ...' if len(names) > 5 else ''})"
+                )
     for key, value in now.items():
         if key in ("folder", "weights", "fingerprint", "weights_sha256", "class_names"):
             continue
         if before.get(key) != value:
             parts.append(f"{key} {json.dumps(value)}, was {json.dumps(before.get(key))}")
-    return "; ".join(parts) or ("other file names, sizes or classes" if "class_names" in now
-                                else "other weights")
+    return "; ".join(parts) or (
+        "other file names, sizes or classes" if "class_names" in now else "other weights"
+    )

@@ -28,15 +28,20 @@ def reopen(cache: Cache, work: Path, plan: str, head: list[str]) -> list[int]:
     """
     names = list(cache.manifest["files"])
     with ThreadPoolExecutor(READERS) as pool:
-        wrong = {name: text for name, text in zip(names, pool.map(cache.problem, names),
-                                                  strict=True) if text}
+        wrong = {
+            name: text
+            for name, text in zip(names, pool.map(cache.problem, names), strict=True)
+            if text
+        }
     shards = {shard: cache.shard_files(shard) for shard in range(cache.shards)}
     lost = [shard for shard, files in shards.items() if any(name in wrong for name in files)]
     others = wrong.keys() - {name for files in shards.values() for name in files}
     if others:
-        raise CacheError(f"{cache.path} is damaged beyond its shards: "
-                         f"{'; '.join(wrong[name] for name in sorted(others)[:SHOWN])}. Restore "
-                         "these files from a copy, or remove it and build it anew")
+        raise CacheError(
+            f"{cache.path} is damaged beyond its shards: "
+            f"{'; '.join(wrong[name] for name in sorted(others)[:SHOWN])}. Restore "
+            "these files from a copy, or remove it and build it anew"
+        )
     if not lost:
         return []
     for shard, files in shards.items():
@@ -49,7 +54,11 @@ def reopen(cache: Cache, work: Path, plan: str, head: list[str]) -> list[int]:
 
 def _record(cache: Cache, shard: int, files: list[str]) -> dict[str, Any]:
     first, stop = cache.extent(shard)
-    return {"shard": shard, "files": {name: cache.manifest["files"][name] for name in files},
-            "quarantine": [entry for entry in cache.manifest["quarantine"]
-                           if first <= entry["row"] < stop],
-            "sums": cache.manifest["sums"][shard]}
+    return {
+        "shard": shard,
+        "files": {name: cache.manifest["files"][name] for name in files},
+        "quarantine": [
+            entry for entry in cache.manifest["quarantine"] if first <= entry["row"] < stop
+        ],
+        "sums": cache.manifest["sums"][shard],
+    }

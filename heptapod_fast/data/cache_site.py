@@ -58,18 +58,22 @@ def claim(path: str | Path) -> IO[str]:
         path.mkdir(parents=True, exist_ok=True)
         there = sorted(p.name for p in path.iterdir())
         if there and BUILDING not in there and MANIFEST not in there:
-            raise CacheError(f"{path} is no cache but holds {', '.join(there[:5])}: choose another "
-                             "--out")
+            raise CacheError(
+                f"{path} is no cache but holds {', '.join(there[:5])}: choose another --out"
+            )
         (path / BUILDING).mkdir(exist_ok=True)
         lock = open(path / BUILDING / ".lock", "a+")
     except OSError as error:
-        raise CacheError(f"cannot write {path}: {error.strerror or error} (--out names another "
-                         "place)") from error
+        raise CacheError(
+            f"cannot write {path}: {error.strerror or error} (--out names another place)"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise CacheError(f"{path} is being built by another process: wait for it or stop it, or "
-                         "choose another --out") from error
+        raise CacheError(
+            f"{path} is being built by another process: wait for it or stop it, or "
+            "choose another --out"
+        ) from error
     return lock
 
 
@@ -111,8 +115,11 @@ class Site:
         if finished:  # what `claim` made, or a build that ended here left behind
             for left in self.work.glob("*.json"):
                 left.unlink()
-            lost = [] if changed else reopen(open_cache(self.path, look=False), self.work, PLAN,
-                                             list(head))
+            lost = (
+                []
+                if changed
+                else reopen(open_cache(self.path, look=False), self.work, PLAN, list(head))
+            )
             if not lost:
                 shutil.rmtree(self.work)
             finished = not lost
@@ -131,8 +138,9 @@ class Site:
         side = self.plan.tokenizer.image_size
         for record in self._records():
             paths = [self.plan.files[e["source_index"]][0] for e in record["quarantine"]]
-            reasons = self.plan.decoder.decode(paths, np.empty((len(paths), 3, side, side),
-                                                               np.uint8))
+            reasons = self.plan.decoder.decode(
+                paths, np.empty((len(paths), 3, side, side), np.uint8)
+            )
             if None in reasons:
                 self._record(record["shard"]).unlink()
 
@@ -140,12 +148,15 @@ class Site:
         plan = self.plan
         need = 8 * len(plan.files) + plan.shards * plan.shard_rows * plan.views * sum(
             np.dtype(dtype).itemsize * math.prod(shape)
-            for dtype, shape in stored_arrays(plan.tokenizer.spec).values())
+            for dtype, shape in stored_arrays(plan.tokenizer.spec).values()
+        )
         free = shutil.disk_usage(self.path).free
         if need > free:
-            raise CacheError(f"{self.path} will take {need / 1e9:.2f} GB, its disk has "
-                             f"{free / 1e9:.2f} GB free: choose another --out"
-                             + (", or leave --flip out" if plan.flip else ""))
+            raise CacheError(
+                f"{self.path} will take {need / 1e9:.2f} GB, its disk has "
+                f"{free / 1e9:.2f} GB free: choose another --out"
+                + (", or leave --flip out" if plan.flip else "")
+            )
 
     def _write_frame(self) -> None:
         """Everything but shards, from the plan, whatever was there."""
@@ -156,13 +167,25 @@ class Site:
         group = zarr.open_group(fresh, mode="w", zarr_format=3)
         for name, (dtype, shape) in stored_arrays(plan.tokenizer.spec).items():
             tail = (plan.views, *shape)
-            group.create_array(name, shape=(rows, *tail), dtype=dtype, compressors=None,
-                               shards=(plan.shard_rows, *tail), chunks=(plan.chunk_rows, *tail),
-                               fill_value=FILLS[dtype])
+            group.create_array(
+                name,
+                shape=(rows, *tail),
+                dtype=dtype,
+                compressors=None,
+                shards=(plan.shard_rows, *tail),
+                chunks=(plan.chunk_rows, *tail),
+                fill_value=FILLS[dtype],
+            )
         labels = np.array([label for _, label in plan.files], "<i4")[plan.order]
         for name, values in zip(INDEX, (labels, plan.order), strict=True):
-            array = group.create_array(name, shape=(rows,), dtype="int32", compressors=None,
-                                       chunks=(rows,), fill_value=FILLS["int32"])
+            array = group.create_array(
+                name,
+                shape=(rows,),
+                dtype="int32",
+                compressors=None,
+                chunks=(rows,),
+                fill_value=FILLS["int32"],
+            )
             array[:] = values
         if isinstance(plan.tokenizer, PatchVQ):
             plan.tokenizer.save(fresh / CODEBOOK)
@@ -182,8 +205,10 @@ class Site:
         if (self.path / MANIFEST).exists():
             return []
         if not (self.work / PLAN).exists():
-            raise CacheError(f"{self.path} is not there for every rank: --out must name a folder "
-                             "that all machines share")
+            raise CacheError(
+                f"{self.path} is not there for every rank: --out must name a folder "
+                "that all machines share"
+            )
         done = {record["shard"] for record in self._records()}
         return [shard for shard in range(self.plan.shards) if shard not in done]
 
@@ -204,8 +229,8 @@ class Site:
             raise CacheError(
                 f"{self.plan.folder}: {len(self._broken)} images so far cannot be read, "
                 f"--max-broken allows {self.plan.max_broken}. Mend them, or raise --max-broken to "
-                "go on without them, and repeat the command"
-                + listing(lines, len(self._broken), 20))
+                "go on without them, and repeat the command" + listing(lines, len(self._broken), 20)
+            )
 
     def finish(self) -> Cache:
         """Reads every file back, writes the manifest, removes the records.
@@ -222,17 +247,24 @@ class Site:
         self._refuse_bare()
         self._write_frame()
         files = {name: entry for record in records for name, entry in record["files"].items()}
-        small = ["zarr.json", *(f"{name}/zarr.json" for name in
-                                (*stored_arrays(self.plan.tokenizer.spec), *INDEX)),
-                 *(f"{name}/c/0" for name in INDEX)]
+        small = [
+            "zarr.json",
+            *(f"{name}/zarr.json" for name in (*stored_arrays(self.plan.tokenizer.spec), *INDEX)),
+            *(f"{name}/c/0" for name in INDEX),
+        ]
         small += [CODEBOOK] if (self.path / CODEBOOK).exists() else []
         for name in small:
             sync(self.path / name)
-            files[name] = {"bytes": size_of(self.path / name),
-                           "crc32c": checksum(self.path / name)}
-        manifest = seal(_read(self.work / PLAN) | {
-            "quarantine": self._broken, "statistics": statistics(records),
-            "sums": [record["sums"] for record in records], "files": dict(sorted(files.items()))})
+            files[name] = {"bytes": size_of(self.path / name), "crc32c": checksum(self.path / name)}
+        manifest = seal(
+            _read(self.work / PLAN)
+            | {
+                "quarantine": self._broken,
+                "statistics": statistics(records),
+                "sums": [record["sums"] for record in records],
+                "files": dict(sorted(files.items())),
+            }
+        )
         wrong = manifest_problems(manifest)
         if wrong:
             raise CacheError(f"{self.path} cannot be finished: {wrong}")
@@ -251,8 +283,10 @@ class Site:
                 self._record(record["shard"]).unlink()
             wrong += bad
         if wrong:
-            raise CacheError(f"{self.path}: {'; '.join(wrong[:SHOWN])}: not what was written. "
-                             "Check the disk; repeating the command builds these shards again")
+            raise CacheError(
+                f"{self.path}: {'; '.join(wrong[:SHOWN])}: not what was written. "
+                "Check the disk; repeating the command builds these shards again"
+            )
 
     def _refuse_bare(self) -> None:
         """A class without a single image would go unnoticed until samples are looked at."""
@@ -260,18 +294,21 @@ class Site:
         good = np.delete(labels, [entry["source_index"] for entry in self._broken])
         bare = sorted(set(range(len(self.plan.class_names))) - set(good.tolist()))
         if bare:
-            raise CacheError(f"{self.plan.folder}: no readable image is left in {len(bare)} class "
-                             "folders of --data; mend them and repeat the command, or remove them "
-                             "and begin anew" + listing((self.plan.class_names[k] for k in bare),
-                                                        len(bare), 20))
+            raise CacheError(
+                f"{self.plan.folder}: no readable image is left in {len(bare)} class "
+                "folders of --data; mend them and repeat the command, or remove them "
+                "and begin anew" + listing((self.plan.class_names[k] for k in bare), len(bare), 20)
+            )
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except ValueError as error:
-        raise CacheError(f"{file} is damaged ({error}): restore it from a copy, or remove the "
-                         "cache and begin anew") from error
+        raise CacheError(
+            f"{file} is damaged ({error}): restore it from a copy, or remove the "
+            "cache and begin anew"
+        ) from error
     if not isinstance(found, dict):
         raise CacheError(f"{file} is damaged: remove the cache and begin anew")
     return found

@@ -27,8 +27,12 @@ from heptapod_fast.storage import checksum, sync, write_json
 from heptapod_fast.tokenizers import stored_arrays, to_stored, to_unit
 
 
-def build_cache(path: str | Path, plan: Plan, threads: int = 1,
-                progress: Callable[[int, int], None] | None = None) -> Cache:
+def build_cache(
+    path: str | Path,
+    plan: Plan,
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cache:
     """Builds a cache in this process, or goes on with one; raises as `claim` and `Builder` do."""
     with claim(path):
         builder = Builder(path, plan, threads)
@@ -75,29 +79,38 @@ class Builder(Site):
     def _rows(self, shard: int) -> np.ndarray:
         """Positions in `files` of the rows of a shard."""
         size = self.plan.shard_rows
-        return self.plan.order[shard * size:(shard + 1) * size]
+        return self.plan.order[shard * size : (shard + 1) * size]
 
     def _build_shard(self, shard: int) -> Iterator[int]:
         """Yields the number of images after every batch."""
         plan, sources = self.plan, self._rows(shard)
         first, names = shard * plan.shard_rows, stored_arrays(plan.tokenizer.spec)
-        arrays = {name: np.full((len(sources), plan.views, *shape), FILLS[dtype], dtype)
-                  for name, (dtype, shape) in names.items()}
+        arrays = {
+            name: np.full((len(sources), plan.views, *shape), FILLS[dtype], dtype)
+            for name, (dtype, shape) in names.items()
+        }
         broken: list[dict[str, Any]] = []
         # A batch is encoded by one thread: how the work of a batch is spread over threads changes
         # roundings on a CPU, and bytes must not depend on the number of cores.
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads,
-                                initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            self.threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             ahead: deque[tuple[int, Future]] = deque()
             for at, images, reasons in self._decoded(sources):
                 good = np.array([reason is None for reason in reasons])
                 for k in np.flatnonzero(~good):
                     path = plan.files[sources[at + k]][0].relative_to(plan.folder)
-                    broken.append({"row": int(first + at + k), "source_index": int(sources[at + k]),
-                                   "path": os.fsencode(path).decode(errors="backslashreplace"),
-                                   "reason": reasons[k]})
-                ahead.append((len(reasons), pool.submit(self._encode, images, good, arrays, at,
-                                                        sources)))
+                    broken.append(
+                        {
+                            "row": int(first + at + k),
+                            "source_index": int(sources[at + k]),
+                            "path": os.fsencode(path).decode(errors="backslashreplace"),
+                            "reason": reasons[k],
+                        }
+                    )
+                ahead.append(
+                    (len(reasons), pool.submit(self._encode, images, good, arrays, at, sources))
+                )
                 if len(ahead) > self.threads:
                     yield self._encoded(*ahead.popleft())
             for entry in ahead:
@@ -106,8 +119,10 @@ class Builder(Site):
         try:
             self._write(shard, first, arrays, broken)
         except OSError as error:
-            raise CacheError(f"cannot write shard {shard} of {self.path}: {error}. Finished shards "
-                             "stay: repeat the command when there is room") from error
+            raise CacheError(
+                f"cannot write shard {shard} of {self.path}: {error}. Finished shards "
+                "stay: repeat the command when there is room"
+            ) from error
         self.seconds["writing"] += time.monotonic() - begin
 
     def _encoded(self, images: int, work: Future) -> int:
@@ -121,7 +136,7 @@ class Builder(Site):
         plan, side = self.plan, self.plan.tokenizer.image_size
 
         def decode(start: int) -> tuple[int, np.ndarray, list]:
-            paths = [plan.files[k][0] for k in sources[start:start + plan.batch]]
+            paths = [plan.files[k][0] for k in sources[start : start + plan.batch]]
             images = np.zeros((len(paths), 3, side, side), np.uint8)
             return start, images, plan.decoder.decode(paths, images)
 
@@ -135,8 +150,14 @@ class Builder(Site):
                     ahead = pool.submit(decode, start + plan.batch)
                 yield ready
 
-    def _encode(self, images: np.ndarray, good: np.ndarray, arrays: dict[str, np.ndarray],
-                at: int, sources: np.ndarray) -> None:
+    def _encode(
+        self,
+        images: np.ndarray,
+        good: np.ndarray,
+        arrays: dict[str, np.ndarray],
+        at: int,
+        sources: np.ndarray,
+    ) -> None:
         """Encodes a batch whose images lie from row `at` on in the shard; keeps the good ones."""
         tokenizer, rows = self.plan.tokenizer, at + np.flatnonzero(good)
         if not good.any():
@@ -144,19 +165,20 @@ class Builder(Site):
         # Always whole batches, unreadable images as they are: libraries choose algorithms by the
         # size of a batch, and an image's tokens must not depend on its neighbours.
         whole = torch.zeros(self.plan.batch, *images.shape[1:], dtype=torch.uint8)
-        whole[:len(images)] = torch.from_numpy(images)
+        whole[: len(images)] = torch.from_numpy(images)
         pixels = to_unit(whole.to(tokenizer.device))
         for view in range(self.plan.views):
             with torch.no_grad():
                 stored = to_stored(tokenizer, pixels.flip(-1) if view else pixels)
             for name, values in stored.items():
                 with np.errstate(over="ignore"):  # said below
-                    values = values[:len(images)].cpu().numpy()[good].astype(arrays[name].dtype)
+                    values = values[: len(images)].cpu().numpy()[good].astype(arrays[name].dtype)
                 refuse_bad(name, values, [self.plan.files[sources[r]][0] for r in rows])
                 arrays[name][rows, view] = values
 
-    def _write(self, shard: int, first: int, arrays: dict[str, np.ndarray],
-               broken: list[dict[str, Any]]) -> None:
+    def _write(
+        self, shard: int, first: int, arrays: dict[str, np.ndarray], broken: list[dict[str, Any]]
+    ) -> None:
         import zarr
 
         group, files, sums = zarr.open_group(self.path, mode="r+"), {}, {}
@@ -164,7 +186,7 @@ class Builder(Site):
             file = f"{name}/c/{shard}" + "/0" * (values.ndim - 1)
             (self.path / file).unlink(missing_ok=True)  # zarr would read what is there first
             with zarr.config.set({"array.write_empty_chunks": True}):  # of broken images alone
-                group[name][first:first + len(values)] = values
+                group[name][first : first + len(values)] = values
             sync(self.path / file)
             sync((self.path / file).parent)
             files[file] = {"bytes": size_of(self.path / file), "crc32c": checksum(self.path / file)}
@@ -172,5 +194,7 @@ class Builder(Site):
                 sums[name] = channel_sums(values, [entry["row"] - first for entry in broken])
         faults.point(f"shard={shard}")
         self._broken += broken
-        write_json(self._record(shard),
-                   {"shard": shard, "files": files, "quarantine": broken, "sums": sums})
+        write_json(
+            self._record(shard),
+            {"shard": shard, "files": files, "quarantine": broken, "sums": sums},
+        )

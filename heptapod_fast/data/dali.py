@@ -73,8 +73,10 @@ class DaliDecoder:
         try:
             self._finish(_run(pipeline, self._probe), np.empty((3, 8, 8), np.uint8))
         except Exception as error:
-            raise ValueError(f"DALI {version} cannot decode on {self.device}: {_first(error)}; "
-                             f"renew it ({INSTALL}) or decode with Pillow") from error
+            raise ValueError(
+                f"DALI {version} cannot decode on {self.device}: {_first(error)}; "
+                f"renew it ({INSTALL}) or decode with Pillow"
+            ) from error
         self.preprocessing = f"{PREPROCESSING}/dali-{version}-{self.device.type}"
 
     def decode(self, paths: Sequence[Path], out: np.ndarray) -> list[str | None]:
@@ -111,8 +113,9 @@ class DaliDecoder:
         try:
             _run(pipeline, self._probe)
         except Exception:
-            raise RuntimeError(f"DALI has stopped decoding on {self.device}, even good files fail: "
-                               f"{_first(error)}") from error
+            raise RuntimeError(
+                f"DALI has stopped decoding on {self.device}, even good files fail: {_first(error)}"
+            ) from error
 
 
 def _check_device(device: str | torch.device) -> torch.device:
@@ -120,8 +123,10 @@ def _check_device(device: str | torch.device) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"DALI decodes on cpu or cuda, not on {device}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"DALI was asked to decode on {device}, there are "
-                         f"{torch.cuda.device_count()} CUDA devices here: choose device='cpu'")
+        raise ValueError(
+            f"DALI was asked to decode on {device}, there are "
+            f"{torch.cuda.device_count()} CUDA devices here: choose device='cpu'"
+        )
     return device
 
 
@@ -131,8 +136,10 @@ def _build(device: torch.device) -> tuple[str, Any]:
         import nvidia.dali
         from nvidia.dali import fn, types
     except (ImportError, OSError) as error:
-        raise ImportError(f"decoding with DALI was asked for and DALI cannot be imported "
-                          f"({error}): {INSTALL}, or decode with Pillow") from error
+        raise ImportError(
+            f"decoding with DALI was asked for and DALI cannot be imported "
+            f"({error}): {INSTALL}, or decode with Pillow"
+        ) from error
     version, on_gpu = nvidia.dali.__version__, device.type == "cuda"
     # The hardware decoder takes a share of the files, and rounds differently: every file's pixels
     # would depend on chance. Fancy upsampling and the slow IDCT are what Pillow decodes with.
@@ -142,17 +149,33 @@ def _build(device: torch.device) -> tuple[str, Any]:
         # Only the dynamic executor survives a file that cannot be decoded; the rest of the line
         # keeps the work on this pipeline's own thread.
         pipeline = nvidia.dali.Pipeline(
-            batch_size=1, num_threads=1, device_id=number, exec_dynamic=True, exec_async=False,
-            exec_pipelined=False, prefetch_queue_depth=1)
+            batch_size=1,
+            num_threads=1,
+            device_id=number,
+            exec_dynamic=True,
+            exec_async=False,
+            exec_pipelined=False,
+            prefetch_queue_depth=1,
+        )
         with pipeline:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=True)
-            pipeline.set_outputs(fn.decoders.image(
-                files, device="mixed" if on_gpu else "cpu", output_type=types.RGB,
-                adjust_orientation=False, jpeg_fancy_upsampling=True, use_fast_idct=False, **gpu))
+            pipeline.set_outputs(
+                fn.decoders.image(
+                    files,
+                    device="mixed" if on_gpu else "cpu",
+                    output_type=types.RGB,
+                    adjust_orientation=False,
+                    jpeg_fancy_upsampling=True,
+                    use_fast_idct=False,
+                    **gpu,
+                )
+            )
         pipeline.build()
     except Exception as error:
-        raise ValueError(f"DALI {version} does not fit, expected what version 2.4 offers "
-                         f"({_first(error)}): {INSTALL}, or decode with Pillow") from error
+        raise ValueError(
+            f"DALI {version} does not fit, expected what version 2.4 offers "
+            f"({_first(error)}): {INSTALL}, or decode with Pillow"
+        ) from error
     return version, pipeline
 
 
@@ -176,6 +199,7 @@ def _picture() -> np.ndarray:
 
 def _load(path: Path, row: np.ndarray, on_cpu: bool) -> np.ndarray | str | None:
     """The file's bytes if it is one for DALI; else Pillow fills the row: None, or why it cannot."""
+
     def use(image: Image.Image) -> np.ndarray | None:
         if not (on_cpu and _fits(image, row.shape[-1])) and _suits(image, row.shape[-1]):
             image.fp.seek(0)
@@ -195,9 +219,9 @@ def _is_whole(data: bytes) -> bool:
     Decoders differ in what they make of cut files and of markers in the wrong place.
     """
     at = 2
-    while data[at:at + 1] == b"\xff" and at + 4 <= len(data):
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker = data[at + 1]
-        at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _SCAN:
             found = _MARKER.search(data, at)
             if found is None:
@@ -261,7 +285,7 @@ def _crop_on_cpu(image: Tensor, row: np.ndarray) -> None:
         # On uint8 this is a port of Pillow's: integer weights, rounding between the passes.
         image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
     left, top = (width - size) // 2, (height - size) // 2
-    row[...] = image[:, top:top + size, left:left + size]
+    row[...] = image[:, top : top + size, left : left + size]
 
 
 def crop(image: Tensor, size: int) -> Tensor:
@@ -288,8 +312,9 @@ def _resample(image: Tensor, axis: int, *window: Any) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _taps(old: int, new: int, first: int, count: int, box: bool,
-          device: torch.device) -> tuple[Tensor, Tensor]:
+def _taps(
+    old: int, new: int, first: int, count: int, box: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Pillow's filter for `old` -> `new` pixels, outputs first..first+count-1: which pixels each
     one reads, (count, taps) int64, and their weights, float32. Box, or bicubic with a = -1/2."""
     scale = old / new
@@ -304,9 +329,14 @@ def _taps(old: int, new: int, first: int, count: int, box: bool,
         weight = ((x > -0.5) & (x <= 0.5)).astype(np.float64)
     else:
         x = np.abs(x)
-        weight = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1,
-                          np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+        weight = np.where(
+            x < 1,
+            (1.5 * x - 2.5) * x * x + 1,
+            np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0),
+        )
     weight *= index < high[:, None]
     weight /= weight.sum(1, keepdims=True)
-    return (torch.from_numpy(np.minimum(index, old - 1)).to(device),
-            torch.from_numpy(weight).float().to(device))
+    return (
+        torch.from_numpy(np.minimum(index, old - 1)).to(device),
+        torch.from_numpy(weight).float().to(device),
+    )

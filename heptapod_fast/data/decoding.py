@@ -21,9 +21,19 @@ if TYPE_CHECKING:
     import torch
 
 
-
-_MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT,
-            errno.EINTR, errno.EAGAIN, errno.ENXIO, errno.ENODEV, errno.EHOSTDOWN}
+_MACHINE = {
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EINTR,
+    errno.EAGAIN,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EHOSTDOWN,
+}
 _BLOCK = 4096  # files looked at together
 
 
@@ -52,6 +62,7 @@ class PillowDecoder:
 
     def decode(self, paths: Sequence[Path], out: np.ndarray) -> list[str | None]:
         """See `Decoder.decode`."""
+
         def one(path: Path, row: np.ndarray) -> str | None:
             pixels = read(path, partial(crop_pixels, size=out.shape[-1]))
             if isinstance(pixels, str):
@@ -62,8 +73,9 @@ class PillowDecoder:
         return list(self._pool.map(one, paths, out))
 
 
-def open_decoder(name: str, device: torch.device | str = "cpu",
-                 workers: int | None = None) -> Decoder:
+def open_decoder(
+    name: str, device: torch.device | str = "cpu", workers: int | None = None
+) -> Decoder:
     """A decoder by name.
 
     Args:
@@ -88,14 +100,16 @@ def open_decoder(name: str, device: torch.device | str = "cpu",
         raise ValueError(f"--decoder dali: {error}") from error
 
 
-def read_sizes(paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
-               ) -> list[tuple[int, int] | str]:
+def read_sizes(
+    paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
+) -> list[tuple[int, int] | str]:
     """(width, height) of every file, from its header alone, or why it cannot be read."""
     found: list[tuple[int, int] | str] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for start in range(0, len(paths), _BLOCK):
-            found += pool.map(partial(read, use=lambda image: image.size),
-                              paths[start:start + _BLOCK])
+            found += pool.map(
+                partial(read, use=lambda image: image.size), paths[start : start + _BLOCK]
+            )
             if progress is not None:
                 progress(len(found), len(paths))
     return found
@@ -145,8 +159,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion clips these at 255 instead of scaling them.
         deep = np.asarray(image).astype(np.int64)
         if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError(f"integer pixels of {deep.min()}..{deep.max()} have no agreed range; "
-                             "convert the file to 8 or 16 bits")
+            raise ValueError(
+                f"integer pixels of {deep.min()}..{deep.max()} have no agreed range; "
+                "convert the file to 8 or 16 bits"
+            )
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -164,7 +180,8 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)),
-                         Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

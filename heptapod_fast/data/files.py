@@ -31,21 +31,28 @@ def find_images(folder: Path) -> tuple[tuple[str, ...], Files]:
     classes = [(entry, _walk(entry)) for entry in entries if entry.is_dir()]
     if flat and any(paths for _, paths in classes):
         full = next(entry for entry, paths in classes if paths)
-        raise ValueError(f"{folder}: found images at its top level (such as {flat[0].name}) and in "
-                         f"subfolders (such as {full.name}); --data needs one folder per class, or "
-                         "one flat folder")
+        raise ValueError(
+            f"{folder}: found images at its top level (such as {flat[0].name}) and in "
+            f"subfolders (such as {full.name}); --data needs one folder per class, or "
+            "one flat folder"
+        )
     if flat:
         return (folder.resolve().name,), [(path, 0) for path in flat]
     if not any(paths for _, paths in classes):
         kinds = " ".join(extension[1:] for extension in EXTENSIONS)
-        raise FileNotFoundError(f"{folder}: found no images ({kinds}) in it or in its subfolders; "
-                                "check --data")
+        raise FileNotFoundError(
+            f"{folder}: found no images ({kinds}) in it or in its subfolders; check --data"
+        )
     bare = [entry.name for entry, paths in classes if not paths]
     if bare:
-        raise FileNotFoundError(f"{folder}: {len(bare)} class folders of --data hold no images; "
-                                "fill or remove them" + listing(bare, len(bare), 20))
-    return (tuple(entry.name for entry, _ in classes),
-            [(path, label) for label, (_, paths) in enumerate(classes) for path in paths])
+        raise FileNotFoundError(
+            f"{folder}: {len(bare)} class folders of --data hold no images; "
+            "fill or remove them" + listing(bare, len(bare), 20)
+        )
+    return (
+        tuple(entry.name for entry, _ in classes),
+        [(path, label) for label, (_, paths) in enumerate(classes) for path in paths],
+    )
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -72,27 +79,34 @@ def listing(lines: Iterable[str], count: int, most: int) -> str:
     return "".join(f"\n  {line}" for line in shown + rest)
 
 
-def refuse_broken(folder: Path, files: Files, found: list,
-                  max_broken: int) -> list[tuple[Path, str]]:
+def refuse_broken(
+    folder: Path, files: Files, found: list, max_broken: int
+) -> list[tuple[Path, str]]:
     """`found` holds a string, the reason, for every broken file; returns the broken files."""
-    broken = [(path, reason) for (path, _), reason in zip(files, found, strict=True)
-              if isinstance(reason, str)]
+    broken = [
+        (path, reason)
+        for (path, _), reason in zip(files, found, strict=True)
+        if isinstance(reason, str)
+    ]
     if len(broken) > max_broken:
         raise ValueError(
             f"{folder}: {len(broken)} of {len(files)} image files cannot be read, "
             f"--max-broken allows {max_broken}; mend or remove them, or raise --max-broken"
-            + listing((f"{path}: {reason}" for path, reason in broken), len(broken), 20))
+            + listing((f"{path}: {reason}" for path, reason in broken), len(broken), 20)
+        )
     return broken
 
 
-def refuse_small(folder: Path, files: Files, sizes: list, image_size: int,
-                 allow: bool) -> None:
+def refuse_small(folder: Path, files: Files, sizes: list, image_size: int, allow: bool) -> None:
     """Warns of images that have to be enlarged; refuses them beyond `MAX_UPSCALE`.
 
     `sizes` holds (width, height), or a string for files that cannot be read.
     """
-    small = [(min(size), path, size) for (path, _), size in zip(files, sizes, strict=True)
-             if not isinstance(size, str) and min(size) < image_size]
+    small = [
+        (min(size), path, size)
+        for (path, _), size in zip(files, sizes, strict=True)
+        if not isinstance(size, str) and min(size) < image_size
+    ]
     too_small = [entry for entry in small if entry[0] * MAX_UPSCALE < image_size]
     if too_small and not allow:
         smallest = min(too_small)[0]
@@ -101,9 +115,17 @@ def refuse_small(folder: Path, files: Files, sizes: list, image_size: int,
             f"{folder}: {len(too_small)} of {len(files)} images are too small for "
             f"--image-size {image_size} (the shorter side may be enlarged by "
             f"{MAX_UPSCALE} at most); lower --image-size to {int(smallest * MAX_UPSCALE)} or "
-            "less, or pass --allow-upscale" + listing(lines, len(too_small), 10))
+            "less, or pass --allow-upscale" + listing(lines, len(too_small), 10)
+        )
     if small:
         _, path, size = min(small)
-        logger.warning("%s: %d of %d images are smaller than --image-size %d and are enlarged; "
-                       "the smallest is %s (%d x %d pixels)", folder, len(small),
-                       len(files), image_size, path, *size)
+        logger.warning(
+            "%s: %d of %d images are smaller than --image-size %d and are enlarged; "
+            "the smallest is %s (%d x %d pixels)",
+            folder,
+            len(small),
+            len(files),
+            image_size,
+            path,
+            *size,
+        )

@@ -54,9 +54,15 @@ class ImageFolder:
         ValueError: mixed layout, images too small, too many broken files, not enough memory.
     """
 
-    def __init__(self, folder: str | Path, image_size: int, max_broken: int = 0,
-                 decoder: Decoder | None = None, progress: Progress | None = None,
-                 allow_upscale: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        image_size: int,
+        max_broken: int = 0,
+        decoder: Decoder | None = None,
+        progress: Progress | None = None,
+        allow_upscale: bool = False,
+    ) -> None:
         if image_size < 1:
             raise ValueError(f"expected an --image-size of 1 or more, found {image_size}")
         self.folder, self.image_size = Path(folder), image_size
@@ -71,23 +77,30 @@ class ImageFolder:
         self.broken = refuse_broken(self.folder, files, found, max_broken)
         kept = [k for k, reason in enumerate(found) if not isinstance(reason, str)]
         if not kept:
-            raise FileNotFoundError(f"{folder}: none of its {len(files)} images could be read "
-                                    f"(first: {self.broken[0][1]}): choose another --data")
+            raise FileNotFoundError(
+                f"{folder}: none of its {len(files)} images could be read "
+                f"(first: {self.broken[0][1]}): choose another --data"
+            )
         if self.broken:
-            logger.warning("%s: left out %d unreadable files, first %s (%s)", folder,
-                           len(self.broken), *self.broken[0])
+            logger.warning(
+                "%s: left out %d unreadable files, first %s (%s)",
+                folder,
+                len(self.broken),
+                *self.broken[0],
+            )
             for row, k in enumerate(kept):  # in place: a copy could need twice the memory
                 if row != k:
                     self._pixels[row] = self._pixels[k]
-        self._pixels = self._pixels[:len(kept)]
+        self._pixels = self._pixels[: len(kept)]
         files = [files[k] for k in kept]
         self.labels = torch.tensor([label for _, label in files], dtype=torch.int64)
         counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
         bare = [name for name, n in zip(self.class_names, counts, strict=True) if n == 0]
         if bare:
-            raise FileNotFoundError(f"{folder}: no readable image is left in {len(bare)} class "
-                                    "folders of --data; mend or remove them"
-                                    + listing(bare, len(bare), 20))
+            raise FileNotFoundError(
+                f"{folder}: no readable image is left in {len(bare)} class "
+                "folders of --data; mend or remove them" + listing(bare, len(bare), 20)
+            )
         self.fingerprint = self._fingerprint(files)
 
     def __len__(self) -> int:
@@ -97,14 +110,15 @@ class ImageFolder:
         """(B,) int64 -> (B, 3, H, W) uint8; IndexError for an id outside the set."""
         return self._pixels[check_ids(ids, len(self), self.name)]
 
-    def _decode(self, decoder: Decoder, files: Files,
-                progress: Progress | None) -> list[str | None]:
+    def _decode(
+        self, decoder: Decoder, files: Files, progress: Progress | None
+    ) -> list[str | None]:
         """Fills the pixels; returns for every file None or the reason why it cannot be read."""
         side, reasons = self.image_size, []
         self._pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
         for start in range(0, len(files), DECODE_BATCH):
-            paths = [path for path, _ in files[start:start + DECODE_BATCH]]
-            reasons += decoder.decode(paths, self._pixels[start:start + DECODE_BATCH].numpy())
+            paths = [path for path, _ in files[start : start + DECODE_BATCH]]
+            reasons += decoder.decode(paths, self._pixels[start : start + DECODE_BATCH].numpy())
             if progress is not None:
                 progress(len(reasons), len(files))
         return reasons
@@ -123,7 +137,9 @@ def check_memory(need: int, image_size: int, folder: Path) -> None:
     """Raises ValueError when `need` bytes of decoded images do not fit into memory."""
     free = available_memory()
     if free is not None and need > 0.9 * free:
-        raise ValueError(f"{folder}: decoded at --image-size {image_size} the images take "
-                         f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available: "
-                         "cache their tokens with tools/cache.py and train on the cache, or lower "
-                         "--image-size")
+        raise ValueError(
+            f"{folder}: decoded at --image-size {image_size} the images take "
+            f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available: "
+            "cache their tokens with tools/cache.py and train on the cache, or lower "
+            "--image-size"
+        )

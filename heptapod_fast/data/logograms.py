@@ -48,8 +48,10 @@ def logogram_classes(image_size: int) -> int:
     by_stroke = 2.0 * math.pi * RADIUS[0] / (STROKES_PER_WAVE * STROKE[1])
     classes = math.floor(min(by_pixels, by_stroke)) - 1
     if classes < 2:
-        raise ValueError(f"logograms need an image size of at least 12 pixels to show two classes, "
-                         f"found {image_size}: raise --image-size")
+        raise ValueError(
+            f"logograms need an image size of at least 12 pixels to show two classes, "
+            f"found {image_size}: raise --image-size"
+        )
     return classes
 
 
@@ -72,20 +74,24 @@ class Logograms:
 
     name = "logograms"
 
-    def __init__(self, image_size: int, count: int, seed: int = 0,
-                 num_classes: int | None = None) -> None:
+    def __init__(
+        self, image_size: int, count: int, seed: int = 0, num_classes: int | None = None
+    ) -> None:
         most = logogram_classes(image_size)
         num_classes = most if num_classes is None else num_classes
         if not 1 <= num_classes <= most:
-            raise ValueError(f"logograms of {image_size} pixels can show 1..{most} classes, found "
-                             f"num_classes={num_classes}: use fewer or raise --image-size")
+            raise ValueError(
+                f"logograms of {image_size} pixels can show 1..{most} classes, found "
+                f"num_classes={num_classes}: use fewer or raise --image-size"
+            )
         if count < 1:
             raise ValueError(f"logograms need at least 1 image, found count={count}")
         self.image_size, self.seed, self._count = image_size, seed, count
         self.class_names = tuple(f"{c + 2}-fold" for c in range(num_classes))
         self.labels = torch.arange(count) % num_classes
-        recipe = (f"logograms-1/{image_size}/{count}/{seed}/{num_classes}"
-                  f"/{RADIUS}/{AMPLITUDE}/{STROKE}")
+        recipe = (
+            f"logograms-1/{image_size}/{count}/{seed}/{num_classes}/{RADIUS}/{AMPLITUDE}/{STROKE}"
+        )
         self.fingerprint = hashlib.sha256(recipe.encode()).hexdigest()
         # Float64 keeps the rounded pixels independent of the batch they are rendered in and of the
         # vector width of the machine: float32 would now and then round to the other side.
@@ -106,8 +112,10 @@ class Logograms:
         unit = Rng(self.seed).uniform("logograms.form", ids, 4).double()
         fold = self.labels[ids] + 2
         ranges = {"radius": RADIUS, "amplitude": AMPLITUDE, "stroke": STROKE}
-        form = {name: low + (high - low) * unit[:, k]
-                for k, (name, (low, high)) in enumerate(ranges.items())}
+        form = {
+            name: low + (high - low) * unit[:, k]
+            for k, (name, (low, high)) in enumerate(ranges.items())
+        }
         return {"fold": fold, **form, "phase": unit[:, 3] * (2.0 * math.pi) / fold}
 
     def images(self, ids: Tensor) -> Tensor:
@@ -118,8 +126,8 @@ class Logograms:
         # Blocks of about a million pixels keep the intermediates inside the caches.
         block = max(1, 2**20 // side**2)
         for start in range(0, len(ids), block):
-            grey = self._render(ids[start:start + block])
-            out[start:start + block] = grey.view(-1, 1, side, side)
+            grey = self._render(ids[start : start + block])
+            out[start : start + block] = grey.view(-1, 1, side, side)
         return out
 
     def _render(self, ids: Tensor) -> Tensor:
@@ -135,8 +143,9 @@ class Logograms:
         return ink_BP.mul_(255.0).round_().to(torch.uint8)
 
 
-def write_folder(source: ImageSource, folder: str | Path, format: str = "jpeg",
-                 quality: int = 95) -> int:
+def write_folder(
+    source: ImageSource, folder: str | Path, format: str = "jpeg", quality: int = 95
+) -> int:
     """Writes every image of a source as FOLDER/CLASS NAME/ID.EXTENSION; returns their number.
 
     Makes a set of files out of an embedded one, for whatever reads folders of images. `quality`

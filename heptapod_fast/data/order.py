@@ -118,7 +118,7 @@ class WindowedOrder:
         order = np.arange(len(self._sizes))
         if len(order) > self._window:
             order = _permutation(len(order), self.seed, epoch, _SHARDS).numpy()
-        windows = [order[k:k + self._window] for k in range(0, len(order), self._window)]
+        windows = [order[k : k + self._window] for k in range(0, len(order), self._window)]
         windows = [shards for shards in windows if self._sizes[shards].sum()]
         return windows, [0, *np.cumsum([self._sizes[shards].sum() for shards in windows]).tolist()]
 

@@ -52,6 +52,8 @@ def check_ids(ids: Tensor, count: int, name: str) -> Tensor:
     if ids.ndim != 1:
         raise IndexError(f"{name}: expected image ids of shape (B,), found {tuple(ids.shape)}")
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
-        raise IndexError(f"{name}: expected image ids in 0..{count - 1}, "
-                         f"found {int(ids.min())}..{int(ids.max())}")
+        raise IndexError(
+            f"{name}: expected image ids in 0..{count - 1}, "
+            f"found {int(ids.min())}..{int(ids.max())}"
+        )
     return ids

@@ -39,8 +39,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies do not block where the memory allows it."""
-        return Batch(*(tensor.to(device, non_blocking=True)
-                       for tensor in (self.tokens, self.labels, self.index)))
+        return Batch(
+            *(
+                tensor.to(device, non_blocking=True)
+                for tensor in (self.tokens, self.labels, self.index)
+            )
+        )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -91,13 +95,21 @@ class TokenizedImages:
         ValueError: image sizes of source and tokenizer differ.
     """
 
-    def __init__(self, source: ImageSource, tokenizer: Tokenizer, seed: int, flip: bool = False,
-                 device: torch.device | str = "cpu",
-                 progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        tokenizer: Tokenizer,
+        seed: int,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         if source.image_size != tokenizer.image_size:
-            raise ValueError(f"{source.name} has images of {source.image_size} pixels, the "
-                             f"tokenizer {tokenizer.spec.name} takes {tokenizer.image_size}: "
-                             "change --image-size or --tokenizer-weights")
+            raise ValueError(
+                f"{source.name} has images of {source.image_size} pixels, the "
+                f"tokenizer {tokenizer.spec.name} takes {tokenizer.image_size}: "
+                "change --image-size or --tokenizer-weights"
+            )
         self.source, self.tokenizer = source, tokenizer.to(device)
         self.seed, self.flip, self.device = seed, flip, torch.device(device)
         self.num_images, self.class_names = len(source), source.class_names
@@ -128,8 +140,9 @@ class TokenizedImages:
     def check(self) -> None:
         """Nothing to find: files that cannot be read are found when they are."""
 
-    def _encode(self, images: Tensor, rng: Rng | None = None,
-                index: Tensor | None = None) -> Tensor:
+    def _encode(
+        self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None
+    ) -> Tensor:
         images = to_unit(images.to(self.device, non_blocking=True))
         with torch.no_grad():
             return self.tokenizer.encode(images, rng, index)
@@ -145,7 +158,7 @@ class TokenizedImages:
             images = self.source.images(torch.arange(start, stop))
             codes[start:stop] = self._encode(images).to(compact)
             if self.flip:
-                codes[count + start:count + stop] = self._encode(images.flip(-1)).to(compact)
+                codes[count + start : count + stop] = self._encode(images.flip(-1)).to(compact)
             if progress is not None:
                 progress(stop, count)
         return codes
@@ -166,16 +179,25 @@ class SyntheticTokens:
         device: where batches are returned.
     """
 
-    def __init__(self, tokenizer_spec: TokenSpec, num_classes: int, seed: int,
-                 num_images: int = 1_281_167, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        tokenizer_spec: TokenSpec,
+        num_classes: int,
+        seed: int,
+        num_images: int = 1_281_167,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if num_classes < 1 or num_images < 1:
-            raise ValueError(f"synthetic data needs at least 1 class and 1 image, found "
-                             f"{num_classes} and {num_images}")
+            raise ValueError(
+                f"synthetic data needs at least 1 class and 1 image, found "
+                f"{num_classes} and {num_images}"
+            )
         spec, self.device = tokenizer_spec, torch.device(device)
         self.num_images, self.num_classes, self._rng = num_images, num_classes, Rng(seed)
         self.class_names = tuple(str(c) for c in range(num_classes))
         self.fingerprint = hashlib.sha256(
-            f"synthetic-1/{spec}/{num_classes}/{seed}/{num_images}".encode()).hexdigest()
+            f"synthetic-1/{spec}/{num_classes}/{seed}/{num_images}".encode()
+        ).hexdigest()
         values = spec.num_tokens * max(1, spec.channels)
         rows = torch.arange(max(1, min(POOL, POOL_VALUES // values)))
         if spec.kind == "discrete":

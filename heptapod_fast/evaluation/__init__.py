@@ -62,7 +62,10 @@ def make_metrics(names: Iterable[str], context: MetricContext) -> list[Metric]:
     names = list(names)
     unknown = [name for name in names if name not in METRICS]
     if unknown:
-        raise ValueError(f"unknown --metrics {', '.join(unknown)}: choose among "
-                         f"{', '.join(sorted(METRICS))}")
-    return [getattr(importlib.import_module(METRICS[name][0]), METRICS[name][1])(context)
-            for name in names]
+        raise ValueError(
+            f"unknown --metrics {', '.join(unknown)}: choose among {', '.join(sorted(METRICS))}"
+        )
+    return [
+        getattr(importlib.import_module(METRICS[name][0]), METRICS[name][1])(context)
+        for name in names
+    ]

@@ -46,14 +46,18 @@ def read_symmetry(images: Tensor) -> tuple[Tensor, Tensor]:
     angle_A = (torch.arange(ANGLES, device=device) + 0.5) * (2.0 * math.pi / ANGLES)
     radius_R = torch.linspace(0.1, 1.0, RADII, device=device)
     grid = torch.stack((angle_A.cos()[:, None] * radius_R, angle_A.sin()[:, None] * radius_R), -1)
-    ink_BAR = F.grid_sample(ink_BHW[:, None], grid.expand(len(images), -1, -1, -1),
-                            padding_mode="border", align_corners=False)[:, 0]
+    ink_BAR = F.grid_sample(
+        ink_BHW[:, None],
+        grid.expand(len(images), -1, -1, -1),
+        padding_mode="border",
+        align_corners=False,
+    )[:, 0]
     mass_BA = ink_BAR.sum(dim=-1)
     mean_BA = (ink_BAR * radius_R).sum(dim=-1) / (mass_BA + 1e-6)
     weight_BA = mass_BA / (mass_BA.mean(dim=1, keepdim=True) + 1e-6)
     centre_B1 = (weight_BA * mean_BA).mean(dim=1, keepdim=True)
     wave_BA = (mean_BA - centre_B1) * weight_BA.clamp(max=1.0)
-    spectrum = torch.fft.rfft(wave_BA, dim=1)[:, 1:MAX_WAVES + 1]
+    spectrum = torch.fft.rfft(wave_BA, dim=1)[:, 1 : MAX_WAVES + 1]
     fold = spectrum.abs().argmax(dim=1) + 1
     line = spectrum.gather(1, fold[:, None] - 1)[:, 0]
     # The first angle is half a step past zero, which turns the line by half a step times the fold.
@@ -78,16 +82,19 @@ def combine_p(values: list[float]) -> float:
     half = -sum(math.log(max(value, 1e-300)) for value in values)
     # Upper tail of chi^2 with 2 k degrees of freedom at 2 * half, a finite sum; in logarithms, as
     # the terms of a very small p-value overflow.
-    logs = [k * math.log(half) - math.lgamma(k + 1) if half > 0 else (0.0 if k == 0 else -math.inf)
-            for k in range(len(values))]
+    logs = [
+        k * math.log(half) - math.lgamma(k + 1) if half > 0 else (0.0 if k == 0 else -math.inf)
+        for k in range(len(values))
+    ]
     if not logs:
         return 1.0
     top = max(logs)
     return min(1.0, math.exp(top - half) * sum(math.exp(value - top) for value in logs))
 
 
-def nearest_distance(images: Tensor, source: ImageSource,
-                     tokenizer: Tokenizer | None = None) -> Tensor:
+def nearest_distance(
+    images: Tensor, source: ImageSource, tokenizer: Tokenizer | None = None
+) -> Tensor:
     """Distance of each image to the nearest one of a source.
 
     Distances are root mean squares over the pixels of the grey images, in units of the [-1, 1]
@@ -110,8 +117,9 @@ def nearest_distance(images: Tensor, source: ImageSource,
         real = through(tokenizer, to_unit(source.images(ids)))
         block_KP = _grey(real.to(images.device))
         half_K = 0.5 * block_KP.square().sum(dim=1)
-        best_B = torch.minimum(best_B, torch.addmm(half_K, query_BP, block_KP.T,
-                                                   alpha=-1.0).amin(dim=1))
+        best_B = torch.minimum(
+            best_B, torch.addmm(half_K, query_BP, block_KP.T, alpha=-1.0).amin(dim=1)
+        )
     square_B = (2.0 * best_B + query_BP.square().sum(dim=1)).clamp(min=0.0)
     distance_B = (square_B / query_BP.shape[1]).sqrt().cpu()
     return torch.where(distance_B < EQUAL, 0.0, distance_B)
@@ -163,8 +171,10 @@ class SymmetryAccuracy:
     def __init__(self, context: MetricContext) -> None:
         if not isinstance(context.source, Logograms):
             found = "none" if context.source is None else context.source.name
-            raise ValueError(f"--metrics symmetry reads logograms, found {found}: use --data "
-                             "logograms or leave symmetry out")
+            raise ValueError(
+                f"--metrics symmetry reads logograms, found {found}: use --data "
+                "logograms or leave symmetry out"
+            )
         self.source, self.tokenizer = context.source, context.tokenizer
         self._images: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -175,8 +185,10 @@ class SymmetryAccuracy:
         """(B, 3, H, W) float in [-1, 1] and (B,) int64 classes; ValueError for other shapes."""
         side = self.source.image_size
         if images.shape[1:] != (3, side, side) or labels.shape != images.shape[:1]:
-            raise ValueError(f"symmetry: expected images (B, 3, {side}, {side}) and labels (B,), "
-                             f"found {tuple(images.shape)} and {tuple(labels.shape)}")
+            raise ValueError(
+                f"symmetry: expected images (B, 3, {side}, {side}) and labels (B,), "
+                f"found {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
         fold, turn = read_symmetry(images)
         self._folds.append(fold.cpu())
         self._turns.append(turn.cpu())
@@ -194,7 +206,8 @@ class SymmetryAccuracy:
         for label in labels.unique().tolist():
             mine = labels == label
             result[f"symmetry_accuracy/{self.source.class_names[label]}"] = (
-                (folds[mine] == label + 2).double().mean().item())
+                (folds[mine] == label + 2).double().mean().item()
+            )
             if (mine & right).any():
                 p_values.append(rayleigh_p(turns[mine & right]))
         result["phase_uniformity_p"] = combine_p(p_values)

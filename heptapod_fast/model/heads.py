@@ -36,8 +36,15 @@ class GlobalHead(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, i, attention) for i in range(depth))
         self.norm = LayerNorm(width, eps=EPS)
 
-    def forward(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, pair_R: Tensor,
-                position_R: Tensor, drop=NO_DROP) -> Tensor:
+    def forward(
+        self,
+        h_BND: Tensor,
+        order_BN: Tensor,
+        steps_Bn: Tensor,
+        pair_R: Tensor,
+        position_R: Tensor,
+        drop=NO_DROP,
+    ) -> Tensor:
         """h (B, M, D) with M > max(steps): the states so far; rows: see grid.Rows.
 
         Returns (R, D): the head's output for every row, after the final LayerNorm.
@@ -54,8 +61,9 @@ class GlobalHead(nn.Module):
         rank_BN = gridlib.ranks(order_BN)
         seen_BnN = rank_BN[:, None] < steps_Bn[..., None]
         seen_BnL = F.pad(seen_BnN, (1, 0), value=True)
-        x_BnLD = torch.where(seen_BnL[..., None], placed_BLD[:, None],
-                             self.mask_token.to(h_BND.dtype))
+        x_BnLD = torch.where(
+            seen_BnL[..., None], placed_BLD[:, None], self.mask_token.to(h_BND.dtype)
+        )
         return (x_BnLD + self.position.weight.to(h_BND.dtype)).flatten(0, 1)
 
 
@@ -85,8 +93,7 @@ class LocalBlock(nn.Module):
         self.block = Block(width, heads, layer, attention)
         self.site = layer
 
-    def forward(self, stream: Stream, h_BMD: Tensor, ends_BQ: Tensor, drop,
-                cross_drop) -> Stream:
+    def forward(self, stream: Stream, h_BMD: Tensor, ends_BQ: Tensor, drop, cross_drop) -> Stream:
         """stream: the windows' queries (S, W, D); ends (B, n * W): how many states each may see.
 
         Keys and values are projected once per sequence, whatever the number of steps.
@@ -95,7 +102,7 @@ class LocalBlock(nn.Module):
         x_SWD, y_SWD = stream.normed(self.norm)
         q_BQHE = self.q(y_SWD).view(batch, -1, self.heads, x_SWD.shape[-1] // self.heads)
         kv_BM2HE = self.kv(h_BMD).unflatten(-1, (2, self.heads, -1))
-        seen = ops.cross_attention(q_BQHE, kv_BM2HE, ends=ends_BQ, implementation=self.attention)
+        seen = ops.cross_attention(q_BQHE, kv_BM2HE, ops.Ends(ends_BQ), self.attention)
         branch_SWD = self.proj.product(seen.flatten(-2).view_as(x_SWD))
         stream = Stream(x_SWD, branch_SWD, self.proj.bias, cross_drop.mask(self.site))
         return self.block(stream, drop=drop)
@@ -109,8 +116,9 @@ class LocalHead(nn.Module):
     zero.
     """
 
-    def __init__(self, *, depth: int, width: int, heads: int, grid: int, window: int,
-                 attention: str):
+    def __init__(
+        self, *, depth: int, width: int, heads: int, grid: int, window: int, attention: str
+    ):
         super().__init__()
         self.query = nn.Parameter(torch.empty(window, width))
         self.position = nn.Embedding(grid * grid, width)
@@ -123,8 +131,9 @@ class LocalHead(nn.Module):
         """next: (S,) grid positions -> (S, W) positions of the windows that hold them."""
         return self.windows[self.owner[next_S]]
 
-    def forward(self, h_BMD: Tensor, steps_Bn: Tensor, position_SW: Tensor, drop=NO_DROP,
-                cross_drop=NO_DROP) -> Tensor:
+    def forward(
+        self, h_BMD: Tensor, steps_Bn: Tensor, position_SW: Tensor, drop=NO_DROP, cross_drop=NO_DROP
+    ) -> Tensor:
         """h (B, M, D), steps (B, n), windows (S, W) -> (S * W, D), after the final LayerNorm."""
         stream = Stream((self.query + self.position(position_SW)).to(h_BMD.dtype))
         # After t tokens there are t + 1 states.

@@ -38,11 +38,19 @@ class Categorical(nn.Module):
         super().__init__()
         self.output = Linear(width, vocabulary, init="normal")
 
-    def loss(self, z_RD: Tensor, target_R: Tensor, rng: Rng, index_R: Tensor,
-             slot_R: Tensor, weight_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        z_RD: Tensor,
+        target_R: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        weight_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Nats; rng, index and slot are not used."""
-        return ops.linear_cross_entropy(z_RD, self.output.weight, self.output.bias, target_R,
-                                        weight_R)
+        return ops.linear_cross_entropy(
+            z_RD, self.output.weight, self.output.bias, target_R, weight_R
+        )
 
     def logits(self, z_RD: Tensor) -> Tensor:
         """(R, V) float32."""
@@ -73,8 +81,9 @@ class Diffusion(nn.Module):
     timesteps are embedded through a table of the 1000 values.
     """
 
-    def __init__(self, width: int, channels: int, blocks: int, mlp_width: int, repeat: int,
-                 bound: bool):
+    def __init__(
+        self, width: int, channels: int, blocks: int, mlp_width: int, repeat: int, bound: bool
+    ):
         super().__init__()
         self.channels, self.repeat, self.bound = channels, repeat, bound
         self.time1 = Linear(256, mlp_width, init="normal")
@@ -88,14 +97,22 @@ class Diffusion(nn.Module):
         self.register_buffer("tables", tables, persistent=False)
         self.register_buffer("sinusoids", timestep_features(len(tables[0])), persistent=False)
 
-    def loss(self, z_RD: Tensor, target_RC: Tensor, rng: Rng, index_R: Tensor,
-             slot_R: Tensor, weight_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        z_RD: Tensor,
+        target_RC: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        weight_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Mean over `repeat` fresh (timestep, noise) pairs per token.
 
         Draws are keyed by the global sample index and a slot that tells the rows of a sample apart.
         """
-        draws = ops.Draws(index_R, slot_R, self.repeat, rng.key("diffusion.time"),
-                          rng.key("diffusion.noise"))
+        draws = ops.Draws(
+            index_R, slot_R, self.repeat, rng.key("diffusion.time"), rng.key("diffusion.noise")
+        )
         xt, t = ops.diffusion_inputs(target_RC, draws, self.tables)
         prediction = self.net(xt, t, self.condition(z_RD))
         loss = ops.diffusion_loss(prediction, target_RC, xt, t, draws, self.tables, self.bound)
@@ -112,8 +129,10 @@ class Diffusion(nn.Module):
     def weights(self) -> DiffusionWeights:
         """What `ops.diffusion_mlp` takes."""
         layers = (self.input, self.modulation, self.output)
-        return DiffusionWeights(*(p for layer in layers for p in (layer.weight, layer.bias)),
-                                tuple(block.weights() for block in self.blocks))
+        return DiffusionWeights(
+            *(p for layer in layers for p in (layer.weight, layer.bias)),
+            tuple(block.weights() for block in self.blocks),
+        )
 
     def embed_time(self, dtype: torch.dtype) -> Tensor:
         """(T, W): the embedding of every timestep."""

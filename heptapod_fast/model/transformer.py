@@ -61,9 +61,9 @@ class Drop:
     counter_PN: Tensor
     p: float
 
-    def mask(self, site: int) -> ops.Mask:
+    def mask(self, site: int) -> ops.DropoutMask:
         """The mask of one site over the rows of (P, N, D), or of (R, D) after `packed`."""
-        return ops.Mask(self.key_PS2[:, site], self.counter_PN, self.p)
+        return ops.DropoutMask(self.key_PS2[:, site], self.counter_PN, self.p)
 
     def packed(self, sequence_R: Tensor, element_R: Tensor) -> Drop:
         """The same masks for packed rows: row r is element element_R[r] of sequence_R[r]."""
@@ -93,14 +93,15 @@ class Stream(NamedTuple):
     x: Tensor
     branch: Tensor | None = None
     bias: Tensor | None = None
-    mask: ops.Mask | None = None
+    mask: ops.DropoutMask | None = None
 
     def normed(self, norm: LayerNorm) -> tuple[Tensor, Tensor]:
         """(the sum, its LayerNorm)."""
         if self.branch is None:
             return self.x, norm(self.x)
-        return ops.add_layer_norm(self.x, self.branch, self.bias, norm.weight, norm.bias,
-                                  self.mask, norm.eps)
+        return ops.add_layer_norm(
+            self.x, self.branch, self.bias, norm.weight, norm.bias, self.mask, norm.eps
+        )
 
     def value(self) -> Tensor:
         """The sum alone."""
@@ -124,14 +125,14 @@ class Block(nn.Module):
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
 
-    def forward(self, stream: Stream, *, causal: bool = False, drop=NO_DROP,
-                cache=None) -> Stream:
+    def forward(self, stream: Stream, *, causal: bool = False, drop=NO_DROP, cache=None) -> Stream:
         """A stream of (B, N, D). cache: keys and values of earlier elements (sampling.KVCache)."""
         x_BND, y_BND = stream.normed(self.norm1)
         return self.finish(x_BND, self.attend(y_BND, causal=causal, cache=cache), drop)
 
-    def forward_rows(self, stream: Stream, sequence_R: Tensor, element_R: Tensor,
-                     drop=NO_DROP) -> Stream:
+    def forward_rows(
+        self, stream: Stream, sequence_R: Tensor, element_R: Tensor, drop=NO_DROP
+    ) -> Stream:
         """As a bidirectional `forward`, but only the given elements come out, packed: (R, D).
 
         The rows are gathered after attention: projection and MLP never see the others.
@@ -139,18 +140,22 @@ class Block(nn.Module):
         x_BND, y_BND = stream.normed(self.norm1)
         row_R = sequence_R * x_BND.shape[1] + element_R
         attended_RD = ops.gather_rows(self.attend(y_BND).flatten(0, 1), row_R)
-        return self.finish(ops.gather_rows(x_BND.flatten(0, 1), row_R), attended_RD,
-                           drop.packed(sequence_R, element_R))
+        return self.finish(
+            ops.gather_rows(x_BND.flatten(0, 1), row_R),
+            attended_RD,
+            drop.packed(sequence_R, element_R),
+        )
 
     def attend(self, y_BND: Tensor, *, causal: bool = False, cache=None) -> Tensor:
         """Attention between its two products, of normalised y: (B, N, D)."""
         qkv_BN3HE = self.qkv(y_BND).unflatten(-1, (3, self.heads, -1))
         if cache is None:
-            out_BNHE = ops.attention(qkv_BN3HE, causal=causal, implementation=self.attention)
+            out_BNHE = ops.attention(qkv_BN3HE, ops.CAUSAL if causal else ops.FULL, self.attention)
         else:
             kv_BM2HE = cache.append(self.layer, qkv_BN3HE[:, :, 1:])
-            out_BNHE = ops.cross_attention(qkv_BN3HE[:, :, 0], kv_BM2HE, causal=causal,
-                                           implementation=self.attention)
+            out_BNHE = ops.cross_attention(
+                qkv_BN3HE[:, :, 0], kv_BM2HE, ops.CAUSAL if causal else ops.FULL, self.attention
+            )
         return out_BNHE.flatten(-2)
 
     def finish(self, x: Tensor, attended: Tensor, drop) -> Stream:
@@ -171,8 +176,18 @@ class Backbone(nn.Module):
     target.
     """
 
-    def __init__(self, *, depth: int, width: int, heads: int, num_classes: int, num_tokens: int,
-                 channels: int, vocabulary: int, attention: str):
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        num_classes: int,
+        num_tokens: int,
+        channels: int,
+        vocabulary: int,
+        attention: str,
+    ):
         super().__init__()
         self.token = Linear(channels, width) if channels else nn.Embedding(vocabulary, width)
         self.label = nn.Embedding(num_classes, width)
@@ -191,7 +206,7 @@ class Backbone(nn.Module):
 
     def embed_tokens(self, tokens_BM: Tensor, position_BM: Tensor, first_time: int) -> Tensor:
         """M consecutive tokens of the order, the first at time `first_time` >= 1. (B, M, D)."""
-        times = self.time.weight[first_time:first_time + position_BM.shape[1]]
+        times = self.time.weight[first_time : first_time + position_BM.shape[1]]
         return (self.token(tokens_BM) + self.position(position_BM) + times).to(self.dtype)
 
     def forward(self, x_BND: Tensor, drop=NO_DROP, cache=None) -> Tensor:

@@ -31,9 +31,18 @@ from heptapod_fast.ops.operators import differentiable, once, operator
 MAX_WIDTH = 4096  # columns that a program of the kernels holds in registers
 
 
-def adaln(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, gate: Tensor | None,
-          shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None,
-          eps: float = 1e-6, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def adaln(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """x, branch, gate, shift, scale (R, W) of one dtype, the others (W,) float32 -> (x', v) (R, W).
 
     gate, shift and scale may be slices of a wider tensor. branch, branch_bias and gate are all None
@@ -47,17 +56,27 @@ def adaln(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, gate: Te
     if dispatch.select("adaln", x.device, x.dtype, implementation, unsupported) == "reference":
         return reference(x, branch, branch_bias, gate, shift, scale, weight, bias, eps)
     branch, branch_bias, weight, bias = (
-        None if a is None else a.contiguous() for a in (branch, branch_bias, weight, bias))
-    gate, shift, scale = (a if a is None or a.stride(1) == 1 else a.contiguous()
-                          for a in (gate, shift, scale))
+        None if a is None else a.contiguous() for a in (branch, branch_bias, weight, bias)
+    )
+    gate, shift, scale = (
+        a if a is None or a.stride(1) == 1 else a.contiguous() for a in (gate, shift, scale)
+    )
     x = x.contiguous()
     new, v, _ = _operator(x, branch, branch_bias, gate, shift, scale, weight, bias, eps)
     return (x if branch is None else new), v
 
 
-def reference(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, gate: Tensor | None,
-              shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None,
-              eps: float) -> tuple[Tensor, Tensor]:
+def reference(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """The definition, in the dtype of x."""
     if branch is not None:
         x = torch.addcmul(x, gate, branch + branch_bias.to(x.dtype))
@@ -68,22 +87,36 @@ def reference(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, gate
 
 
 def _check(x, branch, branch_bias, gate, shift, scale, weight, bias) -> None:
-    check_rows("adaln", x=x, branch=branch, branch_bias=branch_bias, gate=gate, shift=shift,
-               scale=scale, weight=weight, bias=bias)
-    for names, arguments in (("branch, branch_bias and gate", (branch, branch_bias, gate)),
-                             ("weight and bias", (weight, bias))):
+    check_rows(
+        "adaln",
+        x=x,
+        branch=branch,
+        branch_bias=branch_bias,
+        gate=gate,
+        shift=shift,
+        scale=scale,
+        weight=weight,
+        bias=bias,
+    )
+    for names, arguments in (
+        ("branch, branch_bias and gate", (branch, branch_bias, gate)),
+        ("weight and bias", (weight, bias)),
+    ):
         if len({a is None for a in arguments}) > 1:
             raise ValueError(f"adaln takes {names} together or not at all")
     if x.dim() != 2:
         raise ValueError(f"adaln takes x of two dimensions, got {tuple(x.shape)}")
     for name, a in (("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale)):
         if a is not None and (a.shape != x.shape or a.dtype != x.dtype):
-            raise ValueError(f"adaln takes {name} like x, {x.dtype} {tuple(x.shape)}; got "
-                             f"{a.dtype} {tuple(a.shape)}")
+            raise ValueError(
+                f"adaln takes {name} like x, {x.dtype} {tuple(x.shape)}; got "
+                f"{a.dtype} {tuple(a.shape)}"
+            )
     for name, a in (("branch_bias", branch_bias), ("weight", weight), ("bias", bias)):
         if a is not None and a.shape != x.shape[1:]:
-            raise ValueError(f"adaln takes {name} of shape {tuple(x.shape[1:])}; got "
-                             f"{tuple(a.shape)}")
+            raise ValueError(
+                f"adaln takes {name} of shape {tuple(x.shape[1:])}; got {tuple(a.shape)}"
+            )
 
 
 def _branch(branch, branch_bias, gate):
@@ -99,8 +132,9 @@ def _float(*parameters):
 def _forward(x, branch, branch_bias, gate, shift, scale, weight, bias, eps):
     from heptapod_fast.kernels import adaln as kernels
 
-    new, v, stats = kernels.forward(x, _branch(branch, branch_bias, gate), shift, scale,
-                                    *_float(weight, bias), eps)
+    new, v, stats = kernels.forward(
+        x, _branch(branch, branch_bias, gate), shift, scale, *_float(weight, bias), eps
+    )
     # An operator may not return its argument.
     return x.new_empty(0) if new is None else new, v, stats
 
@@ -114,7 +148,8 @@ def _backward(dnew, dv, x, branch, branch_bias, gate, scale, weight, bias, stats
     from heptapod_fast.kernels import adaln as kernels
 
     dx, dbranch, dgate, dscale, sums = kernels.backward(
-        dnew, dv, x, _branch(branch, branch_bias, gate), scale, *_float(weight, bias), stats)
+        dnew, dv, x, _branch(branch, branch_bias, gate), scale, *_float(weight, bias), stats
+    )
     if branch is None:
         dbranch, dgate = x.new_empty(0), x.new_empty(0)
     return dx, dbranch, dgate, dscale, sums.view(6, -1)
@@ -122,8 +157,13 @@ def _backward(dnew, dv, x, branch, branch_bias, gate, scale, weight, bias, stats
 
 def _backward_fake(dnew, dv, x, branch, *_):
     like = x if branch is not None else x.new_empty(0)
-    return (torch.empty_like(x), torch.empty_like(like), torch.empty_like(like),
-            torch.empty_like(x), x.new_empty(6, x.shape[1], dtype=torch.float32))
+    return (
+        torch.empty_like(x),
+        torch.empty_like(like),
+        torch.empty_like(like),
+        torch.empty_like(x),
+        x.new_empty(6, x.shape[1], dtype=torch.float32),
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -131,16 +171,18 @@ def _setup(ctx, inputs, output) -> None:
     new, _, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(x if branch is None else new, branch, branch_bias, gate, scale, weight,
-                          bias, stats)
+    ctx.save_for_backward(
+        x if branch is None else new, branch, branch_bias, gate, scale, weight, bias, stats
+    )
 
 
 def _gradient(ctx, dnew, dv, _):
     x, branch, branch_bias, gate, scale, weight, bias, stats = ctx.saved_tensors
     dv = torch.zeros_like(x) if dv is None else dv.contiguous()
     dnew = None if dnew is None or branch is None else dnew.contiguous()
-    dx, dbranch, dgate, dscale, sums = _backward_operator(dnew, dv, x, branch, branch_bias, gate,
-                                                          scale, weight, bias, stats)
+    dx, dbranch, dgate, dscale, sums = _backward_operator(
+        dnew, dv, x, branch, branch_bias, gate, scale, weight, bias, stats
+    )
     added = (None,) * 3
     if branch is not None:
         added = dbranch, sums[1].to(branch_bias.dtype), dgate
@@ -150,12 +192,19 @@ def _gradient(ctx, dnew, dv, _):
 
 _operator = operator(
     "adaln(Tensor x, Tensor? branch, Tensor? branch_bias, Tensor? gate, Tensor shift, Tensor scale,"
-    " Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", _forward,
-    _forward_fake, strided=("gate", "shift", "scale"))
+    " Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    strided=("gate", "shift", "scale"),
+)
 _backward_operator = operator(
     "adaln_backward(Tensor? dnew, Tensor dv, Tensor x, Tensor? branch, Tensor? branch_bias, "
     "Tensor? gate, Tensor scale, Tensor? weight, Tensor? bias, Tensor stats) -> (Tensor, Tensor, "
-    "Tensor, Tensor, Tensor)", _backward, _backward_fake, strided=("gate", "scale"))
+    "Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    strided=("gate", "scale"),
+)
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "adaln")
 dispatch.register_triton("adaln")

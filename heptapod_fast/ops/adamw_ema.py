@@ -26,16 +26,26 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch, library, sharded
-from heptapod_fast.ops.global_norm import global_norm
-
-__all__ = ["adamw_ema", "global_norm"]
 
 
-def adamw_ema(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-              exp_avg_sqs: Sequence[Tensor], emas: Sequence[Sequence[Tensor]], *, lr: Tensor,
-              step: Tensor, grad_scale: Tensor, ema_decays: Tensor,
-              weight_decays: Sequence[float], beta1: float, beta2: float, eps: float,
-              copies: Sequence[Tensor] | None = None, implementation: str = "reference") -> None:
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Sequence[Tensor]],
+    *,
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    ema_decays: Tensor,
+    weight_decays: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    copies: Sequence[Tensor] | None = None,
+    implementation: str = "reference",
+) -> None:
     """Updates params, exp_avgs, exp_avg_sqs, every list of emas and copies in place.
 
     params, exp_avgs, exp_avg_sqs: n contiguous float32 tensors, shapes equal place by place; grads:
@@ -50,11 +60,13 @@ def adamw_ema(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
     copies = list(copies) if copies is not None else []
     _validate_lengths(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight_decays)
     kind = sharded.dtensor_class()
-    if kind is not None and _any_distributed(kind, params, grads, exp_avgs, exp_avg_sqs, copies,
-                                             *emas):
+    if kind is not None and _any_distributed(
+        kind, params, grads, exp_avgs, exp_avg_sqs, copies, *emas
+    ):
         names = _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
         params, grads, exp_avgs, exp_avg_sqs, *emas = sharded.local_lists(
-            names, "adamw_ema").values()
+            names, "adamw_ema"
+        ).values()
         copies = emas.pop() if copies else []
     _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
     _validate_scalars(params, len(emas), lr, step, grad_scale, ema_decays, beta1, beta2)
@@ -63,22 +75,63 @@ def adamw_ema(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
     chosen = dispatch.choose("adamw_ema", params[0].device, params[0].dtype, implementation)
     with torch.no_grad():
         if chosen.implementation == "reference":
-            _reference(params, grads, exp_avgs, exp_avg_sqs, emas, copies, lr, step, grad_scale,
-                       ema_decays, weight_decays, beta1, beta2, eps)
+            _reference(
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                emas,
+                copies,
+                lr,
+                step,
+                grad_scale,
+                ema_decays,
+                weight_decays,
+                beta1,
+                beta2,
+                eps,
+            )
         else:
             flat = [average for ema in emas for average in ema]
             torch.ops.heptapod_fast.adamw_ema.default(
-                list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), flat, copies, lr,
-                step, grad_scale, ema_decays, [float(decay) for decay in weight_decays], beta1,
-                beta2, eps)
+                list(params),
+                list(grads),
+                list(exp_avgs),
+                list(exp_avg_sqs),
+                flat,
+                copies,
+                lr,
+                step,
+                grad_scale,
+                ema_decays,
+                [float(decay) for decay in weight_decays],
+                beta1,
+                beta2,
+                eps,
+            )
             if not torch.compiler.is_compiling():
                 # A graph that still needs the old values must find out.
                 torch.autograd.graph.increment_version(
-                    [*params, *exp_avgs, *exp_avg_sqs, *flat, *copies])
+                    [*params, *exp_avgs, *exp_avg_sqs, *flat, *copies]
+                )
 
 
-def _reference(params, grads, exp_avgs, exp_avg_sqs, emas, copies, lr, step, grad_scale, ema_decays,
-               weight_decays, beta1, beta2, eps) -> None:
+def _reference(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    emas,
+    copies,
+    lr,
+    step,
+    grad_scale,
+    ema_decays,
+    weight_decays,
+    beta1,
+    beta2,
+    eps,
+) -> None:
     """The definition. Scalars in float64 until they meet a tensor: 1 - beta2^t loses five digits in
     float32 at the first step."""
     skip = grad_scale == 0
@@ -92,8 +145,9 @@ def _reference(params, grads, exp_avgs, exp_avg_sqs, emas, copies, lr, step, gra
         new = param * (1 - lr.double() * weight_decays[i]).float()
         new.addcdiv_(mean * step_size, denominator, value=-1)
         updates = [(exp_avgs[i], mean), (exp_avg_sqs[i], square), (param, new)]
-        updates += [(ema[i], ema[i].lerp(new, 1 - decay))
-                    for ema, decay in zip(emas, ema_decays.unbind())]
+        updates += [
+            (ema[i], ema[i].lerp(new, 1 - decay)) for ema, decay in zip(emas, ema_decays.unbind())
+        ]
         updates += [(copies[i], new.to(torch.bfloat16))] if copies else []
         for old, value in updates:
             old.copy_(torch.where(skip, old, value))
@@ -119,8 +173,9 @@ def _validate_lengths(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight
     lists = _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
     for name, tensors in (lists | {"weight_decays": weight_decays}).items():
         if len(tensors) != len(params):
-            raise ValueError(f"adamw_ema takes lists of one length: {len(params)} params, "
-                             f"{len(tensors)} {name}")
+            raise ValueError(
+                f"adamw_ema takes lists of one length: {len(params)} params, {len(tensors)} {name}"
+            )
 
 
 def _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies) -> None:
@@ -132,32 +187,46 @@ def _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies) -> None:
     for name, tensors in _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies).items():
         dtype = dtypes.get(name, torch.float32)
         for i, (tensor, param) in enumerate(zip(tensors, params)):
-            if (tensor.dtype != dtype or tensor.device != device or tensor.shape != param.shape
-                    or not tensor.is_contiguous()):
+            if (
+                tensor.dtype != dtype
+                or tensor.device != device
+                or tensor.shape != param.shape
+                or not tensor.is_contiguous()
+            ):
                 _refuse(name, i, tensor, param, device)
 
 
 def _refuse(name: str, i: int, tensor: Tensor, param: Tensor, device: torch.device) -> None:
     wanted = {"grads": "float32 or bfloat16 (all alike)", "copies": "bfloat16"}
     layout = "contiguous" if tensor.is_contiguous() else "non-contiguous"
-    raise ValueError(f"adamw_ema takes {name} contiguous, {wanted.get(name, 'float32')}, on "
-                     f"{device}, of the params' shapes; {name}[{i}] is {layout} {tensor.dtype} "
-                     f"{tuple(tensor.shape)} on {tensor.device}"
-                     + ("" if name == "params" else f", params[{i}] is {tuple(param.shape)}"))
+    raise ValueError(
+        f"adamw_ema takes {name} contiguous, {wanted.get(name, 'float32')}, on "
+        f"{device}, of the params' shapes; {name}[{i}] is {layout} {tensor.dtype} "
+        f"{tuple(tensor.shape)} on {tensor.device}"
+        + ("" if name == "params" else f", params[{i}] is {tuple(param.shape)}")
+    )
 
 
 def _validate_scalars(params, count, lr, step, grad_scale, ema_decays, beta1, beta2) -> None:
-    scalars = {"lr": (lr, ()), "step": (step, ()), "grad_scale": (grad_scale, ()),
-               "ema_decays": (ema_decays, (count,))}
+    scalars = {
+        "lr": (lr, ()),
+        "step": (step, ()),
+        "grad_scale": (grad_scale, ()),
+        "ema_decays": (ema_decays, (count,)),
+    }
     for name, (tensor, _) in scalars.items():
         if not torch.is_tensor(tensor):
-            raise ValueError(f"adamw_ema takes {name} as a float32 tensor on the parameters' "
-                             f"device, got {type(tensor).__name__}")
+            raise ValueError(
+                f"adamw_ema takes {name} as a float32 tensor on the parameters' "
+                f"device, got {type(tensor).__name__}"
+            )
     device = params[0].device if params else lr.device
     for name, (tensor, shape) in scalars.items():
         if tensor.dtype != torch.float32 or tensor.device != device or tensor.shape != shape:
-            raise ValueError(f"adamw_ema takes {name} as float32 of shape {shape} on {device}, got "
-                             f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
+            raise ValueError(
+                f"adamw_ema takes {name} as float32 of shape {shape} on {device}, got "
+                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"adamw_ema takes betas in [0, 1), got {beta1} and {beta2}")
 
@@ -167,7 +236,22 @@ dispatch.register("adamw_ema", "cpu", library.check("cpu"))
 dispatch.register("adamw_ema", "reference", lambda device, dtype: None)
 
 if library.available("cpu"):
+
     @torch.library.register_fake("heptapod_fast::adamw_ema")
-    def _fake(params, grads, exp_avgs, exp_avg_sqs, emas, copies, lr, step, grad_scale, ema_decays,
-              weight_decays, beta1, beta2, eps) -> None:
+    def _fake(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        emas,
+        copies,
+        lr,
+        step,
+        grad_scale,
+        ema_decays,
+        weight_decays,
+        beta1,
+        beta2,
+        eps,
+    ) -> None:
         return None

@@ -17,15 +17,20 @@ from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 from heptapod_fast.ops.operators import differentiable, once, operator
 
 MAX_WIDTH = 16_384  # kernels/configs/bias_gelu.json
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
 
 
-def bias_gelu(x: Tensor, bias: Tensor, mask: Mask | None = None, activation: str = "gelu",
-              implementation: str = "auto") -> Tensor:
+def bias_gelu(
+    x: Tensor,
+    bias: Tensor,
+    mask: DropoutMask | None = None,
+    activation: str = "gelu",
+    implementation: str = "auto",
+) -> Tensor:
     """x (..., F) float32 or bfloat16, bias (F,) float32 -> the shape and dtype of x.
 
     mask: dropout over the rows of x. activation: "gelu" or "silu". implementation: "auto",
@@ -36,8 +41,9 @@ def bias_gelu(x: Tensor, bias: Tensor, mask: Mask | None = None, activation: str
         raise ValueError(f"bias_gelu knows {', '.join(ACTIVATIONS)}, not {activation!r}")
     check_rows("bias_gelu", x=x, bias=bias, **({} if mask is None else mask.tensors()))
     if bias.shape != x.shape[-1:]:
-        raise ValueError(f"bias_gelu takes a bias of shape {tuple(x.shape[-1:])}, got "
-                         f"{tuple(bias.shape)}")
+        raise ValueError(
+            f"bias_gelu takes a bias of shape {tuple(x.shape[-1:])}, got {tuple(bias.shape)}"
+        )
     mask = None if mask is None or mask.p == 0.0 else mask
     if mask is not None:
         mask.check("bias_gelu", x.numel() // max(1, x.shape[-1]))
@@ -45,19 +51,21 @@ def bias_gelu(x: Tensor, bias: Tensor, mask: Mask | None = None, activation: str
     if dispatch.select("bias_gelu", x.device, x.dtype, implementation, unsupported) == "reference":
         y = ACTIVATIONS[activation](x + bias.to(x.dtype))
         return y if mask is None else mask.apply(y)
-    return _operator(x.contiguous(), bias.float().contiguous(), *Mask.parts(mask), activation)
+    return _operator(
+        x.contiguous(), bias.float().contiguous(), *DropoutMask.parts(mask), activation
+    )
 
 
 def _forward(x, bias, key, counter, p, activation):
     from heptapod_fast.kernels import bias_gelu as kernels
 
-    return kernels.forward(x, bias, Mask.of(key, counter, p), activation)
+    return kernels.forward(x, bias, DropoutMask.of(key, counter, p), activation)
 
 
 def _backward(grad, x, bias, key, counter, p, activation):
     from heptapod_fast.kernels import bias_gelu as kernels
 
-    return kernels.backward(grad, x, bias, Mask.of(key, counter, p), activation)
+    return kernels.backward(grad, x, bias, DropoutMask.of(key, counter, p), activation)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -72,11 +80,16 @@ def _gradient(ctx, grad: Tensor):
 
 _operator = operator(
     "bias_gelu(Tensor x, Tensor bias, Tensor? key, Tensor? counter, float p, str activation) "
-    "-> Tensor", _forward, lambda x, *_: torch.empty_like(x))
+    "-> Tensor",
+    _forward,
+    lambda x, *_: torch.empty_like(x),
+)
 _backward_operator = operator(
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor? key, Tensor? counter, float p, "
-    "str activation) -> (Tensor, Tensor)", _backward,
-    lambda grad, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)))
+    "str activation) -> (Tensor, Tensor)",
+    _backward,
+    lambda grad, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)),
+)
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "bias_gelu")
 dispatch.register_triton("bias_gelu")

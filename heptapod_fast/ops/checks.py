@@ -16,12 +16,19 @@ def check_rows(operation: str, **tensors: Tensor | None) -> None:
     (..., D). None stands for an argument that was left out."""
     (name, first), *others = ((n, t) for n, t in tensors.items() if t is not None)
     if not torch.is_tensor(first) or first.dim() == 0 or not first.is_floating_point():
-        what = (f"{first.dtype} {tuple(first.shape)}" if torch.is_tensor(first)
-                else type(first).__name__)
-        raise ValueError(f"{operation} takes {name} as rows (..., D) of float32 or bfloat16 (the "
-                         f"reference: any floating dtype), got {what}")
+        what = (
+            f"{first.dtype} {tuple(first.shape)}"
+            if torch.is_tensor(first)
+            else type(first).__name__
+        )
+        raise ValueError(
+            f"{operation} takes {name} as rows (..., D) of float32 or bfloat16 (the "
+            f"reference: any floating dtype), got {what}"
+        )
     for other, tensor in others:
         if not torch.is_tensor(tensor) or tensor.device != first.device:
             where = tensor.device if torch.is_tensor(tensor) else type(tensor).__name__
-            raise ValueError(f"{operation} takes its tensors on one device: {name} is on "
-                             f"{first.device}, {other} on {where}")
+            raise ValueError(
+                f"{operation} takes its tensors on one device: {name} is on "
+                f"{first.device}, {other} on {where}"
+            )

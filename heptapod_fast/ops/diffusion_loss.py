@@ -37,8 +37,16 @@ from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_integer
 
 STEPS = 1000
-TABLES = ("sqrt_abar", "sqrt_one_minus_abar", "sqrt_recip_abar", "sqrt_recip_minus_one",
-          "mean_x0", "mean_xt", "log_beta", "log_posterior")
+TABLES = (
+    "sqrt_abar",
+    "sqrt_one_minus_abar",
+    "sqrt_recip_abar",
+    "sqrt_recip_minus_one",
+    "mean_x0",
+    "mean_xt",
+    "log_beta",
+    "log_posterior",
+)
 
 
 def cosine_betas(steps: int = STEPS) -> Tensor:
@@ -49,17 +57,23 @@ def cosine_betas(steps: int = STEPS) -> Tensor:
 
 
 def schedule_tables(betas: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(T,) float64 betas -> (8, T) in `dtype`, rows named by TABLES (see the module's docstring).
-    """
+    """(T,) float64 betas -> (8, T) in `dtype`, rows named by TABLES (see the module)."""
     alphas = 1 - betas
     abar = alphas.cumprod(0)
     previous = torch.cat((torch.ones(1, dtype=abar.dtype), abar[:-1]))
     posterior = betas * (1 - previous) / (1 - abar)
     # beta~_0 is 0; its logarithm is clipped to the next one's.
     clipped = torch.cat((posterior[1:2], posterior[1:])) if len(betas) > 1 else betas
-    rows = (abar.sqrt(), (1 - abar).sqrt(), (1 / abar).sqrt(), (1 / abar - 1).sqrt(),
-            betas * previous.sqrt() / (1 - abar), (1 - previous) * alphas.sqrt() / (1 - abar),
-            betas.log(), clipped.log())
+    rows = (
+        abar.sqrt(),
+        (1 - abar).sqrt(),
+        (1 / abar).sqrt(),
+        (1 / abar - 1).sqrt(),
+        betas * previous.sqrt() / (1 - abar),
+        (1 - previous) * alphas.sqrt() / (1 - abar),
+        betas.log(),
+        clipped.log(),
+    )
     return torch.stack(rows).to(dtype)
 
 
@@ -68,8 +82,9 @@ def add_noise(x0_RC: Tensor, noise_RC: Tensor, t_R: Tensor, tables: Tensor) -> T
     return tables[0][t_R, None] * x0_RC + tables[1][t_R, None] * noise_RC
 
 
-def diffusion_inputs(x0_MC: Tensor, draws: Draws, tables: Tensor,
-                     implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def diffusion_inputs(
+    x0_MC: Tensor, draws: Draws, tables: Tensor, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """x0 (M, C), tables (8, T) float32 -> x_t (R, C) float32 and t (R,) int64.
 
     No gradient flows to x0. implementation: "auto", "triton" or "reference". Raises ValueError on
@@ -77,19 +92,33 @@ def diffusion_inputs(x0_MC: Tensor, draws: Draws, tables: Tensor,
     """
     _check("diffusion_inputs", x0_MC, draws, tables)
     x0_MC = at_least_float32(x0_MC.detach())
-    chosen = dispatch.select("diffusion_loss", x0_MC.device, x0_MC.dtype, implementation,
-                             _too_wide(x0_MC))
+    chosen = dispatch.select(
+        "diffusion_loss", x0_MC.device, x0_MC.dtype, implementation, _too_wide(x0_MC)
+    )
     if chosen == "reference":
         t_R = to_integer(draws.times(), tables.shape[1])
         noise_RC = draws.noise(x0_MC.shape[1], x0_MC.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
         return add_noise(x0_RC, noise_RC, t_R, tables), t_R
-    return _inputs_operator(x0_MC.contiguous(), *draws.arrays(), tables.contiguous(), draws.repeat,
-                            [*draws.time_key, *draws.noise_key])
+    return _inputs_operator(
+        x0_MC.contiguous(),
+        *draws.arrays(),
+        tables.contiguous(),
+        draws.repeat,
+        [*draws.time_key, *draws.noise_key],
+    )
 
 
-def diffusion_loss(prediction_RK: Tensor, x0_MC: Tensor, xt_RC: Tensor, t_R: Tensor, draws: Draws,
-                   tables: Tensor, bound: bool = True, implementation: str = "auto") -> Tensor:
+def diffusion_loss(
+    prediction_RK: Tensor,
+    x0_MC: Tensor,
+    xt_RC: Tensor,
+    t_R: Tensor,
+    draws: Draws,
+    tables: Tensor,
+    bound: bool = True,
+    implementation: str = "auto",
+) -> Tensor:
     """The mean over its repeats of each token's loss, (M,) float32.
 
     prediction (R, 2C) = (eps_hat, v), float32 or bfloat16; x0 (M, C); x_t (R, C) and t (R,) as
@@ -100,29 +129,53 @@ def diffusion_loss(prediction_RK: Tensor, x0_MC: Tensor, xt_RC: Tensor, t_R: Ten
     """
     _check("diffusion_loss", x0_MC, draws, tables)
     channels, rows = x0_MC.shape[1], len(x0_MC) * draws.repeat
-    if (prediction_RK.shape != (rows, 2 * channels) or xt_RC.shape != (rows, channels)
-            or t_R.shape != (rows,) or t_R.dtype != torch.int64):
+    if (
+        prediction_RK.shape != (rows, 2 * channels)
+        or xt_RC.shape != (rows, channels)
+        or t_R.shape != (rows,)
+        or t_R.dtype != torch.int64
+    ):
         raise ValueError(
             f"diffusion_loss takes prediction ({rows}, {2 * channels}), x_t ({rows}, {channels}) "
             f"and int64 t ({rows},) for {len(x0_MC)} tokens and repeat = {draws.repeat}; got "
             f"{tuple(prediction_RK.shape)}, {tuple(xt_RC.shape)} and {t_R.dtype} "
-            f"{tuple(t_R.shape)}")
+            f"{tuple(t_R.shape)}"
+        )
     x0_MC = at_least_float32(x0_MC.detach())
-    chosen = dispatch.select("diffusion_loss", prediction_RK.device, prediction_RK.dtype,
-                             implementation, _too_wide(x0_MC))
+    chosen = dispatch.select(
+        "diffusion_loss",
+        prediction_RK.device,
+        prediction_RK.dtype,
+        implementation,
+        _too_wide(x0_MC),
+    )
     if chosen == "reference":
         prediction = at_least_float32(prediction_RK)
         noise_RC = draws.noise(channels, prediction.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
         loss_R = row_losses(prediction, x0_RC, xt_RC.detach(), noise_RC, t_R, tables, bound)
         return loss_R.view(-1, draws.repeat).mean(1)
-    return _operator(prediction_RK.contiguous(), x0_MC.contiguous(), t_R.contiguous(),
-                     tables.contiguous(), *draws.arrays(), draws.repeat, list(draws.noise_key),
-                     bound)
+    return _operator(
+        prediction_RK.contiguous(),
+        x0_MC.contiguous(),
+        t_R.contiguous(),
+        tables.contiguous(),
+        *draws.arrays(),
+        draws.repeat,
+        list(draws.noise_key),
+        bound,
+    )
 
 
-def row_losses(prediction_RK: Tensor, x0_RC: Tensor, xt_RC: Tensor, noise_RC: Tensor, t_R: Tensor,
-               tables: Tensor, bound: bool = True) -> Tensor:
+def row_losses(
+    prediction_RK: Tensor,
+    x0_RC: Tensor,
+    xt_RC: Tensor,
+    noise_RC: Tensor,
+    t_R: Tensor,
+    tables: Tensor,
+    bound: bool = True,
+) -> Tensor:
     """The reference, given its draws: prediction (R, 2C) = (eps_hat, v); x0, xt, noise (R, C)
     float32; t (R,) -> (R,) float32. bound False: the plain MSE."""
     eps_RC, v_RC = at_least_float32(prediction_RK).chunk(2, dim=-1)
@@ -132,8 +185,9 @@ def row_losses(prediction_RK: Tensor, x0_RC: Tensor, xt_RC: Tensor, noise_RC: Te
     return loss_R + variational_bound(eps_RC.detach(), v_RC, x0_RC, xt_RC, t_R, tables)
 
 
-def variational_bound(eps_RC: Tensor, v_RC: Tensor, x0_RC: Tensor, xt_RC: Tensor, t_R: Tensor,
-                      tables: Tensor) -> Tensor:
+def variational_bound(
+    eps_RC: Tensor, v_RC: Tensor, x0_RC: Tensor, xt_RC: Tensor, t_R: Tensor, tables: Tensor
+) -> Tensor:
     """(R,) bits per channel: KL for t > 0, discretised negative log-likelihood at t = 0."""
     row = tables[:, t_R, None].unbind(0)
     _, _, recip, recip_minus_one, mean_x0, mean_xt, log_beta, log_posterior = row
@@ -142,8 +196,13 @@ def variational_bound(eps_RC: Tensor, v_RC: Tensor, x0_RC: Tensor, xt_RC: Tensor
     mean = mean_x0 * x0_RC + mean_xt * xt_RC
     share = (v_RC + 1) / 2
     log_var = share * log_beta + (1 - share) * log_posterior
-    kl = 0.5 * (-1 + log_var - log_posterior + (log_posterior - log_var).exp()
-                + (mean - mean_hat).square() * (-log_var).exp())
+    kl = 0.5 * (
+        -1
+        + log_var
+        - log_posterior
+        + (log_posterior - log_var).exp()
+        + (mean - mean_hat).square() * (-log_var).exp()
+    )
     nll = -discretised_log_likelihood(x0_RC, mean_hat, 0.5 * log_var)
     return torch.where((t_R == 0)[:, None], nll, kl).mean(-1) / math.log(2.0)
 
@@ -157,8 +216,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     centred, inverse = x - mean, (-log_scale).exp()
     upper = _normal_cdf(inverse * (centred + 1 / 255))
     lower = _normal_cdf(inverse * (centred - 1 / 255))
-    probability = torch.where(x < -0.999, upper,
-                              torch.where(x > 0.999, 1 - lower, upper - lower))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
 
 
@@ -178,8 +236,10 @@ def _too_wide(x0_MC: Tensor) -> str | None:
 def _check(operation: str, x0_MC: Tensor, draws: Draws, tables: Tensor) -> None:
     draws.check(operation, x0_MC)
     if tables.dim() != 2 or len(tables) != len(TABLES) or tables.dtype != torch.float32:
-        raise ValueError(f"{operation} takes float32 tables of shape ({len(TABLES)}, T), got "
-                         f"{tables.dtype} {tuple(tables.shape)}")
+        raise ValueError(
+            f"{operation} takes float32 tables of shape ({len(TABLES)}, T), got "
+            f"{tables.dtype} {tuple(tables.shape)}"
+        )
 
 
 def _inputs(x0, index, slot, tables, repeat, key):
@@ -211,21 +271,32 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad: Tensor):
-    found = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key,
-                               ctx.bound)
+    found = _backward_operator(
+        grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key, ctx.bound
+    )
     return found, *[None] * 8
 
 
-_arguments = ("Tensor prediction, Tensor x0, Tensor t, Tensor tables, Tensor index, Tensor slot, "
-              "int repeat, int[] key, bool bound")
+_arguments = (
+    "Tensor prediction, Tensor x0, Tensor t, Tensor tables, Tensor index, Tensor slot, "
+    "int repeat, int[] key, bool bound"
+)
 _inputs_operator = operator(
     "diffusion_inputs(Tensor x0, Tensor index, Tensor slot, Tensor tables, int repeat, int[] key) "
-    "-> (Tensor, Tensor)", _inputs, _fake_inputs)
-_operator = operator(f"diffusion_loss({_arguments}) -> Tensor", _forward,
-                     lambda prediction, x0, *_: x0.new_empty(x0.shape[0]))
+    "-> (Tensor, Tensor)",
+    _inputs,
+    _fake_inputs,
+)
+_operator = operator(
+    f"diffusion_loss({_arguments}) -> Tensor",
+    _forward,
+    lambda prediction, x0, *_: x0.new_empty(x0.shape[0]),
+)
 _backward_operator = operator(
-    f"diffusion_loss_backward(Tensor grad, {_arguments}) -> Tensor", _backward,
-    lambda grad, prediction, *_: torch.empty_like(prediction))
+    f"diffusion_loss_backward(Tensor grad, {_arguments}) -> Tensor",
+    _backward,
+    lambda grad, prediction, *_: torch.empty_like(prediction),
+)
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "diffusion_loss")
 dispatch.register_triton("diffusion_loss")

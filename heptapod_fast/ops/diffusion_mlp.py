@@ -22,8 +22,6 @@ modulation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,48 +29,19 @@ from torch import Tensor
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.adaln import MAX_WIDTH
 from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.diffusion_weights import BlockWeights, DiffusionWeights
 from heptapod_fast.ops.operators import differentiable, once, operator
 
 
-class BlockWeights(NamedTuple):
-    """One residual block: vectors (W,), products (W, W), modulation (3 W, W) and (3 W,)."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-    modulation_weight: Tensor
-    modulation_bias: Tensor
-
-
-class DiffusionWeights(NamedTuple):
-    """All parameters, float32: input (W, C), modulation (2 W, W), output (2 C, W), and biases."""
-
-    input_weight: Tensor
-    input_bias: Tensor
-    modulation_weight: Tensor
-    modulation_bias: Tensor
-    output_weight: Tensor
-    output_bias: Tensor
-    blocks: tuple[BlockWeights, ...]
-
-    def flat(self) -> list[Tensor]:
-        """The parameters in one list, those of the blocks last."""
-        return [*self[:-1], *(tensor for block in self.blocks for tensor in block)]
-
-    @classmethod
-    def of(cls, flat: list[Tensor]) -> DiffusionWeights:
-        """The inverse of `flat`."""
-        own, per_block = len(cls._fields) - 1, len(BlockWeights._fields)
-        return cls(*flat[:own], tuple(BlockWeights(*flat[i:i + per_block])
-                                      for i in range(own, len(flat), per_block)))
-
-
-def diffusion_mlp(xt_RC: Tensor, t_R: Tensor, time_TW: Tensor, condition_MW: Tensor,
-                  weights: DiffusionWeights, eps: float = 1e-6,
-                  implementation: str = "auto") -> Tensor:
+def diffusion_mlp(
+    xt_RC: Tensor,
+    t_R: Tensor,
+    time_TW: Tensor,
+    condition_MW: Tensor,
+    weights: DiffusionWeights,
+    eps: float = 1e-6,
+    implementation: str = "auto",
+) -> Tensor:
     """Noisy tokens, timesteps, the table of their embeddings, conditions -> (R, 2C) float32.
 
     xt (R, C) float32, which gets no gradient; t (R,) int64 in 0..T-1, not checked; time (T, W) and
@@ -85,18 +54,32 @@ def diffusion_mlp(xt_RC: Tensor, t_R: Tensor, time_TW: Tensor, condition_MW: Ten
         unsupported = f"width {width} is above {MAX_WIDTH}"
     if parameter != torch.float32:
         unsupported = f"parameters are {parameter}, not torch.float32"
-    chosen = dispatch.select("diffusion_mlp", condition_MW.device, condition_MW.dtype,
-                             implementation, unsupported)
+    chosen = dispatch.select(
+        "diffusion_mlp", condition_MW.device, condition_MW.dtype, implementation, unsupported
+    )
     if chosen == "reference":
         return reference(xt_RC, t_R, time_TW, condition_MW, weights, eps)
     flat = [parameter.contiguous() for parameter in weights.flat()]
     keep = torch.is_grad_enabled() and any(a.requires_grad for a in (time_TW, condition_MW, *flat))
-    return _operator(xt_RC.detach().contiguous(), t_R.contiguous(), time_TW.contiguous(),
-                     condition_MW.contiguous(), flat, eps, keep)[0]
+    return _operator(
+        xt_RC.detach().contiguous(),
+        t_R.contiguous(),
+        time_TW.contiguous(),
+        condition_MW.contiguous(),
+        flat,
+        eps,
+        keep,
+    )[0]
 
 
-def reference(xt_RC: Tensor, t_R: Tensor, time_TW: Tensor, condition_MW: Tensor,
-              weights: DiffusionWeights, eps: float) -> Tensor:
+def reference(
+    xt_RC: Tensor,
+    t_R: Tensor,
+    time_TW: Tensor,
+    condition_MW: Tensor,
+    weights: DiffusionWeights,
+    eps: float,
+) -> Tensor:
     """The definition."""
     repeat = len(t_R) // max(1, len(condition_MW))
     y_RW = F.embedding(t_R, time_TW) + condition_MW.repeat_interleave(repeat, dim=0)
@@ -110,16 +93,22 @@ def reference_of_sum(xt_RC: Tensor, y_RW: Tensor, weights: DiffusionWeights, eps
     for block in weights.blocks:
         modulation = _linear(silu_y, block.modulation_weight, block.modulation_bias)
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        normal = F.layer_norm(x_RW, x_RW.shape[-1:], block.norm_weight.to(x_RW.dtype),
-                              block.norm_bias.to(x_RW.dtype), eps)
+        normal = F.layer_norm(
+            x_RW,
+            x_RW.shape[-1:],
+            block.norm_weight.to(x_RW.dtype),
+            block.norm_bias.to(x_RW.dtype),
+            eps,
+        )
         hidden = torch.addcmul(shift, normal, 1 + scale)
         hidden = F.silu(_linear(hidden, block.fc1_weight, block.fc1_bias))
         x_RW = torch.addcmul(x_RW, gate, _linear(hidden, block.fc2_weight, block.fc2_bias))
     modulation = _linear(silu_y, weights.modulation_weight, weights.modulation_bias)
     shift, scale = modulation.chunk(2, dim=-1)
     hidden = torch.addcmul(shift, F.layer_norm(x_RW, x_RW.shape[-1:], eps=eps), 1 + scale)
-    return F.linear(hidden.to(weights.output_weight.dtype), weights.output_weight,
-                    weights.output_bias)
+    return F.linear(
+        hidden.to(weights.output_weight.dtype), weights.output_weight, weights.output_bias
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -127,22 +116,43 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _check_weights(xt, t, time, condition, weights) -> None:
-    names = [*weights._fields[:-1], *(f"blocks[{i}].{name}" for i in range(len(weights.blocks))
-                                      for name in BlockWeights._fields)]
-    check_rows("diffusion_mlp", condition=condition, time=time, xt=xt, t=t,
-               **dict(zip(names, weights.flat())))
+    names = [
+        *weights._fields[:-1],
+        *(
+            f"blocks[{i}].{name}"
+            for i in range(len(weights.blocks))
+            for name in BlockWeights._fields
+        ),
+    ]
+    check_rows(
+        "diffusion_mlp",
+        condition=condition,
+        time=time,
+        xt=xt,
+        t=t,
+        **dict(zip(names, weights.flat())),
+    )
     width = condition.shape[-1]
-    sizes = dict(norm_weight=(width,), norm_bias=(width,), fc1_bias=(width,), fc2_bias=(width,),
-                 fc1_weight=(width, width), fc2_weight=(width, width), input_bias=(width,),
-                 output_bias=weights.output_weight.shape[:1])
+    sizes = dict(
+        norm_weight=(width,),
+        norm_bias=(width,),
+        fc1_bias=(width,),
+        fc2_bias=(width,),
+        fc1_weight=(width, width),
+        fc2_weight=(width, width),
+        input_bias=(width,),
+        output_bias=weights.output_weight.shape[:1],
+    )
     for name, tensor in zip(names, weights.flat()):
         parts = 3 if name.startswith("blocks") else 2
-        modulation = dict(modulation_weight=(parts * width, width),
-                          modulation_bias=(parts * width,))
+        modulation = dict(
+            modulation_weight=(parts * width, width), modulation_bias=(parts * width,)
+        )
         wanted = (sizes | modulation).get(name.split(".")[-1])
         if wanted is not None and tensor.shape != wanted:
-            raise ValueError(f"diffusion_mlp takes {name} of shape {tuple(wanted)}, got "
-                             f"{tuple(tensor.shape)}")
+            raise ValueError(
+                f"diffusion_mlp takes {name} of shape {tuple(wanted)}, got {tuple(tensor.shape)}"
+            )
     if t.dtype != torch.int64:
         raise ValueError(f"diffusion_mlp takes t as int64, got {t.dtype}")
 
@@ -151,22 +161,31 @@ def _check(xt, t, time, condition, weights) -> None:
     _check_weights(xt, t, time, condition, weights)
     rows, tokens, width = len(xt), len(condition), condition.shape[-1]
     if condition.dim() != 2 or time.dim() != 2 or time.shape[1] != width:
-        raise ValueError(f"diffusion_mlp takes time (T, W) and condition (M, W); got "
-                         f"{tuple(time.shape)} and {tuple(condition.shape)}")
+        raise ValueError(
+            f"diffusion_mlp takes time (T, W) and condition (M, W); got "
+            f"{tuple(time.shape)} and {tuple(condition.shape)}"
+        )
     if time.dtype != condition.dtype:
-        raise ValueError(f"diffusion_mlp takes time and condition of one dtype; got {time.dtype} "
-                         f"and {condition.dtype}")
+        raise ValueError(
+            f"diffusion_mlp takes time and condition of one dtype; got {time.dtype} "
+            f"and {condition.dtype}"
+        )
     if t.shape != (rows,) or rows % max(1, tokens) or (rows and not tokens):
-        raise ValueError(f"diffusion_mlp takes as many timesteps as rows of xt and a divisor of "
-                         f"them of conditions; got {tuple(t.shape)}, {rows} and {tokens}")
+        raise ValueError(
+            f"diffusion_mlp takes as many timesteps as rows of xt and a divisor of "
+            f"them of conditions; got {tuple(t.shape)}, {rows} and {tokens}"
+        )
     channels, first, last = xt.shape[-1], weights.input_weight, weights.output_weight
     if xt.dim() != 2 or first.shape != (width, channels) or last.shape[1:] != (width,):
-        raise ValueError(f"diffusion_mlp takes xt (R, C), an input weight (W, C) and an output "
-                         f"weight (2 C, W), W = {width}; got {tuple(xt.shape)}, "
-                         f"{tuple(first.shape)} and {tuple(last.shape)}")
+        raise ValueError(
+            f"diffusion_mlp takes xt (R, C), an input weight (W, C) and an output "
+            f"weight (2 C, W), W = {width}; got {tuple(xt.shape)}, "
+            f"{tuple(first.shape)} and {tuple(last.shape)}"
+        )
     if xt.dtype != first.dtype:
-        raise ValueError(f"diffusion_mlp takes xt in the dtype of its weights, {first.dtype}; got "
-                         f"{xt.dtype}")
+        raise ValueError(
+            f"diffusion_mlp takes xt in the dtype of its weights, {first.dtype}; got {xt.dtype}"
+        )
 
 
 # torch.mm(..., out=...) refuses factors that want a gradient.
@@ -202,11 +221,19 @@ def _backward_fake(grad, xt, t, time, condition, weights, saved):
     of, width = DiffusionWeights.of(weights), condition.shape[1]
     first = [of.input_weight, of.input_bias, of.output_weight, of.output_bias]
     sums = xt.new_empty(6 * width * (len(of.blocks) + 1))
-    products = [tensor for block in of.blocks
-                for tensor in (block.fc1_weight, block.fc1_bias, block.fc2_weight)]
-    return [torch.empty_like(time), torch.empty_like(condition),
-            *(torch.empty_like(a) for a in first), xt.new_empty(saved[2].shape), sums,
-            *(torch.empty_like(a) for a in products)]
+    products = [
+        tensor
+        for block in of.blocks
+        for tensor in (block.fc1_weight, block.fc1_bias, block.fc2_weight)
+    ]
+    return [
+        torch.empty_like(time),
+        torch.empty_like(condition),
+        *(torch.empty_like(a) for a in first),
+        xt.new_empty(saved[2].shape),
+        sums,
+        *(torch.empty_like(a) for a in products),
+    ]
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -219,12 +246,14 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradient(ctx, grads):
     xt, t, time, condition, *others = ctx.saved_tensors
-    weights, saved = others[:ctx.weights], others[ctx.weights:]
+    weights, saved = others[: ctx.weights], others[ctx.weights :]
     if not saved:
-        raise RuntimeError("diffusion_mlp ran with keep=False, which leaves nothing to "
-                           "differentiate")
-    dtime, dcondition, *found = _backward_operator(grads[0].contiguous(), xt, t, time, condition,
-                                                   weights, saved)
+        raise RuntimeError(
+            "diffusion_mlp ran with keep=False, which leaves nothing to differentiate"
+        )
+    dtime, dcondition, *found = _backward_operator(
+        grads[0].contiguous(), xt, t, time, condition, weights, saved
+    )
     return None, None, dtime, dcondition, _parameters(found, condition.shape[1]), None, None
 
 
@@ -239,21 +268,34 @@ def _parameters(found: list[Tensor], width: int) -> list[Tensor]:
     products, flat = found[6:], []
     count = len(products) // 3
     for i in range(count):
-        part = sums[6 * i * width:]
-        dfc1, dfc1_bias, dfc2 = products[3 * i:3 * i + 3]
-        flat += [part[2 * width:3 * width], part[3 * width:4 * width], dfc1, dfc1_bias, dfc2,
-                 part[7 * width:8 * width], modulation[3 * i * width:3 * (i + 1) * width],
-                 part[4 * width:7 * width]]
-    last = [modulation[3 * count * width:], sums[(6 * count + 4) * width:]]
+        part = sums[6 * i * width :]
+        dfc1, dfc1_bias, dfc2 = products[3 * i : 3 * i + 3]
+        flat += [
+            part[2 * width : 3 * width],
+            part[3 * width : 4 * width],
+            dfc1,
+            dfc1_bias,
+            dfc2,
+            part[7 * width : 8 * width],
+            modulation[3 * i * width : 3 * (i + 1) * width],
+            part[4 * width : 7 * width],
+        ]
+    last = [modulation[3 * count * width :], sums[(6 * count + 4) * width :]]
     return [*ends[:2], *last, *ends[2:], *flat]
 
 
 _operator = operator(
     "diffusion_mlp(Tensor xt, Tensor t, Tensor time, Tensor condition, Tensor[] weights, float eps,"
-    " bool keep) -> Tensor[]", _forward, _forward_fake)
+    " bool keep) -> Tensor[]",
+    _forward,
+    _forward_fake,
+)
 _backward_operator = operator(
     "diffusion_mlp_backward(Tensor grad, Tensor xt, Tensor t, Tensor time, Tensor condition, "
-    "Tensor[] weights, Tensor[] saved) -> Tensor[]", _backward, _backward_fake)
+    "Tensor[] weights, Tensor[] saved) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "diffusion_mlp")
 dispatch.register_triton("diffusion_mlp")

@@ -43,8 +43,9 @@ class Choice:
         return f"{self.operation}: {self.implementation} ({self.reason})"
 
 
-def register(operation: str, name: str, check: Check,
-             avoid: Check = lambda device, dtype: None) -> None:
+def register(
+    operation: str, name: str, check: Check, avoid: Check = lambda device, dtype: None
+) -> None:
     """Adds an implementation behind those already registered for `operation`.
 
     check(device, dtype): None if it can run there, otherwise why not and what to install or change.
@@ -75,13 +76,20 @@ def force(operation: str, implementation: str) -> None:
     Raises ValueError for an unknown operation or name.
     """
     if implementation not in ("auto", *implementations(operation)):
-        raise ValueError(f"{operation} has no implementation {implementation!r}; there are: auto, "
-                         f"{', '.join(implementations(operation))}")
+        raise ValueError(
+            f"{operation} has no implementation {implementation!r}; there are: auto, "
+            f"{', '.join(implementations(operation))}"
+        )
     _forced[operation] = implementation
 
 
-def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
-           forced: str = "auto", unsupported: Mapping[str, str | None] | None = None) -> Choice:
+def choose(
+    operation: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    forced: str = "auto",
+    unsupported: Mapping[str, str | None] | None = None,
+) -> Choice:
     """The implementation of `operation` for tensors of `dtype` on `device`.
 
     forced: "auto", or the name of an implementation. unsupported: {implementation: why it cannot
@@ -94,8 +102,9 @@ def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
     forced = _forced.get(operation, "auto") if forced == "auto" else forced
     if forced != "auto":
         if forced not in names:
-            raise ValueError(f"{operation} has no implementation {forced!r}; "
-                             f"there are: auto, {', '.join(names)}")
+            raise ValueError(
+                f"{operation} has no implementation {forced!r}; there are: auto, {', '.join(names)}"
+            )
         why_not = _registry[operation][forced][0](device, dtype) or unsupported.get(forced)
         if why_not is not None:
             raise Unavailable(f"{operation}: {forced!r} was asked for and cannot run: {why_not}")
@@ -108,8 +117,9 @@ def choose(operation: str, device: torch.device | str, dtype: torch.dtype,
             first = f"preferred for {dtype} on {device.type}"
             return Choice(operation, name, "; ".join(skipped) or first)
         skipped.append(f"not {name}: {why_not}")
-    raise Unavailable(f"{operation}: nothing can run {dtype} on {device.type}: "
-                      f"{'; '.join(skipped)}")
+    raise Unavailable(
+        f"{operation}: nothing can run {dtype} on {device.type}: {'; '.join(skipped)}"
+    )
 
 
 def summary(choices: list[Choice]) -> list[str]:
@@ -117,13 +127,20 @@ def summary(choices: list[Choice]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for choice in choices:
         groups.setdefault((choice.implementation, choice.reason), []).append(choice.operation)
-    return [f"{', '.join(names)}: {implementation} ({reason})"
-            for (implementation, reason), names in groups.items()]
+    return [
+        f"{', '.join(names)}: {implementation} ({reason})"
+        for (implementation, reason), names in groups.items()
+    ]
 
 
 @torch.compiler.assume_constant_result
-def select(operation: str, device: torch.device, dtype: torch.dtype, forced: str = "auto",
-           unsupported: str | Mapping[str, str | None] | None = None) -> str:
+def select(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    forced: str = "auto",
+    unsupported: str | Mapping[str, str | None] | None = None,
+) -> str:
     """The name alone, for the call itself; torch.compile takes it for a constant.
 
     unsupported: why an implementation cannot take these arguments (layout, width), None if it can;
@@ -182,14 +199,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
 TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def triton_check(device: torch.device, dtype: torch.dtype,
-                 dtypes: tuple[torch.dtype, ...] = TRITON_DTYPES) -> str | None:
+def triton_check(
+    device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...] = TRITON_DTYPES
+) -> str | None:
     """A check for `register`: Triton is there, and the tensors suit its kernels."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"runs on cuda tensors, these are on {device.type}"
     if device.type == "cuda" and _capability(device) < (8, 0):
-        return ("needs compute capability 8.0 or newer, this GPU has "
-                "{}.{}".format(*_capability(device)))
+        return "needs compute capability 8.0 or newer, this GPU has {}.{}".format(
+            *_capability(device)
+        )
     if dtype not in dtypes:
         return f"takes {' and '.join(str(d) for d in dtypes)}, these are {dtype}"
     return _why_no_triton

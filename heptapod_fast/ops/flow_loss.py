@@ -22,8 +22,7 @@ from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_uniform
 
 
-def flow_inputs(x0_MC: Tensor, draws: Draws,
-                implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def flow_inputs(x0_MC: Tensor, draws: Draws, implementation: str = "auto") -> tuple[Tensor, Tensor]:
     """x0 (M, C) -> x_t (R, C) and time (R,) in (0, 1), both float32.
 
     No gradient flows to x0. implementation: "auto", "triton" or "reference". Raises ValueError on
@@ -36,12 +35,14 @@ def flow_inputs(x0_MC: Tensor, draws: Draws,
         noise_RC = draws.noise(x0_MC.shape[1], x0_MC.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
         return (1 - time_R)[:, None] * x0_RC + time_R[:, None] * noise_RC, time_R
-    return _inputs_operator(x0_MC.contiguous(), *draws.arrays(), draws.repeat,
-                            [*draws.time_key, *draws.noise_key])
+    return _inputs_operator(
+        x0_MC.contiguous(), *draws.arrays(), draws.repeat, [*draws.time_key, *draws.noise_key]
+    )
 
 
-def flow_loss(prediction_RC: Tensor, x0_MC: Tensor, draws: Draws,
-              implementation: str = "auto") -> Tensor:
+def flow_loss(
+    prediction_RC: Tensor, x0_MC: Tensor, draws: Draws, implementation: str = "auto"
+) -> Tensor:
     """The mean over its repeats of each token's loss, (M,) float32.
 
     prediction (R, C) = v_hat, float32 or bfloat16; x0 (M, C); the draws that made x_t. The gradient
@@ -51,9 +52,11 @@ def flow_loss(prediction_RC: Tensor, x0_MC: Tensor, draws: Draws,
     draws.check("flow_loss", x0_MC)
     rows, channels = len(x0_MC) * draws.repeat, x0_MC.shape[1]
     if prediction_RC.shape != (rows, channels):
-        raise ValueError(f"flow_loss takes a prediction of shape ({rows}, {channels}) for "
-                         f"{len(x0_MC)} tokens and repeat = {draws.repeat}, got "
-                         f"{tuple(prediction_RC.shape)}")
+        raise ValueError(
+            f"flow_loss takes a prediction of shape ({rows}, {channels}) for "
+            f"{len(x0_MC)} tokens and repeat = {draws.repeat}, got "
+            f"{tuple(prediction_RC.shape)}"
+        )
     x0_MC = at_least_float32(x0_MC.detach())
     if _select(prediction_RC, x0_MC, implementation) == "reference":
         prediction = at_least_float32(prediction_RC)
@@ -61,8 +64,13 @@ def flow_loss(prediction_RC: Tensor, x0_MC: Tensor, draws: Draws,
         velocity = noise_RC - x0_MC.repeat_interleave(draws.repeat, dim=0)
         loss_R = (prediction - velocity).square().mean(-1)
         return loss_R.view(-1, draws.repeat).mean(1)
-    return _operator(prediction_RC.contiguous(), x0_MC.contiguous(), *draws.arrays(), draws.repeat,
-                     list(draws.noise_key))
+    return _operator(
+        prediction_RC.contiguous(),
+        x0_MC.contiguous(),
+        *draws.arrays(),
+        draws.repeat,
+        list(draws.noise_key),
+    )
 
 
 def _select(x: Tensor, x0_MC: Tensor, implementation: str) -> str:
@@ -106,13 +114,20 @@ def _gradient(ctx, grad: Tensor):
 
 _arguments = "Tensor prediction, Tensor x0, Tensor index, Tensor slot, int repeat, int[] key"
 _inputs_operator = operator(
-    "flow_inputs(Tensor x0, Tensor index, Tensor slot, int repeat, int[] key) "
-    "-> (Tensor, Tensor)", _inputs, _fake_inputs)
-_operator = operator(f"flow_loss({_arguments}) -> Tensor", _forward,
-                     lambda prediction, x0, *_: x0.new_empty(x0.shape[0]))
+    "flow_inputs(Tensor x0, Tensor index, Tensor slot, int repeat, int[] key) -> (Tensor, Tensor)",
+    _inputs,
+    _fake_inputs,
+)
+_operator = operator(
+    f"flow_loss({_arguments}) -> Tensor",
+    _forward,
+    lambda prediction, x0, *_: x0.new_empty(x0.shape[0]),
+)
 _backward_operator = operator(
-    f"flow_loss_backward(Tensor grad, {_arguments}) -> Tensor", _backward,
-    lambda grad, prediction, *_: torch.empty_like(prediction))
+    f"flow_loss_backward(Tensor grad, {_arguments}) -> Tensor",
+    _backward,
+    lambda grad, prediction, *_: torch.empty_like(prediction),
+)
 differentiable(_operator, _gradient, _setup)
 once(_backward_operator, "flow_loss")
 dispatch.register_triton("flow_loss")

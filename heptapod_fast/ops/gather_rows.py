@@ -34,8 +34,10 @@ def gather_rows(x_MD: Tensor, index_R: Tensor, implementation: str = "auto") -> 
     shapes or another dtype of the index.
     """
     _check("gather_rows", x_MD, index_R)
-    if dispatch.select("gather_rows", x_MD.device, x_MD.dtype, implementation,
-                       _too_wide(x_MD)) == "reference":
+    if (
+        dispatch.select("gather_rows", x_MD.device, x_MD.dtype, implementation, _too_wide(x_MD))
+        == "reference"
+    ):
         return _GatherRows.apply(x_MD, index_R)
     return _gather(_rows(x_MD), index_R.contiguous())
 
@@ -47,10 +49,14 @@ def scatter_rows(x_RD: Tensor, index_R: Tensor, rows: int, implementation: str =
     """
     _check("scatter_rows", x_RD, index_R)
     if len(x_RD) != len(index_R) or rows < 0:
-        raise ValueError(f"scatter_rows takes as many rows as indices and a number of rows to make,"
-                         f" got {len(x_RD)} rows, {len(index_R)} indices, rows={rows}")
-    if dispatch.select("scatter_rows", x_RD.device, x_RD.dtype, implementation,
-                       _too_wide(x_RD)) == "reference":
+        raise ValueError(
+            f"scatter_rows takes as many rows as indices and a number of rows to make,"
+            f" got {len(x_RD)} rows, {len(index_R)} indices, rows={rows}"
+        )
+    if (
+        dispatch.select("scatter_rows", x_RD.device, x_RD.dtype, implementation, _too_wide(x_RD))
+        == "reference"
+    ):
         return _ScatterRows.apply(x_RD, index_R, rows)
     return _scatter(_rows(x_RD), index_R.contiguous(), rows)
 
@@ -58,8 +64,10 @@ def scatter_rows(x_RD: Tensor, index_R: Tensor, rows: int, implementation: str =
 def _check(name: str, x: Tensor, index: Tensor) -> None:
     check_rows(name, x=x, index=index)
     if x.dim() != 2 or index.dim() != 1 or index.dtype != torch.int64:
-        raise ValueError(f"{name} takes rows (M, D) and an int64 index (R,), got {tuple(x.shape)} "
-                         f"and {index.dtype} {tuple(index.shape)}")
+        raise ValueError(
+            f"{name} takes rows (M, D) and an int64 index (R,), got {tuple(x.shape)} "
+            f"and {index.dtype} {tuple(index.shape)}"
+        )
 
 
 def _too_wide(x: Tensor) -> str | None:
@@ -127,10 +135,18 @@ def _scatter_gradient(ctx, grad: Tensor):
     return _gather(_rows(grad), *ctx.saved_tensors), None, None
 
 
-_gather = operator("gather_rows(Tensor x, Tensor index) -> Tensor", _gather_kernel,
-                   lambda x, index: x.new_empty(index.shape[0], x.shape[1]), strided=("x",))
-_scatter = operator("scatter_rows(Tensor x, Tensor index, SymInt rows) -> Tensor", _scatter_kernel,
-                    lambda x, index, rows: x.new_empty(rows, x.shape[1]), strided=("x",))
+_gather = operator(
+    "gather_rows(Tensor x, Tensor index) -> Tensor",
+    _gather_kernel,
+    lambda x, index: x.new_empty(index.shape[0], x.shape[1]),
+    strided=("x",),
+)
+_scatter = operator(
+    "scatter_rows(Tensor x, Tensor index, SymInt rows) -> Tensor",
+    _scatter_kernel,
+    lambda x, index, rows: x.new_empty(rows, x.shape[1]),
+    strided=("x",),
+)
 differentiable(_gather, _gather_gradient, _gather_setup)
 differentiable(_scatter, _scatter_gradient, _scatter_setup)
 for name in ("gather_rows", "scatter_rows"):

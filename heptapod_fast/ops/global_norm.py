@@ -38,8 +38,10 @@ def global_norm(grads: Sequence[Tensor], implementation: str = "auto") -> Tensor
             what = grad.dtype if torch.is_tensor(grad) else type(grad).__name__
             raise ValueError(f"global_norm takes floating-point tensors; number {i} is {what}")
         if grad.device != grads[0].device:
-            raise ValueError(f"global_norm takes tensors of one device; number 0 is on "
-                             f"{grads[0].device}, number {i} on {grad.device}")
+            raise ValueError(
+                f"global_norm takes tensors of one device; number 0 is on "
+                f"{grads[0].device}, number {i} on {grad.device}"
+            )
     with torch.no_grad():
         kind = sharded.dtensor_class()
         if kind is not None and any(isinstance(grad, kind) for grad in grads):
@@ -96,6 +98,7 @@ dispatch.register("global_norm", "cpu", _check("cpu"))
 dispatch.register("global_norm", "reference", lambda device, dtype: None)
 
 if library.available("cpu"):
+
     @torch.library.register_fake("heptapod_fast::global_norm")
     def _fake(tensors: list[Tensor]) -> Tensor:
         return tensors[0].new_empty((), dtype=torch.float32)

@@ -21,14 +21,19 @@ from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 from heptapod_fast.ops.operators import differentiable, once, operator
 
 MAX_WIDTH = 4096
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6,
-               implementation: str = "auto") -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    implementation: str = "auto",
+) -> Tensor:
     """x (..., D) float32 or bfloat16, weight and bias (D,) float32 or both None -> as x.
 
     implementation: "auto", "triton" (D up to MAX_WIDTH) or "reference" (any floating dtype). Raises
@@ -42,9 +47,16 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y
 
 
-def add_layer_norm(x: Tensor, branch: Tensor, branch_bias: Tensor | None, weight: Tensor | None,
-                   bias: Tensor | None, mask: Mask | None = None, eps: float = 1e-6,
-                   implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: DropoutMask | None = None,
+    eps: float = 1e-6,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """(sum, layer_norm(sum)) with sum = x + dropout(branch + branch_bias), both as x.
 
     x, branch (..., D) of one dtype, float32 or bfloat16; branch_bias (D,) float32 or None; weight
@@ -52,15 +64,26 @@ def add_layer_norm(x: Tensor, branch: Tensor, branch_bias: Tensor | None, weight
     "auto", "triton" (D up to MAX_WIDTH) or "reference". Raises ValueError if shapes, dtypes or the
     mask do not fit.
     """
-    check_rows("add_layer_norm", x=x, branch=branch, branch_bias=branch_bias, weight=weight,
-               bias=bias, **({} if mask is None else mask.tensors()))
+    check_rows(
+        "add_layer_norm",
+        x=x,
+        branch=branch,
+        branch_bias=branch_bias,
+        weight=weight,
+        bias=bias,
+        **({} if mask is None else mask.tensors()),
+    )
     _check_parameters("add_layer_norm", x, weight, bias)
     if branch.shape != x.shape or branch.dtype != x.dtype:
-        raise ValueError(f"add_layer_norm takes a branch like x, {x.dtype} {tuple(x.shape)}, got "
-                         f"{branch.dtype} {tuple(branch.shape)}")
+        raise ValueError(
+            f"add_layer_norm takes a branch like x, {x.dtype} {tuple(x.shape)}, got "
+            f"{branch.dtype} {tuple(branch.shape)}"
+        )
     if branch_bias is not None and branch_bias.shape != x.shape[-1:]:
-        raise ValueError(f"add_layer_norm takes a branch_bias of shape {tuple(x.shape[-1:])}, got "
-                         f"{tuple(branch_bias.shape)}")
+        raise ValueError(
+            f"add_layer_norm takes a branch_bias of shape {tuple(x.shape[-1:])}, got "
+            f"{tuple(branch_bias.shape)}"
+        )
     mask = None if mask is None or mask.p == 0.0 else mask
     if mask is not None:
         mask.check("add_layer_norm", x.numel() // max(1, x.shape[-1]))
@@ -68,20 +91,30 @@ def add_layer_norm(x: Tensor, branch: Tensor, branch_bias: Tensor | None, weight
         branch = branch if branch_bias is None else branch + branch_bias.to(x.dtype)
         total = x + (branch if mask is None else mask.apply(branch))
         return total, _reference(total, weight, bias, eps)
-    total, y, _ = _add_operator(x.contiguous(), branch.contiguous(), _master(branch_bias),
-                                _master(weight), _master(bias), *Mask.parts(mask), eps)
+    total, y, _ = _add_operator(
+        x.contiguous(),
+        branch.contiguous(),
+        _master(branch_bias),
+        _master(weight),
+        _master(bias),
+        *DropoutMask.parts(mask),
+        eps,
+    )
     return total, y
 
 
-def _check_parameters(operation: str, x: Tensor, weight: Tensor | None,
-                      bias: Tensor | None) -> None:
+def _check_parameters(
+    operation: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> None:
     if weight is None and bias is None:
         return
     if weight is None or bias is None:
         raise ValueError(f"{operation} takes weight and bias, or neither; one of them is None")
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(f"{operation} takes weight and bias of shape {tuple(x.shape[-1:])}, got "
-                         f"{tuple(weight.shape)} and {tuple(bias.shape)}")
+        raise ValueError(
+            f"{operation} takes weight and bias of shape {tuple(x.shape[-1:])}, got "
+            f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
 
 
 def _select(x: Tensor, implementation: str) -> str:
@@ -109,14 +142,17 @@ def _forward(x, weight, bias, eps):
 def _add_forward(x, branch, branch_bias, weight, bias, key, counter, p, eps):
     from heptapod_fast.kernels import layer_norm as kernels
 
-    return kernels.add_forward(x, branch, branch_bias, weight, bias, Mask.of(key, counter, p), eps)
+    return kernels.add_forward(
+        x, branch, branch_bias, weight, bias, DropoutMask.of(key, counter, p), eps
+    )
 
 
 def _backward(grad, grad_sum, total, stats, weight, key, counter, p, branch_bias):
     from heptapod_fast.kernels import layer_norm as kernels
 
-    return kernels.backward(grad, grad_sum, total, stats, weight, Mask.of(key, counter, p),
-                            branch_bias)
+    return kernels.backward(
+        grad, grad_sum, total, stats, weight, DropoutMask.of(key, counter, p), branch_bias
+    )
 
 
 def _stats_like(x: Tensor) -> Tensor:
@@ -126,8 +162,11 @@ def _stats_like(x: Tensor) -> Tensor:
 def _fake_backward(grad, grad_sum, total, stats, weight, key, counter, p, branch_bias):
     sums = 2 * (weight is not None) + branch_bias
     dbranch = total.new_empty(0) if key is None else torch.empty_like(total)
-    return (torch.empty_like(total), dbranch,
-            total.new_empty((sums, total.shape[-1]), dtype=torch.float32))
+    return (
+        torch.empty_like(total),
+        dbranch,
+        total.new_empty((sums, total.shape[-1]), dtype=torch.float32),
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -140,8 +179,9 @@ def _gradient(ctx, grad: Tensor | None, _):
     if grad is None:
         return None, None, None, None
     x, stats, weight = ctx.saved_tensors
-    dx, _, sums = _backward_operator(grad.contiguous(), None, x, stats, weight, None, None, 0.0,
-                                     False)
+    dx, _, sums = _backward_operator(
+        grad.contiguous(), None, x, stats, weight, None, None, 0.0, False
+    )
     return dx, *(sums.unbind() if weight is not None else (None, None)), None
 
 
@@ -159,8 +199,9 @@ def _add_gradient(ctx, grad_sum: Tensor | None, grad: Tensor | None, _):
     # A sum without its norm is rare (no block does it): it need not be fast.
     grad = torch.zeros_like(total) if grad is None else grad.contiguous()
     grad_sum = None if grad_sum is None else grad_sum.contiguous()
-    dx, dbranch, sums = _backward_operator(grad, grad_sum, total, stats, weight, key, counter,
-                                           ctx.p, ctx.branch_bias)
+    dx, dbranch, sums = _backward_operator(
+        grad, grad_sum, total, stats, weight, key, counter, ctx.p, ctx.branch_bias
+    )
     rows = list(sums.unbind())
     dbranch_bias = rows.pop() if ctx.branch_bias else None
     dweight, dbias = rows or (None, None)
@@ -168,16 +209,23 @@ def _add_gradient(ctx, grad_sum: Tensor | None, grad: Tensor | None, _):
 
 
 _operator = operator(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)", _forward,
-    lambda x, *_: (torch.empty_like(x), _stats_like(x)))
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, *_: (torch.empty_like(x), _stats_like(x)),
+)
 _add_operator = operator(
     "add_layer_norm(Tensor x, Tensor branch, Tensor? branch_bias, Tensor? weight, Tensor? bias, "
-    "Tensor? key, Tensor? counter, float p, float eps) -> (Tensor, Tensor, Tensor)", _add_forward,
-    lambda x, *_: (torch.empty_like(x), torch.empty_like(x), _stats_like(x)))
+    "Tensor? key, Tensor? counter, float p, float eps) -> (Tensor, Tensor, Tensor)",
+    _add_forward,
+    lambda x, *_: (torch.empty_like(x), torch.empty_like(x), _stats_like(x)),
+)
 _backward_operator = operator(
     "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor total, Tensor stats, "
     "Tensor? weight, Tensor? key, Tensor? counter, float p, bool branch_bias) "
-    "-> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
 differentiable(_operator, _gradient, _setup)
 differentiable(_add_operator, _add_gradient, _add_setup)
 once(_backward_operator, "layer_norm")

@@ -34,8 +34,10 @@ def _load(path: Path) -> tuple[str, str]:
         return describe().decode(), ""
     except (OSError, RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
-        return "", (f"not loaded: {path.name} does not fit torch {torch.__version__} ({first}); "
-                    f"build it again: pip install --no-build-isolation -e .")
+        return "", (
+            f"not loaded: {path.name} does not fit torch {torch.__version__} ({first}); "
+            f"build it again: pip install --no-build-isolation -e ."
+        )
 
 
 _holds, _missing = _load(PATH)
@@ -61,6 +63,7 @@ def why_not(device_type: str) -> str | None:
 
 def check(device_type: str):
     """A check for `dispatch.register`: tensors on that device, operators for it loaded."""
+
     def usable(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != device_type:
             return f"runs on {device_type} tensors, these are on {device.type}"

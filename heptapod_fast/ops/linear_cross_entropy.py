@@ -32,9 +32,15 @@ NO_INDEX = torch.iinfo(torch.int64).min  # -100 is out of range, not a target to
 MAX_WIDTH, MAX_CODES = 65_536, 1_000_000  # kernels/configs/linear_cross_entropy.json
 
 
-def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target: Tensor,
-                         row_weight_R: Tensor | None = None, chunk: int | None = None,
-                         implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    z_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    target: Tensor,
+    row_weight_R: Tensor | None = None,
+    chunk: int | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """-> (total (), float32, differentiable in z, weight and bias; losses (R,), float32, without).
 
     z (R, D) float32 or bfloat16; weight (V, D) and bias (V,), which follow the dtype of z; target
@@ -48,17 +54,29 @@ def linear_cross_entropy(z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target
     row_weight_R = None if row_weight_R is None else row_weight_R.detach()
     unsupported = None
     if z_RD.shape[1] > MAX_WIDTH or len(weight_VD) > MAX_CODES:
-        unsupported = (f"{len(weight_VD)} codes and width {z_RD.shape[1]}, where {MAX_CODES} and "
-                       f"{MAX_WIDTH} are the most")
-    if dispatch.select("linear_cross_entropy", z_RD.device, z_RD.dtype, implementation,
-                       unsupported) == "reference":
+        unsupported = (
+            f"{len(weight_VD)} codes and width {z_RD.shape[1]}, where {MAX_CODES} and "
+            f"{MAX_WIDTH} are the most"
+        )
+    if (
+        dispatch.select(
+            "linear_cross_entropy", z_RD.device, z_RD.dtype, implementation, unsupported
+        )
+        == "reference"
+    ):
         return _reference(z_RD, weight_VD, bias_V, target, row_weight_R)
-    gradients = torch.is_grad_enabled() and (z_RD.requires_grad or weight_VD.requires_grad
-                                             or bias_V.requires_grad)
+    gradients = torch.is_grad_enabled() and (
+        z_RD.requires_grad or weight_VD.requires_grad or bias_V.requires_grad
+    )
     total, loss_R, *_ = _operator(
-        z_RD.contiguous(), weight_VD.contiguous(), bias_V.contiguous(),
+        z_RD.contiguous(),
+        weight_VD.contiguous(),
+        bias_V.contiguous(),
         (target if target.dim() == 2 else target[:, None]).contiguous(),
-        None if row_weight_R is None else row_weight_R.float().contiguous(), chunk, gradients)
+        None if row_weight_R is None else row_weight_R.float().contiguous(),
+        chunk,
+        gradients,
+    )
     return total, loss_R
 
 
@@ -67,18 +85,29 @@ def _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk) -> None:
     check_rows(name, z=z_RD, weight=weight_VD, bias=bias_V, target=target, row_weight=row_weight_R)
     rows = len(z_RD)
     if z_RD.dim() != 2 or weight_VD.dim() != 2 or z_RD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(f"{name} takes z (R, D) and weight (V, D), got {tuple(z_RD.shape)} and "
-                         f"{tuple(weight_VD.shape)}")
+        raise ValueError(
+            f"{name} takes z (R, D) and weight (V, D), got {tuple(z_RD.shape)} and "
+            f"{tuple(weight_VD.shape)}"
+        )
     if bias_V.shape != weight_VD.shape[:1]:
-        raise ValueError(f"{name} takes a bias of shape {tuple(weight_VD.shape[:1])}, got "
-                         f"{tuple(bias_V.shape)}")
-    if (target.dtype != torch.int64 or target.dim() not in (1, 2) or len(target) != rows
-            or target.dim() == 2 and not 1 <= target.shape[1] <= MOST_TARGETS):
-        raise ValueError(f"{name} takes int64 targets ({rows},) or ({rows}, K) with K from 1 to "
-                         f"{MOST_TARGETS}, got {target.dtype} {tuple(target.shape)}")
+        raise ValueError(
+            f"{name} takes a bias of shape {tuple(weight_VD.shape[:1])}, got {tuple(bias_V.shape)}"
+        )
+    if (
+        target.dtype != torch.int64
+        or target.dim() not in (1, 2)
+        or len(target) != rows
+        or target.dim() == 2
+        and not 1 <= target.shape[1] <= MOST_TARGETS
+    ):
+        raise ValueError(
+            f"{name} takes int64 targets ({rows},) or ({rows}, K) with K from 1 to "
+            f"{MOST_TARGETS}, got {target.dtype} {tuple(target.shape)}"
+        )
     if row_weight_R is not None and row_weight_R.shape != (rows,):
-        raise ValueError(f"{name} takes row weights of shape ({rows},), got "
-                         f"{tuple(row_weight_R.shape)}")
+        raise ValueError(
+            f"{name} takes row weights of shape ({rows},), got {tuple(row_weight_R.shape)}"
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"{name} works on chunks of at least 1 row, got {chunk}")
 
@@ -105,8 +134,11 @@ def _fake(z, weight, bias, target, row_weight, chunk, gradients):
     single = dict(dtype=torch.float32, device=z.device)
     made = [z.new_empty(0), torch.empty(0, **single), torch.empty(0, **single)]
     if gradients:
-        made = [torch.empty_like(z), torch.empty(weight.shape, **single),
-                torch.empty(bias.shape, **single)]
+        made = [
+            torch.empty_like(z),
+            torch.empty(weight.shape, **single),
+            torch.empty(bias.shape, **single),
+        ]
     return torch.empty((), **single), torch.empty(z.shape[0], **single), *made
 
 
@@ -126,9 +158,15 @@ def _gradient(ctx, grad_total: Tensor | None, *_):
         return (None,) * 7
     z, dz, dweight, dbias = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    return (_scale_operator(dz, grad_total, z) if wanted[0] else None,
-            (dweight * grad_total).to(ctx.dtypes[0]) if wanted[1] else None,
-            (dbias * grad_total).to(ctx.dtypes[1]) if wanted[2] else None, None, None, None, None)
+    return (
+        _scale_operator(dz, grad_total, z) if wanted[0] else None,
+        (dweight * grad_total).to(ctx.dtypes[0]) if wanted[1] else None,
+        (dbias * grad_total).to(ctx.dtypes[1]) if wanted[2] else None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _scale(x: Tensor, factor: Tensor, z: Tensor) -> Tensor:
@@ -138,11 +176,16 @@ def _scale(x: Tensor, factor: Tensor, z: Tensor) -> Tensor:
 
 
 _scale_operator = operator(
-    "linear_cross_entropy_backward(Tensor dz, Tensor grad, Tensor z) -> Tensor", _scale,
-    lambda dz, grad, z: torch.empty_like(dz))
+    "linear_cross_entropy_backward(Tensor dz, Tensor grad, Tensor z) -> Tensor",
+    _scale,
+    lambda dz, grad, z: torch.empty_like(dz),
+)
 _operator = operator(
     "linear_cross_entropy(Tensor z, Tensor weight, Tensor bias, Tensor target, Tensor? row_weight, "
-    "int? chunk, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _fake)
+    "int? chunk, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+)
 differentiable(_operator, _gradient, _setup)
 # z is an argument so that a second derivative is refused instead of forgotten.
 once(_scale_operator, "linear_cross_entropy")

@@ -16,8 +16,9 @@ from torch._ops import OpOverload
 _library = torch.library.Library("heptapod_fast", "FRAGMENT")
 
 
-def operator(schema: str, kernel: Callable, fake: Callable,
-             strided: tuple[str, ...] = ()) -> OpOverload:
+def operator(
+    schema: str, kernel: Callable, fake: Callable, strided: tuple[str, ...] = ()
+) -> OpOverload:
     """Defines heptapod_fast::NAME from "NAME(Tensor x, ...) -> ..." and returns its overload.
 
     kernel: runs it, on contiguous tensors; imports Triton when it is called, not before. fake:
@@ -26,8 +27,9 @@ def operator(schema: str, kernel: Callable, fake: Callable,
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     overload = getattr(torch.ops.heptapod_fast, name).default
-    kernel = _contiguous([argument.name in strided for argument in overload._schema.arguments],
-                         kernel)
+    kernel = _contiguous(
+        [argument.name in strided for argument in overload._schema.arguments], kernel
+    )
     _library.impl(name, kernel, "CPU")
     _library.impl(name, _on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"heptapod_fast::{name}", fake, lib=_library)
@@ -37,6 +39,7 @@ def operator(schema: str, kernel: Callable, fake: Callable,
 def _contiguous(strided: list[bool], kernel: Callable) -> Callable:
     """torch.compile keeps the order of strides, not the strides: a tensor that was contiguous when
     it was traced may come as a part of a larger one."""
+
     def packed(x, any_strides):
         if isinstance(x, list):
             return [packed(each, any_strides) for each in x]
@@ -53,6 +56,7 @@ def _contiguous(strided: list[bool], kernel: Callable) -> Callable:
 
 def _on_its_device(kernel: Callable) -> Callable:
     """Triton launches on the current device, which need not be the tensors'."""
+
     @functools.wraps(kernel)
     def guarded(*arguments):
         device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
@@ -71,8 +75,11 @@ def differentiable(op: OpOverload, backward: Callable, setup_context: Callable) 
 
 def once(backward_op: OpOverload, operation: str) -> None:
     """The gradient of a gradient is an error that says so, where PyTorch would pass over it."""
+
     def refuse(ctx, *grads):
-        raise RuntimeError(f"{operation}: the kernels are differentiable once; take "
-                           f"implementation='reference' for second derivatives")
+        raise RuntimeError(
+            f"{operation}: the kernels are differentiable once; take "
+            f"implementation='reference' for second derivatives"
+        )
 
     torch.library.register_autograd(backward_op._name, refuse, lib=_library)

@@ -39,39 +39,49 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tenso
         # The product wraps modulo 2**64; the arithmetic shift plus the mask give its upper word.
         p0, p1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK,
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
         )
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c0, c1, c2, c3
 
 
-def philox(index: Tensor, slot: Tensor, blocks: int, key: tuple[int, int], *,
-           implementation: str = "auto") -> Tensor:
+def philox(
+    index: Tensor, slot: Tensor, blocks: int, key: tuple[int, int], *, implementation: str = "auto"
+) -> Tensor:
     """index: (...) int64; slot: int64 of the same shape, its low 32 bits count; key: two integers
     below 2**32. Returns (..., 4 * blocks) int64 in [0, 2**32): block b of an item in places
     4b..4b+3. Raises ValueError on other dtypes or unequal shapes or devices."""
     if index.dtype != torch.int64 or slot.dtype != torch.int64:
         raise ValueError(f"philox takes int64 index and slot, got {index.dtype} and {slot.dtype}")
     if index.shape != slot.shape or index.device != slot.device:
-        raise ValueError(f"philox takes index and slot of one shape and device, got "
-                         f"{tuple(index.shape)} on {index.device} and {tuple(slot.shape)} on "
-                         f"{slot.device}")
+        raise ValueError(
+            f"philox takes index and slot of one shape and device, got "
+            f"{tuple(index.shape)} on {index.device} and {tuple(slot.shape)} on "
+            f"{slot.device}"
+        )
     if not 0 <= blocks < 2**32:
         raise ValueError(f"philox counts blocks in 32 bits, got {blocks}")
     chosen = dispatch.choose("philox", index.device, index.dtype, implementation)
     if chosen.implementation == "reference":
         return reference(index, slot, blocks, key)
-    return torch.ops.heptapod_fast.philox.default(index.contiguous(), slot.contiguous(), blocks,
-                                                  key[0], key[1])
+    return torch.ops.heptapod_fast.philox.default(
+        index.contiguous(), slot.contiguous(), blocks, key[0], key[1]
+    )
 
 
 def reference(index: Tensor, slot: Tensor, blocks: int, key: tuple[int, int]) -> Tensor:
     """`philox` in plain PyTorch, on any device."""
     block = torch.arange(blocks, device=index.device)
     words = philox4x32(
-        (block, (slot & _MASK)[..., None], (index & _MASK)[..., None],
-         ((index >> 32) & _MASK)[..., None]),
+        (
+            block,
+            (slot & _MASK)[..., None],
+            (index & _MASK)[..., None],
+            ((index >> 32) & _MASK)[..., None],
+        ),
         key,
     )
     return torch.stack(words, dim=-1).flatten(-2)
@@ -124,22 +134,31 @@ class Draws(NamedTuple):
     def noise(self, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(M * repeat, channels) standard normal."""
         words = philox(*self.rows(), (channels + 3) // 4, self.noise_key)
-        return to_normal(words[:, :channels + channels % 2], dtype)[:, :channels]
+        return to_normal(words[:, : channels + channels % 2], dtype)[:, :channels]
 
     def check(self, operation: str, x0_MC: Tensor) -> None:
         """ValueError unless these are draws for the tokens x0_MC."""
         index, slot = self.index_M, self.slot_M
         if x0_MC.dim() != 2 or not x0_MC.shape[1]:
-            raise ValueError(f"{operation} takes x0 of shape (M, C), C > 0, got "
-                             f"{tuple(x0_MC.shape)}")
-        if (index.dtype != torch.int64 or slot.dtype != torch.int64 or index.dim() != 1
-                or index.shape != slot.shape or len(index) != len(x0_MC)):
-            raise ValueError(f"{operation} takes int64 index and slot of shape ({len(x0_MC)},), "
-                             f"got {index.dtype} {tuple(index.shape)} and {slot.dtype} "
-                             f"{tuple(slot.shape)}")
+            raise ValueError(
+                f"{operation} takes x0 of shape (M, C), C > 0, got {tuple(x0_MC.shape)}"
+            )
+        if (
+            index.dtype != torch.int64
+            or slot.dtype != torch.int64
+            or index.dim() != 1
+            or index.shape != slot.shape
+            or len(index) != len(x0_MC)
+        ):
+            raise ValueError(
+                f"{operation} takes int64 index and slot of shape ({len(x0_MC)},), "
+                f"got {index.dtype} {tuple(index.shape)} and {slot.dtype} "
+                f"{tuple(slot.shape)}"
+            )
         if self.repeat < 1:
-            raise ValueError(f"{operation} draws at least once per token, got repeat = "
-                             f"{self.repeat}")
+            raise ValueError(
+                f"{operation} draws at least once per token, got repeat = {self.repeat}"
+            )
 
     def arrays(self) -> tuple[Tensor, Tensor]:
         """Index and slot as kernels read them."""
@@ -151,6 +170,7 @@ dispatch.register("philox", "cpu", library.check("cpu"))
 dispatch.register("philox", "reference", lambda device, dtype: None)
 
 if library.available("cpu"):
+
     @torch.library.register_fake("heptapod_fast::philox")
     def _fake(index: Tensor, slot: Tensor, blocks: int, key0: int, key1: int) -> Tensor:
         return index.new_empty((*index.shape, 4 * blocks))

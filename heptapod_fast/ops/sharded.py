@@ -37,8 +37,10 @@ def local(tensor: Tensor, operation: str, name: str) -> Tensor:
     if found is None:
         return tensor
     if any(placement.is_partial() for placement in found[1]):
-        raise ValueError(f"{operation} takes sharded and replicated tensors; {name} holds partial "
-                         f"sums, {found[1]}: reduce it first (redistribute)")
+        raise ValueError(
+            f"{operation} takes sharded and replicated tensors; {name} holds partial "
+            f"sums, {found[1]}: reduce it first (redistribute)"
+        )
     with torch.no_grad():
         return tensor.to_local()
 
@@ -55,9 +57,12 @@ def local_lists(lists: dict[str, Sequence[Tensor]], operation: str) -> dict[str,
             if layout(tensor) != layout(like) or tensor.shape != like.shape:
                 raise ValueError(
                     f"{operation} takes {name} with the mesh, placements and shapes of the {first};"
-                    f" {name}[{i}] is {describe(tensor)}, {first}[{i}] is {describe(like)}")
-    return {name: [local(tensor, operation, f"{name}[{i}]") for i, tensor in enumerate(tensors)]
-            for name, tensors in lists.items()}
+                    f" {name}[{i}] is {describe(tensor)}, {first}[{i}] is {describe(like)}"
+                )
+    return {
+        name: [local(tensor, operation, f"{name}[{i}]") for i, tensor in enumerate(tensors)]
+        for name, tensors in lists.items()
+    }
 
 
 def describe(tensor: Tensor) -> str:

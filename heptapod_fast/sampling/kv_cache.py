@@ -27,11 +27,15 @@ class KVCache:
             shape = (kv_BM2HE.shape[0], self.length, *kv_BM2HE.shape[2:])
             self._buffers[layer] = kv_BM2HE.new_empty(shape)
         buffer = self._buffers[layer]
-        if (buffer.shape[0], *buffer.shape[2:]) != (kv_BM2HE.shape[0], *kv_BM2HE.shape[2:]) or \
-                buffer.dtype != kv_BM2HE.dtype:
-            raise ValueError(f"KV cache of {buffer.dtype} {tuple(buffer.shape)} cannot take "
-                             f"{kv_BM2HE.dtype} {tuple(kv_BM2HE.shape)}")
-        buffer[:, self.filled:end] = kv_BM2HE
+        if (buffer.shape[0], *buffer.shape[2:]) != (
+            kv_BM2HE.shape[0],
+            *kv_BM2HE.shape[2:],
+        ) or buffer.dtype != kv_BM2HE.dtype:
+            raise ValueError(
+                f"KV cache of {buffer.dtype} {tuple(buffer.shape)} cannot take "
+                f"{kv_BM2HE.dtype} {tuple(kv_BM2HE.shape)}"
+            )
+        buffer[:, self.filled : end] = kv_BM2HE
         return buffer[:, :end]
 
     def advance(self, count: int) -> None:

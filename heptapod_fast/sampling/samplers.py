@@ -37,15 +37,21 @@ class SampleOptions:
 
     def check(self, num_tokens: int, vocabulary: int) -> None:
         """Refuse what cannot be (ValueError names the flag); vocabulary 0: continuous tokens."""
-        for name, known in (("position_schedule", ("constant", "cosine")),
-                            ("position_order", ("random", "confidence")),
-                            ("diffusion_sampler", ("ddpm", "ddim"))):
+        for name, known in (
+            ("position_schedule", ("constant", "cosine")),
+            ("position_order", ("random", "confidence")),
+            ("diffusion_sampler", ("ddpm", "ddim")),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected "
-                                 f"{' or '.join(known)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected "
+                    f"{' or '.join(known)}"
+                )
         if not 1 <= self.positions_per_step <= num_tokens:
-            raise ValueError(f"--positions-per-step {self.positions_per_step}: expected 1 to "
-                             f"{num_tokens}, the tokens of an image")
+            raise ValueError(
+                f"--positions-per-step {self.positions_per_step}: expected 1 to "
+                f"{num_tokens}, the tokens of an image"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature {self.temperature}: expected 0 or more")
         if not 0 < self.top_p <= 1:
@@ -60,8 +66,10 @@ class SampleOptions:
             if self.top_k or self.top_p < 1:
                 raise ValueError("--top-k and --top-p need discrete tokens")
         if self.guidance != 1.0:
-            raise ValueError(f"--guidance {self.guidance}: this system is trained without a null "
-                             "class, so there is nothing to guide against")
+            raise ValueError(
+                f"--guidance {self.guidance}: this system is trained without a null "
+                "class, so there is nothing to guide against"
+            )
 
 
 def sample_codes(logits_RV: Tensor, uniform_R: Tensor, options: SampleOptions):
@@ -108,8 +116,15 @@ def respaced(steps: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def sample_vectors(loss, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor,
-                   options: SampleOptions, limit: float = 0.0) -> Tensor:
+def sample_vectors(
+    loss,
+    z_RD: Tensor,
+    rng: Rng,
+    index_R: Tensor,
+    slot_R: Tensor,
+    options: SampleOptions,
+    limit: float = 0.0,
+) -> Tensor:
     """Denoise one continuous token per row: (R, C) float32.
 
     limit: the estimate of x_0 is clipped to [-limit, limit] at every step (0: never). Where tokens
@@ -136,8 +151,17 @@ def sample_vectors(loss, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor
     return x_RC
 
 
-def _previous(prediction: Tensor, x: Tensor, table: Tensor, i: int, rng: Rng, index: Tensor,
-              slot: Tensor, options: SampleOptions, limit: float) -> Tensor:
+def _previous(
+    prediction: Tensor,
+    x: Tensor,
+    table: Tensor,
+    i: int,
+    rng: Rng,
+    index: Tensor,
+    slot: Tensor,
+    options: SampleOptions,
+    limit: float,
+) -> Tensor:
     """x_{t-1} from x_t and the network's (eps, v); table: the schedule's row of this step."""
     sqrt_abar, sqrt_noise, recip, recip_minus_one, mean_x0, mean_xt, log_beta, log_posterior = table
     eps, v = prediction.chunk(2, dim=-1)

@@ -11,13 +11,20 @@ from heptapod_fast.systems.heptapod import Heptapod
 from heptapod_fast.tokenizers.base import TokenSpec
 
 SYSTEMS: dict[str, type[System]] = {
-    "heptapod": Heptapod, "1d-raster": NextToken, "1d-random": NextToken,
+    "heptapod": Heptapod,
+    "1d-raster": NextToken,
+    "1d-random": NextToken,
 }
 
 
-def build_system(config: Config, spec: TokenSpec, num_classes: int,
-                 device: str | torch.device = "cpu", attention: str = "auto",
-                 fill: bool = True) -> System:
+def build_system(
+    config: Config,
+    spec: TokenSpec,
+    num_classes: int,
+    device: str | torch.device = "cpu",
+    attention: str = "auto",
+    fill: bool = True,
+) -> System:
     """The system that a resolved config describes, on `device` (meta too).
 
     attention: `implementation` of `ops.attention`. fill: initialise the

@@ -33,30 +33,42 @@ class NextToken(System):
         """Sum of the token loss over all N steps of every sequence."""
         order_BN = self.orders(batch.index, rng)
         ordered_BN = gridlib.take_tokens(batch.tokens, order_BN)
-        x_BND = torch.cat((
-            self.backbone.embed_start(batch.labels, order_BN[:, 0]),
-            self.backbone.embed_tokens(ordered_BN[:, :-1], order_BN[:, 1:], 1)), dim=1)
+        x_BND = torch.cat(
+            (
+                self.backbone.embed_start(batch.labels, order_BN[:, 0]),
+                self.backbone.embed_tokens(ordered_BN[:, :-1], order_BN[:, 1:], 1),
+            ),
+            dim=1,
+        )
         sites = Block.SITES * len(self.backbone.blocks)
         drop = self.drop("backbone", batch.index, 0, sites, self.num_tokens, rng)
         z_RD = self.backbone(x_BND, drop).flatten(0, 1)
         sequence_R = torch.arange(len(order_BN), device=order_BN.device).repeat_interleave(
-            self.num_tokens)
+            self.num_tokens
+        )
         position_R = order_BN.flatten()
         total, _ = self.token_losses(z_RD, batch, sequence_R, position_R, position_R, rng)
         return Loss(total, float(len(position_R)), {})
 
     @torch.no_grad()
-    def sample(self, classes: Tensor, rng: Rng, options: SampleOptions | None = None,
-               index: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
         """One token per step with a KV cache; see System.sample."""
         options = SampleOptions() if options is None else options
         self.check_sampling(classes, options)
         how = (options.positions_per_step, options.position_order, options.position_schedule)
         if how != (1, "random", "constant"):
-            raise ValueError(f"--positions-per-step, --position-order and --position-schedule: "
-                             f"{self.config.system} "
-                             "predicts one next token in a given order; a 2D distribution is what "
-                             "allows more")
+            raise ValueError(
+                f"--positions-per-step, --position-order and --position-schedule: "
+                f"{self.config.system} "
+                "predicts one next token in a given order; a 2D distribution is what "
+                "allows more"
+            )
         classes, index_B = self.place_sampling(classes, index)
         order_BN = self.orders(index_B, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
@@ -69,8 +81,9 @@ class NextToken(System):
             token_B, _ = self.draw_tokens(z_BD, rng.at(step), index_B, position_B, options)
             put(tokens_BN, position_B[:, None], token_B[:, None])
             if step + 1 < self.num_tokens:
-                x_B1D = self.backbone.embed_tokens(token_B[:, None], order_BN[:, step + 1:step + 2],
-                                                   step + 1)
+                x_B1D = self.backbone.embed_tokens(
+                    token_B[:, None], order_BN[:, step + 1 : step + 2], step + 1
+                )
         return tokens_BN
 
     def expected_count(self, batch: int) -> float:
@@ -80,6 +93,8 @@ class NextToken(System):
     def flops_per_image(self) -> dict[str, float]:
         """See System.flops_per_image."""
         width, tokens = self.config.width, self.num_tokens
-        return {"embedding": 2 * width * self.spec.channels * (tokens - 1),
-                "backbone": self.config.depth * block_flops(width, tokens, (tokens + 1) / 2),
-                "token loss": self.token_loss_flops(tokens)}
+        return {
+            "embedding": 2 * width * self.spec.channels * (tokens - 1),
+            "backbone": self.config.depth * block_flops(width, tokens, (tokens + 1) / 2),
+            "token loss": self.token_loss_flops(tokens),
+        }

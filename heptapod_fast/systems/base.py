@@ -46,13 +46,24 @@ class System(nn.Module):
         self.config, self.spec, self.num_classes = config, spec, num_classes
         self.num_tokens = spec.num_tokens
         self.backbone = Backbone(
-            depth=config.depth, width=config.width, heads=config.heads, num_classes=num_classes,
-            num_tokens=spec.num_tokens, channels=spec.channels, vocabulary=spec.vocabulary,
-            attention=attention)
+            depth=config.depth,
+            width=config.width,
+            heads=config.heads,
+            num_classes=num_classes,
+            num_tokens=spec.num_tokens,
+            channels=spec.channels,
+            vocabulary=spec.vocabulary,
+            attention=attention,
+        )
         if spec.kind == "continuous":
             self.token_loss = Diffusion(
-                config.width, spec.channels, config.diffusion_blocks, config.diffusion_width,
-                config.diffusion_repeat, bound=config.diffusion_loss == "mse+vb")
+                config.width,
+                spec.channels,
+                config.diffusion_blocks,
+                config.diffusion_width,
+                config.diffusion_repeat,
+                bound=config.diffusion_loss == "mse+vb",
+            )
         else:
             self.token_loss = Categorical(config.width, spec.vocabulary)
 
@@ -61,8 +72,13 @@ class System(nn.Module):
         """Loss of one micro-batch; every draw is keyed by batch.index."""
 
     @abstractmethod
-    def sample(self, classes: Tensor, rng: Rng, options: SampleOptions | None = None,
-               index: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
         """classes (B,) int64 -> tokens in raster order, (B, N) int64 or (B, N, C) float32.
 
         index: (B,) keys of the draws (default 0..B-1): the same (class, index, rng, options) gives
@@ -84,8 +100,9 @@ class System(nn.Module):
         """The dtype of activations; parameters stay what they are."""
         self.backbone.dtype = dtype
 
-    def drop(self, stream: str, index_P: Tensor, slot_P: Tensor | int, sites: int, length: int,
-             rng: Rng):
+    def drop(
+        self, stream: str, index_P: Tensor, slot_P: Tensor | int, sites: int, length: int, rng: Rng
+    ):
         """Dropout masks of one forward pass over P sequences of `length` elements."""
         if self.config.dropout == 0.0 or not self.training:
             return NO_DROP
@@ -93,20 +110,28 @@ class System(nn.Module):
         counter = torch.arange(length, device=index_P.device)
         return Drop(key_PS2, counter, self.config.dropout)
 
-    def token_losses(self, z_RD: Tensor, batch: Batch, sequence_R: Tensor, position_R: Tensor,
-                     slot_R: Tensor, rng: Rng,
-                     weight_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def token_losses(
+        self,
+        z_RD: Tensor,
+        batch: Batch,
+        sequence_R: Tensor,
+        position_R: Tensor,
+        slot_R: Tensor,
+        rng: Rng,
+        weight_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Against the token at each row's position: the weighted sum, and (R,) losses for logs."""
         target = batch.tokens.flatten(0, 1)[sequence_R * self.num_tokens + position_R]
-        return self.token_loss.loss(z_RD, target, rng, batch.index[sequence_R], slot_R,
-                                    weight_R)
+        return self.token_loss.loss(z_RD, target, rng, batch.index[sequence_R], slot_R, weight_R)
 
-    def draw_tokens(self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor,
-                    options: SampleOptions) -> tuple[Tensor, Tensor | None]:
+    def draw_tokens(
+        self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor, options: SampleOptions
+    ) -> tuple[Tensor, Tensor | None]:
         """One token per row, and its probability where tokens are discrete."""
         if self.spec.kind == "continuous":
-            return sample_vectors(self.token_loss, z_RD, rng, index_R, slot_R, options,
-                                  self.spec.limit), None
+            return sample_vectors(
+                self.token_loss, z_RD, rng, index_R, slot_R, options, self.spec.limit
+            ), None
         uniform_R = rng.uniform("sample.token", index_R, 1, slot_R)[:, 0]
         return sample_codes(self.token_loss.logits(z_RD), uniform_R, options)
 
@@ -121,8 +146,10 @@ class System(nn.Module):
         options.check(self.num_tokens, self.spec.vocabulary)
         bad = classes[(classes < 0) | (classes >= self.num_classes)]
         if len(bad):
-            raise ValueError(f"--classes {bad.tolist()}: this run has {self.num_classes} classes, "
-                             f"0 to {self.num_classes - 1}")
+            raise ValueError(
+                f"--classes {bad.tolist()}: this run has {self.num_classes} classes, "
+                f"0 to {self.num_classes - 1}"
+            )
 
     def empty_tokens(self, batch: int, device: torch.device) -> Tensor:
         """A buffer for generated tokens, in raster order."""
@@ -137,8 +164,14 @@ class System(nn.Module):
             for path, module in self.named_modules():
                 for leaf, parameter in module.named_parameters(recurse=False):
                     if parameter.device.type != "meta":
-                        value = initial_value(module, leaf, parameter, f"{path}.{leaf}", rng,
-                                              self.config.embedding_std)
+                        value = initial_value(
+                            module,
+                            leaf,
+                            parameter,
+                            f"{path}.{leaf}",
+                            rng,
+                            self.config.embedding_std,
+                        )
                         parameter.copy_(value)
 
     def token_loss_flops(self, rows: float) -> float:
@@ -146,14 +179,17 @@ class System(nn.Module):
         if isinstance(self.token_loss, Categorical):
             return 2 * rows * self.token_loss.output.weight.numel()
         loss = self.token_loss
-        per_repeat = sum(m.weight.numel() for m in loss.modules()
-                         if isinstance(m, nn.Linear)
-                         and m not in (loss.condition, loss.time1, loss.time2))
+        per_repeat = sum(
+            m.weight.numel()
+            for m in loss.modules()
+            if isinstance(m, nn.Linear) and m not in (loss.condition, loss.time1, loss.time2)
+        )
         return 2 * rows * (loss.repeat * per_repeat + loss.condition.weight.numel())
 
 
-def initial_value(module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng,
-                  embedding_std: float) -> Tensor:
+def initial_value(
+    module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng, embedding_std: float
+) -> Tensor:
     """MAR's initialisation (mar:models/mar.py:107-129, models/diffloss.py:194-215).
 
     Linear weights as their `init` says (xavier: uniform on +-sqrt(6 / (in + out))), biases 0,

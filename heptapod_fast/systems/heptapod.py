@@ -27,8 +27,9 @@ class Heptapod(System):
 
     def __init__(self, config: Config, spec: TokenSpec, num_classes: int, attention: str):
         super().__init__(config, spec, num_classes, attention)
-        shared = dict(depth=config.head_depth, width=config.width, heads=config.heads,
-                      attention=attention)
+        shared = dict(
+            depth=config.head_depth, width=config.width, heads=config.heads, attention=attention
+        )
         if config.head == "global":
             self.head = GlobalHead(num_tokens=self.num_tokens, **shared)
         else:
@@ -48,8 +49,9 @@ class Heptapod(System):
             rows, z_RD = self.local_head(h_BND, order_BN, steps_Bn, index_B, rng)
         sequence_R = rows.pair_R // config.density
         slot_R = rows.pair_R % config.density * self.num_tokens + rows.position_R
-        total, _ = self.token_losses(z_RD, batch, sequence_R, rows.position_R, slot_R, rng,
-                                     rows.weight_R)
+        total, _ = self.token_losses(
+            z_RD, batch, sequence_R, rows.position_R, slot_R, rng, rows.weight_R
+        )
         count = float(len(sequence_R)) if rows.weight_R is None else rows.weight_R.sum()
         return Loss(total, count, {})
 
@@ -57,14 +59,20 @@ class Heptapod(System):
         """h_0..h_{N-1} of every sequence: (B, N, D)."""
         before_BM = order_BN[:, :-1]
         tokens_BM = gridlib.take_tokens(batch.tokens, before_BM)
-        x_BND = torch.cat((self.backbone.embed_start(batch.labels),
-                           self.backbone.embed_tokens(tokens_BM, before_BM, 1)), dim=1)
+        x_BND = torch.cat(
+            (
+                self.backbone.embed_start(batch.labels),
+                self.backbone.embed_tokens(tokens_BM, before_BM, 1),
+            ),
+            dim=1,
+        )
         sites = Block.SITES * len(self.backbone.blocks)
         drop = self.drop("backbone", batch.index, 0, sites, x_BND.shape[1], rng)
         return self.backbone(x_BND, drop)
 
-    def global_head(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor,
-                    rng: Rng) -> tuple[gridlib.Rows, Tensor]:
+    def global_head(
+        self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
+    ) -> tuple[gridlib.Rows, Tensor]:
         """Supervised rows over the whole grid and their vectors (R, D)."""
         if self.config.steps == "antithetic":
             rows = gridlib.packed_rows(order_BN, steps_Bn, self.config.loss_weight)
@@ -74,12 +82,14 @@ class Heptapod(System):
         z_RD = self.head(h_BND, order_BN, steps_Bn, rows.pair_R, rows.position_R, drop)
         return rows, z_RD
 
-    def local_head(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor,
-                   rng: Rng) -> tuple[gridlib.Rows, Tensor]:
+    def local_head(
+        self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
+    ) -> tuple[gridlib.Rows, Tensor]:
         """Rows of the windows that hold the next tokens, and their vectors (R, D)."""
         position_SW = self.head.window_positions(order_BN.gather(1, steps_Bn).flatten())
-        rows = gridlib.window_rows(position_SW, gridlib.ranks(order_BN), steps_Bn,
-                                   self.config.loss_weight)
+        rows = gridlib.window_rows(
+            position_SW, gridlib.ranks(order_BN), steps_Bn, self.config.loss_weight
+        )
         drop = self.head_drop("head", index_B, self.config.window, rng)
         cross = self.head_drop("cross", index_B, self.config.window, rng)
         return rows, self.head(h_BND, steps_Bn, position_SW, drop, cross)
@@ -94,8 +104,13 @@ class Heptapod(System):
     # ------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
-    def sample(self, classes: Tensor, rng: Rng, options: SampleOptions | None = None,
-               index: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
         """One (position, token) pair per step, or several; the backbone runs with a KV cache.
 
         See System.sample. With the local head the positions are drawn first and only their windows
@@ -104,43 +119,64 @@ class Heptapod(System):
         options = SampleOptions() if options is None else options
         self.check_sampling(classes, options)
         if options.position_order == "confidence" and self.config.head == "local":
-            raise ValueError("--position-order confidence compares the whole grid; a run with "
-                             "--head local predicts one window at a time")
+            raise ValueError(
+                "--position-order confidence compares the whole grid; a run with "
+                "--head local predicts one window at a time"
+            )
         classes, index_B = self.place_sampling(classes, index)
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)
         x_BMD, states, seen = self.backbone.embed_start(classes), [], 0
-        sizes = gridlib.group_sizes(self.num_tokens, options.positions_per_step,
-                                    options.position_schedule)
+        sizes = gridlib.group_sizes(
+            self.num_tokens, options.positions_per_step, options.position_schedule
+        )
         for step, count in enumerate(sizes):
             states.append(self.backbone(x_BMD, cache=cache))
             cache.advance(x_BMD.shape[1])
             h_BMD = torch.cat(states, dim=1)
             if options.position_order == "confidence":
-                order_BN, token_Bk = self.most_confident(h_BMD, order_BN, seen, count, rng.at(step),
-                                                         index_B, options)
+                order_BN, token_Bk = self.most_confident(
+                    h_BMD, order_BN, seen, count, rng.at(step), index_B, options
+                )
             else:
-                token_Bk = self.draw_next(h_BMD, order_BN, seen, count, rng.at(step), index_B,
-                                          options)
-            position_Bk = order_BN[:, seen:seen + count]
+                token_Bk = self.draw_next(
+                    h_BMD, order_BN, seen, count, rng.at(step), index_B, options
+                )
+            position_Bk = order_BN[:, seen : seen + count]
             put(tokens_BN, position_Bk, token_Bk)
             if seen + count < self.num_tokens:
                 x_BMD = self.backbone.embed_tokens(token_Bk, position_Bk, seen + 1)
             seen += count
         return tokens_BN
 
-    def draw_next(self, h_BMD: Tensor, order_BN: Tensor, seen: int, count: int, rng: Rng,
-                  index_B: Tensor, options: SampleOptions) -> Tensor:
+    def draw_next(
+        self,
+        h_BMD: Tensor,
+        order_BN: Tensor,
+        seen: int,
+        count: int,
+        rng: Rng,
+        index_B: Tensor,
+        options: SampleOptions,
+    ) -> Tensor:
         """Tokens (B, k) or (B, k, C) at the next k positions of the order."""
-        position_Bk = order_BN[:, seen:seen + count]
+        position_Bk = order_BN[:, seen : seen + count]
         z_RD = self.predict(h_BMD, order_BN, seen, position_Bk)
         index_R = index_B.repeat_interleave(count)
         token_R, _ = self.draw_tokens(z_RD, rng, index_R, position_Bk.flatten(), options)
         return token_R.unflatten(0, (-1, count))
 
-    def most_confident(self, h_BMD: Tensor, order_BN: Tensor, seen: int, count: int, rng: Rng,
-                       index_B: Tensor, options: SampleOptions) -> tuple[Tensor, Tensor]:
+    def most_confident(
+        self,
+        h_BMD: Tensor,
+        order_BN: Tensor,
+        seen: int,
+        count: int,
+        rng: Rng,
+        index_B: Tensor,
+        options: SampleOptions,
+    ) -> tuple[Tensor, Tensor]:
         """Draw a code everywhere unseen, keep the k likeliest; the order is rearranged to match."""
         open_BU = order_BN[:, seen:]
         z_RD = self.predict(h_BMD, order_BN, seen, open_BU)
@@ -197,11 +233,16 @@ class Heptapod(System):
         else:
             window = config.window
             states = tokens + 1 - gridlib.expected_rows(1, tokens, 1, config.steps)
-            cross = 2 * (2 * width**2 * n * window + 2 * width**2 * tokens
-                         + 2 * width * n * window * states)
+            cross = 2 * (
+                2 * width**2 * n * window + 2 * width**2 * tokens + 2 * width * n * window * states
+            )
             head = blocks * (cross + n * block_flops(width, window, window))
-        return {"embedding": embed, "backbone": backbone, "head": head,
-                "token loss": self.token_loss_flops(supervised)}
+        return {
+            "embedding": embed,
+            "backbone": backbone,
+            "head": head,
+            "token loss": self.token_loss_flops(supervised),
+        }
 
 
 def put(tokens_BN: Tensor, position_Bk: Tensor, token_Bk: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Tokenizers: images to grids of tokens and back, behind one interface (`base.Tokenizer`).
 
-    kl16       continuous, MAR's KL-16 VAE              published weights
-    vq16       discrete, LlamaGen's VQ-16               published weights
-    patch      continuous, raw RGB patches              no weights
-    patch-vq   discrete, k-means codebook over patches  fitted on the data in seconds
+kl16       continuous, MAR's KL-16 VAE              published weights
+vq16       discrete, LlamaGen's VQ-16               published weights
+patch      continuous, raw RGB patches              no weights
+patch-vq   discrete, k-means codebook over patches  fitted on the data in seconds
 """
 
 from __future__ import annotations
@@ -30,16 +30,39 @@ from heptapod_fast.tokenizers.pretrained import Pretrained
 from heptapod_fast.tokenizers.vq16 import VQ16
 from heptapod_fast.tokenizers.weights import hint
 
-__all__ = ["DEFAULT_CODES", "KL16", "NAMES", "NO_CODE", "PRETRAINED", "Patch", "PatchVQ",
-           "Pretrained", "TokenSpec", "Tokenizer", "VQ16", "convert_weights", "from_stored", "hint",
-           "load_tokenizer", "stored_arrays", "to_stored", "to_uint8", "to_unit", "token_spec"]
+__all__ = [
+    "DEFAULT_CODES",
+    "KL16",
+    "NAMES",
+    "NO_CODE",
+    "PRETRAINED",
+    "Patch",
+    "PatchVQ",
+    "Pretrained",
+    "TokenSpec",
+    "Tokenizer",
+    "VQ16",
+    "convert_weights",
+    "from_stored",
+    "hint",
+    "load_tokenizer",
+    "stored_arrays",
+    "to_stored",
+    "to_uint8",
+    "to_unit",
+    "token_spec",
+]
 
 PRETRAINED: dict[str, type[Pretrained]] = {"kl16": KL16, "vq16": VQ16}
 _SMALL = {"patch": Patch, "patch-vq": PatchVQ}
 
 
-def load_tokenizer(name: str, weights: str | Path | None = None,
-                   dtype: torch.dtype = torch.float32, **settings: int | None) -> Tokenizer:
+def load_tokenizer(
+    name: str,
+    weights: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: int | None,
+) -> Tokenizer:
     """A tokenizer that is ready to use, on the CPU.
 
     Args:
@@ -62,26 +85,33 @@ def load_tokenizer(name: str, weights: str | Path | None = None,
         raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(NAMES)}")
     if weights is None:
         if name == "patch-vq":
-            raise ValueError("--tokenizer patch-vq needs --tokenizer-weights, a fitted codebook; "
-                             "PatchVQ.fit makes one from images in seconds")
+            raise ValueError(
+                "--tokenizer patch-vq needs --tokenizer-weights, a fitted codebook; "
+                "PatchVQ.fit makes one from images in seconds"
+            )
         missing = {"image_size", "patch_size"} - settings.keys()
         unknown = settings.keys() - {"image_size", "patch_size"}
         if missing or unknown:
-            raise ValueError(f"--tokenizer {name} takes image_size and patch_size: missing "
-                             f"{sorted(missing)}, unknown {sorted(unknown)}")
+            raise ValueError(
+                f"--tokenizer {name} takes image_size and patch_size: missing "
+                f"{sorted(missing)}, unknown {sorted(unknown)}"
+            )
         return Patch(**settings)
     weights = Path(weights)
     stored, tensors = read_header(weights, name)
     for key, value in settings.items():
         if value is not None and stored.get(key) != value:
             flag = "--" + key.replace("_", "-")
-            raise ValueError(f"{weights}: the tokenizer in it has {key} {stored.get(key)}, asked "
-                             f"for {flag} {value}: change {flag} or --tokenizer-weights")
+            raise ValueError(
+                f"{weights}: the tokenizer in it has {key} {stored.get(key)}, asked "
+                f"for {flag} {value}: change {flag} or --tokenizer-weights"
+            )
     return _SMALL[name].restore(stored, tensors)
 
 
-def _load_pretrained(name: str, weights: str | Path | None, dtype: torch.dtype,
-                     settings: dict[str, int | None]) -> Pretrained:
+def _load_pretrained(
+    name: str, weights: str | Path | None, dtype: torch.dtype, settings: dict[str, int | None]
+) -> Pretrained:
     unknown = sorted(settings.keys() - {"image_size", "patch_size"})
     if unknown:
         raise ValueError(f"--tokenizer {name} takes image_size and patch_size: unknown {unknown}")
@@ -111,8 +141,9 @@ def convert_weights(name: str, source: str | Path, target: str | Path) -> str:
             weights.
     """
     if name not in PRETRAINED:
-        raise ValueError(f"--tokenizer {name} has no published weights: choose one of "
-                         f"{', '.join(PRETRAINED)}")
+        raise ValueError(
+            f"--tokenizer {name} has no published weights: choose one of {', '.join(PRETRAINED)}"
+        )
     tokenizer = load_tokenizer(name, source)
     tokenizer.save(target)
     return tokenizer.weights_sha256

@@ -49,8 +49,10 @@ class Layout:
     codes: int = 0
 
 
-LAYOUTS = {"kl16": Layout(32, 32, 16, 16, decoder_attention=False),
-           "vq16": Layout(256, 8, 8, 256, decoder_attention=True, codes=16384)}
+LAYOUTS = {
+    "kl16": Layout(32, 32, 16, 16, decoder_attention=False),
+    "vq16": Layout(256, 8, 8, 256, decoder_attention=True, codes=16384),
+}
 
 
 class Norm(nn.GroupNorm):
@@ -112,7 +114,8 @@ class AttnBlock(nn.Module):
         """(B, C, H, W) -> the same shape."""
         h_BCHW = self.norm(x_BCHW)
         q_B1NC, k_B1NC, v_B1NC = (
-            layer(h_BCHW).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+            layer(h_BCHW).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)
+        )
         mixed_B1NC = F.scaled_dot_product_attention(q_B1NC, k_B1NC, v_B1NC)
         mixed_BCHW = mixed_B1NC[:, 0].transpose(1, 2).reshape(h_BCHW.shape)
         return self.proj_out(mixed_BCHW).add_(x_BCHW)
@@ -152,11 +155,18 @@ class Level(nn.Module):
         resample: `Downsample`, `Upsample` or None.
     """
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool,
-                 resample: type[Downsample] | type[Upsample] | None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        attention: bool,
+        resample: type[Downsample] | type[Upsample] | None,
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(
-            ResnetBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+            ResnetBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(AttnBlock(outputs) for _ in range(blocks if attention else 0))
         if resample is not None:
             self.add_module(resample.__name__.lower(), resample(outputs))
@@ -179,8 +189,9 @@ class _Coder(nn.Module):
     stages: ClassVar[tuple[str, str]]
 
     def _middle(self, channels: int) -> None:
-        self.mid = nn.ModuleList((ResnetBlock(channels, channels), AttnBlock(channels),
-                                  ResnetBlock(channels, channels)))
+        self.mid = nn.ModuleList(
+            (ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels))
+        )
 
     def _end(self, channels: int, outputs: int) -> None:
         self.norm_out = Norm(channels)
@@ -205,8 +216,15 @@ class Encoder(_Coder):
         self.conv_in = nn.Conv2d(3, CHANNELS[0], 3, padding=1)
         last = len(CHANNELS) - 1
         self.conv_blocks = nn.ModuleList(
-            Level(CHANNELS[max(0, i - 1)], CHANNELS[i], ENCODER_BLOCKS, attention=i == last,
-                  resample=None if i == last else Downsample) for i in range(last + 1))
+            Level(
+                CHANNELS[max(0, i - 1)],
+                CHANNELS[i],
+                ENCODER_BLOCKS,
+                attention=i == last,
+                resample=None if i == last else Downsample,
+            )
+            for i in range(last + 1)
+        )
         self._middle(CHANNELS[-1])
         self._end(CHANNELS[-1], outputs)
 
@@ -223,9 +241,15 @@ class Decoder(_Coder):
         self.conv_in = nn.Conv2d(inputs, channels[0], 3, padding=1)
         self._middle(channels[0])
         self.conv_blocks = nn.ModuleList(
-            Level(channels[max(0, i - 1)], channels[i], DECODER_BLOCKS,
-                  attention=attention and i == 0,
-                  resample=None if i == last else Upsample) for i in range(last + 1))
+            Level(
+                channels[max(0, i - 1)],
+                channels[i],
+                DECODER_BLOCKS,
+                attention=attention and i == 0,
+                resample=None if i == last else Upsample,
+            )
+            for i in range(last + 1)
+        )
         self._end(channels[-1], 3)
 
 
@@ -302,8 +326,10 @@ def build(name: str, weights: dict[str, Tensor], dtype: torch.dtype) -> Autoenco
     with torch.device("meta"):  # nothing is filled only to be overwritten
         network = Autoencoder(name)
     # Copies: the caller's tensors may change later, or be parameters that are trained.
-    network.load_state_dict({key: weights[file_key(name, key)].detach().clone()
-                             for key in network.state_dict()}, assign=True)
+    network.load_state_dict(
+        {key: weights[file_key(name, key)].detach().clone() for key in network.state_dict()},
+        assign=True,
+    )
     network.requires_grad_(False).eval()
     network.set_dtype(dtype)
     return network.to(memory_format=torch.channels_last)

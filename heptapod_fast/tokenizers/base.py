@@ -48,8 +48,9 @@ class TokenSpec:
         return self.grid**2
 
 
-def token_spec(name: str, image_size: int, patch_size: int | None = None,
-               codes: int | None = None) -> TokenSpec:
+def token_spec(
+    name: str, image_size: int, patch_size: int | None = None, codes: int | None = None
+) -> TokenSpec:
     """What a tokenizer's tokens look like; needs no weights.
 
     Args:
@@ -65,13 +66,17 @@ def token_spec(name: str, image_size: int, patch_size: int | None = None,
         raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(NAMES)}")
     fixed = name in ("kl16", "vq16")
     if fixed and patch_size not in (None, 16):
-        raise ValueError(f"--tokenizer {name} has a fixed patch size of 16, found --patch-size "
-                         f"{patch_size}: leave --patch-size out, or use patch or patch-vq")
+        raise ValueError(
+            f"--tokenizer {name} has a fixed patch size of 16, found --patch-size "
+            f"{patch_size}: leave --patch-size out, or use patch or patch-vq"
+        )
     if patch_size is None and not fixed:
         raise ValueError(f"--tokenizer {name} needs --patch-size (4 is usual up to 32 pixels)")
     if codes is not None and name != "patch-vq":
-        raise ValueError(f"--codes {codes} has no meaning for --tokenizer {name}; only patch-vq "
-                         "has a codebook of a chosen size")
+        raise ValueError(
+            f"--codes {codes} has no meaning for --tokenizer {name}; only patch-vq "
+            "has a codebook of a chosen size"
+        )
     codes = DEFAULT_CODES if codes is None else codes
     if name == "patch-vq" and codes < 2:
         raise ValueError(f"--codes must be 2 or more, found {codes}")
@@ -88,8 +93,9 @@ def token_spec(name: str, image_size: int, patch_size: int | None = None,
 def _grid(image_size: int, patch_size: int, fixed: bool) -> int:
     """Patches per side, or ValueError with the nearest sizes that divide."""
     if image_size < 1 or patch_size < 1:
-        raise ValueError(f"--image-size and --patch-size must be 1 or more, found {image_size} and "
-                         f"{patch_size}")
+        raise ValueError(
+            f"--image-size and --patch-size must be 1 or more, found {image_size} and {patch_size}"
+        )
     grid, rest = divmod(image_size, patch_size)
     if rest == 0:
         return grid
@@ -98,8 +104,10 @@ def _grid(image_size: int, patch_size: int, fixed: bool) -> int:
     lower, upper = [p for p in divisors if p < patch_size], [p for p in divisors if p > patch_size]
     patches = " or ".join(str(p) for p in lower[-1:] + upper[:1])
     advice = "another --tokenizer" if fixed else f"--patch-size {patches}"
-    raise ValueError(f"--image-size {image_size} is not a multiple of the patch size {patch_size} "
-                     f"(--patch-size): use --image-size {' or '.join(sizes)}, or {advice}")
+    raise ValueError(
+        f"--image-size {image_size} is not a multiple of the patch size {patch_size} "
+        f"(--patch-size): use --image-size {' or '.join(sizes)}, or {advice}"
+    )
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -131,8 +139,7 @@ class Tokenizer(ABC):
     device: torch.device = torch.device("cpu")
 
     @abstractmethod
-    def encode(self, images: Tensor, rng: Rng | None = None,
-               index: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) float in [-1, 1] -> tokens on `device`. `rng` asks tokenizers with a
         posterior for a sample instead of its mean, keyed by `index`, (B,) global sample indices
         (default 0..B-1); the others ignore both.
@@ -194,8 +201,9 @@ class Tokenizer(ABC):
     @property
     def fingerprint(self) -> str:
         """sha256 (64 hexadecimal digits) over name, settings and state."""
-        digest = hashlib.sha256(json.dumps([self.spec.name, self.settings()],
-                                           sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps([self.spec.name, self.settings()], sort_keys=True).encode()
+        )
         for key, value in sorted(self.state().items()):
             digest.update(f"\n{key}/{value.dtype}/{tuple(value.shape)}\n".encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -205,11 +213,15 @@ class Tokenizer(ABC):
         """Returns the images on `device`; ValueError for a shape other than (B, 3, H, W)."""
         side = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise ValueError(f"{self.spec.name}: expected images (B, 3, {side}, {side}), found "
-                             f"{tuple(images.shape)}: check --image-size")
+            raise ValueError(
+                f"{self.spec.name}: expected images (B, 3, {side}, {side}), found "
+                f"{tuple(images.shape)}: check --image-size"
+            )
         if not images.is_floating_point():
-            raise ValueError(f"{self.spec.name}: expected float images in [-1, 1], found "
-                             f"{images.dtype}: use to_unit")
+            raise ValueError(
+                f"{self.spec.name}: expected float images in [-1, 1], found "
+                f"{images.dtype}: use to_unit"
+            )
         return images.to(self.device)
 
     def check_tokens(self, tokens: Tensor) -> Tensor:
@@ -218,8 +230,9 @@ class Tokenizer(ABC):
         shape = (spec.num_tokens,) + ((spec.channels,) if spec.kind == "continuous" else ())
         if tokens.shape[1:] != shape:
             wanted = ", ".join(str(n) for n in ("B", *shape))
-            raise ValueError(f"{spec.name}: expected tokens ({wanted}), found "
-                             f"{tuple(tokens.shape)}")
+            raise ValueError(
+                f"{spec.name}: expected tokens ({wanted}), found {tuple(tokens.shape)}"
+            )
         return tokens.to(self.device)
 
 
@@ -239,12 +252,15 @@ def read_header(path: Path, name: str) -> tuple[dict[str, int], dict[str, Tensor
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); check "
-                         "--tokenizer-weights") from error
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({error}); check --tokenizer-weights"
+        ) from error
     found, settings = saved_as(metadata)
     if found != name or settings is None:
-        raise ValueError(f"{path}: expected a saved {name} tokenizer, found "
-                         f"{found or 'another file'}: check --tokenizer and --tokenizer-weights")
+        raise ValueError(
+            f"{path}: expected a saved {name} tokenizer, found "
+            f"{found or 'another file'}: check --tokenizer and --tokenizer-weights"
+        )
     return settings, tensors
 
 

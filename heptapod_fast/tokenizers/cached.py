@@ -28,8 +28,10 @@ def stored_arrays(spec: TokenSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     if spec.kind == "discrete":
         if spec.vocabulary > NO_CODE:
-            raise ValueError(f"a cache holds codes of up to {NO_CODE - 1}, {spec.name} has "
-                             f"{spec.vocabulary} (--codes)")
+            raise ValueError(
+                f"a cache holds codes of up to {NO_CODE - 1}, {spec.name} has "
+                f"{spec.vocabulary} (--codes)"
+            )
         return {"codes": (CODES, (spec.num_tokens,))}
     shape = (spec.channels, spec.grid, spec.grid)
     names = ("mean", "std") if spec.name == "kl16" else ("mean",)
@@ -47,8 +49,9 @@ def to_stored(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
     return {"mean": tokens.transpose(1, 2).unflatten(2, (grid, grid))}
 
 
-def from_stored(spec: TokenSpec, stored: dict[str, Tensor], rng: Rng | None = None,
-                index: Tensor | None = None) -> Tensor:
+def from_stored(
+    spec: TokenSpec, stored: dict[str, Tensor], rng: Rng | None = None, index: Tensor | None = None
+) -> Tensor:
     """Stored rows -> tokens, (B, N) int64 or (B, N, C) float32.
 
     With `rng` kl16 draws a sample of the posterior, keyed by `index`, (B,) global sample indices;

@@ -22,8 +22,12 @@ LOG_VARIANCE = (-30.0, 20.0)
 STREAM = "kl16.posterior"
 
 
-def posterior_tokens(mean_BCHW: Tensor, std_BCHW: Tensor | None = None, rng: Rng | None = None,
-                     index: Tensor | None = None) -> Tensor:
+def posterior_tokens(
+    mean_BCHW: Tensor,
+    std_BCHW: Tensor | None = None,
+    rng: Rng | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
     """Tokens from the posterior's moments, as encoded or as read from a cache.
 
     Args:
@@ -48,8 +52,9 @@ def posterior_tokens(mean_BCHW: Tensor, std_BCHW: Tensor | None = None, rng: Rng
     if index is None:
         index = torch.arange(batch)
     if index.shape != (batch,) or index.is_floating_point():
-        raise ValueError(f"kl16: expected index ({batch},) of integers, found {index.dtype} "
-                         f"{tuple(index.shape)}")
+        raise ValueError(
+            f"kl16: expected index ({batch},) of integers, found {index.dtype} {tuple(index.shape)}"
+        )
     noise = rng.normal(STREAM, index.to(mean_BCHW.device).long(), count * channels)
     noise_BNC = noise.view(batch, count, channels)
     std_BNC = std_BCHW.float().flatten(2).transpose(1, 2)
@@ -76,8 +81,7 @@ class KL16(Pretrained):
         mean_BCHW, log_variance_BCHW = self._encoded(images).chunk(2, dim=1)
         return mean_BCHW.contiguous(), log_variance_BCHW.clamp(*LOG_VARIANCE).mul_(0.5).exp_()
 
-    def encode(self, images: Tensor, rng: Rng | None = None,
-               index: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) float in [-1, 1] -> (B, N, 16) float32.
 
         With `rng` a sample of the posterior, keyed by `index`, (B,) int64 global sample indices

@@ -41,8 +41,7 @@ class Patch(Tokenizer):
         self.spec = token_spec("patch", image_size, patch_size)
         self.image_size, self.patch_size = image_size, patch_size
 
-    def encode(self, images: Tensor, rng: Rng | None = None,
-               index: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, N, 3 * p * p) float32; `rng` is ignored."""
         return patchify(self.check_images(images), self.patch_size).float()
 

@@ -44,17 +44,25 @@ class PatchVQ(Tokenizer):
     def __init__(self, codebook: Tensor, image_size: int, patch_size: int) -> None:
         codes = codebook.shape[0] if codebook.ndim == 2 else 0
         if codes < 2 or codebook.shape[1] != 3 * patch_size**2 or not codebook.isfinite().all():
-            raise ValueError(f"patch-vq: expected a finite codebook (V, {3 * patch_size**2}) for "
-                             f"--patch-size {patch_size}, found {tuple(codebook.shape)}")
+            raise ValueError(
+                f"patch-vq: expected a finite codebook (V, {3 * patch_size**2}) for "
+                f"--patch-size {patch_size}, found {tuple(codebook.shape)}"
+            )
         self.spec = token_spec("patch-vq", image_size, patch_size, codes)
         self.image_size, self.patch_size = image_size, patch_size
         self.codebook_VE = codebook.float().contiguous()
         self.device = codebook.device
 
     @classmethod
-    def fit(cls, images: Tensor | ImageSource, image_size: int, patch_size: int,
-            codes: int = DEFAULT_CODES, seed: int = 0,
-            progress: Callable[[int, int], None] | None = None) -> PatchVQ:
+    def fit(
+        cls,
+        images: Tensor | ImageSource,
+        image_size: int,
+        patch_size: int,
+        codes: int = DEFAULT_CODES,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> PatchVQ:
         """Fits the codebook by k-means++ and Lloyd's iterations; deterministic for a seed.
 
         About 200,000 patches of randomly chosen images are used, all of them if there are fewer.
@@ -76,12 +84,18 @@ class PatchVQ(Tokenizer):
         spec = token_spec("patch-vq", image_size, patch_size, codes)
         chosen = _choose_images(images, math.ceil(FIT_PATCHES / spec.num_tokens), seed)
         if chosen.dtype != torch.uint8 or chosen.shape[1:] != (3, image_size, image_size):
-            raise ValueError(f"patch-vq: expected uint8 images (n, 3, {image_size}, {image_size}), "
-                             f"found {chosen.dtype} {tuple(chosen.shape)}: check --image-size")
+            raise ValueError(
+                f"patch-vq: expected uint8 images (n, 3, {image_size}, {image_size}), "
+                f"found {chosen.dtype} {tuple(chosen.shape)}: check --image-size"
+            )
         patches_ME, counts_M = _distinct(patchify(chosen, patch_size).flatten(0, 1))
         if len(patches_ME) <= codes:
-            logger.warning("WARNING: the images have %d distinct patches; %d of --codes %d are "
-                           "never used", len(patches_ME), codes - len(patches_ME), codes)
+            logger.warning(
+                "WARNING: the images have %d distinct patches; %d of --codes %d are never used",
+                len(patches_ME),
+                codes - len(patches_ME),
+                codes,
+            )
             spare_VE = torch.full((codes - len(patches_ME), patches_ME.shape[1]), UNUSED)
             return cls(torch.cat((to_unit(patches_ME), spare_VE)), image_size, patch_size)
         points_ME = to_unit(patches_ME)
@@ -89,8 +103,7 @@ class PatchVQ(Tokenizer):
         codebook_VE = _lloyd(points_ME, counts_M, codebook_VE, progress)
         return cls(codebook_VE, image_size, patch_size)
 
-    def encode(self, images: Tensor, rng: Rng | None = None,
-               index: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, N) int64, the nearest code of every patch; `rng` is ignored."""
         tokens_BNE = patchify(self.check_images(images), self.patch_size).float()
         nearest, _ = _nearest(tokens_BNE.flatten(0, 1), self.codebook_VE)
@@ -113,8 +126,11 @@ class PatchVQ(Tokenizer):
 
     def settings(self) -> dict[str, int]:
         """image_size and patch_size in pixels, codes."""
-        return {"image_size": self.image_size, "patch_size": self.patch_size,
-                "codes": self.spec.vocabulary}
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "codes": self.spec.vocabulary,
+        }
 
     @classmethod
     def restore(cls, settings: dict[str, int], state: dict[str, Tensor]) -> PatchVQ:
@@ -148,7 +164,7 @@ def _seed_codes(points_ME: Tensor, codes: int, seed: int) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007) on a random part of the distinct patches."""
     rng = Rng(seed)
     order = rng.bits("patch_vq.part", torch.arange(len(points_ME)), 1)[:, 0].argsort(stable=True)
-    part_ME = points_ME[order[:SEED_PATCHES_PER_CODE * codes]]
+    part_ME = points_ME[order[: SEED_PATCHES_PER_CODE * codes]]
     squares_M = part_ME.square().sum(dim=1)
     draws = rng.uniform("patch_vq.seed", torch.arange(codes), 1)[:, 0].double()
     chosen = [int(draws[0] * len(part_ME))]
@@ -160,8 +176,7 @@ def _seed_codes(points_ME: Tensor, codes: int, seed: int) -> Tensor:
         distance_M[last] = 0.0  # rounding must not let a patch be chosen twice
         total_M = distance_M.double().cumsum(dim=0)
         target = draws[k] * total_M[-1]
-        chosen.append(min(int(torch.searchsorted(total_M, target, right=True)),
-                          len(part_ME) - 1))
+        chosen.append(min(int(torch.searchsorted(total_M, target, right=True)), len(part_ME) - 1))
     return part_ME[chosen]
 
 
@@ -177,14 +192,19 @@ def _nearest(points_ME: Tensor, codebook_VE: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, _BLOCK // len(codebook_VE))
     for start in range(0, len(points_ME), rows):
         block = slice(start, start + rows)
-        best, index[block] = torch.addmm(half_V, points_ME[block], transposed_EV,
-                                         alpha=-1.0).min(dim=1)
+        best, index[block] = torch.addmm(half_V, points_ME[block], transposed_EV, alpha=-1.0).min(
+            dim=1
+        )
         square[block] = (2.0 * best + points_ME[block].square().sum(dim=1)).clamp_(min=0.0)
     return index, square
 
 
-def _lloyd(points_ME: Tensor, counts_M: Tensor, codebook_VE: Tensor,
-           progress: Callable[[int, int], None] | None) -> Tensor:
+def _lloyd(
+    points_ME: Tensor,
+    counts_M: Tensor,
+    codebook_VE: Tensor,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
     """Lloyd's iterations on counted points, until the error falls by less than 0.1 % or 30 times.
 
     A code without points moves to the point with the largest counted error.

@@ -40,11 +40,15 @@ class _ExactFloat32:
         with self._lock:
             if self._inside == 0:
                 self._before = ExitStack()
-                self._before.callback(torch.set_float32_matmul_precision,
-                                      torch.get_float32_matmul_precision())
+                self._before.callback(
+                    torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
+                )
                 torch.set_float32_matmul_precision("highest")
-                self._before.enter_context(torch.backends.cudnn.flags(
-                    enabled=True, benchmark=False, deterministic=True, allow_tf32=False))
+                self._before.enter_context(
+                    torch.backends.cudnn.flags(
+                        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+                    )
+                )
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -89,12 +93,18 @@ class Pretrained(Tokenizer):
     name: ClassVar[str]
     patch_size = 16
 
-    def __init__(self, weights: dict[str, Tensor], image_size: int = 256,
-                 dtype: torch.dtype = torch.float32, source: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        image_size: int = 256,
+        dtype: torch.dtype = torch.float32,
+        source: str | Path | None = None,
+    ) -> None:
         self.spec = token_spec(self.name, image_size)
         if dtype not in DTYPES:
-            raise ValueError(f"{self.name}: dtype must be torch.float32 or torch.bfloat16, found "
-                             f"{dtype}")
+            raise ValueError(
+                f"{self.name}: dtype must be torch.float32 or torch.bfloat16, found {dtype}"
+            )
         weights = files.check(self.name, weights, source)
         self.image_size, self.dtype = image_size, dtype
         self.source = None if source is None else Path(source).absolute()
@@ -103,8 +113,9 @@ class Pretrained(Tokenizer):
         self.network = build(self.name, weights, dtype)
 
     @classmethod
-    def load(cls, path: str | Path, image_size: int = 256,
-             dtype: torch.dtype = torch.float32) -> Pretrained:
+    def load(
+        cls, path: str | Path, image_size: int = 256, dtype: torch.dtype = torch.float32
+    ) -> Pretrained:
         """From a published file or a copy of it (`weights.read_state`).
 
         Raises:
@@ -126,10 +137,11 @@ class Pretrained(Tokenizer):
             ValueError: the tokenizer runs in bf16 and has only rounded weights.
         """
         if self.dtype != torch.float32:
-            raise ValueError(f"{self.name}: a tokenizer in {self.dtype} holds rounded weights; "
-                             "load it in float32 to save it")
-        return {file_key(self.name, key): value
-                for key, value in self.network.state_dict().items()}
+            raise ValueError(
+                f"{self.name}: a tokenizer in {self.dtype} holds rounded weights; "
+                "load it in float32 to save it"
+            )
+        return {file_key(self.name, key): value for key, value in self.network.state_dict().items()}
 
     def settings(self) -> dict[str, int]:
         """image_size in pixels."""
@@ -149,13 +161,18 @@ class Pretrained(Tokenizer):
 
     def describe(self) -> dict[str, str | int | None]:
         """What a run or a cache records instead of a copy of the weights; goes into JSON."""
-        return {"tokenizer": self.name, "image_size": self.image_size,
-                "weights": None if self.source is None else str(self.source),
-                "weights_sha256": self.weights_sha256, "fingerprint": self.fingerprint,
-                "dtype": str(self.dtype).removeprefix("torch.")}
+        return {
+            "tokenizer": self.name,
+            "image_size": self.image_size,
+            "weights": None if self.source is None else str(self.source),
+            "weights_sha256": self.weights_sha256,
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
-    def _in_chunks(self, work: Callable[[Tensor], Tensor], inputs_B: Tensor,
-                   shape: tuple[int, ...]) -> Tensor:
+    def _in_chunks(
+        self, work: Callable[[Tensor], Tensor], inputs_B: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
         """`work` on a few images at a time.
 
         inputs_B: (B, ...); work: (b, ...) -> (b, *shape) float32. Returns (B, *shape) float32.
@@ -163,18 +180,20 @@ class Pretrained(Tokenizer):
         pixels = self.chunk_pixels or CHUNK_PIXELS.get(self.device.type, CHUNK_PIXELS_ELSEWHERE)
         count = max(1, pixels // self.image_size**2)
         results = torch.empty(len(inputs_B), *shape, dtype=torch.float32, device=self.device)
-        with (torch.no_grad(), torch.autocast(self.device.type, enabled=False), _exact_float32):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), _exact_float32:
             for start in range(0, len(inputs_B), count):
-                results[start:start + count] = work(inputs_B[start:start + count])
+                results[start : start + count] = work(inputs_B[start : start + count])
         return results
 
     def _encoded(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> what `quant_conv` gives, (B, C, H / 16, W / 16) float32."""
         grid, channels = self.spec.grid, self.network.quant_conv.out_channels
-        return self._in_chunks(self.network.encode, self.check_images(images),
-                               (channels, grid, grid))
+        return self._in_chunks(
+            self.network.encode, self.check_images(images), (channels, grid, grid)
+        )
 
     def _decoded(self, latents_BCHW: Tensor) -> Tensor:
         """(B, C, H / 16, W / 16) -> (B, 3, H, W) float32, not clipped."""
-        return self._in_chunks(self.network.decode, latents_BCHW,
-                               (3, self.image_size, self.image_size))
+        return self._in_chunks(
+            self.network.decode, latents_BCHW, (3, self.image_size, self.image_size)
+        )

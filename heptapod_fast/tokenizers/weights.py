@@ -46,23 +46,29 @@ ORIGINS = {
         "MAR's KL-16 VAE",
         "kl16.ckpt (254 MiB), which util/download.py of github.com/LTH14/mar fetches; mirror: "
         "huggingface.co/xwen99/mar-vae-kl16",
-        r"loss\."),
+        r"loss\.",
+    ),
     # A ring buffer for counting the codes in use (LlamaGen:vq_model.py, VectorQuantizer).
     "vq16": Origin(
         "LlamaGen's VQ-16 tokenizer",
         "vq_ds16_c2i.pt (275 MiB) of huggingface.co/FoundationVision/LlamaGen; see the README of "
         "github.com/FoundationVision/LlamaGen",
-        r"quantize\.codebook_used$"),
+        r"quantize\.codebook_used$",
+    ),
 }
 
 # The first name that fits says what a foreign file is.
 _FOREIGN = (
     (r"diffloss\.|mask_token$", "it looks like a MAR model, whose VAE is a file of its own"),
     (r"tok_embeddings\.", "it looks like LlamaGen's GPT, whose tokenizer is a file of its own"),
-    (r"(en|de)coder\.(down|up)_blocks\.", "its names are those of the diffusers library: take the "
-                                          "original file"),
-    (r"decoder\.up\.\d\.attn\.", "with attention in the decoder it looks like LDM's kl-f16, which "
-                                 "has other latents"),
+    (
+        r"(en|de)coder\.(down|up)_blocks\.",
+        "its names are those of the diffusers library: take the original file",
+    ),
+    (
+        r"decoder\.up\.\d\.attn\.",
+        "with attention in the decoder it looks like LDM's kl-f16, which has other latents",
+    ),
     (r"(backbone|head)\.", "it looks like a checkpoint of a training run"),
 )
 
@@ -70,8 +76,7 @@ _FOREIGN = (
 def hint(name: str) -> str:
     """What --tokenizer `name` needs and where it is to be had, for the end of an error."""
     origin = ORIGINS[name]
-    return (f"--tokenizer {name} needs --tokenizer-weights FILE with {origin.title}: "
-            f"{origin.source}")
+    return f"--tokenizer {name} needs --tokenizer-weights FILE with {origin.title}: {origin.source}"
 
 
 def read_state(name: str, path: str | Path) -> dict[str, Tensor]:
@@ -90,22 +95,36 @@ def read_state(name: str, path: str | Path) -> dict[str, Tensor]:
         start = stream.read(512)
     _refuse_no_weights(name, path, start)
     # safetensors: eight bytes with the length of a JSON header, then the header.
-    state = (_read_safetensors(name, path) if start[8:9] == b"{" else _read_torch(name, path))
+    state = _read_safetensors(name, path) if start[8:9] == b"{" else _read_torch(name, path)
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         ignored = sorted(str(key) for key in state if key != "model")
         if ignored:
             logger.info("%s: beside the weights there is %s; ignored", path, _few(ignored))
         state = state["model"]
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        found = (_few([str(key) for key in state]) if isinstance(state, dict) and state
-                 else f"an empty or other object ({type(state).__name__})")
-        inner = [key for key, value in state.items() if isinstance(value, dict) and any(
-            torch.is_tensor(part) for part in value.values())] if isinstance(state, dict) else []
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
+    ):
+        found = (
+            _few([str(key) for key in state])
+            if isinstance(state, dict) and state
+            else f"an empty or other object ({type(state).__name__})"
+        )
+        inner = (
+            [
+                key
+                for key, value in state.items()
+                if isinstance(value, dict) and any(torch.is_tensor(part) for part in value.values())
+            ]
+            if isinstance(state, dict)
+            else []
+        )
         if inner:
             found += f" (tensors are under {_few([str(key) for key in inner])}: save them alone)"
-        raise ValueError(f"{path}: expected a state dict, bare or under \"model\", found {found}. "
-                         f"{hint(name)}")
+        raise ValueError(
+            f'{path}: expected a state dict, bare or under "model", found {found}. {hint(name)}'
+        )
     return state
 
 
@@ -130,12 +149,16 @@ def _read_safetensors(name: str, path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             stored, _ = saved_as(file.metadata() or {})
             if stored not in (None, name):
-                raise ValueError(f"{path}: expected {name}, found a saved {stored} tokenizer: "
-                                 f"use --tokenizer {stored}. {hint(name)}")
+                raise ValueError(
+                    f"{path}: expected {name}, found a saved {stored} tokenizer: "
+                    f"use --tokenizer {stored}. {hint(name)}"
+                )
             return {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path}: a damaged or truncated safetensors file of "
-                         f"{path.stat().st_size:,} bytes ({error}). {hint(name)}") from error
+        raise ValueError(
+            f"{path}: a damaged or truncated safetensors file of "
+            f"{path.stat().st_size:,} bytes ({error}). {hint(name)}"
+        ) from error
 
 
 def _read_torch(name: str, path: Path) -> object:
@@ -148,11 +171,15 @@ def _read_torch(name: str, path: Path) -> object:
     except Exception as error:  # unpickling garbage may raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
-            what = (f"holds a Python object ({code[1]}) that could run code, and is not read; if "
-                    "you trust the file, save its tensors alone with torch.save")
+            what = (
+                f"holds a Python object ({code[1]}) that could run code, and is not read; if "
+                "you trust the file, save its tensors alone with torch.save"
+            )
         else:
-            what = (f"not a PyTorch or safetensors file, or damaged or truncated "
-                    f"({path.stat().st_size:,} bytes, {type(error).__name__})")
+            what = (
+                f"not a PyTorch or safetensors file, or damaged or truncated "
+                f"({path.stat().st_size:,} bytes, {type(error).__name__})"
+            )
         raise ValueError(f"{path}: {what}. {hint(name)}") from error
 
 
@@ -161,8 +188,9 @@ def _few(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
 
 
-def check(name: str, state: dict[str, Tensor],
-          where: str | Path | None = None) -> dict[str, Tensor]:
+def check(
+    name: str, state: dict[str, Tensor], where: str | Path | None = None
+) -> dict[str, Tensor]:
     """The tensors of kl16's or vq16's architecture as finite float32.
 
     Tensors in other real formats are converted. Names in `ORIGINS[name].unused` are left out.
@@ -174,24 +202,41 @@ def check(name: str, state: dict[str, Tensor],
     shapes = file_shapes(name)
     missing = [key for key in shapes if key not in state]
     extra = [key for key in state if key not in shapes and not re.match(ORIGINS[name].unused, key)]
-    other = [f"{key} {tuple(state[key].shape)} instead of {shape}" for key, shape in shapes.items()
-             if key in state and tuple(state[key].shape) != shape]
-    parts = [f"{word} {_few(names)}" for word, names in
-             (("missing", missing), ("unknown", extra), ("of another shape", other)) if names]
+    other = [
+        f"{key} {tuple(state[key].shape)} instead of {shape}"
+        for key, shape in shapes.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    parts = [
+        f"{word} {_few(names)}"
+        for word, names in (("missing", missing), ("unknown", extra), ("of another shape", other))
+        if names
+    ]
     if not parts:
         kept = {key: state[key] for key in shapes}
-        strange = [f"{key} {value.dtype}" for key, value in kept.items()
-                   if value.layout is not torch.strided or value.is_meta or value.is_quantized
-                   or value.is_complex() or value.dtype is torch.bool]
+        strange = [
+            f"{key} {value.dtype}"
+            for key, value in kept.items()
+            if value.layout is not torch.strided
+            or value.is_meta
+            or value.is_quantized
+            or value.is_complex()
+            or value.dtype is torch.bool
+        ]
         tensors = {} if strange else {key: value.float() for key, value in kept.items()}
         broken = [key for key, value in tensors.items() if not value.isfinite().all()]
         if not strange and not broken:
             return tensors
-        parts = [f"{word} {_few(names)}" for word, names in
-                 (("no plain numbers", strange), ("not finite", broken)) if names]
+        parts = [
+            f"{word} {_few(names)}"
+            for word, names in (("no plain numbers", strange), ("not finite", broken))
+            if names
+        ]
     label = name if where is None else str(where)
-    raise ValueError(f"{label}: not usable as {ORIGINS[name].title}, which has {len(shapes)} "
-                     f"tensors; {'; '.join(parts)}{_likeness(name, state)}. {hint(name)}")
+    raise ValueError(
+        f"{label}: not usable as {ORIGINS[name].title}, which has {len(shapes)} "
+        f"tensors; {'; '.join(parts)}{_likeness(name, state)}. {hint(name)}"
+    )
 
 
 def _likeness(name: str, state: dict[str, Tensor]) -> str:
@@ -200,11 +245,15 @@ def _likeness(name: str, state: dict[str, Tensor]) -> str:
         if other != name and file_shapes(other).keys() <= state.keys():
             return f": these are the weights of --tokenizer {other}"
     expected = file_shapes(name)
-    prefixes = {key[:key.index(end)] for key in state for end in ("encoder.", "quantize.")
-                if end in key}
-    if len(prefixes) == 1 and (prefix := prefixes.pop()) and {
-            key.removeprefix(prefix) for key in state} >= expected.keys():
-        return f": the names begin with \"{prefix}\"; save the tensors without it"
+    prefixes = {
+        key[: key.index(end)] for key in state for end in ("encoder.", "quantize.") if end in key
+    }
+    if (
+        len(prefixes) == 1
+        and (prefix := prefixes.pop())
+        and {key.removeprefix(prefix) for key in state} >= expected.keys()
+    ):
+        return f': the names begin with "{prefix}"; save the tensors without it'
     for pattern, what in _FOREIGN:
         if any(re.match(pattern, key) for key in state if key not in expected):
             return f": {what}"

@@ -56,8 +56,9 @@ class Checkpoint:
         return load_file(path)
 
 
-def save(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any],
-         keep: int) -> Path:
+def save(
+    folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
     """Write `files` and `state` as checkpoint `state["step"]` of `folder`, keep the newest `keep`.
 
     Raises CheckpointError (disk full, no permission, ...); whatever was there before stays, and
@@ -172,7 +173,8 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         raise CheckpointError(
             f"no checkpoint in {folder} verifies (damaged ones are kept there as *.corrupt). "
             "Restore one from a copy, or start anew with another --out or after removing "
-            f"{folder.parent}")
+            f"{folder.parent}"
+        )
     return None
 
 

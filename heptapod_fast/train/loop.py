@@ -55,7 +55,8 @@ def train(run: Run) -> str:
             loss, norm = training_step(run, *micro)
             meter.add(loss, norm, config.batch)
             late = config.minutes is not None and (
-                time.monotonic() - run.started > 60 * config.minutes)
+                time.monotonic() - run.started > 60 * config.minutes
+            )
             asked, caught.save = caught.save, False
             stop, asked = world.any(caught.stop or late, asked)
             finished = run.images >= config.images
@@ -113,9 +114,12 @@ def log(run: Run, meter: Meter, metrics: MetricsFile) -> None:
     """One progress line and one record of metrics.jsonl; batches that held no data end the run."""
     run.source.check()
     record = meter.record(run.images)
-    record |= {"step": run.optimizer.step_count, "lr": learning_rate(run.config, run.images),
-               "epoch": round(run.images / run.source.num_images, 4),
-               "skipped": int(run.optimizer.skipped)}
+    record |= {
+        "step": run.optimizer.step_count,
+        "lr": learning_rate(run.config, run.images),
+        "epoch": round(run.images / run.source.num_images, 4),
+        "skipped": int(run.optimizer.skipped),
+    }
     if run.world.main:
         metrics.write(record)
         run.say(progress_line(record, run.config.images))
@@ -125,12 +129,16 @@ def check_skips(run: Run) -> None:
     """Give up after config.max_skips steps whose gradient was not finite (they change nothing)."""
     skipped = int(run.optimizer.skipped)
     if skipped > run.config.max_skips:
-        raise RunError(f"{skipped} steps had a non-finite gradient and were skipped (--max-skips "
-                       f"{run.config.max_skips}): the run has diverged. Start anew with another "
-                       "--out and a lower --lr-per-256, or --precision fp32")
+        raise RunError(
+            f"{skipped} steps had a non-finite gradient and were skipped (--max-skips "
+            f"{run.config.max_skips}): the run has diverged. Start anew with another "
+            "--out and a lower --lr-per-256, or --precision fp32"
+        )
     if run.images >= run.config.images and skipped == run.optimizer.step_count:
-        raise RunError("no step of this run had a finite gradient: nothing was learnt. Start "
-                       "anew with another --out and a lower --lr-per-256")
+        raise RunError(
+            "no step of this run had a finite gradient: nothing was learnt. Start "
+            "anew with another --out and a lower --lr-per-256"
+        )
 
 
 def try_save(run: Run, meter: Meter, metrics: MetricsFile, last: bool) -> bool:
@@ -146,11 +154,15 @@ def try_save(run: Run, meter: Meter, metrics: MetricsFile, last: bool) -> bool:
             if run.world.main:
                 metrics.write({"images": run.images, "checkpoint_failed": str(error)})
             if last and attempt == attempts:
-                raise CheckpointError(f"{error}. Free the space, or mend what is wrong, and run "
-                                      "the same command: it continues from the newest "
-                                      "checkpoint, if there is one") from error
-            run.say(f"WARNING: {error}. Nothing written before was touched; trying again "
-                    + ("in 5 s" if last else "at the next progress line, training goes on"))
+                raise CheckpointError(
+                    f"{error}. Free the space, or mend what is wrong, and run "
+                    "the same command: it continues from the newest "
+                    "checkpoint, if there is one"
+                ) from error
+            run.say(
+                f"WARNING: {error}. Nothing written before was touched; trying again "
+                + ("in 5 s" if last else "at the next progress line, training goes on")
+            )
             if last:
                 time.sleep(5)
     return False

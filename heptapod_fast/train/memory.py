@@ -14,8 +14,9 @@ def memory_estimate(config: Config, classes: int, world_size: int) -> int:
     system = build_system(config, spec, classes, "meta", fill=False)
     share, micros = share_of_batch(config, world_size)
     count = sum(p.numel() for p in system.parameters())
-    return int(bytes_per_parameter(config) * count
-               + activation_bytes(config, system, share // micros))
+    return int(
+        bytes_per_parameter(config) * count + activation_bytes(config, system, share // micros)
+    )
 
 
 def bytes_per_parameter(config: Config) -> int:
@@ -25,8 +26,9 @@ def bytes_per_parameter(config: Config) -> int:
 
 def activation_bytes(config: Config, system: System, micro_batch: int) -> float:
     """Activations of one micro-batch that are saved for the backward pass."""
-    return micro_batch * activation_values(config, system) * (2 if config.precision != "fp32"
-                                                              else 4)
+    return (
+        micro_batch * activation_values(config, system) * (2 if config.precision != "fp32" else 4)
+    )
 
 
 def activation_values(config: Config, system: System) -> float:
@@ -59,5 +61,3 @@ def activation_values(config: Config, system: System) -> float:
     else:
         per_row = 3 * system.spec.vocabulary
     return total + rows * per_row
-
-

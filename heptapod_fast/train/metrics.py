@@ -16,11 +16,18 @@ from torch import Tensor
 from heptapod_fast.progress import duration
 
 # Dense bf16 peak in FLOP/s, from the vendors' datasheets. A device that is not listed gets no MFU.
-PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-         "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12}
+PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
 
-FLOPS_FORMULA = ("forward + backward = 3 x forward; products only (2 per multiply-add), causal "
-                 "attention by half, supervised rows only, no recompute")
+FLOPS_FORMULA = (
+    "forward + backward = 3 x forward; products only (2 per multiply-add), causal "
+    "attention by half, supervised rows only, no recompute"
+)
 
 
 def training_flops(system) -> float:
@@ -52,14 +59,17 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numbers that are not finite become null, which JSON has."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                  for k, v in record.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
         try:
             append(self.path, (json.dumps(finite) + "\n").encode())
         except OSError as error:
             if not self.failed:
-                self.say(f"WARNING: cannot write {self.path}: {error}; records are lost until it "
-                         "works")
+                self.say(
+                    f"WARNING: cannot write {self.path}: {error}; records are lost until it works"
+                )
             self.failed = True
         else:
             self.failed = False
@@ -84,12 +94,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or "images" not in record:
-                raise ValueError("it has no \"images\"")
+                raise ValueError('it has no "images"')
             records.append(record)
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number} is not a record of a run: {error}; mend or "
-                                 "remove that line") from error
+                raise ValueError(
+                    f"{path}:{number} is not a record of a run: {error}; mend or remove that line"
+                ) from error
     return records
 
 
@@ -120,10 +131,15 @@ class Meter:
         rate = self.images / max(now - self.mark - self.away, 1e-9)
         self.run_images += self.images
         overall = self.run_images / max(now - self.started, 1e-9)
-        record = {"images": images, "loss": loss, "grad_norm": norm,
-                  "images_per_second": round(rate, 1), "seconds": round(now - self.started, 3),
-                  "other_seconds": round(self.away, 3),
-                  "eta_seconds": round(max(self.total - images, 0) / max(overall, 1e-9), 1)}
+        record = {
+            "images": images,
+            "loss": loss,
+            "grad_norm": norm,
+            "images_per_second": round(rate, 1),
+            "seconds": round(now - self.started, 3),
+            "other_seconds": round(self.away, 3),
+            "eta_seconds": round(max(self.total - images, 0) / max(overall, 1e-9), 1),
+        }
         record["tflops"] = round(rate * self.flops / 1e12, 4)
         if self.peak:
             record["mfu"] = round(rate * self.flops / (self.peak * self.ranks), 4)
@@ -137,7 +153,9 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     done = min(images / total, 1.0)
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     count = f"{images:>{len(f'{total:,}')},}/{total:,} ({done:4.0%})"
-    return (f"images {count}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"norm {record['grad_norm']:6.3f}  {record['images_per_second']:>6,.0f} images/s{mfu}  "
-            f"ETA {duration(record['eta_seconds'])}"
-            + (f"  skipped {record['skipped']}" if record.get("skipped") else ""))
+    return (
+        f"images {count}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+        f"norm {record['grad_norm']:6.3f}  {record['images_per_second']:>6,.0f} images/s{mfu}  "
+        f"ETA {duration(record['eta_seconds'])}"
+        + (f"  skipped {record['skipped']}" if record.get("skipped") else "")
+    )

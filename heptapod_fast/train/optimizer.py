@@ -56,8 +56,9 @@ class Optimizer:
         self.config, self.implementation = config, implementation
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        self.weight_decays = [config.weight_decay if decays(n, p, config.continuous) else 0.0
-                              for n, p in named]
+        self.weight_decays = [
+            config.weight_decay if decays(n, p, config.continuous) else 0.0 for n, p in named
+        ]
         data = [p.detach() for p in self.parameters]
         self.exp_avgs = [torch.zeros_like(p) for p in data]
         self.exp_avg_sqs = [torch.zeros_like(p) for p in data]
@@ -79,14 +80,26 @@ class Optimizer:
         scale = torch.where(good, scale, torch.zeros_like(norm))
         self.skipped += (~good).float()
         # One small copy that the host does not wait for.
-        host = torch.tensor([lr, self.step_count,
-                             *(ema_decay(d, self.step_count) for d in self.config.ema)])
+        host = torch.tensor(
+            [lr, self.step_count, *(ema_decay(d, self.step_count) for d in self.config.ema)]
+        )
         scalars = host.to(norm.device, torch.float32, non_blocking=True)
         ops.adamw_ema(
-            data, grads, self.exp_avgs, self.exp_avg_sqs, list(self.emas.values()),
-            lr=scalars[0], step=scalars[1], grad_scale=scale.float(), ema_decays=scalars[2:],
-            weight_decays=self.weight_decays, beta1=self.config.beta1, beta2=self.config.beta2,
-            eps=1e-8, implementation=self.implementation)
+            data,
+            grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            list(self.emas.values()),
+            lr=scalars[0],
+            step=scalars[1],
+            grad_scale=scale.float(),
+            ema_decays=scalars[2:],
+            weight_decays=self.weight_decays,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=1e-8,
+            implementation=self.implementation,
+        )
         for parameter in self.parameters:
             parameter.grad = None
         return norm
@@ -110,14 +123,18 @@ class Optimizer:
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint has to hold, by file and tensor name."""
+
         def named(tensors: list[Tensor], prefix: str = "") -> dict[str, Tensor]:
             return {prefix + n: t.detach() for n, t in zip(self.names, tensors, strict=True)}
 
         return {
             "model": named(self.parameters),
             **{name: named(tensors) for name, tensors in self.emas.items()},
-            "optimizer": {**named(self.exp_avgs, "exp_avg."),
-                          **named(self.exp_avg_sqs, "exp_avg_sq."), "skipped": self.skipped},
+            "optimizer": {
+                **named(self.exp_avgs, "exp_avg."),
+                **named(self.exp_avg_sqs, "exp_avg_sq."),
+                "skipped": self.skipped,
+            },
         }
 
     def load(self, read, step_count: int) -> None:
@@ -126,11 +143,15 @@ class Optimizer:
             theirs = read(file)
             if theirs.keys() != ours.keys():
                 missing, extra = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
-                raise ValueError(f"{file} of the checkpoint does not fit this model: missing "
-                                 f"{sorted(missing)[:5]}, unknown {sorted(extra)[:5]}")
+                raise ValueError(
+                    f"{file} of the checkpoint does not fit this model: missing "
+                    f"{sorted(missing)[:5]}, unknown {sorted(extra)[:5]}"
+                )
             for name, tensor in ours.items():
                 if tensor.shape != theirs[name].shape or tensor.dtype != theirs[name].dtype:
-                    raise ValueError(f"{file}: {name} is {tuple(theirs[name].shape)} "
-                                     f"{theirs[name].dtype}, expected {tuple(tensor.shape)}")
+                    raise ValueError(
+                        f"{file}: {name} is {tuple(theirs[name].shape)} "
+                        f"{theirs[name].dtype}, expected {tuple(tensor.shape)}"
+                    )
                 tensor.copy_(theirs[name])
         self.step_count = step_count

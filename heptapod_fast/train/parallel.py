@@ -69,8 +69,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no CUDA device (a CPU build of torch?)")
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"rank {local_rank} of this machine has no GPU: there are "
-                             f"{torch.cuda.device_count()} (torchrun --nproc_per_node)")
+            raise ValueError(
+                f"rank {local_rank} of this machine has no GPU: there are "
+                f"{torch.cuda.device_count()} (torchrun --nproc_per_node)"
+            )
         return torch.device("cuda", local_rank)
     return torch.device(name)
 
@@ -97,8 +99,7 @@ def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
-                                timeout=patience)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
     return World(rank, size, chosen, local)
 
 

@@ -32,8 +32,10 @@ def summary(config: Config, world_size: int = 1) -> str:
     lines = ["configuration"]
     lines += [f"  {flag(f.name):22} {getattr(config, f.name)}" for f in dataclasses.fields(config)]
     lines += ["", "derived"]
-    lines += [f"  {name:22} {value}" for name, value in derived(config, spec, classes, why, share,
-                                                                 micros, world_size)]
+    lines += [
+        f"  {name:22} {value}"
+        for name, value in derived(config, spec, classes, why, share, micros, world_size)
+    ]
     lines += ["", "operators on this machine"] + operator_lines(config)
     lines += ["", "parameters"] + parameter_lines(system)
     lines += ["", f"FLOPs per image ({FLOPS_FORMULA})"] + flops_lines(system)
@@ -68,8 +70,11 @@ def derived(config: Config, spec, classes: int, why: str, share: int, micros: in
     if config.system == "heptapod":
         setting = f"w{config.window}n{config.density}"
         rows = expected_rows(1, spec.num_tokens, config.density, config.steps)
-        how = (f"{rows:g} = {config.density} x ({spec.num_tokens} + 1) / 2 rows per image"
-               if config.steps != "mar" else f"{rows:g} rows per image, MAR's mean ratio")
+        how = (
+            f"{rows:g} = {config.density} x ({spec.num_tokens} + 1) / 2 rows per image"
+            if config.steps != "mar"
+            else f"{rows:g} rows per image, MAR's mean ratio"
+        )
         yield "supervision", f"{setting}, {how if config.head == 'global' else 'local windows'}"
     yield "run directory", config.run_dir()
 
@@ -86,16 +91,20 @@ def operator_lines(config: Config) -> list[str]:
 
 def parameter_lines(system: System) -> list[str]:
     """Parameters per part and in total."""
-    parts = {name: sum(p.numel() for p in part.parameters())
-             for name, part in system.named_children()}
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in system.named_children()
+    }
     parts["total"] = sum(parts.values())
     return [f"  {name:22} {count:>15,}" for name, count in parts.items()]
 
 
 def flops_lines(system: System) -> list[str]:
     """Forward FLOPs by part, and the total of a training step."""
-    lines = [f"  {name:22} {value / 1e9:>12.4f} GFLOP forward"
-             for name, value in system.flops_per_image().items() if value]
+    lines = [
+        f"  {name:22} {value / 1e9:>12.4f} GFLOP forward"
+        for name, value in system.flops_per_image().items()
+        if value
+    ]
     return lines + [f"  {'training':22} {training_flops(system) / 1e9:>12.4f} GFLOP"]
 
 

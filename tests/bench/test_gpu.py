@@ -18,53 +18,91 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def gpu(*arguments):
-    return subprocess.run([sys.executable, "bench/gpu.py", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "bench/gpu.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def contender(name, seconds, why="", missing=False):
-    return {name: dict(contender=name, seconds=seconds, quartiles=None, ungraphed=None, why=why,
-                       missing=missing)}
+    return {
+        name: dict(
+            contender=name,
+            seconds=seconds,
+            quartiles=None,
+            ungraphed=None,
+            why=why,
+            missing=missing,
+        )
+    }
 
 
 def result(date="2026-01-02", **sections):
-    return {"gpu": "NVIDIA Test", "date": date, "multiprocessors": 1,
-            "versions": {"torch": "2.11"}, "command": "python bench/gpu.py",
-            "sections": {name.replace("_", "-", 1): section for name, section in sections.items()}}
+    return {
+        "gpu": "NVIDIA Test",
+        "date": date,
+        "multiprocessors": 1,
+        "versions": {"torch": "2.11"},
+        "command": "python bench/gpu.py",
+        "sections": {name.replace("_", "-", 1): section for name, section in sections.items()},
+    }
 
 
 def section(rows=(), status="done", why="", code="aaa"):
     return {"status": status, "seconds": 1.0, "rows": list(rows), "why": why, "code": code}
 
 
-CEILINGS = section([
-    dict(case="ceilings: copy 1024 MB", bytes=4e9, flops=0, gate="", aim="",
-         contenders=contender("copy", 1e-3)),
-    dict(case="ceilings: product square, 1 x 1 x 1", bytes=0, flops=8e11, gate="", aim="",
-         contenders=contender("cuBLAS", 1e-3))])
+CEILINGS = section(
+    [
+        dict(
+            case="ceilings: copy 1024 MB",
+            bytes=4e9,
+            flops=0,
+            gate="",
+            aim="",
+            contenders=contender("copy", 1e-3),
+        ),
+        dict(
+            case="ceilings: product square, 1 x 1 x 1",
+            bytes=0,
+            flops=8e11,
+            gate="",
+            aim="",
+            contenders=contender("cuBLAS", 1e-3),
+        ),
+    ]
+)
 
 
 def row(ours, peers, gate, flops=0.0, case="a case"):
     contenders = contender("ours", ours)
     for name, seconds in peers.items():
-        contenders |= contender(name, seconds, "" if seconds else "not installed",
-                                missing=seconds is None)
+        contenders |= contender(
+            name, seconds, "" if seconds else "not installed", missing=seconds is None
+        )
     return dict(case=case, bytes=4e9, flops=flops, gate=gate, aim="", contenders=contenders)
 
 
-@pytest.mark.parametrize("ours, peers, gate, expected", [
-    (2e-3, {"eager": 4e-3, "compiled": 3e-3}, ">= 1.5x best peer", True),
-    (2e-3, {"eager": 4e-3, "compiled": 2.9e-3}, ">= 1.5x best peer", False),
-    (2e-3, {"eager": None}, ">= 1.5x best peer", None),
-    (1.25e-3, {}, ">= 75% of copy bandwidth", True),
-    (1.5e-3, {}, ">= 75% of copy bandwidth", False),
-    (1.1e-3, {"eager": 1.6e-3}, "1.4x best peer; 85% of copy bandwidth", True),
-    (1.2e-3, {"eager": 9e-3}, "1.4x best peer; 85% of copy bandwidth", False),
-    (2e-3, {"eager": 2e-3, "compiled": 3e-3}, ">= 1.5x compiled", True),
-    (2e-3, {"eager": 9e-3}, ">= 1.5x compiled", None),
-    (2e-3, {"eager": 3e-3, "flex": 4e-3}, ">= 2x flex", True),
-    (1e-3, {"eager": 3e-3, "flex": 4e-3}, ">= 4x best peer", False),
-    (None, {"eager": 9e-3}, ">= 1.5x best peer", None)])
+@pytest.mark.parametrize(
+    "ours, peers, gate, expected",
+    [
+        (2e-3, {"eager": 4e-3, "compiled": 3e-3}, ">= 1.5x best peer", True),
+        (2e-3, {"eager": 4e-3, "compiled": 2.9e-3}, ">= 1.5x best peer", False),
+        (2e-3, {"eager": None}, ">= 1.5x best peer", None),
+        (1.25e-3, {}, ">= 75% of copy bandwidth", True),
+        (1.5e-3, {}, ">= 75% of copy bandwidth", False),
+        (1.1e-3, {"eager": 1.6e-3}, "1.4x best peer; 85% of copy bandwidth", True),
+        (1.2e-3, {"eager": 9e-3}, "1.4x best peer; 85% of copy bandwidth", False),
+        (2e-3, {"eager": 2e-3, "compiled": 3e-3}, ">= 1.5x compiled", True),
+        (2e-3, {"eager": 9e-3}, ">= 1.5x compiled", None),
+        (2e-3, {"eager": 3e-3, "flex": 4e-3}, ">= 2x flex", True),
+        (1e-3, {"eager": 3e-3, "flex": 4e-3}, ">= 4x best peer", False),
+        (None, {"eager": 9e-3}, ">= 1.5x best peer", None),
+    ],
+)
 def test_gates_are_judged_by_the_best_peer_and_the_measured_copy(ours, peers, gate, expected):
     ceilings = gpu_report.ceilings_of(result(ceilings=CEILINGS))
     assert ceilings == {"copy": 4e12, "product": 8e14}
@@ -85,8 +123,10 @@ def test_the_page_says_which_peers_did_not_run_and_why():
     rows = [row(2e-3, {"eager": 4e-3, "liger": None}, "", case=name) for name in ("one", "two")]
     rows[1]["contenders"] |= contender("flex", None, "RuntimeError: broke\nand more")
     lines = gpu_report.section_table("op-adaln", rows, {})
-    assert lines[-2:] == ["- liger: not installed (2 cases)",
-                          "- flex: FAILED, RuntimeError: broke and more (two)"]
+    assert lines[-2:] == [
+        "- liger: not installed (2 cases)",
+        "- flex: FAILED, RuntimeError: broke and more (two)",
+    ]
 
 
 def test_a_missed_gate_says_where_it_stands():
@@ -94,7 +134,8 @@ def test_a_missed_gate_says_where_it_stands():
     found = gpu_report.judged(found, {"copy": 4e12})
     assert gpu_report.standing(found, ">= 3x flex") == "2.50x flex"
     assert gpu_report.standing(found, ">= 1.2x best peer, 65% of copy bandwidth") == (
-        "0.50x the best peer, eager, 50% of copy bandwidth")
+        "0.50x the best peer, eager, 50% of copy bandwidth"
+    )
 
 
 def test_ceilings_of_another_day_serve_the_same_gpu():
@@ -107,7 +148,8 @@ def test_the_floor_is_the_longer_of_bytes_and_products():
     ceilings = {"copy": 4e12, "product": 8e14}
     assert gpu_report.judged(row(2e-3, {}, ""), ceilings)["share"] == pytest.approx(0.5)
     assert gpu_report.judged(row(4e-3, {}, "", flops=1.6e12), ceilings)["share"] == pytest.approx(
-        0.5)
+        0.5
+    )
 
 
 def test_pages_of_a_measurement(tmp_path):
@@ -116,9 +158,12 @@ def test_pages_of_a_measurement(tmp_path):
     rows = [row(1e-3, {"eager": 3e-3, "liger": None}, gated.gate, case=case_name(gated))]
     rows[0]["contenders"]["ours"]["ungraphed"] = 2e-3
     rows[0]["contenders"]["eager"]["ungraphed"] = 5e-3
-    measured = result(ceilings=CEILINGS, op_layer_norm=section(rows),
-                      op_adaln=section([], "partial", "some\nout of time"),
-                      tests=section([dict(case="tests", passed=False, summary="1 failed")]))
+    measured = result(
+        ceilings=CEILINGS,
+        op_layer_norm=section(rows),
+        op_adaln=section([], "partial", "some\nout of time"),
+        tests=section([dict(case="tests", passed=False, summary="1 failed")]),
+    )
     path = tmp_path / "measured.json"
     path.write_text(json.dumps(measured))
     done = gpu("--merge", path, "--out", tmp_path / "out")
@@ -144,10 +189,14 @@ def test_runs_add_up_and_a_cut_off_one_loses_nothing(tmp_path):
     one, two = row(1e-3, {}, "", case="one"), row(1e-3, {}, "", case="two")
     cut = row(1e-3, {}, "", case="one")
     cut["contenders"] |= contender("eager", None, "no time left")
-    files = [result(ceilings=CEILINGS), result(op_adaln=section([one], "partial", "out of time")),
-             result(op_adaln=section([cut], "partial", "out of time")),
-             result(op_adaln=section([], "failed", "broke")), result(op_adaln=section([two])),
-             result(ceilings=section([], "failed", "broke", code="bbb"))]
+    files = [
+        result(ceilings=CEILINGS),
+        result(op_adaln=section([one], "partial", "out of time")),
+        result(op_adaln=section([cut], "partial", "out of time")),
+        result(op_adaln=section([], "failed", "broke")),
+        result(op_adaln=section([two])),
+        result(ceilings=section([], "failed", "broke", code="bbb")),
+    ]
     for i, content in enumerate(files):
         path = tmp_path / f"{i}.json"
         path.write_text(json.dumps(content))
@@ -158,8 +207,13 @@ def test_runs_add_up_and_a_cut_off_one_loses_nothing(tmp_path):
     assert whole["sections"]["ceilings"] == section([], "failed", "broke", code="bbb")
 
 
-CASE = harness.Case("add", "small", lambda: torch.randn(8),
-                    {"ours": lambda x: lambda: x + x, "eager": lambda x: lambda: x * 2}, bytes=64)
+CASE = harness.Case(
+    "add",
+    "small",
+    lambda: torch.randn(8),
+    {"ours": lambda x: lambda: x + x, "eager": lambda x: lambda: x * 2},
+    bytes=64,
+)
 
 
 def work(tmp_path, seconds=100.0, **state):
@@ -171,7 +225,7 @@ def work(tmp_path, seconds=100.0, **state):
 def test_a_section_measures_what_is_not_done(tmp_path):
     todo = work(tmp_path)
     todo.measure(CASE)
-    written, = map(json.loads, todo.rows.read_text().splitlines())
+    (written,) = map(json.loads, todo.rows.read_text().splitlines())
     assert written["case"] == "add: small" and written["contenders"]["ours"]["seconds"] > 0
     work(tmp_path, done={"add: small"}).measure(CASE)
     assert len(todo.rows.read_text().splitlines()) == 1
@@ -180,8 +234,14 @@ def test_a_section_measures_what_is_not_done(tmp_path):
 
 
 def test_a_case_that_was_cut_off_is_written_and_ends_the_section(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "measure", lambda case, deadline, failed: [
-        harness.Result("ours", 1.0), harness.Result("eager", None, why=harness.NO_TIME)])
+    monkeypatch.setattr(
+        harness,
+        "measure",
+        lambda case, deadline, failed: [
+            harness.Result("ours", 1.0),
+            harness.Result("eager", None, why=harness.NO_TIME),
+        ],
+    )
     todo = work(tmp_path)
     with pytest.raises(TimeoutError):
         todo.measure(CASE)
@@ -190,6 +250,7 @@ def test_a_case_that_was_cut_off_is_written_and_ends_the_section(tmp_path, monke
 
 def test_after_a_failed_capture_a_fresh_process_goes_on(tmp_path, monkeypatch):
     """The worker's side: exit code; then the driver's: what it tells the next process."""
+
     def fails(case, deadline, failed):
         raise harness.CaptureFailed("eager", "no graph")
 
@@ -215,7 +276,8 @@ def test_after_a_failed_capture_a_fresh_process_goes_on(tmp_path, monkeypatch):
     assert [r["case"] for r in found["rows"]] == ["before", "first", "add: small"]
     assert found["status"] == "done" and states == [
         {"done": ["before"], "failed": {}},
-        {"done": ["before", "first"], "failed": {"add: small": {"eager": "no graph"}}}]
+        {"done": ["before", "first"], "failed": {"add: small": {"eager": "no graph"}}},
+    ]
     monkeypatch.undo()
     results = harness.measure(CASE, failed={"eager": "no graph"})
     assert {r.contender: r.why for r in results} == {"ours": "", "eager": "no graph"}
@@ -292,17 +354,20 @@ def test_every_operation_with_a_kernel_is_measured():
 @pytest.mark.parametrize("settings", [dict(tokenizer="kl16"), dict(tokenizer="vq16")])
 def test_a_training_step_is_prepared_without_optional_packages(settings):
     """As on a machine that has only torch, triton and numpy; a tiny model stands in."""
-    code = ("import sys\n"
-            "for name in ('PIL', 'safetensors', 'google_crc32c', 'tyro', 'zarr', 'rich', 'scipy'):"
-            " sys.modules[name] = None\n"
-            "from bench.gpu_sections import prepared_run\n"
-            "from heptapod_fast.train.loop import training_step\n"
-            "small = dict(depth=1, head_depth=1, width=32, heads=2, num_classes=5)\n"
-            f"small |= {settings!r}\n"
-            "if small['tokenizer'] == 'kl16': small |= dict(diffusion_blocks=1, diffusion_width=16)"
-            "\nrun, micro, lines = prepared_run('B', small, 'cpu', 2)\n"
-            "loss, norm = training_step(run, *micro)\n"
-            "assert loss.isfinite() and norm.isfinite() and lines\nprint('fine')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
+    code = (
+        "import sys\n"
+        "for name in ('PIL', 'safetensors', 'google_crc32c', 'tyro', 'zarr', 'rich', 'scipy'):"
+        " sys.modules[name] = None\n"
+        "from bench.gpu_sections import prepared_run\n"
+        "from heptapod_fast.train.loop import training_step\n"
+        "small = dict(depth=1, head_depth=1, width=32, heads=2, num_classes=5)\n"
+        f"small |= {settings!r}\n"
+        "if small['tokenizer'] == 'kl16': small |= dict(diffusion_blocks=1, diffusion_width=16)"
+        "\nrun, micro, lines = prepared_run('B', small, 'cpu', 2)\n"
+        "loss, norm = training_step(run, *micro)\n"
+        "assert loss.isfinite() and norm.isfinite() and lines\nprint('fine')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.endswith("fine\n"), done.stderr

@@ -50,8 +50,10 @@ def test_what_fails_or_saves_too_little_is_put_back(monkeypatch, config):
     assert config == before
 
 
-@pytest.mark.parametrize("kernel", ["forward", "forward_tail", "forward_masked", "backward",
-                                    "backward_tail", "backward_masked"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["forward", "forward_tail", "forward_masked", "backward", "backward_tail", "backward_masked"],
+)
 def test_no_tile_is_tried_that_the_kernels_do_not_know(monkeypatch, config, kernel):
     monkeypatch.setattr(tune, "GAIN", 2.0)  # everything is a gain: as far as it may go
 

@@ -219,7 +219,7 @@ def test_shards_in_another_order_of_chunks(tmp_path):
     expected = batches(CacheTokens(cache, 0), count=300)
     file = cache.path / cache.shard_file("codes", 0)
     raw, size = file.read_bytes(), 64 * cache.row_bytes("codes")
-    chunks = [raw[k * size:(k + 1) * size] for k in range(4)]
+    chunks = [raw[k * size : (k + 1) * size] for k in range(4)]
     import google_crc32c
 
     index = np.array([[(k + 1) % 4 * size, size] for k in range(4)], "<u8").tobytes()
@@ -262,10 +262,18 @@ def spoil(path, kind):
         file.rename(file.with_suffix(".0a1b.partial"))
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("missing", "missing"), ("truncated", "bytes, expected"), ("empty", "0 bytes, expected"),
-    ("flipped", "checksum"), ("swapped", "checksum"), ("index", "checksum"),
-    ("partial", "missing")])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("missing", "missing"),
+        ("truncated", "bytes, expected"),
+        ("empty", "0 bytes, expected"),
+        ("flipped", "checksum"),
+        ("swapped", "checksum"),
+        ("index", "checksum"),
+        ("partial", "missing"),
+    ],
+)
 @pytest.mark.parametrize("mode", ["ram", "stream"])
 def test_damaged_shards_are_refused(copy, kind, words, mode):
     spoil(copy, kind)
@@ -299,8 +307,7 @@ def test_what_was_checked_is_what_is_used(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("window", [1, 8])
-def test_a_damaged_shard_stops_a_stream_where_it_comes(tmp_path, window,
-                                                            monkeypatch):
+def test_a_damaged_shard_stops_a_stream_where_it_comes(tmp_path, window, monkeypatch):
     monkeypatch.setattr(reader, "WINDOW", 16 * window)
     cache = page_cache(tmp_path)
     raw = bytearray((cache.path / MEANS).read_bytes())
@@ -339,21 +346,25 @@ def test_lost_moments_are_nan(kl16, tmp_path):
     assert np.isnan(lost).all()
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda m: m.update(format=0), "build it anew with tools/cache.py"),
-    (lambda m: m.update(format=2), "update heptapod_fast"),
-    (lambda m: m.update(rows=71), "labels does not have 71 entries"),
-    (lambda m: m.update(rows=100), "it lists no codes/c/5/0/0"),
-    (lambda m: m.update(views=3), "make no sense"),
-    (lambda m: m.pop("tokenizer"), "KeyError: 'tokenizer'"),
-    (lambda m: m["tokenizer"].update(tokenizer="vq99"), "vq99"),
-    (lambda m: m["files"].pop("labels/c/0"), "it lists no labels/c/0"),
-    (lambda m: m["files"].update({"../x": {"bytes": 1, "crc32c": "0"}}), "outside the cache"),
-    (lambda m: m.update(quarantine=[{"row": 99}]), "quarantine"),
-    (lambda m: m.update(quarantine=[{"row": k} for k in range(70)]), "none of its images"),
-    (lambda m: m["files"].pop("tokenizer.safetensors"), "it lists no tokenizer.safetensors"),
-    (lambda m: m.update(sums=[]), "no sums of 5 shards"),
-    (lambda m: m.update(shard_rows=0), "ZeroDivisionError")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda m: m.update(format=0), "build it anew with tools/cache.py"),
+        (lambda m: m.update(format=2), "update heptapod_fast"),
+        (lambda m: m.update(rows=71), "labels does not have 71 entries"),
+        (lambda m: m.update(rows=100), "it lists no codes/c/5/0/0"),
+        (lambda m: m.update(views=3), "make no sense"),
+        (lambda m: m.pop("tokenizer"), "KeyError: 'tokenizer'"),
+        (lambda m: m["tokenizer"].update(tokenizer="vq99"), "vq99"),
+        (lambda m: m["files"].pop("labels/c/0"), "it lists no labels/c/0"),
+        (lambda m: m["files"].update({"../x": {"bytes": 1, "crc32c": "0"}}), "outside the cache"),
+        (lambda m: m.update(quarantine=[{"row": 99}]), "quarantine"),
+        (lambda m: m.update(quarantine=[{"row": k} for k in range(70)]), "none of its images"),
+        (lambda m: m["files"].pop("tokenizer.safetensors"), "it lists no tokenizer.safetensors"),
+        (lambda m: m.update(sums=[]), "no sums of 5 shards"),
+        (lambda m: m.update(shard_rows=0), "ZeroDivisionError"),
+    ],
+)
 def test_manifests_that_cannot_be(copy, change, words):
     edit_manifest(copy, change)
     with pytest.raises(CacheError, match=words):
@@ -382,10 +393,14 @@ def test_no_manifest(copy, tmp_path):
         open_cache(tmp_path / "nothing.zarr")
 
 
-@pytest.mark.parametrize("key, value, words", [
-    ("data_type", "float32", "expected data_type uint16, found float32"),
-    ("shape", [70, 2, 25], r"expected shape \[70, 2, 16\], found \[70, 2, 25\]"),
-    ("zarr_format", 2, "expected zarr_format 3, found 2")])
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("data_type", "float32", "expected data_type uint16, found float32"),
+        ("shape", [70, 2, 25], r"expected shape \[70, 2, 16\], found \[70, 2, 25\]"),
+        ("zarr_format", 2, "expected zarr_format 3, found 2"),
+    ],
+)
 def test_arrays_of_another_kind(copy, key, value, words):
     file = copy / "codes" / "zarr.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
@@ -434,12 +449,16 @@ def set_row(row, value):
     return change
 
 
-@pytest.mark.parametrize("array, value, words", [
-    ("mean", np.nan, "mean/c/1/0/0/0/0: rows 18 .1. not finite"),
-    ("mean", np.inf, "mean/c/1/0/0/0/0: rows 18 .1. not finite"),
-    ("std", 0.0, "std/c/1/0/0/0/0: rows 18 .1. constant"),
-    ("mean", 0.25, "mean/c/1/0/0/0/0: rows 18 .1. constant"),
-    ("std", np.linspace(-1, 1, 128).reshape(2, 16, 2, 2), "rows 18 .1. negative deviations")])
+@pytest.mark.parametrize(
+    "array, value, words",
+    [
+        ("mean", np.nan, "mean/c/1/0/0/0/0: rows 18 .1. not finite"),
+        ("mean", np.inf, "mean/c/1/0/0/0/0: rows 18 .1. not finite"),
+        ("std", 0.0, "std/c/1/0/0/0/0: rows 18 .1. constant"),
+        ("mean", 0.25, "mean/c/1/0/0/0/0: rows 18 .1. constant"),
+        ("std", np.linspace(-1, 1, 128).reshape(2, 16, 2, 2), "rows 18 .1. negative deviations"),
+    ],
+)
 def test_values_that_cannot_be(kl16, tmp_path, array, value, words):
     shutil.copytree(kl16[1].path, tmp_path / "c.zarr")
     edit_shard(tmp_path / "c.zarr", array, 1, set_row(2, value))

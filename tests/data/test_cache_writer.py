@@ -59,15 +59,25 @@ def begin(monkeypatch, path, plan, name="_write", count=3):
             build_cache(path, plan)
 
 
-@pytest.mark.parametrize("where, count", [("_write", 1), ("_write", 4), ("_encode", 9),
-                                          ("_write_frame", 1), ("finish", 1), ("_verify", 1)])
+@pytest.mark.parametrize(
+    "where, count",
+    [
+        ("_write", 1),
+        ("_write", 4),
+        ("_encode", 9),
+        ("_write_frame", 1),
+        ("finish", 1),
+        ("_verify", 1),
+    ],
+)
 def test_a_build_goes_on_where_it_stopped(folder, tmp_path, undisturbed, where, count, monkeypatch):
     begin(monkeypatch, tmp_path / "c.zarr", small_plan(folder), where, count)
     (tmp_path / "c.zarr" / ".x.0a.partial").write_text("half a file")
     encoded = []
     real = Builder._build_shard
-    monkeypatch.setattr(Builder, "_build_shard",
-                        lambda self, shard: encoded.append(shard) or real(self, shard))
+    monkeypatch.setattr(
+        Builder, "_build_shard", lambda self, shard: encoded.append(shard) or real(self, shard)
+    )
     build_cache(tmp_path / "c.zarr", small_plan(folder))
     assert contents(tmp_path / "c.zarr") == undisturbed
     done = {"_write": count - 1, "_encode": 2, "_write_frame": 0}.get(where, 5)
@@ -99,11 +109,17 @@ def test_a_finished_cache_is_left_alone(folder, tmp_path, undisturbed):
     assert contents(path) == undisturbed
 
 
-@pytest.mark.parametrize("settings, flag", [
-    (dict(flip=False), "--flip: 1, was 2"), (dict(seed=4), "--seed"), (dict(batch=6), "--batch"),
-    (dict(shard_rows=32), "--shard-rows: 32, was 16"),
-    (dict(tokenizer=small_tokenizer("patch")), "--tokenizer"),
-    (dict(tokenizer=small_tokenizer(codes=301)), "--codes")])
+@pytest.mark.parametrize(
+    "settings, flag",
+    [
+        (dict(flip=False), "--flip: 1, was 2"),
+        (dict(seed=4), "--seed"),
+        (dict(batch=6), "--batch"),
+        (dict(shard_rows=32), "--shard-rows: 32, was 16"),
+        (dict(tokenizer=small_tokenizer("patch")), "--tokenizer"),
+        (dict(tokenizer=small_tokenizer(codes=301)), "--codes"),
+    ],
+)
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused(folder, tmp_path, settings, flag, finished, monkeypatch):
     path = tmp_path / "c.zarr"
@@ -153,11 +169,12 @@ def test_a_disk_that_is_too_small(folder, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------- broken images
 
+
 def spoil(folder, number, kind="truncated"):
     """Damage one image; returns its path inside the folder."""
     path = find_images(folder)[1][number][0]
     raw = path.read_bytes()
-    path.write_bytes({"truncated": raw[:len(raw) // 2], "empty": b"", "page": b"<html>"}[kind])
+    path.write_bytes({"truncated": raw[: len(raw) // 2], "empty": b"", "page": b"<html>"}[kind])
     return path.relative_to(folder).as_posix()
 
 
@@ -220,6 +237,7 @@ def test_too_many_broken_images(tmp_path, undisturbed):
 
 # --------------------------------------------------------------------------------- bad tokens
 
+
 class Broken:
     """A tokenizer whose tokens of bright images are not what they should be."""
 
@@ -244,8 +262,9 @@ def test_tokens_that_are_not_finite_are_an_error(folder, tmp_path, value):
     assert not (tmp_path / "c.zarr" / "manifest.json").exists()
 
 
-def test_shards_that_are_lost_before_the_end_are_built_again(folder, tmp_path, undisturbed,
-                                                             monkeypatch):
+def test_shards_that_are_lost_before_the_end_are_built_again(
+    folder, tmp_path, undisturbed, monkeypatch
+):
     path = tmp_path / "c.zarr"
     begin(monkeypatch, path, small_plan(folder), "finish", 1)
     raw = bytearray((path / "codes/c/2/0/0").read_bytes())
@@ -259,8 +278,9 @@ def test_shards_that_are_lost_before_the_end_are_built_again(folder, tmp_path, u
 
 
 @pytest.mark.parametrize("tokenizer", ["patch", "patch-vq"])
-def test_damaged_shards_of_a_finished_cache_are_built_again(folder, tmp_path, tokenizer,
-                                                            monkeypatch):
+def test_damaged_shards_of_a_finished_cache_are_built_again(
+    folder, tmp_path, tokenizer, monkeypatch
+):
     path, plan = tmp_path / "c.zarr", small_plan(folder, small_tokenizer(tokenizer))
     tail = "/0/0/0/0" if tokenizer == "patch" else "/0/0"
     shards = path / ("mean/c" if tokenizer == "patch" else "codes/c")
@@ -272,8 +292,9 @@ def test_damaged_shards_of_a_finished_cache_are_built_again(folder, tmp_path, to
     (shards / f"3{tail}").unlink()
     built = []
     real = Builder._build_shard
-    monkeypatch.setattr(Builder, "_build_shard",
-                        lambda self, shard: built.append(shard) or real(self, shard))
+    monkeypatch.setattr(
+        Builder, "_build_shard", lambda self, shard: built.append(shard) or real(self, shard)
+    )
     begin(monkeypatch, path, plan, "_write", 2)  # killed once more on the way
     with pytest.raises(CacheError, match="was interrupted: repeat the command"):
         open_cache(path)
@@ -328,11 +349,14 @@ def test_codebooks(tmp_path):
         fit_codebook(files, PillowDecoder(), 16, 4, 20, seed=1)
 
 
-@pytest.mark.parametrize("name", ["labels/c/0", "source_index/c/0", "codes/zarr.json", "zarr.json",
-                                  "tokenizer.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["labels/c/0", "source_index/c/0", "codes/zarr.json", "zarr.json", "tokenizer.safetensors"],
+)
 @pytest.mark.parametrize("data", [bytes(280), b"", None])
-def test_what_is_spoilt_during_a_build_is_written_again(folder, tmp_path, undisturbed, name, data,
-                                                        monkeypatch):
+def test_what_is_spoilt_during_a_build_is_written_again(
+    folder, tmp_path, undisturbed, name, data, monkeypatch
+):
     path = tmp_path / "c.zarr"
     begin(monkeypatch, path, small_plan(folder))
     (path / name).unlink()
@@ -343,8 +367,9 @@ def test_what_is_spoilt_during_a_build_is_written_again(folder, tmp_path, undist
 
 
 @pytest.mark.parametrize("spoil_shard", [lambda raw: raw[:-40], lambda raw: raw[:-5] + b"12345"])
-def test_shards_that_zarr_cannot_read_are_built_again(folder, tmp_path, undisturbed, spoil_shard,
-                                                      monkeypatch):
+def test_shards_that_zarr_cannot_read_are_built_again(
+    folder, tmp_path, undisturbed, spoil_shard, monkeypatch
+):
     path = tmp_path / "c.zarr"
     begin(monkeypatch, path, small_plan(folder))
     file = path / "codes/c/1/0/0"
@@ -382,8 +407,9 @@ def test_images_that_are_away_for_a_while(tmp_path, monkeypatch):
     assert cache.manifest["quarantine"] == []
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError(),
-                                   OSError(24, "Too many open files")])
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), MemoryError(), OSError(24, "Too many open files")]
+)
 def test_a_machine_that_fails_breaks_no_images(folder, tmp_path, undisturbed, error, monkeypatch):
     from PIL import Image
 
@@ -427,11 +453,16 @@ def test_names_that_are_no_text(tmp_path):
     assert cache.manifest["quarantine"][0]["path"] == "ant/\\xe9.png"
 
 
-@pytest.mark.parametrize("settings, words", [(dict(shard_rows=100), "--shard-rows 100"),
-                                             (dict(max_broken=-1), "--max-broken -1"),
-                                             (dict(seed=-1), "--seed -1"),
-                                             (dict(shard_rows=0), "--shard-rows 0"),
-                                             (dict(batch=0), "--batch 0")])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(shard_rows=100), "--shard-rows 100"),
+        (dict(max_broken=-1), "--max-broken -1"),
+        (dict(seed=-1), "--seed -1"),
+        (dict(shard_rows=0), "--shard-rows 0"),
+        (dict(batch=0), "--batch 0"),
+    ],
+)
 def test_plans_that_cannot_be(folder, settings, words):
     with pytest.raises(ValueError, match=words):
         small_plan(folder, **settings)

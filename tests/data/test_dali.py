@@ -1,5 +1,4 @@
-"""DALI against Pillow: equal pixels, the same files good and bad, and one bad file costs no other.
-"""
+"""DALI against Pillow: equal pixels, the same good and bad files, no file costs another."""
 
 import struct
 import sys
@@ -18,8 +17,24 @@ from heptapod_fast.data.decoding import PREPROCESSING, PillowDecoder, crop_pixel
 
 SIDE = 64
 # 0, 1, 2 and 3 halvings; odd and even; exact; smaller than SIDE; both orientations.
-SIZES = [(64, 64), (65, 64), (100, 75), (75, 101), (127, 127), (128, 150), (129, 131), (257, 193),
-         (255, 256), (300, 511), (512, 513), (777, 600), (52, 60), (61, 50), (64, 127), (300, 64)]
+SIZES = [
+    (64, 64),
+    (65, 64),
+    (100, 75),
+    (75, 101),
+    (127, 127),
+    (128, 150),
+    (129, 131),
+    (257, 193),
+    (255, 256),
+    (300, 511),
+    (512, 513),
+    (777, 600),
+    (52, 60),
+    (61, 50),
+    (64, 127),
+    (300, 64),
+]
 ENCODINGS = {
     "4:4:4": dict(format="JPEG", quality=93, subsampling=0),
     "4:2:2": dict(format="JPEG", quality=90, subsampling=1),
@@ -34,8 +49,7 @@ ENCODINGS = {
 
 def photograph(width, height, seed=0):
     """A small one."""
-    return bench_decode.photograph(width, height, seed, octaves=6, fall=1.0, discs=8,
-                                   radii=(3, 30))
+    return bench_decode.photograph(width, height, seed, octaves=6, fall=1.0, discs=8, radii=(3, 30))
 
 
 def sharp(width, height, seed=0):
@@ -90,6 +104,7 @@ def decoder():
 @pytest.fixture
 def by_dali(monkeypatch):
     """From here on nothing may be left to Pillow."""
+
     def refuse(*_, **__):
         raise AssertionError("left to Pillow")
 
@@ -157,17 +172,27 @@ def test_logograms(decoder, by_dali, tmp_path, side):
 
 def test_without_a_resize_the_pixels_are_the_same(decoder, by_dali, tmp_path):
     """DALI's own part, decoding, is exact; a wrong IDCT or upsampling shows here."""
-    shapes = {"grey": (64, 64), "4:2:0": (70, 64), "progressive": (64, 70), "png": (64, 64),
-              "4:2:2": (128, 200)}
-    paths = [write(tmp_path / name.replace(":", ""), sharp(*shape, 3), **ENCODINGS[name])
-             for name, shape in shapes.items()]
+    shapes = {
+        "grey": (64, 64),
+        "4:2:0": (70, 64),
+        "progressive": (64, 70),
+        "png": (64, 64),
+        "4:2:2": (128, 200),
+    }
+    paths = [
+        write(tmp_path / name.replace(":", ""), sharp(*shape, 3), **ENCODINGS[name])
+        for name, shape in shapes.items()
+    ]
     assert np.array_equal(decode(decoder, paths)[1], decode(PillowDecoder(1), paths)[1])
 
 
 def test_pillow_decodes_what_is_not_resized(decoder, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(dali, "crop_pixels",
-                        lambda image, size: taken.append(image.size) or crop_pixels(image, size))
+    monkeypatch.setattr(
+        dali,
+        "crop_pixels",
+        lambda image, size: taken.append(image.size) or crop_pixels(image, size),
+    )
     paths = [write(tmp_path / f"{w}.jpg", photograph(w, h)) for w, h in ((64, 70), (65, 70))]
     agree(decoder, paths)
     assert taken == [(64, 70)]
@@ -192,11 +217,18 @@ def deep_png(path):
     """RGB of 16 bits per channel, which Pillow reads and does not write."""
     pixels = np.random.default_rng(0).integers(0, 2**16, (80, 70, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    parts = ((b"IHDR", struct.pack(">IIBBBBB", 70, 80, 16, 2, 0, 0, 0)),
-             (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in parts))
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", 70, 80, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in parts
+        )
+    )
     return path
 
 
@@ -206,16 +238,28 @@ def test_what_dali_cannot_do_equally_is_pillows(by_pillow, tmp_path):
     alpha = image.copy()
     alpha.putalpha(Image.linear_gradient("L").resize(image.size))
     paths = [deep_png(tmp_path / "deep.png")]
-    for name, mode in [("p.png", "P"), ("p.gif", "P"), ("one.png", "1"), ("grey.tif", "L"),
-                       ("x.bmp", "RGB"), ("x.webp", "RGB"), ("x.ppm", "RGB"), ("x.tif", "RGB"),
-                       ("cmyk.jpg", "CMYK"), ("i16.png", "I;16")]:
+    for name, mode in [
+        ("p.png", "P"),
+        ("p.gif", "P"),
+        ("one.png", "1"),
+        ("grey.tif", "L"),
+        ("x.bmp", "RGB"),
+        ("x.webp", "RGB"),
+        ("x.ppm", "RGB"),
+        ("x.tif", "RGB"),
+        ("cmyk.jpg", "CMYK"),
+        ("i16.png", "I;16"),
+    ]:
         paths.append(write(tmp_path / name, image.convert("L") if mode == "I;16" else image, mode))
     for name, picture, options in [
-            ("alpha.png", alpha, {}), ("la.png", alpha.convert("LA"), {}),
-            ("key.png", small, dict(transparency=small.getpixel((0, 0)))),
-            ("moving.png", image, dict(save_all=True, append_images=[image.rotate(90)])),
-            ("rgb.jpg", image, dict(keep_rgb=True)), ("tall.jpg", photograph(70, 141), {}),
-            ("halved.png", sharp(143, 286), {})]:
+        ("alpha.png", alpha, {}),
+        ("la.png", alpha.convert("LA"), {}),
+        ("key.png", small, dict(transparency=small.getpixel((0, 0)))),
+        ("moving.png", image, dict(save_all=True, append_images=[image.rotate(90)])),
+        ("rgb.jpg", image, dict(keep_rgb=True)),
+        ("tall.jpg", photograph(70, 141), {}),
+        ("halved.png", sharp(143, 286), {}),
+    ]:
         picture.save(tmp_path / name, **options)
         paths.append(tmp_path / name)
     whole = write(tmp_path / "whole.jpg", image).read_bytes()
@@ -259,13 +303,18 @@ def broken_files(folder):
     png = write(folder / "good.png", photograph(90, 80)).read_bytes()
     (folder / "folder.jpg").mkdir()
     (folder / "link.jpg").symlink_to(folder / "nowhere.jpg")
-    files = {"empty.jpg": b"", "html.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
-             "text.png": b"not an image", "twenty.jpg": jpeg[:20], "signature.png": png[:8],
-             "flipped.png": png[:900] + bytes([png[900] ^ 8]) + png[901:]}
+    files = {
+        "empty.jpg": b"",
+        "html.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
+        "text.png": b"not an image",
+        "twenty.jpg": jpeg[:20],
+        "signature.png": png[:8],
+        "flipped.png": png[:900] + bytes([png[900] ^ 8]) + png[901:],
+    }
     for share in (5, 30, 50, 90, 99):
-        files[f"cut{share}.jpg"] = jpeg[:len(jpeg) * share // 100]
-        files[f"cut{share}p.jpg"] = progressive[:len(progressive) * share // 100]
-        files[f"cut{share}.png"] = png[:len(png) * share // 100]
+        files[f"cut{share}.jpg"] = jpeg[: len(jpeg) * share // 100]
+        files[f"cut{share}p.jpg"] = progressive[: len(progressive) * share // 100]
+        files[f"cut{share}.png"] = png[: len(png) * share // 100]
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return [folder / name for name in files] + [folder / "folder.jpg", folder / "link.jpg"]
@@ -284,7 +333,8 @@ def test_broken_files_cost_no_other_and_decoding_goes_on(decoder, tmp_path):
     mixed = [path for k, path in enumerate(bad) for path in (good[k % 4], path)]
     reasons = agree(decoder, mixed)
     assert all(reasons[1::2]) and not any(reasons[::2]), [
-        path for path, reason in zip(bad, reasons[1::2], strict=True) if not reason]
+        path for path, reason in zip(bad, reasons[1::2], strict=True) if not reason
+    ]
     for _ in range(12):
         assert decode(decoder, mixed)[0] == reasons
         found, pixels = decode(decoder, good)
@@ -300,16 +350,20 @@ def test_damaged_files_are_good_or_bad_for_both(decoder, tmp_path):
         data = write(tmp_path / "whole", image, **ENCODINGS[encoding]).read_bytes()
         for k in range(45):
             at = int(rng.integers(len(data) // (2 if k % 3 else 20), len(data)))
-            cases = (data[:at] + rng.bytes(8) + data[at + 8:], data[:at] + data[at + 60:],
-                     data[:at] + b"\xff\xd9", data[:at] + bytes(20) + data[at + 20:],
-                     data[:at] + bytes([data[at] ^ 1 << k % 8]) + data[at + 1:])
+            cases = (
+                data[:at] + rng.bytes(8) + data[at + 8 :],
+                data[:at] + data[at + 60 :],
+                data[:at] + b"\xff\xd9",
+                data[:at] + bytes(20) + data[at + 20 :],
+                data[:at] + bytes([data[at] ^ 1 << k % 8]) + data[at + 1 :],
+            )
             path = tmp_path / f"{encoding.replace(':', '')}-{k}"
             path.write_bytes(cases[k % 5])
             paths.append(path)
         if encoding == "4:2:0":
             at = len(data) // 2
             inside = [tmp_path / "inside"]
-            inside[0].write_bytes(data[:at] + b"\x12\x34\x56\x78\x9a" + data[at + 5:])
+            inside[0].write_bytes(data[:at] + b"\x12\x34\x56\x78\x9a" + data[at + 5 :])
     reasons = agree(decoder, paths)
     assert 40 < sum(reason is None for reason in reasons) < len(reasons) - 40
     assert agree(decoder, inside) == [None]
@@ -342,8 +396,11 @@ def test_image_folder_takes_it(decoder, tmp_path):
 def test_gpu(tmp_path, content):
     needs_dali()
     on_gpu = dali.DaliDecoder("cuda", workers=4)
-    paths = [write(tmp_path / f"{name[:3]}{w}x{h}".replace(":", ""), content(w, h), **options)
-             for name, options in ENCODINGS.items() for w, h in SIZES]
+    paths = [
+        write(tmp_path / f"{name[:3]}{w}x{h}".replace(":", ""), content(w, h), **options)
+        for name, options in ENCODINGS.items()
+        for w, h in SIZES
+    ]
     assert agree(on_gpu, paths, least=40) == [None] * len(paths)
     first = decode(on_gpu, paths)[1]
     assert np.array_equal(decode(on_gpu, paths[::-1])[1], first[::-1])

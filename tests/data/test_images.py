@@ -66,8 +66,9 @@ def test_flat_folder_is_one_class_and_odd_names_work(tmp_path):
     assert source.class_names == ("größe und 画像",) and source.labels.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff",
-                                       "ppm", "JPG", "Tiff"])
+@pytest.mark.parametrize(
+    "extension", ["jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff", "ppm", "JPG", "Tiff"]
+)
 def test_extensions(tmp_path, extension):
     save(tmp_path / f"x.{extension}", plain((200, 30, 90)))
     got = one(tmp_path)[:, 8, 8].float() - torch.tensor([200.0, 30.0, 90.0])
@@ -130,8 +131,11 @@ def test_16_bit_colour_png(tmp_path):
 
     header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
     (tmp_path / "x.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b""))
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
     assert one(tmp_path)[:, 3, 3].tolist() == [255, 128, 0]
 
 
@@ -153,10 +157,18 @@ def test_transparency_lies_over_white(tmp_path):
     save(tmp_path / "popaque" / "x.png", opaque)
     save(tmp_path / "rgbkey" / "x.png", plain((1, 2, 3)), transparency=(1, 2, 3))
     source = ImageFolder(tmp_path, 16)
-    got = {name: source.images(torch.tensor([k]))[0, :, 5, 5].tolist()
-           for k, name in enumerate(source.class_names)}
-    assert got == {"rgba": [255] * 3, "rgba50": [127] * 3, "la": [255] * 3, "palette": [255] * 3,
-                   "popaque": [200, 0, 0], "rgbkey": [255] * 3}
+    got = {
+        name: source.images(torch.tensor([k]))[0, :, 5, 5].tolist()
+        for k, name in enumerate(source.class_names)
+    }
+    assert got == {
+        "rgba": [255] * 3,
+        "rgba50": [127] * 3,
+        "la": [255] * 3,
+        "palette": [255] * 3,
+        "popaque": [200, 0, 0],
+        "rgbkey": [255] * 3,
+    }
 
 
 def test_exif_rotation_is_ignored(tmp_path):
@@ -218,7 +230,7 @@ def spoil(folder):
     """One good image and four bad files; returns the names of the bad ones."""
     save(folder / "good.png", picture(seed=9))
     whole = save(folder / "truncated.jpg", picture(64, 64)).read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "zero.png").write_bytes(b"")
     (folder / "html.jpg").write_text("<html>404</html>")
     (folder / "aaa.png").write_bytes(whole[:20])

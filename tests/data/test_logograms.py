@@ -58,8 +58,11 @@ def test_balanced_classes_and_ranges():
     assert counts.max() - counts.min() <= 1
     form = source.parameters(torch.arange(5001))
     assert torch.equal(form["fold"], source.labels + 2)
-    for name, low, high in (("radius", 0.5, 0.7), ("amplitude", 0.05, 0.15),
-                            ("stroke", 0.08, 0.13)):
+    for name, low, high in (
+        ("radius", 0.5, 0.7),
+        ("amplitude", 0.05, 0.15),
+        ("stroke", 0.08, 0.13),
+    ):
         assert low <= form[name].min() < low + 0.01 * (high - low) + 1e-9
         assert high - 0.01 * (high - low) - 1e-9 < form[name].max() <= high
     turns = form["phase"] * form["fold"] / (2 * math.pi)
@@ -70,8 +73,13 @@ def test_seed_changes_images_and_fingerprint():
     one, other = Logograms(24, 10, seed=0), Logograms(24, 10, seed=1)
     ids = torch.arange(10)
     assert not torch.equal(one.images(ids), other.images(ids))
-    prints = {one.fingerprint, other.fingerprint, Logograms(24, 11).fingerprint,
-              Logograms(32, 10).fingerprint, Logograms(24, 10, num_classes=3).fingerprint}
+    prints = {
+        one.fingerprint,
+        other.fingerprint,
+        Logograms(24, 11).fingerprint,
+        Logograms(32, 10).fingerprint,
+        Logograms(24, 10, num_classes=3).fingerprint,
+    }
     assert len(prints) == 5 and all(len(p) == 64 for p in prints)
     assert Logograms(24, 10).fingerprint == one.fingerprint
 

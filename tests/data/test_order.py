@@ -18,8 +18,12 @@ def test_every_epoch_is_a_permutation(n, epoch, seed):
 
 
 @settings(max_examples=50, deadline=None)
-@given(n=st.integers(1, 50), start=st.integers(0, 500), length=st.integers(0, 200),
-       seed=st.integers(0, 5))
+@given(
+    n=st.integers(1, 50),
+    start=st.integers(0, 500),
+    length=st.integers(0, 200),
+    seed=st.integers(0, 5),
+)
 def test_batches_may_cross_epochs(n, start, length, seed):
     index = torch.arange(start, start + length)
     together = sample_ids(index, n, seed)
@@ -31,8 +35,11 @@ def test_batches_may_cross_epochs(n, start, length, seed):
 
 def test_epochs_and_seeds_differ():
     n = 200
-    orders = [tuple(sample_ids(torch.arange(e * n, (e + 1) * n), n, seed).tolist())
-              for e in range(4) for seed in range(4)]
+    orders = [
+        tuple(sample_ids(torch.arange(e * n, (e + 1) * n), n, seed).tolist())
+        for e in range(4)
+        for seed in range(4)
+    ]
     assert len(set(orders)) == 16
     # No epoch of one seed may be another epoch of the next seed, nor the images' own order.
     assert tuple(range(n)) not in orders
@@ -78,7 +85,7 @@ def test_windows_of_shards(sizes, window, epoch, seed):
     while at < (epoch + 1) * count:
         shards, end = order.shards_at(at)
         assert len(shards) <= window and order.shards_at(end - 1) == (shards, end)
-        part = ids[at - epoch * count:end - epoch * count]
+        part = ids[at - epoch * count : end - epoch * count]
         assert set(shard_of[part].tolist()) == {s for s in shards if sizes[s]}
         seen, at = seen + list(shards), end
     assert len(set(seen)) == len(seen) and at == (epoch + 1) * count
@@ -93,8 +100,9 @@ def test_windows_are_shuffled_anew_in_every_epoch():
     order = WindowedOrder([10] * 20, 0, 2)
     first = [order.shards_at(epoch * 200)[0] for epoch in range(50)]
     assert len(set(first)) > 40
-    within = {tuple((order.ids(torch.arange(e * 200, e * 200 + 20)) % 10).tolist())
-              for e in range(50)}
+    within = {
+        tuple((order.ids(torch.arange(e * 200, e * 200 + 20)) % 10).tolist()) for e in range(50)
+    }
     assert len(within) == 50
 
 

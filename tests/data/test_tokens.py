@@ -72,8 +72,12 @@ def test_codes_are_compact_and_progress_is_reported():
 
 def test_fingerprints_tell_data_tokenizer_and_flip_apart():
     other = PatchVQ.fit(SOURCE, 24, 4, codes=16)
-    sources = [TokenizedImages(SOURCE, VQ, 0), TokenizedImages(SOURCE, VQ, 0, flip=True),
-               TokenizedImages(SOURCE, other, 0), TokenizedImages(Logograms(24, 299), VQ, 0)]
+    sources = [
+        TokenizedImages(SOURCE, VQ, 0),
+        TokenizedImages(SOURCE, VQ, 0, flip=True),
+        TokenizedImages(SOURCE, other, 0),
+        TokenizedImages(Logograms(24, 299), VQ, 0),
+    ]
     assert len({s.fingerprint for s in sources}) == 4
     assert TokenizedImages(SOURCE, VQ, seed=7).fingerprint == sources[0].fingerprint
 

@@ -22,10 +22,10 @@ REAL = to_unit(FRESH.images(torch.arange(1000)))
 
 
 def measure(images, labels, tokenizer=None):
-    metric, = make_metrics(["symmetry"], MetricContext(TRAIN, tokenizer))
+    (metric,) = make_metrics(["symmetry"], MetricContext(TRAIN, tokenizer))
     assert isinstance(metric, Metric)
     for start in range(0, len(images), 300):
-        metric.update(images[start:start + 300], labels[start:start + 300])
+        metric.update(images[start : start + 300], labels[start : start + 300])
     return metric.compute()
 
 
@@ -98,7 +98,7 @@ def test_copies_are_seen():
     copies = to_unit(TRAIN.images(torch.arange(500)))
     result = measure(copies, TRAIN.labels[:500])
     assert result["copy_distance"] == 0 and result["copy_share"] == 1
-    near = (copies + 0.01 * torch.randn(copies.shape, generator=torch.Generator().manual_seed(0)))
+    near = copies + 0.01 * torch.randn(copies.shape, generator=torch.Generator().manual_seed(0))
     assert measure(near, TRAIN.labels[:500])["copy_distance_ratio"] < 0.3
 
 
@@ -124,8 +124,9 @@ def test_nearest_distance_matches_the_direct_one(monkeypatch):
 
 def test_rayleigh_is_calibrated():
     generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([rayleigh_p(torch.rand(200, generator=generator) * 2 * math.pi)
-                           for _ in range(1000)])
+    values = torch.tensor(
+        [rayleigh_p(torch.rand(200, generator=generator) * 2 * math.pi) for _ in range(1000)]
+    )
     for level in (0.05, 0.5, 0.9):
         assert abs((values < level).double().mean() - level) < 0.05
     assert rayleigh_p(torch.zeros(50)) < 1e-9 and rayleigh_p(torch.zeros(0)) == 1
@@ -144,7 +145,7 @@ def test_refusals():
         make_metrics(["symmetry", "fad"], MetricContext(TRAIN))
     with pytest.raises(ValueError, match="--data logograms"):
         make_metrics(["symmetry"], MetricContext())
-    metric, = make_metrics(["symmetry"], MetricContext(TRAIN))
+    (metric,) = make_metrics(["symmetry"], MetricContext(TRAIN))
     with pytest.raises(ValueError, match="no samples"):
         metric.compute()
     with pytest.raises(ValueError, match="expected images"):

@@ -28,9 +28,12 @@ def small_disk(tmp_path):
     """A file system of 8 MB, where one can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if shutil.which("mount") is None or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)],
-            capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting is not permitted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -38,6 +41,7 @@ def small_disk(tmp_path):
 
 def limit_files(size):
     """For a child process: files end at `size` bytes, as on a full disk."""
+
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -48,9 +52,15 @@ def test_files_that_cannot_grow_fail_clearly_and_keep_what_is_there(tmp_path):
     train_here(tmp_path, **WIDE, images=16)
     before = final_files(tmp_path)
     words = flags(out=tmp_path, **WIDE, images=32)
-    done = subprocess.run([sys.executable, "tools/train.py", *words],
-                          capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120,
-                          preexec_fn=limit_files(100_000))
+    done = subprocess.run(
+        [sys.executable, "tools/train.py", *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        timeout=120,
+        preexec_fn=limit_files(100_000),
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "error: could not write" in done.stderr and "WARNING" in done.stdout
     assert final_files(tmp_path) == before

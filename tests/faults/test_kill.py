@@ -40,8 +40,7 @@ def test_killed_in_a_step(tmp_path, undisturbed):
     assert "resumed   at 32 images" in same_end(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("where, resumed", [("files=4", 16), ("manifest=4", 16),
-                                            ("rename=4", 32)])
+@pytest.mark.parametrize("where, resumed", [("files=4", 16), ("manifest=4", 16), ("rename=4", 32)])
 def test_killed_while_a_checkpoint_is_written(tmp_path, undisturbed, where, resumed):
     killed(tmp_path, f"kill9@{where}")
     assert all(problems(path) == [] for path in listed(tmp_path / "checkpoints"))
@@ -53,8 +52,13 @@ def test_killed_at_five_random_steps_in_a_row(tmp_path, undisturbed):
     # A checkpoint every step, so that every kill finds the run further on.
     steps = sorted(random.Random(5).sample(range(1, 9), 5))
     for step in steps:
-        result = finish(start("train", *flags(out=tmp_path, checkpoint_every=8),
-                              HEPTAPOD_FAULT=f"kill9@step={step}"))
+        result = finish(
+            start(
+                "train",
+                *flags(out=tmp_path, checkpoint_every=8),
+                HEPTAPOD_FAULT=f"kill9@step={step}",
+            )
+        )
         assert result.code == -signal.SIGKILL, result.out
     same_end(tmp_path, undisturbed, checkpoint_every=8)
 
@@ -115,8 +119,9 @@ def test_terminated_and_then_killed_during_a_checkpoint(tmp_path, undisturbed):
 
 @pytest.mark.slow
 def test_sigusr1_saves_and_continues(tmp_path):
-    process = start("train", *flags(out=tmp_path, **LONG | dict(checkpoint_every=10**6,
-                                                                 keep_checkpoints=9)))
+    process = start(
+        "train", *flags(out=tmp_path, **LONG | dict(checkpoint_every=10**6, keep_checkpoints=9))
+    )
     wait_for(process, "images   512/")
     process.send_signal(signal.SIGUSR1)
     result = finish(process)

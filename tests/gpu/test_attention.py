@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
-from heptapod_fast import grid
-from heptapod_fast.ops import attention, cross_attention
+from heptapod_fast.ops import CAUSAL, FULL, AttentionMask, Ends, attention, cross_attention
+from heptapod_fast.ops.masks import two_stream_mask
 from tests.numerics import needs_triton, poisoned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,12 +25,14 @@ def leaf(*shape):
     return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
 
 
-@pytest.mark.parametrize("length, heads, width, kind", [
-    (256, 12, 64, "causal"), (257, 12, 64, "full"), (257, 16, 80, "full"), (512, 12, 64, "mask")])
+@pytest.mark.parametrize(
+    "length, heads, width, kind",
+    [(256, 12, 64, "causal"), (257, 12, 64, "full"), (257, 16, 80, "full"), (512, 12, 64, "mask")],
+)
 def test_the_backward_pass_repeats_its_bits(length, heads, width, kind):
-    mask = grid.two_stream_mask(SAR, 0).to(DEVICE) if kind == "mask" else None
+    visible = {"full": FULL, "causal": CAUSAL, "mask": two_stream_mask(SAR, 0).to(DEVICE)}[kind]
     qkv = leaf(BATCH, length, 3, heads if DEVICE == "cuda" else 1, width)
-    out = attention(qkv, causal=kind == "causal", mask=mask, implementation="triton")
+    out = attention(qkv, visible, "triton")
     grad = torch.randn_like(out)
     first = None
     for _ in range(RUNS):
@@ -49,21 +51,22 @@ def random_case(kind, rng):
     batch, heads, width = rng.randint(1, 3), rng.randint(1, 3), rng.choice([64, 80])
     seed = rng.randrange(2**31)
     if kind in ("full", "causal"):
-        return (lambda x, how: attention(x, causal=kind == "causal", implementation=how),
-                (leaf(batch, n, 3, heads, width),))
-    options = {}
+        visible = CAUSAL if kind == "causal" else FULL
+        return (lambda x, how: attention(x, visible, how), (leaf(batch, n, 3, heads, width),))
     if kind == "ends":
-        options["ends"] = torch.randint(1, m + 1, (batch, n), device=DEVICE)
+        visible = Ends(torch.randint(1, m + 1, (batch, n), device=DEVICE))
     elif kind == "decode":
-        n, options["causal"] = min(n, m), True
+        n, visible = min(n, m), CAUSAL
     else:
         generator = torch.Generator().manual_seed(seed)
         ranges = torch.randint(0, m + 1, (n, 4), generator=generator).sort(1).values
         ranges[:, 0], ranges[:, 3] = ranges[:, 0].clamp(max=m - 1), m
         ranges[:, 1] = torch.maximum(ranges[:, 1], ranges[:, 0] + 1)
-        options["mask"] = grid.AttentionMask.from_ranges(ranges.view(n, 2, 2), m).to(DEVICE)
-    return (lambda q, kv, how: cross_attention(q, kv, implementation=how, **options),
-            (leaf(batch, n, heads, width), leaf(batch, m, 2, heads, width)))
+        visible = AttentionMask.from_ranges(ranges.view(n, 2, 2), m).to(DEVICE)
+    return (
+        lambda q, kv, how: cross_attention(q, kv, visible, how),
+        (leaf(batch, n, heads, width), leaf(batch, m, 2, heads, width)),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

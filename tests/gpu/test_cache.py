@@ -6,8 +6,10 @@ import torch
 from tests.caches import small_cache
 from tests.tokenizers.reference import random_weights
 
-pytestmark = [pytest.mark.gpu,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.fixture(scope="module", params=["patch-vq", "kl16"])

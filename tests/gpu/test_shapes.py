@@ -38,8 +38,9 @@ def test_ours_is_eager_and_the_same_every_time(case):
     ours, eager = (case.contenders[name](inputs) for name in ("ours", "eager"))
     first, plain = tensors(ours()), tensors(eager())
     # Contenders may return more than the gradients, which come last.
-    for found, expected in (zip(first, plain) if len(first) == len(plain)
-                            else [(first[-1], plain[-1])]):
+    for found, expected in (
+        zip(first, plain) if len(first) == len(plain) else [(first[-1], plain[-1])]
+    ):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert bool(found.isfinite().all())
         error = (found.double() - expected.double()).norm() / expected.double().norm()

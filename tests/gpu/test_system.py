@@ -6,11 +6,17 @@ import torch
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions
 
-pytestmark = [pytest.mark.gpu,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-CASES = [("discrete", dict(density=2)), ("continuous", dict(density=2)),
-         ("discrete", dict(head="local", window=4, density=4)),
-         ("discrete", dict(steps="uniform", dropout=0.1)), ("discrete", dict(system="1d-random"))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CASES = [
+    ("discrete", dict(density=2)),
+    ("continuous", dict(density=2)),
+    ("discrete", dict(head="local", window=4, density=4)),
+    ("discrete", dict(steps="uniform", dropout=0.1)),
+    ("discrete", dict(system="1d-random")),
+]
 
 
 @pytest.mark.parametrize("tokens, settings", CASES)

@@ -13,13 +13,15 @@ ORDER = grid.random_orders(torch.arange(2), TOKENS, Rng(0))
 
 
 def global_head(depth=2):
-    return fill(GlobalHead(depth=depth, width=WIDTH, heads=2, num_tokens=TOKENS,
-                           attention="reference"))
+    return fill(
+        GlobalHead(depth=depth, width=WIDTH, heads=2, num_tokens=TOKENS, attention="reference")
+    )
 
 
 def local_head(window=4):
-    return fill(LocalHead(depth=2, width=WIDTH, heads=2, grid=SIDE, window=window,
-                          attention="reference"))
+    return fill(
+        LocalHead(depth=2, width=WIDTH, heads=2, grid=SIDE, window=window, attention="reference")
+    )
 
 
 def states(count=TOKENS):
@@ -62,8 +64,9 @@ def test_global_rows_are_elements_of_the_dense_output():
     x = head.assemble(h, ORDER, steps)
     for block in head.blocks:
         x = dense(block, x)
-    torch.testing.assert_close(out, head.norm(x)[rows.pair_R, rows.position_R + 1],
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out, head.norm(x)[rows.pair_R, rows.position_R + 1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_global_head_sees_exactly_the_states_up_to_its_step():
@@ -73,8 +76,8 @@ def test_global_head_sees_exactly_the_states_up_to_its_step():
     out = head(h, ORDER, steps, pair, torch.zeros_like(pair)).view(2, TOKENS, WIDTH)
     for t in range(TOKENS):
         grad = torch.autograd.grad(out[1, t].square().sum(), h, retain_graph=True)[0]
-        assert (grad[0] == 0).all() and (grad[1, t + 1:] == 0).all()
-        assert (grad[1, :t + 1].abs().sum(1) > 0).all()
+        assert (grad[0] == 0).all() and (grad[1, t + 1 :] == 0).all()
+        assert (grad[1, : t + 1].abs().sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("window", [1, 4])
@@ -86,8 +89,8 @@ def test_local_head_sees_exactly_the_states_up_to_its_step(window):
     for t in range(TOKENS):
         for w in range(window):
             grad = torch.autograd.grad(out[1, t, w].square().sum(), h, retain_graph=True)[0]
-            assert (grad[0] == 0).all() and (grad[1, t + 1:] == 0).all()
-            assert (grad[1, :t + 1].abs().sum(1) > 0).all()
+            assert (grad[0] == 0).all() and (grad[1, t + 1 :] == 0).all()
+            assert (grad[1, : t + 1].abs().sum(1) > 0).all()
 
 
 def test_local_queries_attend_inside_their_window_only():
@@ -110,7 +113,7 @@ def test_one_step_at_a_time_equals_all_at_once():
     positions = head.window_positions(ORDER.gather(1, steps).flatten())
     together = head(h, steps, positions).view(2, 2, 4, WIDTH)
     for j in range(2):
-        alone = head(h, steps[:, j:j + 1], positions.view(2, 2, 4)[:, j]).view(2, 4, WIDTH)
+        alone = head(h, steps[:, j : j + 1], positions.view(2, 2, 4)[:, j]).view(2, 4, WIDTH)
         torch.testing.assert_close(alone, together[:, j], rtol=1e-4, atol=1e-5)
 
 

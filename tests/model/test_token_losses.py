@@ -44,16 +44,18 @@ def upstream_mlp(m, x, t, z):
 def test_mlp_is_upstreams():
     m, (z, x, *_) = diffusion(), rows(6)
     t = torch.tensor([0, 1, 10, 500, 998, 999])
-    torch.testing.assert_close(m.net(x, t, m.condition(z)), upstream_mlp(m, x, t, z),
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        m.net(x, t, m.condition(z)), upstream_mlp(m, x, t, z), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rows_share_the_condition_of_their_token():
     m, (z, *_) = diffusion(), rows(3)
     x, t = torch.randn(12, C), torch.arange(12) * 90
     condition = m.condition(z)
-    torch.testing.assert_close(m.net(x, t, condition),
-                               m.net(x, t, condition.repeat_interleave(4, dim=0)))
+    torch.testing.assert_close(
+        m.net(x, t, condition), m.net(x, t, condition.repeat_interleave(4, dim=0))
+    )
 
 
 @needs_triton
@@ -83,9 +85,18 @@ def test_loss_is_the_mean_over_repeats_with_fresh_draws(bound):
             key = torch.tensor(int(slot[r]) * REPEAT + i)
             t = Rng(1).integers("diffusion.time", index[r], 1, 1000, key)
             noise = Rng(1).normal("diffusion.noise", index[r], C, key)[None]
-            xt = ops.add_noise(x0[r:r + 1], noise, t, m.tables)
-            each.append(row_losses(upstream_mlp(m, xt, t, z[r:r + 1]), x0[r:r + 1], xt,
-                                           noise, t, m.tables, bound))
+            xt = ops.add_noise(x0[r : r + 1], noise, t, m.tables)
+            each.append(
+                row_losses(
+                    upstream_mlp(m, xt, t, z[r : r + 1]),
+                    x0[r : r + 1],
+                    xt,
+                    noise,
+                    t,
+                    m.tables,
+                    bound,
+                )
+            )
             drawn.append((int(t), float(noise[0, 0])))
         torch.testing.assert_close(loss[r], torch.cat(each).mean(), rtol=1e-3, atol=1e-4)
         assert len(set(drawn)) == REPEAT
@@ -125,10 +136,16 @@ def test_condition_runs_once_per_token_and_time_once_per_call(monkeypatch):
     watch(monkeypatch, m, lambda name, x, out: note(name, x))
     for name in ("condition", "time1", "time2"):
         getattr(m, name).register_forward_pre_hook(
-            lambda module, inputs, name=name: note(name, inputs[0]))
+            lambda module, inputs, name=name: note(name, inputs[0])
+        )
     m.loss(z, x0, Rng(1), index, slot)
-    assert seen == {"condition": [5], "time1": [1000], "time2": [1000], "input": [5 * REPEAT],
-                    "output": [5 * REPEAT]}
+    assert seen == {
+        "condition": [5],
+        "time1": [1000],
+        "time2": [1000],
+        "input": [5 * REPEAT],
+        "output": [5 * REPEAT],
+    }
 
 
 def test_time_features_are_cosines_then_sines():
@@ -151,7 +168,8 @@ def test_first_and_last_layer_work_in_float32(monkeypatch):
     dtypes = {}
     watch(monkeypatch, m, lambda name, x, out: dtypes.update({name: out.dtype}))
     m.condition.register_forward_hook(
-        lambda module, inputs, out: dtypes.update(condition=out.dtype))
+        lambda module, inputs, out: dtypes.update(condition=out.dtype)
+    )
     total, loss = m.loss(z.bfloat16(), x0, Rng(1), index, slot)
     assert dtypes == {"input": torch.float32, "output": torch.float32, "condition": torch.bfloat16}
     assert total.dtype == loss.dtype == torch.float32

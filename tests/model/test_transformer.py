@@ -26,18 +26,36 @@ def block(layer=0):
 
 
 def backbone(channels=0, vocabulary=7, tokens=6):
-    return fill(Backbone(depth=2, width=WIDTH, heads=HEADS, num_classes=3, num_tokens=tokens,
-                         channels=channels, vocabulary=vocabulary, attention="reference"))
+    return fill(
+        Backbone(
+            depth=2,
+            width=WIDTH,
+            heads=HEADS,
+            num_classes=3,
+            num_tokens=tokens,
+            channels=channels,
+            vocabulary=vocabulary,
+            attention="reference",
+        )
+    )
 
 
 def torchs_own(ours):
     """nn.TransformerEncoderLayer with the same weights: pre-norm, erf GELU, eps 1e-6."""
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", 1e-6, batch_first=True,
-                                       norm_first=True)
-    pairs = ((layer.self_attn.in_proj_weight, ours.qkv.weight),
-             (layer.self_attn.in_proj_bias, ours.qkv.bias))
-    modules = ((layer.self_attn.out_proj, ours.proj), (layer.linear1, ours.fc1),
-               (layer.linear2, ours.fc2), (layer.norm1, ours.norm1), (layer.norm2, ours.norm2))
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True
+    )
+    pairs = (
+        (layer.self_attn.in_proj_weight, ours.qkv.weight),
+        (layer.self_attn.in_proj_bias, ours.qkv.bias),
+    )
+    modules = (
+        (layer.self_attn.out_proj, ours.proj),
+        (layer.linear1, ours.fc1),
+        (layer.linear2, ours.fc2),
+        (layer.norm1, ours.norm1),
+        (layer.norm2, ours.norm2),
+    )
     with torch.no_grad():
         for theirs, own in pairs:
             theirs.copy_(own)
@@ -67,8 +85,11 @@ def test_gathered_rows_equal_the_full_block(dropped):
     results = []
     for packed in (True, False):
         x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        out = (module.forward_rows(Stream(x), sequence, element, **options).value() if packed
-               else dense(module, x, **options)[sequence, element])
+        out = (
+            module.forward_rows(Stream(x), sequence, element, **options).value()
+            if packed
+            else dense(module, x, **options)[sequence, element]
+        )
         grads = torch.autograd.grad((out * out.detach().cos()).sum(), (x, *module.parameters()))
         results.append((out, *grads))
     for ours, theirs in zip(*results):
@@ -106,7 +127,7 @@ def test_backbone_is_causal():
     h = module(x)
     for t in range(6):
         grad = torch.autograd.grad(h[0, t].square().sum(), x, retain_graph=True)[0][0]
-        assert (grad[t + 1:] == 0).all() and (grad[:t + 1].abs().sum(1) > 0).all()
+        assert (grad[t + 1 :] == 0).all() and (grad[: t + 1].abs().sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("parts", [[1] * 6, [2, 3, 1], [6], [1, 5]])
@@ -114,7 +135,7 @@ def test_cache_equals_the_whole_sequence(parts):
     module, x = backbone(), torch.randn(2, 6, WIDTH)
     cache, out, start = KVCache(2, 6), [], 0
     for count in parts:
-        out.append(module(x[:, start:start + count], cache=cache))
+        out.append(module(x[:, start : start + count], cache=cache))
         cache.advance(count)
         start += count
     torch.testing.assert_close(torch.cat(out, 1), module(x), rtol=1e-4, atol=1e-5)
@@ -131,25 +152,38 @@ def test_embeddings_are_the_sums_they_should_be():
     embedded = module.embed_tokens(tokens, positions, 3)
     for b in range(2):
         for i in range(2):
-            expected = (module.token.weight[tokens[b, i]] + module.time.weight[3 + i]
-                        + module.position.weight[positions[b, i]])
+            expected = (
+                module.token.weight[tokens[b, i]]
+                + module.time.weight[3 + i]
+                + module.position.weight[positions[b, i]]
+            )
             torch.testing.assert_close(embedded[b, i], expected)
 
 
 def test_vectors_are_projected():
     module, vectors = backbone(channels=4), torch.randn(1, 2, 4)
     embedded = module.embed_tokens(vectors, torch.tensor([[0, 1]]), 1)
-    expected = (vectors @ module.token.weight.t() + module.token.bias + module.time.weight[1:3]
-                + module.position.weight[:2])
+    expected = (
+        vectors @ module.token.weight.t()
+        + module.token.bias
+        + module.time.weight[1:3]
+        + module.position.weight[:2]
+    )
     torch.testing.assert_close(embedded, expected)
 
 
 def test_tables_have_the_sizes_of_the_method():
-    shapes = {name: tuple(p.shape) for name, p in backbone().named_parameters()
-              if "blocks" not in name}
+    shapes = {
+        name: tuple(p.shape) for name, p in backbone().named_parameters() if "blocks" not in name
+    }
     assert shapes == {
-        "token.weight": (7, WIDTH), "label.weight": (3, WIDTH), "position.weight": (6, WIDTH),
-        "time.weight": (6, WIDTH), "norm.weight": (WIDTH,), "norm.bias": (WIDTH,)}
+        "token.weight": (7, WIDTH),
+        "label.weight": (3, WIDTH),
+        "position.weight": (6, WIDTH),
+        "time.weight": (6, WIDTH),
+        "norm.weight": (WIDTH,),
+        "norm.bias": (WIDTH,),
+    }
     module = block()
     assert module.norm1.eps == module.norm2.eps == 1e-6
     assert sum(p.numel() for p in module.parameters()) == 12 * WIDTH**2 + 13 * WIDTH

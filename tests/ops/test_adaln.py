@@ -24,12 +24,14 @@ def seed():
 
 def draw(rows, width, dtype, place="middle"):
     """Arguments of adaln; modulation in slices of one tensor, as the diffusion MLP has it."""
+
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
 
     modulation = normal(rows, 4 * width).detach()
-    gate, shift, scale = (modulation[:, k * width:(k + 1) * width].requires_grad_()
-                          for k in (3, 0, 1))
+    gate, shift, scale = (
+        modulation[:, k * width : (k + 1) * width].requires_grad_() for k in (3, 0, 1)
+    )
     parameter = dict(dtype=torch.float32)
     added = normal(rows, width), normal(width, **parameter), gate
     affine = normal(width, **parameter), normal(width, **parameter)
@@ -52,7 +54,8 @@ def run(implementation):
 def test_definition(place):
     arguments = [None if a is None else a.detach() for a in draw(5, 6, torch.float32, place)]
     x, branch, branch_bias, gate, shift, scale, weight, bias = (
-        None if a is None else a.double() for a in arguments)
+        None if a is None else a.double() for a in arguments
+    )
     new = x if branch is None else x + gate * (branch + branch_bias)
     centred = new - new.mean(1, keepdim=True)
     u = centred / (centred.square().mean(1, keepdim=True) + EPS).sqrt()
@@ -67,8 +70,12 @@ def test_definition(place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", PLACES)
 def test_kernel_by_the_rule(rows, width, dtype, place):
-    compare(run("triton"), run("reference"), draw(rows, width, dtype, place),
-            upstream(rows, width, dtype))
+    compare(
+        run("triton"),
+        run("reference"),
+        draw(rows, width, dtype, place),
+        upstream(rows, width, dtype),
+    )
 
 
 @needs_triton
@@ -84,8 +91,10 @@ def test_v_comes_from_the_rounded_sum():
 def test_one_output_alone(used):
     """What only the other output depends on gets no gradient, or zeros."""
     arguments, (gradient, _) = draw(6, 16, torch.float32), upstream(6, 16, torch.float32)
-    found, expected = (torch.autograd.grad(run(name)(*arguments)[used], arguments, gradient,
-                                           allow_unused=True) for name in ("triton", "reference"))
+    found, expected = (
+        torch.autograd.grad(run(name)(*arguments)[used], arguments, gradient, allow_unused=True)
+        for name in ("triton", "reference")
+    )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
 
@@ -95,10 +104,20 @@ def test_slabs_of_several_rows(monkeypatch):
     """More rows than programs, and a last slab that is not full."""
     from heptapod_fast.kernels import tuning
 
-    monkeypatch.setattr(tuning, "lookup", lambda operation, kernel, size, device: {
-        "forward": dict(SLAB=4), "backward": dict(programs=4)}[kernel])
-    compare(run("triton"), run("reference"), draw(14, 20, torch.float32),
-            upstream(14, 20, torch.float32))
+    monkeypatch.setattr(
+        tuning,
+        "lookup",
+        lambda operation, kernel, size, device: {
+            "forward": dict(SLAB=4),
+            "backward": dict(programs=4),
+        }[kernel],
+    )
+    compare(
+        run("triton"),
+        run("reference"),
+        draw(14, 20, torch.float32),
+        upstream(14, 20, torch.float32),
+    )
 
 
 @needs_triton
@@ -109,12 +128,13 @@ def test_gradients_lie_in_slices_and_are_summed(place):
 
     rows, width = 9, 24
     x, branch, branch_bias, gate, shift, scale, weight, bias = (
-        None if a is None else a.detach() for a in draw(rows, width, torch.float32, place))
+        None if a is None else a.detach() for a in draw(rows, width, torch.float32, place)
+    )
     dnew, dv = upstream(rows, width, torch.float32)
     added = None if branch is None else kernels.Branch(branch, branch_bias, gate)
     new, _, stats = kernels.forward(x, added, shift, scale, weight, bias, EPS)
     slots = torch.full((rows, 5 * width), 7.0, device=DEVICE)
-    slot = lambda k: slots[:, k * width:(k + 1) * width]
+    slot = lambda k: slots[:, k * width : (k + 1) * width]
     slot(1).copy_(dv)
     arguments = x if new is None else new, added, scale, weight, bias, stats
     with poisoned():
@@ -128,8 +148,7 @@ def test_gradients_lie_in_slices_and_are_summed(place):
     assert all(bool((slot(k) == 7).all()) for k in untouched)
     zero = torch.zeros(width, device=DEVICE)
     sums = dict(zip(kernels.SUMS, sums.view(6, width), strict=True))
-    for name, part in (("gate", dgate), ("branch_bias", dbranch), ("shift", dv),
-                       ("scale", dscale)):
+    for name, part in (("gate", dgate), ("branch_bias", dbranch), ("shift", dv), ("scale", dscale)):
         torch.testing.assert_close(sums[name], zero if part is None else part.sum(0))
     if place == "last":
         assert torch.equal(sums["weight"], zero) and torch.equal(sums["bias"], zero)
@@ -144,9 +163,20 @@ def test_operator(place):
     both = upstream(6, 16, torch.float32)
     check_operator(_operator, *arguments, EPS)
     x, branch, branch_bias, gate, _, scale, weight, bias = (
-        None if a is None else a.detach() for a in arguments)
-    check_operator(_backward_operator, *both, x, branch, branch_bias, gate, scale, weight, bias,
-                   torch.rand(2, 6, device=DEVICE))
+        None if a is None else a.detach() for a in arguments
+    )
+    check_operator(
+        _backward_operator,
+        *both,
+        x,
+        branch,
+        branch_bias,
+        gate,
+        scale,
+        weight,
+        bias,
+        torch.rand(2, 6, device=DEVICE),
+    )
     check_compiles(run("triton"), arguments, both)
 
 

@@ -15,8 +15,16 @@ BETAS, EPS = (0.9, 0.95), 1e-8
 class State:
     """Parameters and everything that goes with them, made from a seed."""
 
-    def __init__(self, device="cpu", decays=(0.99, 0.5), copies=True, shapes=SHAPES, seed=0,
-                 grad_dtype=torch.float32, dtype=torch.float32):
+    def __init__(
+        self,
+        device="cpu",
+        decays=(0.99, 0.5),
+        copies=True,
+        shapes=SHAPES,
+        seed=0,
+        grad_dtype=torch.float32,
+        dtype=torch.float32,
+    ):
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.dtype, self.grad_dtype = device, dtype, grad_dtype
         self.shapes, self.decays = shapes, decays
@@ -37,11 +45,23 @@ class State:
         return torch.tensor(value, device=self.device, dtype=torch.float32)
 
     def step(self, grads, step, implementation, lr=1e-3, grad_scale=1.0):
-        adamw_ema(self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.emas,
-                  lr=self.scalar(lr), step=self.scalar(float(step)),
-                  grad_scale=self.scalar(grad_scale), ema_decays=self.scalar(list(self.decays)),
-                  weight_decays=self.weight_decays, beta1=BETAS[0], beta2=BETAS[1], eps=EPS,
-                  copies=self.copies, implementation=implementation)
+        adamw_ema(
+            self.params,
+            grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.emas,
+            lr=self.scalar(lr),
+            step=self.scalar(float(step)),
+            grad_scale=self.scalar(grad_scale),
+            ema_decays=self.scalar(list(self.decays)),
+            weight_decays=self.weight_decays,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPS,
+            copies=self.copies,
+            implementation=implementation,
+        )
 
     def tensors(self):
         lists = [self.params, self.exp_avgs, self.exp_avg_sqs, *self.emas, self.copies or []]
@@ -85,8 +105,7 @@ def test_equals_torch_adamw(implementation):
         theirs = optimizer.state[twin]
         torch.testing.assert_close(state.params[i], twin.detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(state.exp_avgs[i], theirs["exp_avg"], rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(state.exp_avg_sqs[i], theirs["exp_avg_sq"], rtol=1e-6,
-                                   atol=1e-9)
+        torch.testing.assert_close(state.exp_avg_sqs[i], theirs["exp_avg_sq"], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
@@ -181,7 +200,7 @@ def test_any_number_of_averages(implementation, count):
     """More than one pass takes: the same bits as each average has by itself."""
     decays = tuple(1 - 0.7**e for e in range(count))
     ours = State(device_of(implementation), decays)
-    alone = [State(device_of(implementation), decays[e:e + 1]) for e in range(count)]
+    alone = [State(device_of(implementation), decays[e : e + 1]) for e in range(count)]
     for step in range(1, 3):
         grads = ours.grads()
         ours.step(grads, step, implementation)
@@ -241,13 +260,19 @@ def spoil(state, grads, what):
         state.decays = (0.9,)
 
 
-@pytest.mark.parametrize("what, message", [
-    ("non-contiguous params", r"params contiguous.*params\[7\] is non-contiguous"),
-    ("float16 grads", "float32 or bfloat16"), ("mixed grads", "all alike"),
-    ("float32 copies", "copies contiguous, bfloat16"), ("short list", "9 params, 8 exp_avgs"),
-    ("wrong shape", "of the params' shapes"), ("short average", r"8 emas\[1\]"),
-    ("decays", r"ema_decays as float32 of shape \(2,\)"),
-])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("non-contiguous params", r"params contiguous.*params\[7\] is non-contiguous"),
+        ("float16 grads", "float32 or bfloat16"),
+        ("mixed grads", "all alike"),
+        ("float32 copies", "copies contiguous, bfloat16"),
+        ("short list", "9 params, 8 exp_avgs"),
+        ("wrong shape", "of the params' shapes"),
+        ("short average", r"8 emas\[1\]"),
+        ("decays", r"ema_decays as float32 of shape \(2,\)"),
+    ],
+)
 def test_wrong_arguments_are_refused(implementation, what, message):
     state = State(device_of(implementation))
     grads = state.grads()
@@ -271,9 +296,21 @@ def test_float64_parameters_and_unknown_names_are_refused():
 
 def arguments(state, emas):
     flat = [average for ema in emas for average in ema]
-    return (state.params, state.grads(), state.exp_avgs, state.exp_avg_sqs, flat,
-            state.copies or [], state.scalar(1e-3), state.scalar(1.0), state.scalar(1.0),
-            state.scalar(list(state.decays)), state.weight_decays, *BETAS, EPS)
+    return (
+        state.params,
+        state.grads(),
+        state.exp_avgs,
+        state.exp_avg_sqs,
+        flat,
+        state.copies or [],
+        state.scalar(1e-3),
+        state.scalar(1.0),
+        state.scalar(1.0),
+        state.scalar(list(state.decays)),
+        state.weight_decays,
+        *BETAS,
+        EPS,
+    )
 
 
 @pytest.mark.parametrize("copies", [True, False])
@@ -288,16 +325,33 @@ def test_compiles_into_one_graph(implementation):
     ours, theirs = (State(device_of(implementation), shapes=[(3,), (40, 7)]) for _ in range(2))
 
     def step(state, grads, lr, now, scale, decays):
-        adamw_ema(state.params, grads, state.exp_avgs, state.exp_avg_sqs, state.emas, lr=lr,
-                  step=now, grad_scale=scale, ema_decays=decays,
-                  weight_decays=state.weight_decays, beta1=BETAS[0], beta2=BETAS[1], eps=EPS,
-                  copies=state.copies, implementation=implementation)
+        adamw_ema(
+            state.params,
+            grads,
+            state.exp_avgs,
+            state.exp_avg_sqs,
+            state.emas,
+            lr=lr,
+            step=now,
+            grad_scale=scale,
+            ema_decays=decays,
+            weight_decays=state.weight_decays,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPS,
+            copies=state.copies,
+            implementation=implementation,
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for now in range(1, 4):
         grads = ours.grads()
-        scalars = (ours.scalar(1e-3), ours.scalar(float(now)), ours.scalar(0.5),
-                   ours.scalar(list(ours.decays)))
+        scalars = (
+            ours.scalar(1e-3),
+            ours.scalar(float(now)),
+            ours.scalar(0.5),
+            ours.scalar(list(ours.decays)),
+        )
         compiled(ours, grads, *scalars)
         step(theirs, grads, *scalars)
     for mine, other in zip(ours.tensors(), theirs.tensors()):
@@ -318,10 +372,23 @@ def test_one_cuda_graph_serves_every_step():
     decays = ours.scalar(list(ours.decays))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        adamw_ema(ours.params, grads, ours.exp_avgs, ours.exp_avg_sqs, ours.emas, lr=lr, step=now,
-                  grad_scale=scale, ema_decays=decays, weight_decays=ours.weight_decays,
-                  beta1=BETAS[0], beta2=BETAS[1], eps=EPS, copies=ours.copies,
-                  implementation="cuda")
+        adamw_ema(
+            ours.params,
+            grads,
+            ours.exp_avgs,
+            ours.exp_avg_sqs,
+            ours.emas,
+            lr=lr,
+            step=now,
+            grad_scale=scale,
+            ema_decays=decays,
+            weight_decays=ours.weight_decays,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPS,
+            copies=ours.copies,
+            implementation="cuda",
+        )
     for step in range(1, 4):
         lr.fill_(1e-3 / step), now.fill_(step), scale.fill_(1.0)
         graph.replay()

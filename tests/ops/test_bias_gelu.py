@@ -7,7 +7,7 @@ import torch
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.bias_gelu import _backward_operator, _operator, bias_gelu
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_triton
 
 SHAPES = [(3, 7), (2, 5, 64), (17, 130), (9, 513)]
@@ -25,8 +25,11 @@ def draw_mask(shape, p):
         return None
     rows = math.prod(shape[:-1])
     sequences = shape[0]
-    return Mask(torch.randint(0, 2**32, (sequences, 2), device=DEVICE),
-                torch.randint(0, 2**20, (rows // sequences,), device=DEVICE), p)
+    return DropoutMask(
+        torch.randint(0, 2**32, (sequences, 2), device=DEVICE),
+        torch.randint(0, 2**20, (rows // sequences,), device=DEVICE),
+        p,
+    )
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
@@ -34,8 +37,12 @@ def test_definition(activation):
     x, bias, _, _ = draw((4, 6), torch.float32)
     u = (x + bias).double()
     scale = 0.5 * (1 + torch.erf(u / math.sqrt(2))) if activation == "gelu" else torch.sigmoid(u)
-    torch.testing.assert_close(bias_gelu(x, bias, activation=activation, implementation="reference")
-                               .double(), u * scale, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        bias_gelu(x, bias, activation=activation, implementation="reference").double(),
+        u * scale,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @needs_triton
@@ -66,8 +73,9 @@ def test_operator():
     for arguments in ((None, None, 0.0), (*mask.arrays(), mask.p)):
         check_operator(_operator, x, bias, *arguments, "gelu")
         check_operator(_backward_operator, upstream, x.detach(), bias.detach(), *arguments, "gelu")
-    check_compiles(lambda x, bias: bias_gelu(x, bias, mask, implementation="triton"), (x, bias),
-                   [upstream])
+    check_compiles(
+        lambda x, bias: bias_gelu(x, bias, mask, implementation="triton"), (x, bias), [upstream]
+    )
 
 
 @needs_triton

@@ -118,7 +118,8 @@ def test_loss_equals_the_definition(error):
     for r, step in enumerate(times):
         eps, v = prediction[r].double().chunk(2)
         expected = (noise[r].double() - eps).square().mean() + exact_bound(
-            eps, v, x0[r].double(), xt[r].double(), step)
+            eps, v, x0[r].double(), xt[r].double(), step
+        )
         # The bound at t = 999 subtracts numbers 20,000 times its root.
         torch.testing.assert_close(loss[r].double(), expected, rtol=2e-3, atol=2e-4)
 
@@ -127,8 +128,9 @@ def test_first_step_is_a_likelihood_of_256_levels():
     """Over all levels the probabilities sum to 1, and they follow the exact normal distribution."""
     levels = torch.arange(256).float() / 127.5 - 1
     for mean, deviation in ((0.1, 0.05), (0.9, 0.3), (-1.2, 0.4)):
-        log_p = discretised_log_likelihood(levels, torch.tensor(mean),
-                                           torch.tensor(deviation).log())
+        log_p = discretised_log_likelihood(
+            levels, torch.tensor(mean), torch.tensor(deviation).log()
+        )
         assert float(log_p.double().exp().sum()) == pytest.approx(1, abs=1e-3)
         truth = Normal(mean, deviation)
         inner = slice(1, 255)
@@ -192,8 +194,19 @@ def test_loss_at_the_start_is_upstreams():
     assert float(bound.sum() + last_bound) / 1000 == pytest.approx(0.73, abs=0.02)
 
 
-@pytest.mark.parametrize("t, constant", [(1, 0.81), (10, 0.10), (100, 0.014), (500, 0.0045),
-                                         (900, 0.015), (990, 0.17), (998, 2.16), (999, 720.6)])
+@pytest.mark.parametrize(
+    "t, constant",
+    [
+        (1, 0.81),
+        (10, 0.10),
+        (100, 0.014),
+        (500, 0.0045),
+        (900, 0.015),
+        (990, 0.17),
+        (998, 2.16),
+        (999, 720.6),
+    ],
+)
 def test_bound_in_units_of_the_mse_is_upstreams(t, constant):
     """With the variance at the posterior's (v = -1), where nothing but the mean is wrong."""
     mse, bound = of_zeros([t], 4000, v=-1.0)
@@ -204,8 +217,7 @@ def test_bound_in_units_of_the_mse_is_upstreams(t, constant):
 
 
 def draws_of(tokens, repeat, first=2**40):
-    """Draws of tokens whose indices and slots are not their places; one key above 2**31, one below.
-    """
+    """Tokens whose indices and slots are not their places; one key above 2**31, one below."""
     index = first + 3 * torch.arange(tokens, device=DEVICE)
     slot = 7 * torch.arange(tokens, device=DEVICE).flip(0)
     return Draws(index, slot, repeat, (0xDEADBEEF, 17), (123456, 0xFFFFFFFF))
@@ -220,7 +232,7 @@ def problem(tokens, channels, repeat, dtype=torch.float32, times=(0, 999)):
     table, draws = TABLE.to(DEVICE), draws_of(tokens, repeat)
     x0 = torch.randn(tokens, channels, device=DEVICE)
     _, t = diffusion_inputs(x0, draws, table, "reference")
-    t[:len(times)] = torch.tensor(times, device=DEVICE)[:len(t)]
+    t[: len(times)] = torch.tensor(times, device=DEVICE)[: len(t)]
     noise = draws.noise(channels)
     xt = add_noise(x0.repeat_interleave(repeat, dim=0), noise, t, table)
     guess = torch.cat((noise + 0.3 * torch.randn_like(noise), torch.randn_like(noise)), dim=1)
@@ -259,8 +271,9 @@ def test_loss_is_the_mean_over_repeats_of_fresh_rows():
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens, channels, repeat",
-                         [(1, 3, 1), (5, 16, 4), (33, 20, 1), (3, 7, 5)])
+@pytest.mark.parametrize(
+    "tokens, channels, repeat", [(1, 3, 1), (5, 16, 4), (33, 20, 1), (3, 7, 5)]
+)
 def test_inputs_kernel(tokens, channels, repeat):
     x0, draws = torch.randn(tokens, channels, device=DEVICE), draws_of(tokens, repeat)
     table = TABLE.to(DEVICE)
@@ -270,6 +283,7 @@ def test_inputs_kernel(tokens, channels, repeat):
         def function(x0):
             xt, times[implementation] = diffusion_inputs(x0, draws, table, implementation)
             return xt
+
         return function
 
     compare(run("triton"), run("reference"), (x0,))
@@ -278,9 +292,19 @@ def test_inputs_kernel(tokens, channels, repeat):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens, channels, repeat, bound", [
-    (1, 16, 1, True), (5, 3, 4, True), (33, 16, 4, True), (33, 20, 1, True), (2, 5, 40, True),
-    (5, 16, 3, False), (33, 3, 4, False), (2, 130, 4, True)])
+@pytest.mark.parametrize(
+    "tokens, channels, repeat, bound",
+    [
+        (1, 16, 1, True),
+        (5, 3, 4, True),
+        (33, 16, 4, True),
+        (33, 20, 1, True),
+        (2, 5, 40, True),
+        (5, 16, 3, False),
+        (33, 3, 4, False),
+        (2, 130, 4, True),
+    ],
+)
 def test_kernel_by_the_rule(tokens, channels, repeat, bound, dtype):
     prediction, x0, xt, t, draws, upstream = problem(tokens, channels, repeat, dtype)
     table = TABLE.to(DEVICE)
@@ -288,8 +312,13 @@ def test_kernel_by_the_rule(tokens, channels, repeat, bound, dtype):
     def run(implementation):
         return lambda p: diffusion_loss(p, x0, xt, t, draws, table, bound, implementation)
 
-    compare(run("triton"), run("reference"), (prediction,), [upstream],
-            exact=lambda p: exact_losses(p, x0, t, draws, bound).to(p.dtype))
+    compare(
+        run("triton"),
+        run("reference"),
+        (prediction,),
+        [upstream],
+        exact=lambda p: exact_losses(p, x0, t, draws, bound).to(p.dtype),
+    )
 
 
 @needs_triton
@@ -303,9 +332,12 @@ def test_every_time_by_itself(times):
     exact = prediction.detach().double().requires_grad_()
     expected = exact_losses(exact, x0, t, draws)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(torch.autograd.grad(loss, prediction, one)[0].double(),
-                               torch.autograd.grad(expected, exact, one.double())[0], rtol=2e-4,
-                               atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, prediction, one)[0].double(),
+        torch.autograd.grad(expected, exact, one.double())[0],
+        rtol=2e-4,
+        atol=1e-6,
+    )
 
 
 @needs_triton
@@ -355,7 +387,7 @@ def test_draws_do_not_depend_on_the_batch(repeat):
     loss = diffusion_loss(prediction, x0, xt, t, draws, table, True, "triton")
     alone = diffusion_loss(guess, x0[chosen], xt[rows], t[rows], few, table, True, "triton")
     assert torch.equal(alone, loss[chosen])
-    whole, = torch.autograd.grad(loss, prediction, upstream)
+    (whole,) = torch.autograd.grad(loss, prediction, upstream)
     assert torch.equal(torch.autograd.grad(alone, guess, upstream[chosen])[0], whole[rows])
 
 
@@ -367,9 +399,13 @@ def test_operators():
     arguments = (x0, t, table, draws.index_M, draws.slot_M, 2, key, True)
     check_operator(_operator, prediction, *arguments)
     check_operator(_backward_operator, upstream, prediction.detach(), *arguments)
-    check_compiles(lambda p: diffusion_loss(p, x0, *diffusion_inputs(x0, draws, table, "triton"),
-                                            draws, table, True, "triton"), (prediction,),
-                   [upstream])
+    check_compiles(
+        lambda p: diffusion_loss(
+            p, x0, *diffusion_inputs(x0, draws, table, "triton"), draws, table, True, "triton"
+        ),
+        (prediction,),
+        [upstream],
+    )
 
 
 @needs_triton

@@ -40,10 +40,19 @@ def draw_weights(width, blocks, channels=C):
     def layer(outputs, inputs):
         return normal(outputs, inputs, scale=inputs**-0.5), normal(outputs, scale=0.5)
 
-    block = lambda: BlockWeights(normal(width), normal(width), *layer(width, width),
-                                 *layer(width, width), *layer(3 * width, width))
-    return DiffusionWeights(*layer(width, channels), *layer(2 * width, width),
-                            *layer(2 * channels, width), tuple(block() for _ in range(blocks)))
+    block = lambda: BlockWeights(
+        normal(width),
+        normal(width),
+        *layer(width, width),
+        *layer(width, width),
+        *layer(3 * width, width),
+    )
+    return DiffusionWeights(
+        *layer(width, channels),
+        *layer(2 * width, width),
+        *layer(2 * channels, width),
+        tuple(block() for _ in range(blocks)),
+    )
 
 
 def draw(rows=12, width=16, repeat=4, dtype=torch.float32, blocks=2, steps=7):
@@ -56,14 +65,16 @@ def draw(rows=12, width=16, repeat=4, dtype=torch.float32, blocks=2, steps=7):
 
 def run(implementation):
     return lambda xt, t, time, condition, *flat: diffusion_mlp(
-        xt, t, time, condition, DiffusionWeights.of(flat), EPS, implementation)
+        xt, t, time, condition, DiffusionWeights.of(flat), EPS, implementation
+    )
 
 
 def test_definition():
     """MAR's SimpleMLPAdaLN written out, every row with its own embedding and condition."""
     arguments, _ = draw()
-    xt, t, time, condition, *flat = (a.detach().double() if a.is_floating_point() else a
-                                     for a in arguments)
+    xt, t, time, condition, *flat = (
+        a.detach().double() if a.is_floating_point() else a for a in arguments
+    )
     w = DiffusionWeights.of(flat)
     found = run("reference")(*arguments)
     norm = lambda x: (x - x.mean()) / (x.var(correction=0) + EPS).sqrt()
@@ -82,15 +93,22 @@ def test_definition():
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, width, repeat, blocks, steps", [
-    (12, 16, 4, 2, 7), (12, 24, 1, 2, 40), (3, 7, 3, 1, 1), (10, 16, 2, 0, 7)])
+@pytest.mark.parametrize(
+    "rows, width, repeat, blocks, steps",
+    [(12, 16, 4, 2, 7), (12, 24, 1, 2, 40), (3, 7, 3, 1, 1), (10, 16, 2, 0, 7)],
+)
 def test_kernels_by_the_rule(dtype, rows, width, repeat, blocks, steps):
     """Twice the reference's error in float32; four times in bfloat16, where the largest error of a
     few numbers is a matter of chance: the next test looks at all of them together.
     """
     arguments, upstream = draw(rows, width, repeat, dtype, blocks, steps)
-    compare(run("triton"), run("reference"), arguments, [upstream],
-            factor=2.0 if dtype == torch.float32 else 4.0)
+    compare(
+        run("triton"),
+        run("reference"),
+        arguments,
+        [upstream],
+        factor=2.0 if dtype == torch.float32 else 4.0,
+    )
 
 
 @needs_triton
@@ -102,9 +120,10 @@ def test_bfloat16_is_as_close_to_float64_as_the_reference():
         outputs, grads = run_both(run("reference"), [double(a) for a in arguments], [upstream])
         for name in total:
             found = run_both(run(name), [fresh(a) for a in arguments], [upstream])
-            total[name] += sum(float((f.detach() - e.detach()).norm() / e.detach().norm())
-                               for f, e in zip((*found[0], *found[1]), (*outputs, *grads),
-                                               strict=True))
+            total[name] += sum(
+                float((f.detach() - e.detach()).norm() / e.detach().norm())
+                for f, e in zip((*found[0], *found[1]), (*outputs, *grads), strict=True)
+            )
     assert total["triton"] <= total["reference"]
 
 
@@ -120,8 +139,9 @@ def test_no_gradient_wanted(dtype):
     kept = [len(_operator(xt, t, time, condition, flat, EPS, keep)) for keep in (False, True)]
     assert kept == [1, 1 + 3 + 2 * 6 + 3]
     with pytest.raises(RuntimeError, match="keep=False"):
-        _operator(xt, t, time, condition, [w.requires_grad_() for w in flat], EPS,
-                  False)[0].sum().backward()
+        _operator(xt, t, time, condition, [w.requires_grad_() for w in flat], EPS, False)[
+            0
+        ].sum().backward()
 
 
 @needs_triton
@@ -144,8 +164,10 @@ def test_time_and_condition(rows, repeat):
         return out, *torch.autograd.grad(out, (time, condition), upstream.to(out.dtype))
 
     with poisoned():
-        found = (kernels.silu_sum(time.detach(), t, condition.detach()),
-                 *kernels.silu_sum_backward(upstream, time.detach(), t, condition.detach()))
+        found = (
+            kernels.silu_sum(time.detach(), t, condition.detach()),
+            *kernels.silu_sum_backward(upstream, time.detach(), t, condition.detach()),
+        )
     plain = gradients(time, condition)
     true = gradients(*(a.detach().double().requires_grad_() for a in (time, condition)))
     for f, p, e in zip(found, plain, true, strict=True):
@@ -170,12 +192,20 @@ def test_products_of_pieces_are_float32s():
     v, weight, bias = normal(30, 24), torch.randn(6, 24, device=DEVICE), normal(6).detach()
     v = v.detach().bfloat16()
     exact = v.double() @ weight.double().t() + bias
-    torch.testing.assert_close(kernels._output(v, weight, bias).double(), exact, rtol=1e-6,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        kernels._output(v, weight, bias).double(), exact, rtol=1e-6, atol=1e-5
+    )
     grad, xt = torch.randn(30, 6, device=DEVICE), torch.randn(30, 3, device=DEVICE)
-    for found, exact in zip((*kernels._output_backward(grad, v), *kernels._input_backward(v, xt)),
-                            (grad.double().t() @ v.double(), grad.double().sum(0),
-                             v.double().t() @ xt.double(), v.double().sum(0)), strict=True):
+    for found, exact in zip(
+        (*kernels._output_backward(grad, v), *kernels._input_backward(v, xt)),
+        (
+            grad.double().t() @ v.double(),
+            grad.double().sum(0),
+            v.double().t() @ xt.double(),
+            v.double().sum(0),
+        ),
+        strict=True,
+    ):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-5)
 

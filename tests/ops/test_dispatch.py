@@ -12,8 +12,13 @@ from heptapod_fast.ops import dispatch, library
 def operation(monkeypatch):
     """An operation with three implementations: fast (CUDA, float32), broken (never), reference."""
     monkeypatch.setattr(dispatch, "_registry", {})
-    dispatch.register("op", "fast", lambda device, dtype: (
-        None if device.type == "cuda" and dtype == torch.float32 else "needs float32 on CUDA"))
+    dispatch.register(
+        "op",
+        "fast",
+        lambda device, dtype: (
+            None if device.type == "cuda" and dtype == torch.float32 else "needs float32 on CUDA"
+        ),
+    )
     dispatch.register("op", "broken", lambda device, dtype: "install the package broken")
     dispatch.register("op", "reference", lambda device, dtype: None)
     return "op"
@@ -89,8 +94,9 @@ def test_forcing_holds_until_it_is_lifted(operation, monkeypatch):
 
 
 def test_operations_that_run_alike_share_a_line():
-    choices = [dispatch.Choice(name, "triton" if name < "c" else "reference", "why")
-               for name in "abc"]
+    choices = [
+        dispatch.Choice(name, "triton" if name < "c" else "reference", "why") for name in "abc"
+    ]
     assert dispatch.summary(choices) == ["a, b: triton (why)", "c: reference (why)"]
 
 

@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from heptapod_fast.model.transformer import Drop
-from heptapod_fast.ops import Mask, dispatch, dropout
-from heptapod_fast.ops.dropout import _operator, keep_mask
+from heptapod_fast.ops import DropoutMask, dispatch, dropout
+from heptapod_fast.ops.dropout import _operator
+from heptapod_fast.ops.dropout_mask import keep_mask
 from heptapod_fast.rng import Rng
 from tests.numerics import DEVICE, check_compiles, check_operator, needs_triton
 
 
 def draw_mask(batch, length, p, seed=0):
-    return Mask(Rng(seed).bits("k", torch.arange(batch), 2), torch.arange(length), p)
+    return DropoutMask(Rng(seed).bits("k", torch.arange(batch), 2), torch.arange(length), p)
 
 
 def correlation(a, b):
@@ -45,10 +46,14 @@ def test_mask_is_the_documented_hash():
 def test_mask_depends_on_keys_rows_and_columns():
     one = torch.tensor(1), torch.tensor(2)
     base = keep_mask(*one, torch.arange(200), 200, 0.5)
-    others = [keep_mask(torch.tensor(3), one[1], torch.arange(200), 200, 0.5),
-              keep_mask(one[0], torch.tensor(3), torch.arange(200), 200, 0.5),
-              keep_mask(*one, torch.arange(200, 400), 200, 0.5),
-              base.roll(1, 0), base.roll(1, 1), base.t()]
+    others = [
+        keep_mask(torch.tensor(3), one[1], torch.arange(200), 200, 0.5),
+        keep_mask(one[0], torch.tensor(3), torch.arange(200), 200, 0.5),
+        keep_mask(*one, torch.arange(200, 400), 200, 0.5),
+        base.roll(1, 0),
+        base.roll(1, 1),
+        base.t(),
+    ]
     for other in others:
         assert abs(correlation(base, other)) < 0.03
 
@@ -67,7 +72,8 @@ def test_backward_has_the_same_mask():
 def test_gradients_by_finite_differences():
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x: dropout(x, draw_mask(2, 3, 0.4), implementation="reference"), (x,))
+        lambda x: dropout(x, draw_mask(2, 3, 0.4), implementation="reference"), (x,)
+    )
 
 
 def test_p_zero_returns_the_input_itself():
@@ -103,7 +109,7 @@ def test_masks_that_do_not_fit_are_refused():
 def on_device(shape, p, packed=False):
     keys = torch.randint(0, 2**32, (shape[0], 2), device=DEVICE)
     counter = torch.randint(0, 2**20, shape[:1] if packed else shape[1:-1], device=DEVICE)
-    return torch.randn(shape, device=DEVICE), Mask(keys, counter, p)
+    return torch.randn(shape, device=DEVICE), DropoutMask(keys, counter, p)
 
 
 @needs_triton

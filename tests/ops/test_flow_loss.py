@@ -63,8 +63,11 @@ def test_velocity_is_the_slope_of_the_path():
 @pytest.mark.parametrize("tokens, channels, repeat", SHAPES)
 def test_inputs_kernel(tokens, channels, repeat):
     _, x0, draws, _ = problem(tokens, channels, repeat)
-    compare(lambda x0: flow_inputs(x0, draws, "triton"),
-            lambda x0: flow_inputs(x0, draws, "reference"), (x0,))
+    compare(
+        lambda x0: flow_inputs(x0, draws, "triton"),
+        lambda x0: flow_inputs(x0, draws, "reference"),
+        (x0,),
+    )
     assert torch.equal(flow_inputs(x0, draws, "triton")[1], flow_inputs(x0, draws, "reference")[1])
 
 
@@ -93,13 +96,14 @@ def test_draws_do_not_depend_on_the_batch(repeat):
     rows = (chosen[:, None] * repeat + torch.arange(repeat, device=DEVICE)).flatten()
     few = draws._replace(index_M=draws.index_M[chosen], slot_M=draws.slot_M[chosen])
     guess = prediction.detach()[rows].requires_grad_()
-    for found, whole in zip(flow_inputs(x0[chosen], few, "triton"),
-                            flow_inputs(x0, draws, "triton"), strict=True):
+    for found, whole in zip(
+        flow_inputs(x0[chosen], few, "triton"), flow_inputs(x0, draws, "triton"), strict=True
+    ):
         assert torch.equal(found, whole[rows])
     loss = flow_loss(prediction, x0, draws, "triton")
     alone = flow_loss(guess, x0[chosen], few, "triton")
     assert torch.equal(alone, loss[chosen])
-    whole, = torch.autograd.grad(loss, prediction, upstream)
+    (whole,) = torch.autograd.grad(loss, prediction, upstream)
     assert torch.equal(torch.autograd.grad(alone, guess, upstream[chosen])[0], whole[rows])
 
 
@@ -111,9 +115,11 @@ def test_operators():
     arguments = (x0, draws.index_M, draws.slot_M, 2, key)
     check_operator(_operator, prediction, *arguments)
     check_operator(_backward_operator, upstream, prediction.detach(), *arguments)
-    check_compiles(lambda p: (flow_loss(p, x0, draws, "triton"),
-                              flow_inputs(x0, draws, "triton")[0]), (prediction,),
-                   [upstream, None])
+    check_compiles(
+        lambda p: (flow_loss(p, x0, draws, "triton"), flow_inputs(x0, draws, "triton")[0]),
+        (prediction,),
+        [upstream, None],
+    )
 
 
 @needs_triton

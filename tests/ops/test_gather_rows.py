@@ -35,9 +35,13 @@ def test_values_and_adjoint(rows, width, data):
     torch.testing.assert_close((gathered * y).sum(), (x * scattered).sum())
 
 
-@pytest.mark.parametrize("operation", [
-    lambda x: gather_rows(x, torch.tensor([3, 0, 2])),
-    lambda x: scatter_rows(x, torch.tensor([6, 1, 4, 0]), 8)])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: gather_rows(x, torch.tensor([3, 0, 2])),
+        lambda x: scatter_rows(x, torch.tensor([6, 1, 4, 0]), 8),
+    ],
+)
 def test_gradients_by_finite_differences(operation):
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(operation, (x,))
@@ -89,10 +93,11 @@ def test_slices_are_read_in_place():
 def test_an_index_out_of_range_touches_nothing():
     x, y, _ = draw(6, 3, 8)
     index = torch.tensor([2, 6, -1], device=DEVICE)
-    assert torch.equal(gather_rows(x, index, "triton"),
-                       torch.stack((x[2], 0 * x[2], 0 * x[2])))
-    assert torch.equal(scatter_rows(y, index, 6, "triton"),
-                       torch.zeros(6, 8, device=DEVICE).index_copy(0, index[:1], y[:1]))
+    assert torch.equal(gather_rows(x, index, "triton"), torch.stack((x[2], 0 * x[2], 0 * x[2])))
+    assert torch.equal(
+        scatter_rows(y, index, 6, "triton"),
+        torch.zeros(6, 8, device=DEVICE).index_copy(0, index[:1], y[:1]),
+    )
 
 
 @needs_triton
@@ -102,9 +107,11 @@ def test_operators(dtype):
     check_operator(_gather, x.requires_grad_(), index)
     check_operator(_gather, x.detach()[:, 4:12], index)
     check_operator(_scatter, y.requires_grad_(), index, 9)
-    check_compiles(lambda x, y: (gather_rows(x, index, "triton"),
-                                 scatter_rows(y, index, 9, "triton")), (x, y),
-                   [torch.randn_like(y), torch.randn_like(x)])
+    check_compiles(
+        lambda x, y: (gather_rows(x, index, "triton"), scatter_rows(y, index, 9, "triton")),
+        (x, y),
+        [torch.randn_like(y), torch.randn_like(x)],
+    )
 
 
 @needs_triton
@@ -114,7 +121,7 @@ def test_gradients_of_gradients():
 
     def twice(implementation):
         first = gather_rows(x, index, implementation).square().sum()
-        grad, = torch.autograd.grad(first, x, create_graph=True)
+        (grad,) = torch.autograd.grad(first, x, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), x)[0]
 
     assert torch.equal(twice("triton"), twice("reference"))

@@ -19,8 +19,10 @@ def device_of(implementation):
 
 def draw(implementation, shapes=SHAPES, dtype=torch.float32, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return [(scale * torch.randn(shape, generator=generator)).to(device_of(implementation), dtype)
-            for shape in shapes]
+    return [
+        (scale * torch.randn(shape, generator=generator)).to(device_of(implementation), dtype)
+        for shape in shapes
+    ]
 
 
 def exact(tensors):
@@ -96,8 +98,8 @@ def test_same_bits_every_time_and_at_every_alignment(implementation):
         moved = []
         for tensor in tensors:
             room = tensor.new_full((tensor.numel() + offset + 9,), math.nan)
-            room[offset:offset + tensor.numel()] = tensor.flatten()
-            moved.append(room[offset:offset + tensor.numel()].view(tensor.shape))
+            room[offset : offset + tensor.numel()] = tensor.flatten()
+            moved.append(room[offset : offset + tensor.numel()].view(tensor.shape))
         torch.set_num_threads(threads)
         try:
             with poisoned():
@@ -117,8 +119,9 @@ def test_empty_and_strided_tensors(implementation):
     assert float(global_norm([empty], implementation)) == 0.0
     tensor = draw(implementation, [(40, 60)])[0]
     rows, columns = tensor[::2], tensor.t()
-    assert abs(float(global_norm([rows, columns, empty], implementation))
-               - exact([rows, tensor])) <= 2**-24 * exact([rows, tensor])
+    assert abs(
+        float(global_norm([rows, columns, empty], implementation)) - exact([rows, tensor])
+    ) <= 2**-24 * exact([rows, tensor])
 
 
 def test_gradients_of_gradients_are_not_recorded(implementation):

@@ -21,10 +21,18 @@ def weights(channels=2):
     """Parameters of an MLP of one block."""
     generator = torch.Generator().manual_seed(2)
     make = lambda *shape: (0.3 * torch.randn(shape, generator=generator)).to(DEVICE)
-    block = ops.BlockWeights(make(W), make(W), make(W, W), make(W), make(W, W), make(W),
-                             make(3 * W, W), make(3 * W))
-    return ops.DiffusionWeights(make(W, channels), make(W), make(2 * W, W), make(2 * W),
-                                make(2 * channels, W), make(2 * channels), (block,))
+    block = ops.BlockWeights(
+        make(W), make(W), make(W, W), make(W), make(W, W), make(W), make(3 * W, W), make(3 * W)
+    )
+    return ops.DiffusionWeights(
+        make(W, channels),
+        make(W),
+        make(2 * W, W),
+        make(2 * W),
+        make(2 * channels, W),
+        make(2 * channels),
+        (block,),
+    )
 
 
 WEIGHTS = weights()
@@ -32,34 +40,48 @@ WEIGHTS = weights()
 
 def mlp(x, how, **changes):
     xt, t = x[:, :2].float(), torch.arange(len(x), device=x.device)
-    return ops.diffusion_mlp(xt.detach(), t, x.detach(), x, WEIGHTS._replace(**changes), 1e-6,
-                             how)
+    return ops.diffusion_mlp(xt.detach(), t, x.detach(), x, WEIGHTS._replace(**changes), 1e-6, how)
 
 
 def cross_entropy(x, how):
     target = torch.arange(len(x), device=x.device)
-    return ops.linear_cross_entropy(x, x.detach() * 0.5, x.detach()[:, 0], target,
-                                    implementation=how)[0]
+    return ops.linear_cross_entropy(
+        x, x.detach() * 0.5, x.detach()[:, 0], target, implementation=how
+    )[0]
 
 
 # Each takes rows (6, W) and the implementation.
 CALLS = {
     "layer_norm": lambda x, how: ops.layer_norm(x, VECTOR, VECTOR, implementation=how),
-    "add_layer_norm": lambda x, how: ops.add_layer_norm(x, x, VECTOR, VECTOR, VECTOR,
-                                                        implementation=how)[1],
+    "add_layer_norm": lambda x, how: ops.add_layer_norm(
+        x, x, VECTOR, VECTOR, VECTOR, implementation=how
+    )[1],
     "bias_gelu": lambda x, how: ops.bias_gelu(x, VECTOR, implementation=how),
     "adaln": lambda x, how: ops.adaln(x, x, VECTOR, x, x, x, VECTOR, VECTOR, 1e-6, how)[1],
-    "diffusion_mlp": mlp, "linear_cross_entropy": cross_entropy,
+    "diffusion_mlp": mlp,
+    "linear_cross_entropy": cross_entropy,
     "diffusion_loss": lambda x, how: ops.diffusion_loss(
-        x, x[:, :W // 2].detach(), x[:, W // 2:].detach(), torch.arange(6, device=DEVICE) * 150,
-        DRAWS, TABLES, True, how),
+        x,
+        x[:, : W // 2].detach(),
+        x[:, W // 2 :].detach(),
+        torch.arange(6, device=DEVICE) * 150,
+        DRAWS,
+        TABLES,
+        True,
+        how,
+    ),
     "flow_loss": lambda x, how: ops.flow_loss(x, x.detach(), DRAWS, how),
     "gather_rows": lambda x, how: ops.gather_rows(x, torch.tensor([4, 0], device=DEVICE), how),
     "scatter_rows": lambda x, how: ops.scatter_rows(
-        x, torch.tensor([4, 0, 2, 1, 7, 5], device=DEVICE), 9, how),
+        x, torch.tensor([4, 0, 2, 1, 7, 5], device=DEVICE), 9, how
+    ),
     "dropout": lambda x, how: ops.dropout(
-        x, ops.Mask(torch.ones(6, 2, dtype=torch.int64, device=DEVICE),
-                    torch.arange(6, device=DEVICE), 0.4), how),
+        x,
+        ops.DropoutMask(
+            torch.ones(6, 2, dtype=torch.int64, device=DEVICE), torch.arange(6, device=DEVICE), 0.4
+        ),
+        how,
+    ),
 }
 ROWS_ONLY = ("gather_rows", "scatter_rows", "dropout")  # linear: a second derivative is 0
 
@@ -84,7 +106,7 @@ def test_layouts_do_not_change_results(name, layout):
     for each in (x, other):
         leaf = each.detach().requires_grad_()
         out = CALLS[name](leaf, "triton")
-        grad, = torch.autograd.grad((out * out.detach().cos()).sum(), leaf)
+        (grad,) = torch.autograd.grad((out * out.detach().cos()).sum(), leaf)
         found.append((out, grad))
     assert torch.equal(found[0][0], found[1][0])
     # Where x is several arguments, autograd adds its gradients in an order of its own.
@@ -95,14 +117,24 @@ def test_layouts_do_not_change_results(name, layout):
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ROWS_ONLY])
 def test_second_derivatives_are_refused_by_kernels(name):
     x = rows().requires_grad_()
-    grad, = torch.autograd.grad(CALLS[name](x, "triton").square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(CALLS[name](x, "triton").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once.*reference"):
         grad.square().sum().backward()
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "bias_gelu", "adaln",
-                                  "diffusion_mlp", "linear_cross_entropy", "gather_rows"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer_norm",
+        "add_layer_norm",
+        "bias_gelu",
+        "adaln",
+        "diffusion_mlp",
+        "linear_cross_entropy",
+        "gather_rows",
+    ],
+)
 def test_other_row_counts_need_few_graphs(name):
     torch._dynamo.reset()
     graphs = []
@@ -125,21 +157,38 @@ def test_tensors_that_are_no_rows_are_refused(name):
             CALLS[name](bad, "auto")
 
 
-@pytest.mark.parametrize("call", [
-    lambda x, m: ops.layer_norm(x, m, m), lambda x, m: ops.bias_gelu(x, m),
-    lambda x, m: ops.add_layer_norm(x, x, m, None, None),
-    lambda x, m: ops.adaln(x, None, None, None, m.expand(6, W), x, None, None),
-    lambda x, m: ops.gather_rows(x, m.long()), lambda x, m: mlp(x, "auto", input_bias=m),
-    lambda x, m: ops.linear_cross_entropy(x, x, m[:6], torch.zeros(6, dtype=torch.int64,
-                                                                   device=DEVICE))])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, m: ops.layer_norm(x, m, m),
+        lambda x, m: ops.bias_gelu(x, m),
+        lambda x, m: ops.add_layer_norm(x, x, m, None, None),
+        lambda x, m: ops.adaln(x, None, None, None, m.expand(6, W), x, None, None),
+        lambda x, m: ops.gather_rows(x, m.long()),
+        lambda x, m: mlp(x, "auto", input_bias=m),
+        lambda x, m: ops.linear_cross_entropy(
+            x, x, m[:6], torch.zeros(6, dtype=torch.int64, device=DEVICE)
+        ),
+    ],
+)
 def test_another_device_is_refused_with_the_argument(call):
     with pytest.raises(ValueError, match=r"on one device: \w+ is on .*, \S+ on meta"):
         call(rows(), torch.empty(W, device="meta"))
 
 
-@pytest.mark.parametrize("part", ["norm_weight", "norm_bias", "fc1_weight", "fc1_bias",
-                                  "fc2_weight", "fc2_bias", "modulation_weight",
-                                  "modulation_bias"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "norm_weight",
+        "norm_bias",
+        "fc1_weight",
+        "fc1_bias",
+        "fc2_weight",
+        "fc2_bias",
+        "modulation_weight",
+        "modulation_bias",
+    ],
+)
 def test_weights_of_another_shape_are_refused(part):
     block = WEIGHTS.blocks[0]
     cut = block._replace(**{part: getattr(block, part)[:-3]})
@@ -163,14 +212,18 @@ def test_what_is_sent_to_the_kernels_has_a_configuration():
 
     module = lambda name: importlib.import_module(f"heptapod_fast.ops.{name}")
     for name, kernels, limit in (
-            ("layer_norm", ("forward", "backward"), "MAX_WIDTH"),
-            ("bias_gelu", ("forward", "backward"), "MAX_WIDTH"),
-            ("adaln", ("forward", "backward", "silu_sum", "condition_gradient", "time_gradient"),
-             "MAX_WIDTH"),
-            ("gather_rows", ("gather", "scatter"), "MAX_WIDTH"),
-            ("linear_cross_entropy", ("chunk",), "MAX_WIDTH"),
-            ("linear_cross_entropy", ("blocks",), "MAX_CODES"),
-            ("diffusion_loss", ("inputs", "forward", "backward"), "WIDEST"),
-            ("flow_loss", ("inputs", "forward", "backward"), "WIDEST")):
+        ("layer_norm", ("forward", "backward"), "MAX_WIDTH"),
+        ("bias_gelu", ("forward", "backward"), "MAX_WIDTH"),
+        (
+            "adaln",
+            ("forward", "backward", "silu_sum", "condition_gradient", "time_gradient"),
+            "MAX_WIDTH",
+        ),
+        ("gather_rows", ("gather", "scatter"), "MAX_WIDTH"),
+        ("linear_cross_entropy", ("chunk",), "MAX_WIDTH"),
+        ("linear_cross_entropy", ("blocks",), "MAX_CODES"),
+        ("diffusion_loss", ("inputs", "forward", "backward"), "WIDEST"),
+        ("flow_loss", ("inputs", "forward", "backward"), "WIDEST"),
+    ):
         found = {tuning.largest(name, kernel) for kernel in kernels}
         assert min(found) == getattr(module(name), limit), f"{name} {kernels}"

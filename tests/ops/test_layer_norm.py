@@ -1,5 +1,4 @@
-"""layer_norm against its definition in float64, the kernels against the reference, the operators.
-"""
+"""layer_norm: the definition in float64, the kernels against the reference, operators."""
 
 import json
 import math
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from heptapod_fast.ops import dispatch, layer_norm
-from heptapod_fast.ops.dropout import Mask
+from heptapod_fast.ops.dropout_mask import DropoutMask
 from heptapod_fast.ops.layer_norm import (
     MAX_WIDTH,
     _add_operator,
@@ -40,8 +39,9 @@ def inputs(dtype=torch.float32, width=64):
 
 def draw(shape, dtype, drop=0.0):
     """x and branch, the three parameters, a mask, the gradients of sum and y."""
-    x, branch = ((3 + 2 * torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_()
-                 for _ in range(2))
+    x, branch = (
+        (3 + 2 * torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_() for _ in range(2)
+    )
     parameters = [torch.randn(shape[-1], device=DEVICE, requires_grad=True) for _ in range(3)]
     upstream = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
     return x, branch, parameters, draw_mask(shape, drop), upstream
@@ -51,16 +51,23 @@ def draw_mask(shape, p):
     if not p:
         return None
     rows, sequences = math.prod(shape[:-1]), shape[0]
-    return Mask(torch.randint(0, 2**32, (sequences, 2), device=DEVICE),
-                torch.randint(0, 2**20, (rows // sequences,), device=DEVICE), p)
+    return DropoutMask(
+        torch.randint(0, 2**32, (sequences, 2), device=DEVICE),
+        torch.randint(0, 2**20, (rows // sequences,), device=DEVICE),
+        p,
+    )
 
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_definition(affine):
     x, weight, bias = inputs()
     arguments = (weight, bias) if affine else (None, None)
-    torch.testing.assert_close(layer_norm(x, *arguments).double(),
-                               exact(x, *(arguments if affine else ())), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer_norm(x, *arguments).double(),
+        exact(x, *(arguments if affine else ())),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_eps_default_is_1e_minus_6():
@@ -98,10 +105,12 @@ def test_sum_is_defined_by_its_parts():
 def test_sum_gradients_by_finite_differences():
     x, branch, shift, weight, bias = (
         torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        for shape in ((3, 5), (3, 5), (5,), (5,), (5,)))
+        for shape in ((3, 5), (3, 5), (5,), (5,), (5,))
+    )
     mask = draw_mask((3, 5), 0.4)
-    assert torch.autograd.gradcheck(lambda *a: add_layer_norm(*a, mask), (x, branch, shift, weight,
-                                                                          bias))
+    assert torch.autograd.gradcheck(
+        lambda *a: add_layer_norm(*a, mask), (x, branch, shift, weight, bias)
+    )
 
 
 @needs_triton
@@ -131,11 +140,19 @@ def test_sum_kernel_by_the_rule(shape, dtype, drop):
 
 
 @needs_triton
-@pytest.mark.parametrize("bias, affine, drop, used", [
-    (False, True, 0.2, (True, True)), (True, False, 0.0, (True, True)),
-    (False, False, 0.2, (True, True)), (False, False, 0.0, (True, True)),
-    (True, True, 0.2, (False, True)), (True, True, 0.0, (False, True)),
-    (True, True, 0.2, (True, False)), (True, True, 0.0, (True, False))])
+@pytest.mark.parametrize(
+    "bias, affine, drop, used",
+    [
+        (False, True, 0.2, (True, True)),
+        (True, False, 0.0, (True, True)),
+        (False, False, 0.2, (True, True)),
+        (False, False, 0.0, (True, True)),
+        (True, True, 0.2, (False, True)),
+        (True, True, 0.0, (False, True)),
+        (True, True, 0.2, (True, False)),
+        (True, True, 0.0, (True, False)),
+    ],
+)
 def test_sum_kernel_without_some_of_it(bias, affine, drop, used):
     """used: whether the sum and its norm have a gradient."""
     x, branch, (shift, *norm), mask, upstream = draw((2, 2, 96), torch.float32, drop)
@@ -147,10 +164,15 @@ def test_sum_kernel_without_some_of_it(bias, affine, drop, used):
             # Parameters that nothing depends on still get their zeros.
             nothing = sum(0 * a.sum() for a in arguments if a is not None).to(x.dtype)
             return tuple(o + nothing for o, wanted in zip(outputs, used, strict=True) if wanted)
+
         return function
 
-    compare(run("triton"), run("reference"), arguments,
-            [g for g, wanted in zip(upstream, used, strict=True) if wanted])
+    compare(
+        run("triton"),
+        run("reference"),
+        arguments,
+        [g for g, wanted in zip(upstream, used, strict=True) if wanted],
+    )
 
 
 @needs_triton
@@ -165,9 +187,11 @@ def test_norm_is_of_the_rounded_sum():
 @needs_triton
 def test_statistics_far_from_zero():
     x, weight, bias = (t.to(DEVICE) for t in inputs())
-    compare(lambda x: layer_norm(x, weight, bias, implementation="triton"),
-            lambda x: layer_norm(x, weight.to(x.dtype), bias.to(x.dtype),
-                                 implementation="reference"), (x + 3000,))
+    compare(
+        lambda x: layer_norm(x, weight, bias, implementation="triton"),
+        lambda x: layer_norm(x, weight.to(x.dtype), bias.to(x.dtype), implementation="reference"),
+        (x + 3000,),
+    )
 
 
 @needs_triton
@@ -176,19 +200,40 @@ def test_slabs_of_several_rows(width, monkeypatch):
     """4, 4, 2 rows a program forward, 3, 3, 3, 1 backward; one part and two, full and masked."""
     from heptapod_fast.kernels import layer_norm as kernels
 
-    monkeypatch.setattr(kernels, "_tile", lambda kernel, width, device: kernels._constants(
-        width, dict(num_warps=1, STAGES=2, **({"rows": 4} if kernel == "forward" else
-                                              {"programs": 4}))))
+    monkeypatch.setattr(
+        kernels,
+        "_tile",
+        lambda kernel, width, device: kernels._constants(
+            width,
+            dict(
+                num_warps=1, STAGES=2, **({"rows": 4} if kernel == "forward" else {"programs": 4})
+            ),
+        ),
+    )
     x, branch, parameters, mask, upstream = draw((5, 2, width), torch.float32, 0.2)
-    compare(lambda *a: add_layer_norm(*a, mask, implementation="triton"),
-            lambda *a: add_layer_norm(*a, mask, implementation="reference"),
-            (x, branch, *parameters), upstream)
+    compare(
+        lambda *a: add_layer_norm(*a, mask, implementation="triton"),
+        lambda *a: add_layer_norm(*a, mask, implementation="reference"),
+        (x, branch, *parameters),
+        upstream,
+    )
 
 
 @needs_triton
-@pytest.mark.parametrize("width, parts", [
-    (7, (64, 0)), (64, (64, 0)), (130, (128, 64)), (192, (128, 64)), (768, (512, 256)),
-    (1000, (1024, 0)), (1024, (1024, 0)), (1280, (1024, 256)), (1160, (1024, 256))])
+@pytest.mark.parametrize(
+    "width, parts",
+    [
+        (7, (64, 0)),
+        (64, (64, 0)),
+        (130, (128, 64)),
+        (192, (128, 64)),
+        (768, (512, 256)),
+        (1000, (1024, 0)),
+        (1024, (1024, 0)),
+        (1280, (1024, 256)),
+        (1160, (1024, 256)),
+    ],
+)
 def test_parts_cover_the_width(width, parts):
     from heptapod_fast.kernels.layer_norm import _constants
 
@@ -219,8 +264,12 @@ print(json.dumps(found))
 @needs_triton
 def test_accesses_of_16_bytes():
     """In PTX: cp.async.cg copies 16 bytes and no other size; three tensors in, two out."""
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "0"})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == {"768", "1024"}
@@ -237,8 +286,9 @@ def test_operators():
     check_operator(_operator, x, None, None, 1e-6)
     for key in ((None, None, 0.0), (*mask.arrays(), mask.p)):
         check_operator(_add_operator, x, branch, shift, weight, bias, *key, 1e-6)
-        check_operator(_backward_operator, grad, grad_sum, x.detach(), stats, weight.detach(),
-                       *key, True)
+        check_operator(
+            _backward_operator, grad, grad_sum, x.detach(), stats, weight.detach(), *key, True
+        )
         check_operator(_backward_operator, grad, None, x.detach(), stats, None, *key, False)
 
 
@@ -246,12 +296,19 @@ def test_operators():
 @pytest.mark.parametrize("drop", [0.0, 0.2])
 def test_compiles(drop):
     x, branch, parameters, mask, upstream = draw((2, 2, 40), torch.float32, drop)
-    check_compiles(lambda *a: add_layer_norm(*a, mask, implementation="triton"),
-                   (x, branch, *parameters), upstream)
-    check_compiles(lambda *a: add_layer_norm(*a, mask, implementation="triton")[1],
-                   (x, branch, *parameters), upstream[1:])
-    check_compiles(lambda *a: layer_norm(*a, implementation="triton"), (x, *parameters[1:]),
-                   upstream[:1])
+    check_compiles(
+        lambda *a: add_layer_norm(*a, mask, implementation="triton"),
+        (x, branch, *parameters),
+        upstream,
+    )
+    check_compiles(
+        lambda *a: add_layer_norm(*a, mask, implementation="triton")[1],
+        (x, branch, *parameters),
+        upstream[1:],
+    )
+    check_compiles(
+        lambda *a: layer_norm(*a, implementation="triton"), (x, *parameters[1:]), upstream[:1]
+    )
 
 
 @needs_triton

@@ -1,5 +1,4 @@
-"""linear_cross_entropy: the definition in float64, the kernels against the reference, the operator.
-"""
+"""linear_cross_entropy: the definition in float64, kernels against reference, operator."""
 
 import pytest
 import torch
@@ -10,14 +9,21 @@ from tests.numerics import DEVICE, check_compiles, check_operator, compare, need
 
 # Rows, width, codes, targets per row, chunk. bf16 with an even number of codes takes the kernel
 # that holds a row, the rest the one that works in blocks of 1024 codes and 4 rows.
-SHAPES = [(9, 8, 64, 1, None), (1, 16, 1000, 1, None), (11, 8, 130, 4, 4), (5, 24, 13, 16, 2),
-          (7, 8, 2050, 2, 4), (6, 8, 1101, 1, 6)]
+SHAPES = [
+    (9, 8, 64, 1, None),
+    (1, 16, 1000, 1, None),
+    (11, 8, 130, 4, 4),
+    (5, 24, 13, 16, 2),
+    (7, 8, 2050, 2, 4),
+    (6, 8, 1101, 1, 6),
+]
 
 
 def inputs(scale=1.0, rows=9, width=8, codes=13, targets=1, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    z, weight = (scale * torch.randn(shape, generator=generator)
-                 for shape in ((rows, width), (codes, width)))
+    z, weight = (
+        scale * torch.randn(shape, generator=generator) for shape in ((rows, width), (codes, width))
+    )
     bias = torch.randn(codes, generator=generator)
     target = torch.randint(codes, (rows, targets), generator=generator)
     z, weight, bias, target = (x.to(DEVICE) for x in (z.to(dtype), weight, bias, target))
@@ -65,26 +71,32 @@ def test_values(targets):
 @pytest.mark.parametrize("targets", [1, 4])
 def test_gradients(targets):
     weights = torch.arange(9.0, device=DEVICE)
-    ours, theirs = (gradients(f, inputs(targets=targets), weights)
-                    for f in (linear_cross_entropy, exact))
+    ours, theirs = (
+        gradients(f, inputs(targets=targets), weights) for f in (linear_cross_entropy, exact)
+    )
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation",
-                         ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("triton", marks=needs_triton)]
+)
 def test_bf16_keeps_float32_masters_and_statistics(implementation):
     z, weight, bias, target = inputs(codes=14)
-    total, loss = linear_cross_entropy(z.bfloat16(), weight, bias, target,
-                                       implementation=implementation)
+    total, loss = linear_cross_entropy(
+        z.bfloat16(), weight, bias, target, implementation=implementation
+    )
     _, rounded = exact(z.bfloat16(), weight.bfloat16(), bias.bfloat16(), target)
     assert total.dtype == loss.dtype == torch.float32
     # Each of the two logits may be half a bf16 step off; the sums over codes are exact beside it.
     assert float((loss.double() - rounded).abs().max()) < 2 * 2**-8 * 16
     masters = gradients(
-        lambda z, w, b, t, r: linear_cross_entropy(z.bfloat16(), w, b, t, r,
-                                                   implementation=implementation),
-        (z, weight, bias, target), None)
+        lambda z, w, b, t, r: linear_cross_entropy(
+            z.bfloat16(), w, b, t, r, implementation=implementation
+        ),
+        (z, weight, bias, target),
+        None,
+    )
     assert all(g.dtype == torch.float32 for g in masters)
     if implementation == "triton":  # not rounded to bf16 on the way
         assert all(bool((g != g.bfloat16()).any()) for g in masters[1:])
@@ -99,12 +111,18 @@ def test_kernel_by_the_rule(rows, width, codes, targets, chunk, dtype, weighted)
     row_weight = row_weight if weighted else None
 
     def run(implementation):
-        return lambda *leaves: linear_cross_entropy(*leaves, target, row_weight, chunk,
-                                                    implementation)
+        return lambda *leaves: linear_cross_entropy(
+            *leaves, target, row_weight, chunk, implementation
+        )
 
     upstream = [torch.tensor(1.7, device=DEVICE), None]
-    compare(run("triton"), run("reference"), leaves, upstream,
-            exact=lambda *leaves: exact(*leaves, target, row_weight))
+    compare(
+        run("triton"),
+        run("reference"),
+        leaves,
+        upstream,
+        exact=lambda *leaves: exact(*leaves, target, row_weight),
+    )
 
 
 @needs_triton
@@ -119,11 +137,17 @@ def test_programs_of_several_rows(monkeypatch, dtype, rows, codes, targets, chun
     *leaves, target, row_weight = draw(rows, 8, codes, targets, dtype)
 
     def run(implementation):
-        return lambda *leaves: linear_cross_entropy(*leaves, target, row_weight, chunk,
-                                                    implementation)
+        return lambda *leaves: linear_cross_entropy(
+            *leaves, target, row_weight, chunk, implementation
+        )
 
-    compare(run("triton"), run("reference"), leaves, [torch.tensor(1.7, device=DEVICE), None],
-            exact=lambda *leaves: exact(*leaves, target, row_weight))
+    compare(
+        run("triton"),
+        run("reference"),
+        leaves,
+        [torch.tensor(1.7, device=DEVICE), None],
+        exact=lambda *leaves: exact(*leaves, target, row_weight),
+    )
 
 
 @needs_triton
@@ -137,9 +161,12 @@ def test_programs_without_rows_leave_no_sums(monkeypatch, rows, chunk):
         monkeypatch.setitem(config, "programs", 10)
         monkeypatch.setitem(config, "ROWS", 1)
     *leaves, target, row_weight = draw(rows, 8, 11, 1, torch.float32)
-    compare(lambda *x: linear_cross_entropy(*x, target, row_weight, chunk, "triton")[0],
-            lambda *x: linear_cross_entropy(*x, target, row_weight, None, "reference")[0], leaves,
-            [torch.tensor(0.7, device=DEVICE)])
+    compare(
+        lambda *x: linear_cross_entropy(*x, target, row_weight, chunk, "triton")[0],
+        lambda *x: linear_cross_entropy(*x, target, row_weight, None, "reference")[0],
+        leaves,
+        [torch.tensor(0.7, device=DEVICE)],
+    )
 
 
 @needs_triton
@@ -147,9 +174,9 @@ def test_the_gradient_of_the_total_is_not_rounded():
     """On a GPU PyTorch rounds a factor in device memory to the dtype of what it multiplies."""
     *leaves, target, _ = draw(9, 8, 64, 1, torch.bfloat16)
     total, _ = linear_cross_entropy(*leaves, target, implementation="triton")
-    dz, = torch.autograd.grad(total, leaves[0], retain_graph=True)
+    (dz,) = torch.autograd.grad(total, leaves[0], retain_graph=True)
     factor = 1 / 3.0
-    scaled, = torch.autograd.grad(total, leaves[0], torch.tensor(factor, device=DEVICE))
+    (scaled,) = torch.autograd.grad(total, leaves[0], torch.tensor(factor, device=DEVICE))
     assert torch.equal(scaled, (dz.float() * torch.tensor(factor)).bfloat16())
 
 
@@ -159,8 +186,9 @@ def test_rows_of_weight_zero_change_nothing(dtype):
     z, weight, bias, target, row_weight = draw(9, 8, 64, 1, dtype)
     z = z.detach()
     z[row_weight == 0] = 3e38
-    total, loss = linear_cross_entropy(z.requires_grad_(), weight, bias, target, row_weight,
-                                       implementation="triton")
+    total, loss = linear_cross_entropy(
+        z.requires_grad_(), weight, bias, target, row_weight, implementation="triton"
+    )
     total.backward()
     kept = row_weight > 0
     assert 0 < int(kept.sum()) < 9 and not bool(loss.isfinite().all())
@@ -168,8 +196,9 @@ def test_rows_of_weight_zero_change_nothing(dtype):
     found = [total.detach(), z.grad[kept], weight.grad, bias.grad]
     leaves = [x.detach()[kept] if x is z else x.detach() for x in (z, weight, bias)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    alone, _ = linear_cross_entropy(*leaves, target[kept], row_weight[kept],
-                                    implementation="triton")
+    alone, _ = linear_cross_entropy(
+        *leaves, target[kept], row_weight[kept], implementation="triton"
+    )
     alone.backward()
     for a, b in zip(found, [alone.detach(), *(leaf.grad for leaf in leaves)]):
         torch.testing.assert_close(a, b)
@@ -192,11 +221,13 @@ def test_targets_out_of_range_count_for_nothing(dtype):
 def test_large_and_odd_vocabularies_go_in_blocks():
     from heptapod_fast.kernels import linear_cross_entropy as kernels
 
-    for codes, dtype, kernel in ((16384, torch.bfloat16, kernels._rows),
-                                 (12, torch.bfloat16, kernels._rows),
-                                 (13, torch.bfloat16, kernels._blocks),
-                                 (40_000, torch.bfloat16, kernels._blocks),
-                                 (16384, torch.float32, kernels._blocks)):
+    for codes, dtype, kernel in (
+        (16384, torch.bfloat16, kernels._rows),
+        (12, torch.bfloat16, kernels._rows),
+        (13, torch.bfloat16, kernels._blocks),
+        (40_000, torch.bfloat16, kernels._blocks),
+        (16384, torch.float32, kernels._blocks),
+    ):
         found, tile, programs = kernels._plan(torch.empty(3, codes, dtype=dtype, device=DEVICE))
         assert found is kernel and 1 <= programs <= 3 and "programs" not in tile
 
@@ -233,12 +264,15 @@ def test_operator(dtype):
     *leaves, target, row_weight = draw(6, 8, 64, 2, dtype)
     check_operator(_operator, *leaves, target, row_weight, 4, True)
     check_operator(_operator, *(leaf.detach() for leaf in leaves), target, None, None, False)
-    check_compiles(lambda *leaves: linear_cross_entropy(*leaves, target, row_weight,
-                                                        implementation="triton"),
-                   leaves, [torch.tensor(0.5, device=DEVICE), None])
+    check_compiles(
+        lambda *leaves: linear_cross_entropy(*leaves, target, row_weight, implementation="triton"),
+        leaves,
+        [torch.tensor(0.5, device=DEVICE), None],
+    )
     with torch.no_grad():
-        check_compiles(lambda z, w, b: linear_cross_entropy(z, w, b, target,
-                                                            implementation="triton"), leaves)
+        check_compiles(
+            lambda z, w, b: linear_cross_entropy(z, w, b, target, implementation="triton"), leaves
+        )
 
 
 @needs_triton

@@ -11,16 +11,26 @@ from tests.numerics import needs_triton
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90",
-                                  pytest.param("sm_100", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_every_case_compiles_and_fits(arch, tmp_path):
     """`python -m heptapod_fast.kernels.offline`, without the interpreter."""
     from heptapod_fast.kernels import offline
 
     path = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, "-m", "heptapod_fast.kernels.offline", "--arch", arch, "--json",
-         str(path)], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+        [
+            sys.executable,
+            "-m",
+            "heptapod_fast.kernels.offline",
+            "--arch",
+            arch,
+            "--json",
+            str(path),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
     print(done.stdout)
     assert path.exists(), done.stderr
     found = json.loads(path.read_text())
@@ -34,8 +44,18 @@ def test_every_case_compiles_and_fits(arch, tmp_path):
 def test_faults_are_found():
     from heptapod_fast.kernels.offline import faults
 
-    fine = dict(arch="sm_90", stack=0, allowed=0, shared=1024, hgmma=0, hmma=0, tensor_cores=False,
-                hmma_allowed=0, ctas=1, ctas_wanted=1)
+    fine = dict(
+        arch="sm_90",
+        stack=0,
+        allowed=0,
+        shared=1024,
+        hgmma=0,
+        hmma=0,
+        tensor_cores=False,
+        hmma_allowed=0,
+        ctas=1,
+        ctas_wanted=1,
+    )
     assert not faults(fine)
     assert "8 bytes of stack" in faults(fine | dict(stack=8))[0]
     assert not faults(fine | dict(stack=8, allowed=8))
@@ -61,8 +81,9 @@ def test_programs_on_an_sm():
 def test_spills_are_excused_with_a_reason():
     from heptapod_fast.kernels import offline
 
-    assert all(case.why for arch in offline.ARCHITECTURES for case in offline.cases(arch)
-               if case.spill)
+    assert all(
+        case.why for arch in offline.ARCHITECTURES for case in offline.cases(arch) if case.spill
+    )
 
 
 @needs_triton

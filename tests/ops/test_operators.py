@@ -42,8 +42,9 @@ def test_rows_may_be_part_of_a_larger_tensor():
     y, stats = OPS.layer_norm(x, weight, bias, 1e-6)
     expected = OPS.layer_norm_backward(dy, None, x, stats, weight, None, None, 0.0, False)
     assert torch.equal(OPS.layer_norm(inside(x, 1), weight, bias, 1e-6)[0], y)
-    found = OPS.layer_norm_backward(inside(dy, 1), None, inside(x, 1), stats, weight, None, None,
-                                    0.0, False)
+    found = OPS.layer_norm_backward(
+        inside(dy, 1), None, inside(x, 1), stats, weight, None, None, 0.0, False
+    )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     # Rows with a stride are read in place, rows whose elements lie apart are not.
     shift, scale = randn(6, 48, seed=2), randn(6, 48, seed=3)
@@ -63,8 +64,10 @@ def test_compiled_code_may_place_a_gradient_inside_another_tensor(dim):
 
     def function(other):
         grad = other.sin()
-        return (torch.cat((grad, other.cos()), dim),
-                OPS.attention_backward(grad, qkv, out, lse, *rest))
+        return (
+            torch.cat((grad, other.cos()), dim),
+            OPS.attention_backward(grad, qkv, out, lse, *rest),
+        )
 
     torch._dynamo.reset()
     try:

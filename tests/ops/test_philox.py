@@ -13,8 +13,11 @@ from heptapod_fast.rng import Rng
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -42,9 +45,19 @@ def test_known_answer_of_the_compiled_operator(counter, key, answer, device):
     assert tuple(out[0].tolist()) == answer
 
 
-@pytest.mark.parametrize("shape, blocks", [
-    ((), 1), ((1,), 1), ((3,), 5), ((7, 13), 3), ((1000,), 17), ((4097,), 4), ((0,), 2), ((5,), 0),
-])
+@pytest.mark.parametrize(
+    "shape, blocks",
+    [
+        ((), 1),
+        ((1,), 1),
+        ((3,), 5),
+        ((7, 13), 3),
+        ((1000,), 17),
+        ((4097,), 4),
+        ((0,), 2),
+        ((5,), 0),
+    ],
+)
 def test_compiled_bits_equal_the_reference(shape, blocks, device):
     index = torch.randint(-(2**62), 2**62, shape, device=device)
     slot = torch.randint(0, 2**32, shape, device=device)
@@ -55,8 +68,13 @@ def test_compiled_bits_equal_the_reference(shape, blocks, device):
 
 
 @settings(max_examples=50, deadline=None)
-@given(index=st.integers(0, 2**63 - 1), slot=st.integers(0, 2**32 - 1),
-       key0=st.integers(0, 2**32 - 1), key1=st.integers(0, 2**32 - 1), blocks=st.integers(1, 9))
+@given(
+    index=st.integers(0, 2**63 - 1),
+    slot=st.integers(0, 2**32 - 1),
+    key0=st.integers(0, 2**32 - 1),
+    key1=st.integers(0, 2**32 - 1),
+    blocks=st.integers(1, 9),
+)
 def test_any_counter_and_key(index, slot, key0, key1, blocks):
     index, slot = torch.tensor([index]), torch.tensor([slot])
     out = philox(index, slot, blocks, (key0, key1))
@@ -114,6 +132,7 @@ def test_wrong_arguments_are_refused():
 def test_opcheck_and_compile(device):
     index = torch.arange(6, device=device).view(2, 3)
     torch.library.opcheck(torch.ops.heptapod_fast.philox.default, (index, index, 3, 1, 2))
-    compiled = torch.compile(lambda i: philox(i, i, 3, (1, 2)) >> 8, fullgraph=True,
-                             backend="aot_eager")
+    compiled = torch.compile(
+        lambda i: philox(i, i, 3, (1, 2)) >> 8, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(index), reference(index, index, 3, (1, 2)) >> 8)

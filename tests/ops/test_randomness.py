@@ -20,8 +20,13 @@ KEYS = [(0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0xDEADBEEF, 17)]
 @triton.jit(do_not_specialize=["key0", "key1"])
 def _words(index_ptr, slot_ptr, out_ptr, key0, key1, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     row, block = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCKS)[None, :]
-    found = randomness.philox_words(tl.load(index_ptr + row), tl.load(slot_ptr + row), block,
-                                    key0.to(tl.uint32), key1.to(tl.uint32))
+    found = randomness.philox_words(
+        tl.load(index_ptr + row),
+        tl.load(slot_ptr + row),
+        block,
+        key0.to(tl.uint32),
+        key1.to(tl.uint32),
+    )
     at = out_ptr + (row * BLOCKS + block) * 4
     tl.store(at, found[0].to(tl.int64))
     tl.store(at + 1, found[1].to(tl.int64))
@@ -44,8 +49,17 @@ def _of_words(word_ptr, uniform_ptr, integer_ptr, normal_ptr, high, BLOCK: tl.co
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
-def _row_normals(index_ptr, slot_ptr, out_ptr, rows, key0, key1, REPEAT: tl.constexpr,
-                 ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _row_normals(
+    index_ptr,
+    slot_ptr,
+    out_ptr,
+    rows,
+    key0,
+    key1,
+    REPEAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     _, index, slot = randomness.row_draws(index_ptr, slot_ptr, row, rows, REPEAT)
     normal = randomness.row_normals(index, slot, key0.to(tl.uint32), key1.to(tl.uint32), BLOCK)
@@ -69,7 +83,7 @@ def test_words_are_the_references(key):
 
 def test_signed_keys_are_int32_of_the_same_bits():
     for word in (0, 1, 2**31 - 1, 2**31, 2**32 - 1):
-        found, = randomness.signed([word])
+        (found,) = randomness.signed([word])
         assert -(2**31) <= found < 2**31 and found % 2**32 == word
 
 
@@ -77,8 +91,22 @@ def special_words():
     """Ends, where float32 rounds, both sides of every eighth of a turn, and many others."""
     eighths = torch.arange(9) * 2**29
     around = torch.cat([eighths + offset for offset in (-512, -256, -1, 0, 1, 256, 512)])
-    ends = torch.tensor([0, 255, 256, 2**31 - 1, 2**31 + 255, 2**31 + 256, 2**31 + 512,
-                         2**32 - 1, 2**32 - 256, 2**32 - 257, 2**32 - 512, 2**32 - 513])
+    ends = torch.tensor(
+        [
+            0,
+            255,
+            256,
+            2**31 - 1,
+            2**31 + 255,
+            2**31 + 256,
+            2**31 + 512,
+            2**32 - 1,
+            2**32 - 256,
+            2**32 - 257,
+            2**32 - 512,
+            2**32 - 513,
+        ]
+    )
     chosen = torch.cat((ends, around.clamp(0, 2**32 - 1)))
     fill = torch.randint(0, 2**32, (512 - 2 * len(chosen),))
     return torch.cat((chosen, fill, chosen)).to(DEVICE)
@@ -104,6 +132,7 @@ def test_rows_of_normals(repeat):
     index, slot = counters(tokens)
     draws = philox.Draws(index, slot, repeat, (0, 0), key)
     out = torch.full((12, 32), torch.nan, device=DEVICE)
-    _row_normals[(1,)](index, slot, out, 12, *randomness.signed(key), REPEAT=repeat, ROWS=16,
-                       BLOCK=32)
+    _row_normals[(1,)](
+        index, slot, out, 12, *randomness.signed(key), REPEAT=repeat, ROWS=16, BLOCK=32
+    )
     torch.testing.assert_close(out, draws.noise(32), rtol=1e-6, atol=1e-6)

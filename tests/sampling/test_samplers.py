@@ -29,6 +29,7 @@ def frequencies(codes):
 
 # -------------------------------------------------------------------------------------------- codes
 
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_frequencies_are_the_probabilities(temperature):
     codes, chance = draw(SampleOptions(temperature=temperature))
@@ -56,15 +57,26 @@ def test_top_k(k, kept):
     codes, _ = draw(SampleOptions(top_k=k))
     assert set(codes.tolist()) == kept
     weights = LOGITS.softmax(0) * torch.tensor([float(v in kept) for v in range(6)])
-    torch.testing.assert_close(frequencies(codes).float(), weights / weights.sum(), atol=0.01,
-                               rtol=0.0)
+    torch.testing.assert_close(
+        frequencies(codes).float(), weights / weights.sum(), atol=0.01, rtol=0.0
+    )
 
 
-@pytest.mark.parametrize("p, kept", [(0.01, [2]), (0.42, [2]), (0.5, [2, 3]), (0.7, [2, 3]),
-                                     (0.75, [2, 3, 5]), (0.999, [0, 1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    "p, kept",
+    [
+        (0.01, [2]),
+        (0.42, [2]),
+        (0.5, [2, 3]),
+        (0.7, [2, 3]),
+        (0.75, [2, 3, 5]),
+        (0.999, [0, 1, 2, 3, 4, 5]),
+    ],
+)
 def test_top_p_keeps_the_code_that_crosses(p, kept):
-    assert LOGITS.softmax(0)[[2, 3, 5]].cumsum(0).tolist() == pytest.approx([0.44, 0.71, 0.85],
-                                                                            abs=0.01)
+    assert LOGITS.softmax(0)[[2, 3, 5]].cumsum(0).tolist() == pytest.approx(
+        [0.44, 0.71, 0.85], abs=0.01
+    )
     left = restrict(LOGITS[None], SampleOptions(top_p=p))[0]
     assert left.isfinite().nonzero().flatten().tolist() == kept
 
@@ -78,6 +90,7 @@ def test_restrictions_combine_and_no_draw_leaves_them():
 
 
 # ---------------------------------------------------------------------------------------- diffusion
+
 
 def test_respacing_is_upstreams():
     times = respaced(100).tolist()
@@ -125,7 +138,8 @@ class Gaussian:
         beta = 1 - abar / before
         smallest = beta * (1 - before) / (1 - abar)
         true = smallest + (beta * math.sqrt(before) / (1 - abar)) ** 2 * (
-            self.variance * (1 - abar) / total)
+            self.variance * (1 - abar) / total
+        )
         # log(beta / smallest) and log(true / smallest) without cancellation
         widest = -math.log1p(-(abar - before) / (abar - 1))
         return 2 * math.log(true / smallest) / widest - 1
@@ -133,8 +147,14 @@ class Gaussian:
 
 def vectors(network, steps, count=20_000, **options):
     index = torch.arange(count)
-    return sample_vectors(network, torch.zeros(count, 3), Rng(0), index, torch.zeros_like(index),
-                          SampleOptions(diffusion_steps=steps, **options))
+    return sample_vectors(
+        network,
+        torch.zeros(count, 3),
+        Rng(0),
+        index,
+        torch.zeros_like(index),
+        SampleOptions(diffusion_steps=steps, **options),
+    )
 
 
 @pytest.mark.parametrize("steps", [10, 100])
@@ -181,8 +201,9 @@ def test_temperature_of_the_diffusion_samplers():
 def test_vectors_belong_to_index_slot_and_step(sampler):
     options = SampleOptions(diffusion_steps=5, diffusion_sampler=sampler)
     network, index, slot = Gaussian(0.0, 1.0, 5), torch.tensor([4, 4, 7]), torch.tensor([0, 1, 0])
-    run = lambda rng, rows: sample_vectors(network, torch.zeros(len(rows), 3), rng, index[rows],
-                                           slot[rows], options)
+    run = lambda rng, rows: sample_vectors(
+        network, torch.zeros(len(rows), 3), rng, index[rows], slot[rows], options
+    )
     x = run(Rng(0), [0, 1, 2])
     assert len(x.unique(dim=0)) == 3
     torch.testing.assert_close(run(Rng(0), [2, 1]), x[[2, 1]])
@@ -191,21 +212,28 @@ def test_vectors_belong_to_index_slot_and_step(sampler):
 
 # ------------------------------------------------------------------------------------------ options
 
-@pytest.mark.parametrize("vocabulary, settings, message", [
-    (11, dict(positions_per_step=0), "--positions-per-step 0"),
-    (11, dict(positions_per_step=17), "--positions-per-step 17"),
-    (11, dict(temperature=-1.0), "--temperature"),
-    (11, dict(top_p=0.0), "--top-p"), (11, dict(top_p=1.1), "--top-p"),
-    (11, dict(top_k=12), "--top-k 12"), (11, dict(top_k=-1), "--top-k -1"),
-    (0, dict(top_k=3), "--top-k"), (0, dict(top_p=0.5), "--top-p"),
-    (0, dict(position_order="confidence"), "--position-order confidence"),
-    (0, dict(diffusion_steps=0), "--diffusion-steps 0"),
-    (0, dict(diffusion_steps=1001), "--diffusion-steps 1001"),
-    (11, dict(guidance=2.0), "--guidance 2.0"),
-    (11, dict(position_order="likely"), "--position-order likely"),
-    (11, dict(position_schedule="linear"), "--position-schedule linear"),
-    (0, dict(diffusion_sampler="heun"), "--diffusion-sampler heun"),
-])
+
+@pytest.mark.parametrize(
+    "vocabulary, settings, message",
+    [
+        (11, dict(positions_per_step=0), "--positions-per-step 0"),
+        (11, dict(positions_per_step=17), "--positions-per-step 17"),
+        (11, dict(temperature=-1.0), "--temperature"),
+        (11, dict(top_p=0.0), "--top-p"),
+        (11, dict(top_p=1.1), "--top-p"),
+        (11, dict(top_k=12), "--top-k 12"),
+        (11, dict(top_k=-1), "--top-k -1"),
+        (0, dict(top_k=3), "--top-k"),
+        (0, dict(top_p=0.5), "--top-p"),
+        (0, dict(position_order="confidence"), "--position-order confidence"),
+        (0, dict(diffusion_steps=0), "--diffusion-steps 0"),
+        (0, dict(diffusion_steps=1001), "--diffusion-steps 1001"),
+        (11, dict(guidance=2.0), "--guidance 2.0"),
+        (11, dict(position_order="likely"), "--position-order likely"),
+        (11, dict(position_schedule="linear"), "--position-schedule linear"),
+        (0, dict(diffusion_sampler="heun"), "--diffusion-sampler heun"),
+    ],
+)
 def test_bad_options_name_the_flag(vocabulary, settings, message):
     with pytest.raises(ValueError) as error:
         SampleOptions(**settings).check(16, vocabulary)
@@ -214,8 +242,14 @@ def test_bad_options_name_the_flag(vocabulary, settings, message):
 
 def test_good_options_pass():
     SampleOptions().check(16, 0)
-    SampleOptions(top_k=11, top_p=0.5, temperature=0.0, position_order="confidence",
-                  positions_per_step=16, position_schedule="cosine").check(16, 11)
+    SampleOptions(
+        top_k=11,
+        top_p=0.5,
+        temperature=0.0,
+        position_order="confidence",
+        positions_per_step=16,
+        position_schedule="cosine",
+    ).check(16, 11)
 
 
 class WildNet:
@@ -248,6 +282,13 @@ def test_tokens_of_a_known_range_stay_in_it_whatever_the_network_says(sampler):
 
 def test_the_network_samples_in_float32_whatever_it_was_trained_in():
     net, rows = WildNet(), torch.arange(2)
-    sample_vectors(net, torch.zeros(2, 6, dtype=torch.bfloat16), Rng(0), rows, rows,
-                   SampleOptions(diffusion_steps=2), 1.0)
+    sample_vectors(
+        net,
+        torch.zeros(2, 6, dtype=torch.bfloat16),
+        Rng(0),
+        rows,
+        rows,
+        SampleOptions(diffusion_steps=2),
+        1.0,
+    )
     assert net.dtype == torch.float32

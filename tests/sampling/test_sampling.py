@@ -54,8 +54,10 @@ def naive_heptapod(system, options):
     for step, count in enumerate(sizes):
         h = states_so_far(system, tokens, order, seen)
         candidates = order[:, seen:]
-        drawn = [system.draw_tokens(head_at(system, h, order, seen, p), RNG.at(step), INDEX, p,
-                                    options) for p in candidates.unbind(1)]
+        drawn = [
+            system.draw_tokens(head_at(system, h, order, seen, p), RNG.at(step), INDEX, p, options)
+            for p in candidates.unbind(1)
+        ]
         if options.position_order == "confidence":
             best = torch.stack([chance for _, chance in drawn], 1).argsort(1, descending=True)
         else:
@@ -75,11 +77,19 @@ def naive_next_token(system, options):
     for step in range(TOKENS):
         x = system.backbone.embed_start(CLASSES, order[:, 0])
         if step:
-            x = torch.cat((x, system.backbone.embed_tokens(
-                taken(tokens, order[:, :step]), order[:, 1:step + 1], 1)), dim=1)
+            x = torch.cat(
+                (
+                    x,
+                    system.backbone.embed_tokens(
+                        taken(tokens, order[:, :step]), order[:, 1 : step + 1], 1
+                    ),
+                ),
+                dim=1,
+            )
         position = order[:, step]
-        token = system.draw_tokens(system.backbone(x)[:, -1], RNG.at(step), INDEX, position,
-                                   options)[0]
+        token = system.draw_tokens(
+            system.backbone(x)[:, -1], RNG.at(step), INDEX, position, options
+        )[0]
         tokens[torch.arange(3), position] = token
     return tokens
 
@@ -93,10 +103,17 @@ def agree(ours, naive):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", [dict(), dict(head="local", window=4)], ids=("global", "local"))
-@pytest.mark.parametrize("options", [
-    quick(), quick(positions_per_step=3), quick(positions_per_step=TOKENS),
-    quick(positions_per_step=4, position_schedule="cosine"), quick(temperature=0.7)],
-    ids=("1", "3", "all", "cosine", "cool"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        quick(),
+        quick(positions_per_step=3),
+        quick(positions_per_step=TOKENS),
+        quick(positions_per_step=4, position_schedule="cosine"),
+        quick(temperature=0.7),
+    ],
+    ids=("1", "3", "all", "cosine", "cool"),
+)
 def test_heptapod_equals_the_naive_sampler(make_system, head, kind, options):
     system = make_system(kind, **head).eval()
     agree(system.sample(CLASSES, RNG, options, INDEX), naive_heptapod(system, options))
@@ -117,13 +134,18 @@ def test_baselines_equal_the_naive_sampler(make_system, name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [
-    dict(), dict(head="local", window=4), dict(system="1d-random")], ids=("global", "local", "1d"))
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(head="local", window=4), dict(system="1d-random")],
+    ids=("global", "local", "1d"),
+)
 def test_a_sample_does_not_depend_on_its_batch(make_system, settings, kind):
     system = make_system(kind, **settings).eval()
     together = system.sample(CLASSES, RNG, quick(), INDEX)
     for b in range(3):
-        agree(system.sample(CLASSES[b:b + 1], RNG, quick(), INDEX[b:b + 1]), together[b:b + 1])
+        agree(
+            system.sample(CLASSES[b : b + 1], RNG, quick(), INDEX[b : b + 1]), together[b : b + 1]
+        )
     assert not torch.equal(together[0], system.sample(CLASSES[:1], RNG, quick(), INDEX[1:2])[0])
     assert not torch.equal(together, system.sample(CLASSES, Rng(5), quick(), INDEX))
 
@@ -151,13 +173,16 @@ def test_classes_out_of_range_are_refused(make_system, name, bad):
         make_system(system=name).sample(torch.tensor([0, bad]), RNG)
 
 
-@pytest.mark.parametrize("settings, options, flag", [
-    (dict(system="1d-random"), dict(positions_per_step=2), "--positions-per-step"),
-    (dict(system="1d-raster"), dict(position_order="confidence"), "--position-order"),
-    (dict(head="local", window=4), dict(position_order="confidence"), "--head local"),
-    (dict(), dict(positions_per_step=17), "--positions-per-step 17"),
-    (dict(), dict(guidance=1.5), "--guidance"),
-])
+@pytest.mark.parametrize(
+    "settings, options, flag",
+    [
+        (dict(system="1d-random"), dict(positions_per_step=2), "--positions-per-step"),
+        (dict(system="1d-raster"), dict(position_order="confidence"), "--position-order"),
+        (dict(head="local", window=4), dict(position_order="confidence"), "--head local"),
+        (dict(), dict(positions_per_step=17), "--positions-per-step 17"),
+        (dict(), dict(guidance=1.5), "--guidance"),
+    ],
+)
 def test_systems_refuse_what_they_cannot_do(make_system, settings, options, flag):
     with pytest.raises(ValueError, match=flag):
         make_system(**settings).sample(CLASSES, RNG, SampleOptions(**options))

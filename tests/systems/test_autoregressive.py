@@ -24,8 +24,9 @@ def inputs_of(system, batch):
 
 def test_orders(make_system):
     index = torch.arange(50)
-    assert torch.equal(make_system(system="1d-raster").orders(index, RNG),
-                       torch.arange(TOKENS).expand(50, -1))
+    assert torch.equal(
+        make_system(system="1d-raster").orders(index, RNG), torch.arange(TOKENS).expand(50, -1)
+    )
     order = make_system(system="1d-random").orders(index, RNG)
     assert len(order.unique(dim=0)) == 50
     assert torch.equal(order.sort(1).values, torch.arange(TOKENS).expand(50, -1))
@@ -33,15 +34,19 @@ def test_orders(make_system):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_input_is_the_token_before_and_the_position_of_the_target(make_system, make_batch, name,
-                                                                  kind):
+def test_input_is_the_token_before_and_the_position_of_the_target(
+    make_system, make_batch, name, kind
+):
     system = make_system(kind, system=name)
     batch, net = make_batch(system, 3), system.backbone
     x, order = inputs_of(system, batch)[0], system.orders(batch.index, RNG)
     for b in range(3):
         for i in range(TOKENS):
-            before = (net.label(batch.labels[b]) if i == 0
-                      else net.token(batch.tokens[b, order[b, i - 1]]))
+            before = (
+                net.label(batch.labels[b])
+                if i == 0
+                else net.token(batch.tokens[b, order[b, i - 1]])
+            )
             expected = before + net.position.weight[order[b, i]] + net.time.weight[i]
             torch.testing.assert_close(x[b, i], expected)
 
@@ -59,7 +64,7 @@ def test_next_token_is_predicted_from_those_before_it(make_system, make_batch, k
         tokens[0, order[k]] = (tokens[0, order[k]] + 1) % 11
         system.loss(Batch(tokens, batch.labels, batch.index), RNG)
         changed = (states[-1] - states[0])[0].abs().amax(-1) > 1e-6
-        assert not changed[:k + 1].any() and changed[k + 1:].all()
+        assert not changed[: k + 1].any() and changed[k + 1 :].all()
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

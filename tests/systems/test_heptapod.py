@@ -35,7 +35,7 @@ def with_token_changed(batch, sequence, position):
 
 def vectors(system, batch):
     """The head's output for every sequence, step and query: (B, N, queries, D)."""
-    order, steps = orders(batch), EVERY_STEP[:len(batch)]
+    order, steps = orders(batch), EVERY_STEP[: len(batch)]
     h = system.states(batch, order, RNG)
     head = system.global_head if system.config.head == "global" else system.local_head
     rows, z = head(h, order, steps, batch.index, RNG)
@@ -43,6 +43,7 @@ def vectors(system, batch):
 
 
 # --------------------------------------------------------------------------------------- causality
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_see_the_tokens_before_them_only(make_system, make_batch, kind):
@@ -53,8 +54,8 @@ def test_states_see_the_tokens_before_them_only(make_system, make_batch, kind):
     for k in range(TOKENS):
         other = system.states(with_token_changed(batch, 0, order[0, k]), order, RNG)
         changed = (other - h).abs().amax(-1) > 1e-6
-        assert not changed[1].any() and not changed[0, :k + 1].any()
-        assert changed[0, k + 1:].all()
+        assert not changed[1].any() and not changed[0, : k + 1].any()
+        assert changed[0, k + 1 :].all()
 
 
 def test_states_see_the_class(make_system, make_batch):
@@ -74,8 +75,8 @@ def test_no_step_sees_an_unseen_token(make_system, make_batch, head, kind):
     for k in range(TOKENS):
         other = vectors(system, with_token_changed(batch, 0, order[0, k]))
         changed = (other - z).abs().amax(-1) > 1e-6
-        assert not changed[1].any() and not changed[0, :k + 1].any()
-        assert changed[0, k + 1:].all()
+        assert not changed[1].any() and not changed[0, : k + 1].any()
+        assert changed[0, k + 1 :].all()
 
 
 @pytest.mark.parametrize("head", HEADS, ids=("global", "local"))
@@ -84,7 +85,7 @@ def test_predictions_do_not_know_the_order_to_come(make_system, make_batch, head
     system = make_system(density=1, steps="uniform", **head)
     batch, step = make_batch(system, 1), 5
     order = orders(batch)
-    other = torch.cat((order[:, :step + 1], order[:, step + 1:].flip(1)), 1)
+    other = torch.cat((order[:, : step + 1], order[:, step + 1 :].flip(1)), 1)
     outputs = []
     for each in (order, other):
         h = system.states(batch, each, RNG)
@@ -94,6 +95,7 @@ def test_predictions_do_not_know_the_order_to_come(make_system, make_batch, head
 
 
 # ----------------------------------------------------------------------------------------- the loss
+
 
 def dense_loss(system, batch):
     """Every step's head run in full, every position scored, the seen ones masked out."""
@@ -116,10 +118,19 @@ def dense_loss(system, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [
-    dict(), dict(density=5), dict(density=TOKENS), dict(loss_weight="step", density=3),
-    dict(steps="uniform", density=2), dict(steps="mar"), dict(steps="mar", loss_weight="step"),
-    dict(head_depth=1)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(density=5),
+        dict(density=TOKENS),
+        dict(loss_weight="step", density=3),
+        dict(steps="uniform", density=2),
+        dict(steps="mar"),
+        dict(steps="mar", loss_weight="step"),
+        dict(head_depth=1),
+    ],
+)
 def test_loss_equals_a_masked_dense_computation(make_system, make_batch, settings, kind):
     system = make_system(kind, **settings)
     batch = make_batch(system, 6)
@@ -128,8 +139,9 @@ def test_loss_equals_a_masked_dense_computation(make_system, make_batch, setting
     assert float(ours.count) == pytest.approx(count)
     torch.testing.assert_close(ours.mean, total / count, rtol=1e-4, atol=1e-4)
     parameters = list(system.parameters())
-    grads = [torch.autograd.grad(value, parameters, allow_unused=True)
-             for value in (ours.total, total)]
+    grads = [
+        torch.autograd.grad(value, parameters, allow_unused=True) for value in (ours.total, total)
+    ]
     for a, b in zip(*grads):
         assert (a is None) == (b is None)
         if a is not None:
@@ -145,8 +157,8 @@ def test_local_loss_by_hand(make_system, make_batch, loss_weight):
     h, total, count = system.states(batch, order, RNG), 0.0, 0.0
     for b in range(4):
         for t in steps[b].tolist():
-            window = system.head.window_positions(order[b, t:t + 1])
-            z = system.head(h[b:b + 1, :t + 1], torch.tensor([[t]]), window)
+            window = system.head.window_positions(order[b, t : t + 1])
+            z = system.head(h[b : b + 1, : t + 1], torch.tensor([[t]]), window)
             open_ = [w for w, p in enumerate(window[0].tolist()) if p in order[b, t:]]
             log_p = system.token_loss.logits(z).log_softmax(-1)
             terms = [-float(log_p[w, batch.tokens[b, window[0, w]]].detach()) for w in open_]
@@ -159,9 +171,11 @@ def test_local_loss_by_hand(make_system, make_batch, loss_weight):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [
-    dict(density=2), dict(steps="uniform", density=2), dict(head="local", window=4, density=2)],
-    ids=("antithetic", "uniform", "local"))
+@pytest.mark.parametrize(
+    "settings",
+    [dict(density=2), dict(steps="uniform", density=2), dict(head="local", window=4, density=2)],
+    ids=("antithetic", "uniform", "local"),
+)
 def test_micro_batches_do_not_change_the_loss(make_system, make_batch, settings, kind, dropout):
     system = make_system(kind, dropout=dropout, **settings).train()
     whole = system.loss(make_batch(system, 8, first=24), RNG)
@@ -203,6 +217,7 @@ def test_start_of_training_is_the_uniform_guess(make_config, make_batch):
 
 # --------------------------------------------------------------------------------------- the counts
 
+
 @pytest.mark.parametrize("density", [1, 3, TOKENS])
 def test_count_of_antithetic_steps_is_exact(make_system, make_batch, density):
     system = make_system(density=density)
@@ -211,10 +226,17 @@ def test_count_of_antithetic_steps_is_exact(make_system, make_batch, density):
         assert float(loss.count) == system.expected_count(10) == 5 * density * (TOKENS + 1)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(steps="uniform"), dict(head="local", window=4), dict(head="local", window=1),
-    dict(head="local", window=4, steps="uniform", density=3),
-    dict(loss_weight="step", density=2), dict(head="local", window=4, loss_weight="step")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(steps="uniform"),
+        dict(head="local", window=4),
+        dict(head="local", window=1),
+        dict(head="local", window=4, steps="uniform", density=3),
+        dict(loss_weight="step", density=2),
+        dict(head="local", window=4, loss_weight="step"),
+    ],
+)
 def test_expected_count_is_the_mean(make_system, make_batch, settings):
     system = make_system(**settings)
     with torch.no_grad():
@@ -222,8 +244,9 @@ def test_expected_count_is_the_mean(make_system, make_batch, settings):
     assert count == pytest.approx(system.expected_count(4000), rel=0.02)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(head="local", window=4),
-                                      dict(loss_weight="step")])
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(head="local", window=4), dict(loss_weight="step")]
+)
 def test_expected_count_of_mar_steps_is_the_mean(make_system, settings):
     system = make_system(steps="mar", **settings)
     index, counts = torch.arange(400), []
@@ -246,9 +269,13 @@ def counted(system, batch):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for name, module in parts.items():
             module.register_forward_pre_hook(
-                lambda m, i, name=name: began.update({name: counter.get_total_flops()}))
-            module.register_forward_hook(lambda m, i, o, name=name: found.update(
-                {name: counter.get_total_flops() - began[name]}))
+                lambda m, i, name=name: began.update({name: counter.get_total_flops()})
+            )
+            module.register_forward_hook(
+                lambda m, i, o, name=name: found.update(
+                    {name: counter.get_total_flops() - began[name]}
+                )
+            )
         system.loss(batch, RNG)
         return found | {"token loss": counter.get_total_flops() - sum(found.values())}
 
@@ -282,6 +309,7 @@ def test_flops_of_the_local_head(make_system, make_batch, loss_weight):
 
 # --------------------------------------------------------------------- parameters, start, precision
 
+
 def test_tables_and_their_shapes(make_system):
     state = make_system().state_dict()
     assert state["backbone.position.weight"].shape == (TOKENS, 32)
@@ -291,8 +319,9 @@ def test_tables_and_their_shapes(make_system):
     assert state["head.mask_token"].shape == (1, 32)
     top = {name.split(".")[1] for name in state if name.startswith("backbone")}
     assert top == {"token", "label", "position", "time", "blocks", "norm"}
-    assert not any(name.startswith("token_loss.tables") for name in make_system("continuous")
-                   .state_dict())
+    assert not any(
+        name.startswith("token_loss.tables") for name in make_system("continuous").state_dict()
+    )
 
 
 def test_bf16_is_close_to_float32(make_system, make_batch):

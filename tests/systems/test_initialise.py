@@ -15,8 +15,10 @@ def fresh(make_config, kind="continuous", seed=0, **settings):
 
 def normal(tensor, deviation=0.02):
     tensor, count = tensor.detach(), tensor.numel()
-    return (float(tensor.std()) == pytest.approx(deviation, rel=4 / count**0.5)
-            and abs(float(tensor.mean())) < 5 * deviation / count**0.5)
+    return (
+        float(tensor.std()) == pytest.approx(deviation, rel=4 / count**0.5)
+        and abs(float(tensor.mean())) < 5 * deviation / count**0.5
+    )
 
 
 @pytest.mark.parametrize("head", [dict(), dict(head="local", window=4)])

@@ -8,12 +8,14 @@ from heptapod_fast.rng import Rng
 from tests.numerics import DEVICE, needs_triton
 
 HEPTAPOD = dict(depth=1, head_depth=1)
-CASES = [("discrete", dict(HEPTAPOD, dropout=0.1)),
-         ("continuous", dict(HEPTAPOD, dropout=0.1, diffusion_repeat=2)),
-         ("continuous", dict(HEPTAPOD, diffusion_loss="mse", diffusion_repeat=1)),
-         ("discrete", dict(HEPTAPOD, head="local", window=4, density=2, dropout=0.1)),
-         ("discrete", dict(HEPTAPOD, steps="uniform", loss_weight="step")),
-         ("discrete", dict(system="1d-random", depth=1))]
+CASES = [
+    ("discrete", dict(HEPTAPOD, dropout=0.1)),
+    ("continuous", dict(HEPTAPOD, dropout=0.1, diffusion_repeat=2)),
+    ("continuous", dict(HEPTAPOD, diffusion_loss="mse", diffusion_repeat=1)),
+    ("discrete", dict(HEPTAPOD, head="local", window=4, density=2, dropout=0.1)),
+    ("discrete", dict(HEPTAPOD, steps="uniform", loss_weight="step")),
+    ("discrete", dict(system="1d-random", depth=1)),
+]
 
 
 @pytest.fixture
@@ -39,8 +41,9 @@ def loss_and_gradients(system, batch):
 
 @needs_triton
 @pytest.mark.parametrize("tokens, settings", CASES)
-def test_kernels_give_the_loss_and_gradients_of_the_reference(kernels, make_system, make_batch,
-                                                              tokens, settings):
+def test_kernels_give_the_loss_and_gradients_of_the_reference(
+    kernels, make_system, make_batch, tokens, settings
+):
     system = make_system(tokens, device=DEVICE, **settings).train()
     batch = make_batch(system, 2).to(DEVICE)
     kernels(False)
@@ -50,16 +53,28 @@ def test_kernels_give_the_loss_and_gradients_of_the_reference(kernels, make_syst
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     for (name, _), found, wanted in zip(system.named_parameters(), gradients, expected):
         scale = float(wanted.abs().max())
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * scale + 1e-7,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found,
+            wanted,
+            rtol=1e-3,
+            atol=1e-4 * scale + 1e-7,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens, settings", [
-    ("discrete", {}), ("continuous", {}), ("discrete", dict(head="local", window=4, density=2)),
-    ("discrete", dict(width=128))])
-def test_bf16_gradients_are_as_close_to_float32_as_the_references(kernels, make_system, make_batch,
-                                                                 tokens, settings):
+@pytest.mark.parametrize(
+    "tokens, settings",
+    [
+        ("discrete", {}),
+        ("continuous", {}),
+        ("discrete", dict(head="local", window=4, density=2)),
+        ("discrete", dict(width=128)),
+    ],
+)
+def test_bf16_gradients_are_as_close_to_float32_as_the_references(
+    kernels, make_system, make_batch, tokens, settings
+):
     """Relative to each parameter's largest gradient; the kernels round less often."""
     settings = dict(HEPTAPOD, width=64, dropout=0.1) | settings
     system = make_system(tokens, device=DEVICE, **settings).train()
@@ -93,9 +108,11 @@ def test_the_backbone_is_one_graph(kernels, make_system, make_batch, dtype):
     kernels(True, attention=dtype == torch.bfloat16)
     system = make_system("discrete", device=DEVICE, width=64, dropout=0.1, **HEPTAPOD).train()
     x = torch.randn(2, 16, 64, device=DEVICE, dtype=dtype)
-    drop = system.drop("backbone", torch.arange(2, device=DEVICE), 0,
-                       3 * len(system.backbone.blocks), 16, Rng(0))
+    drop = system.drop(
+        "backbone", torch.arange(2, device=DEVICE), 0, 3 * len(system.backbone.blocks), 16, Rng(0)
+    )
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: system.backbone(x, drop), fullgraph=True,
-                             backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: system.backbone(x, drop), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(x), system.backbone(x, drop))

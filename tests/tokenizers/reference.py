@@ -13,8 +13,9 @@ UNUSED = {"quantize.codebook_used"}  # in LlamaGen's file, of no use
 def table(name):
     """{name: shape} of the published file."""
     rows = (line.split("\t") for line in (HERE / f"{name}_keys.tsv").read_text().splitlines())
-    return {row[0]: tuple(int(n) for n in row[1].strip("()").split(",") if n.strip())
-            for row in rows}
+    return {
+        row[0]: tuple(int(n) for n in row[1].strip("()").split(",") if n.strip()) for row in rows
+    }
 
 
 @lru_cache

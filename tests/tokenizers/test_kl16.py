@@ -27,18 +27,22 @@ def randomised(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for value in module.parameters():
         value.data = torch.randn(value.shape, generator=generator) / max(
-            1.0, value[0].numel() ** 0.5)
+            1.0, value[0].numel() ** 0.5
+        )
     weights = {f"x.{key}": value for key, value in module.state_dict().items()}
     return module.requires_grad_(False), Reference(weights)
 
 
-@pytest.mark.parametrize("make, name", [
-    (lambda: layers.ResnetBlock(64, 64), "resnet"),
-    (lambda: layers.ResnetBlock(64, 96), "resnet"),
-    (lambda: layers.AttnBlock(64), "attention"),
-    (lambda: layers.Downsample(64), "down"),
-    (lambda: layers.Upsample(64), "up"),
-])
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: layers.ResnetBlock(64, 64), "resnet"),
+        (lambda: layers.ResnetBlock(64, 96), "resnet"),
+        (lambda: layers.AttnBlock(64), "attention"),
+        (lambda: layers.Downsample(64), "down"),
+        (lambda: layers.Upsample(64), "up"),
+    ],
+)
 def test_layers_are_the_formulas(make, name):
     module, reference = randomised(make())
     # A mean far from 0 and rows unlike columns.
@@ -61,8 +65,9 @@ def test_the_edges_of_downsampling():
 def test_norm_keeps_float32_statistics_in_bf16(monkeypatch):
     kinds = []  # on a CPU mixed dtypes hide the difference
     true_norm = layers.F.group_norm
-    monkeypatch.setattr(layers.F, "group_norm",
-                        lambda x, *others: kinds.append(x.dtype) or true_norm(x, *others))
+    monkeypatch.setattr(
+        layers.F, "group_norm", lambda x, *others: kinds.append(x.dtype) or true_norm(x, *others)
+    )
     norm = layers.Norm(64).requires_grad_(False)
     x = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(0))
     x = (x + 60.0).bfloat16()  # steps of 0.25: a mean or a spread in bf16 would be far off
@@ -86,8 +91,13 @@ def test_float32_means_float32(tokenizer, monkeypatch):
     seen = []
 
     def encode(images):
-        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
-                     torch.backends.cudnn.deterministic))
+        seen.append(
+            (
+                torch.get_float32_matmul_precision(),
+                torch.backends.cudnn.allow_tf32,
+                torch.backends.cudnn.deterministic,
+            )
+        )
         return torch.zeros(len(images), 32, 2, 2, dtype=torch.float64)
 
     monkeypatch.setattr(tokenizer.network, "encode", encode)
@@ -174,15 +184,21 @@ def test_samples_are_keyed_by_index(tokenizer):
     assert torch.equal(tokens, posterior_tokens(*moments, rng, index))  # as from a cache
     turned = posterior_tokens(*(m.flip(0) for m in moments), rng, index.flip(0)).flip(0)
     assert torch.equal(tokens, turned)
-    noise = (tokens / SCALE - moments[0].flatten(2).transpose(1, 2)
-             ) / moments[1].flatten(2).transpose(1, 2)
+    noise = (tokens / SCALE - moments[0].flatten(2).transpose(1, 2)) / moments[1].flatten(
+        2
+    ).transpose(1, 2)
     expected = rng.normal("kl16.posterior", index, 64).view(3, 4, 16)
     torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-3)
-    for other in (tokenizer.encode(IMAGES, rng), tokenizer.encode(IMAGES, Rng(8), index),
-                  tokenizer.encode(IMAGES, rng.at(1), index), tokenizer.encode(IMAGES)):
+    for other in (
+        tokenizer.encode(IMAGES, rng),
+        tokenizer.encode(IMAGES, Rng(8), index),
+        tokenizer.encode(IMAGES, rng.at(1), index),
+        tokenizer.encode(IMAGES),
+    ):
         assert not torch.isclose(tokens, other).all(-1).any()
-    assert torch.equal(tokenizer.encode(IMAGES, rng),
-                       tokenizer.encode(IMAGES, rng, torch.arange(3)))
+    assert torch.equal(
+        tokenizer.encode(IMAGES, rng), tokenizer.encode(IMAGES, rng, torch.arange(3))
+    )
 
 
 def test_posterior_refusals():
@@ -202,8 +218,7 @@ def test_chunks_change_rounding_only(tokenizer, monkeypatch):
     decoded = tokenizer.decode(together)
     sizes = []
     encode = tokenizer.network.encode
-    monkeypatch.setattr(tokenizer.network, "encode",
-                        lambda x: sizes.append(len(x)) or encode(x))
+    monkeypatch.setattr(tokenizer.network, "encode", lambda x: sizes.append(len(x)) or encode(x))
     for pixels, expected in ((1, [1, 1, 1]), (2 * 32**2, [2, 1]), (10**9, [3])):
         sizes.clear()
         monkeypatch.setattr(tokenizer, "chunk_pixels", pixels)

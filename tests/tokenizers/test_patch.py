@@ -37,31 +37,37 @@ def test_pixel_maps():
     assert before == 0.5
 
 
-@pytest.mark.parametrize("name, size, patch, codes, expected", [
-    ("kl16", 256, None, None, ("continuous", 16, 16, 0)),
-    ("vq16", 256, 16, None, ("discrete", 16, 0, 16384)),
-    ("vq16", 384, None, None, ("discrete", 24, 0, 16384)),
-    ("patch", 24, 4, None, ("continuous", 6, 48, 0)),
-    ("patch-vq", 24, 4, None, ("discrete", 6, 0, 128)),
-    ("patch-vq", 32, 8, 512, ("discrete", 4, 0, 512)),
-])
+@pytest.mark.parametrize(
+    "name, size, patch, codes, expected",
+    [
+        ("kl16", 256, None, None, ("continuous", 16, 16, 0)),
+        ("vq16", 256, 16, None, ("discrete", 16, 0, 16384)),
+        ("vq16", 384, None, None, ("discrete", 24, 0, 16384)),
+        ("patch", 24, 4, None, ("continuous", 6, 48, 0)),
+        ("patch-vq", 24, 4, None, ("discrete", 6, 0, 128)),
+        ("patch-vq", 32, 8, 512, ("discrete", 4, 0, 512)),
+    ],
+)
 def test_specs(name, size, patch, codes, expected):
     spec = token_spec(name, size, patch, codes)
     assert (spec.kind, spec.grid, spec.channels, spec.vocabulary) == expected
     assert spec.num_tokens == expected[1] ** 2
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("vae", 256), ["--tokenizer 'vae'", "kl16, vq16, patch, patch-vq"]),
-    (("kl16", 250), ["--image-size 250", "240 or 256", "another --tokenizer"]),
-    (("vq16", 256, 8), ["fixed patch size of 16", "--patch-size 8"]),
-    (("patch", 30, 4), ["--image-size 28 or 32", "--patch-size 3 or 5"]),
-    (("patch", 3, 4), ["--image-size 4,", "--patch-size 3"]),
-    (("patch", 24), ["needs --patch-size"]),
-    (("patch", 24, 0), ["1 or more"]),
-    (("patch", 24, 4, 128), ["--codes 128", "patch-vq"]),
-    (("patch-vq", 24, 4, 1), ["--codes must be 2 or more"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("vae", 256), ["--tokenizer 'vae'", "kl16, vq16, patch, patch-vq"]),
+        (("kl16", 250), ["--image-size 250", "240 or 256", "another --tokenizer"]),
+        (("vq16", 256, 8), ["fixed patch size of 16", "--patch-size 8"]),
+        (("patch", 30, 4), ["--image-size 28 or 32", "--patch-size 3 or 5"]),
+        (("patch", 3, 4), ["--image-size 4,", "--patch-size 3"]),
+        (("patch", 24), ["needs --patch-size"]),
+        (("patch", 24, 0), ["1 or more"]),
+        (("patch", 24, 4, 128), ["--codes 128", "patch-vq"]),
+        (("patch-vq", 24, 4, 1), ["--codes must be 2 or more"]),
+    ],
+)
 def test_refused_specs(arguments, words):
     with pytest.raises(ValueError) as error:
         token_spec(*arguments)

@@ -38,21 +38,44 @@ def test_codes_are_nearest_among_unit_vectors():
     assert (codes != (vectors.double() @ codebook.double().T).argmax(1)).float().mean() > 0.5
 
 
-def test_the_first_of_equal_codes():
-    codebook = drawn(64).repeat(200, 1)  # every direction 200 times, at one length
-    codes = nearest_codes(drawn(300, 1), codebook)
-    assert codes.max() < 64
-    assert torch.equal(nearest_codes(codebook[:64], codebook), torch.arange(64))
+def in_order(products):
+    """Sums over the last dimension, channel after channel, in plain Python floats."""
+    total = 0.0
+    for channel in range(products.shape[-1]):
+        total = total + products[..., channel].numpy()
+    return total
 
 
-def test_codes_are_the_same_bit_for_bit_in_every_chunking(monkeypatch):
+def defined(vectors, codebook):
+    """`nearest_codes` by its definition, without a matrix product."""
+    codebook = codebook.double()
+    directions = codebook / torch.from_numpy(in_order(codebook * codebook)).sqrt()[:, None]
+    return torch.from_numpy(in_order(vectors.double()[:, None] * directions).argmax(1))
+
+
+@pytest.mark.parametrize("codes, copies", [(64, 200), (63, 7), (1, 100), (129, 3), (17, 31)])
+def test_the_first_of_equal_codes(codes, copies):
+    """Whatever the place of a code among the columns of a product."""
+    codebook = drawn(codes).repeat(copies, 1)  # every direction several times, at one length
+    found = nearest_codes(drawn(300, 1), codebook)
+    assert found.max() < codes
+    assert torch.equal(nearest_codes(codebook[:codes], codebook), torch.arange(codes))
+
+
+def test_equal_directions_of_other_lengths_tie():
+    """Powers of two change no bit of a direction."""
+    codebook = torch.cat((drawn(40), 4.0 * drawn(40), 0.125 * drawn(40)))
+    assert nearest_codes(drawn(200, 1), codebook).max() < 40
+
+
+def test_close_calls_fall_as_defined_in_every_chunking(monkeypatch):
     codebook = drawn(2048, 2)
     codebook[1::2] = codebook[::2] + 0.01 * drawn(1024, 4)
-    # Close calls: halfway between two neighbours, up to the rounding of float32.
+    # Halfway between two neighbours, up to the rounding of float32, or of float64.
     unit = torch.nn.functional.normalize(codebook.double(), dim=1)
     vectors = torch.cat(((unit[:800:2] + unit[1:800:2]).float(), drawn(100, 3)))
     codes = nearest_codes(vectors, codebook)
-    assert torch.equal(codes, (vectors.double()[:, None] * unit).sum(-1).argmax(1))
+    assert torch.equal(codes, defined(vectors, codebook))
     for size in (1, 3, 255, 256, 257):
         parts = [nearest_codes(part, codebook) for part in vectors.split(size)]
         assert torch.equal(torch.cat(parts), codes)
@@ -60,6 +83,23 @@ def test_codes_are_the_same_bit_for_bit_in_every_chunking(monkeypatch):
     assert torch.equal(nearest_codes(vectors[order], codebook), codes[order])
     monkeypatch.setattr(module, "_ROWS", 100)
     assert torch.equal(nearest_codes(vectors, codebook), codes)
+
+
+def test_codes_within_a_rounding_of_each_other_fall_as_defined():
+    """Thousands of codes whose cosines differ in the last bits, where products in another order
+    have other winners."""
+    near = drawn(1) + 1e-8 * drawn(3000, 2)  # float32 rounds many of them to one place
+    vectors = torch.cat((drawn(1) * torch.logspace(-3, 3, 40)[:, None], drawn(40, 3)))
+    found = nearest_codes(vectors, near)
+    assert torch.equal(found, defined(vectors, near))
+
+
+def test_vectors_that_are_not_finite_get_the_first_code():
+    vectors = drawn(4, 1)
+    vectors[1, 3], vectors[2, 0] = float("nan"), float("inf")
+    codes = nearest_codes(vectors, drawn(50))
+    assert codes[1] == codes[2] == 0
+    assert torch.equal(codes[[0, 3]], nearest_codes(vectors[[0, 3]], drawn(50)))
 
 
 def test_fast_products_do_not_change_codes(monkeypatch):
@@ -76,10 +116,11 @@ def test_fast_products_do_not_change_codes(monkeypatch):
 def test_blocks_bound_the_memory(monkeypatch):
     rows = []
     true_matmul = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__",
-                        lambda a, b: rows.append(len(a)) or true_matmul(a, b))
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: rows.append(len(a)) or true_matmul(a, b)
+    )
     nearest_codes(drawn(700), drawn(50, 1))
-    assert rows == [256, 256, 256]
+    assert rows == [256, 256, 188]
 
 
 def test_whole_network_against_float64(tokenizer, reference):

@@ -25,8 +25,10 @@ from heptapod_fast.tokenizers.weights import check, digest, read_state
 from tests.tokenizers.reference import UNUSED, gap, images, random_weights, table
 
 NAMES = {"kl16": KL16, "vq16": VQ16}
-SOURCES = {"kl16": ["--tokenizer-weights FILE", "kl16.ckpt", "github.com/LTH14/mar"],
-           "vq16": ["--tokenizer-weights FILE", "vq_ds16_c2i.pt", "FoundationVision/LlamaGen"]}
+SOURCES = {
+    "kl16": ["--tokenizer-weights FILE", "kl16.ckpt", "github.com/LTH14/mar"],
+    "vq16": ["--tokenizer-weights FILE", "vq_ds16_c2i.pt", "FoundationVision/LlamaGen"],
+}
 
 
 def thin(name, **changes):
@@ -81,10 +83,16 @@ def test_convert(tmp_path):
         assert json.loads(file.metadata()["tokenizer"]) == ["vq16", {"image_size": 256}]
         assert set(file.keys()) == set(table("vq16")) - UNUSED
     # Another size of images needs no other file.
-    assert load_tokenizer("vq16", tmp_path / "new" / "vq.safetensors",
-                          image_size=48).weights_sha256 == sha
-    refused("kl16", tmp_path / "new" / "vq.safetensors", "expected kl16, found a saved vq16",
-            "--tokenizer vq16")
+    assert (
+        load_tokenizer("vq16", tmp_path / "new" / "vq.safetensors", image_size=48).weights_sha256
+        == sha
+    )
+    refused(
+        "kl16",
+        tmp_path / "new" / "vq.safetensors",
+        "expected kl16, found a saved vq16",
+        "--tokenizer vq16",
+    )
     with pytest.raises(ValueError, match="--tokenizer patch has no published weights"):
         convert_weights("patch", "a", "b")
 
@@ -106,9 +114,14 @@ def test_the_fingerprint_tells_weights_and_sizes_apart(monkeypatch):
     assert small.weights_sha256 == large.weights_sha256 == digest(state)
     described = json.loads(json.dumps(large.describe()))
     assert described == {
-        "tokenizer": "kl16", "image_size": 48, "weights": os.path.abspath("folder/kl16.ckpt"),
-        "weights_sha256": digest(state), "fingerprint": large.fingerprint, "dtype": "float32",
-        "scale": 0.2325}
+        "tokenizer": "kl16",
+        "image_size": 48,
+        "weights": os.path.abspath("folder/kl16.ckpt"),
+        "weights_sha256": digest(state),
+        "fingerprint": large.fingerprint,
+        "dtype": "float32",
+        "scale": 0.2325,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
@@ -132,15 +145,18 @@ def test_unused_names_are_left_out():
         check("kl16", thin("kl16", **{"quantize.codebook_used": torch.zeros(65536)}))
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", ["empty"]),
-    (b"  \n<!DOCTYPE html><html>", ["web page"]),
-    (b"<html><head>", ["web page"]),
-    (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer", "git lfs pull"]),
-    (b"PK\x03\x04" + b"a" * 3000, ["damaged or truncated", "3,004 bytes"]),
-    (bytes(range(256)) * 9, ["damaged or truncated", "2,304 bytes"]),
-    ((40).to_bytes(8, "little") + b'{"a": nonsense', ["safetensors", "22 bytes"]),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", ["empty"]),
+        (b"  \n<!DOCTYPE html><html>", ["web page"]),
+        (b"<html><head>", ["web page"]),
+        (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer", "git lfs pull"]),
+        (b"PK\x03\x04" + b"a" * 3000, ["damaged or truncated", "3,004 bytes"]),
+        (bytes(range(256)) * 9, ["damaged or truncated", "2,304 bytes"]),
+        ((40).to_bytes(8, "little") + b'{"a": nonsense', ["safetensors", "22 bytes"]),
+    ],
+)
 def test_files_that_are_no_weights(content, words, tmp_path):
     path = tmp_path / "file.ckpt"
     path.write_bytes(content)
@@ -158,7 +174,7 @@ def test_truncated_files(kind, tmp_path):
         torch.save({"model": state}, path, _use_new_zipfile_serialization=kind == "zip")
     content = path.read_bytes()
     for share in (0.02, 0.5, 0.98):
-        path.write_bytes(content[:int(share * len(content))])
+        path.write_bytes(content[: int(share * len(content))])
         refused("kl16", path, "damaged or truncated")
 
 
@@ -175,8 +191,9 @@ class Trap:
 def test_code_in_a_file_is_never_run(tmp_path):
     trap, path = Trap(tmp_path / "sprung"), tmp_path / "file.pt"
     for zipped in (True, False):
-        torch.save({"model": thin("vq16"), "extra": trap}, path,
-                   _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {"model": thin("vq16"), "extra": trap}, path, _use_new_zipfile_serialization=zipped
+        )
         refused("vq16", path, "mkdir", "could run code")
     path.write_bytes(pickle.dumps(trap, protocol=2))
     refused("vq16", path)
@@ -209,18 +226,26 @@ def test_contents_that_are_no_state_dict(tmp_path):
 def test_weights_of_something_else(tmp_path):
     path = tmp_path / "file.pt"
     torch.save({"model": thin("kl16")}, path)
-    text = refused("vq16", path, "missing", "unknown", "these are the weights of --tokenizer kl16",
-                   "LlamaGen's VQ-16 tokenizer, which has 343 tensors")
+    text = refused(
+        "vq16",
+        path,
+        "missing",
+        "unknown",
+        "these are the weights of --tokenizer kl16",
+        "LlamaGen's VQ-16 tokenizer, which has 343 tensors",
+    )
     assert text.count("encoder.down.0") == 12 and ", ...)" in text  # the first ones only
     torch.save({"model": thin("vq16")}, path)
     refused("kl16", path, "these are the weights of --tokenizer vq16", "which has 312 tensors")
     ldm = {f"decoder.up.4.attn.{i}.q.weight": torch.zeros(512, 512, 1, 1) for i in range(3)}
     torch.save(thin("kl16", **ldm), path)
     refused("kl16", path, "unknown 3 (decoder.up.4.attn.0.q.weight", "LDM's kl-f16")
-    for key, words in (("diffloss.net.input_proj.weight", "MAR model"),
-                       ("tok_embeddings.weight", "LlamaGen's GPT"),
-                       ("encoder.down_blocks.0.resnets.0.conv1.weight", "diffusers"),
-                       ("backbone.blocks.0.norm1.weight", "checkpoint of a training run")):
+    for key, words in (
+        ("diffloss.net.input_proj.weight", "MAR model"),
+        ("tok_embeddings.weight", "LlamaGen's GPT"),
+        ("encoder.down_blocks.0.resnets.0.conv1.weight", "diffusers"),
+        ("backbone.blocks.0.norm1.weight", "checkpoint of a training run"),
+    ):
         save_file({key: torch.zeros(3)}, path)
         refused("kl16", path, "missing 312 (", f"unknown 1 ({key})", words)
     Patch(24, 4).save(path)
@@ -232,10 +257,16 @@ def test_names_shapes_and_numbers_that_are_wrong(tmp_path):
     state = thin("kl16", **{"quant_conv.weight": torch.zeros(8, 32, 1, 1)})
     del state["decoder.conv_out.bias"], state["encoder.mid.attn_1.q.weight"]
     torch.save(state, path)
-    refused("kl16", path, "missing 2 (encoder.mid.attn_1.q.weight, decoder.conv_out.bias)",
-            "of another shape 1 (quant_conv.weight (8, 32, 1, 1) instead of (32, 32, 1, 1))")
-    broken = {"quant_conv.bias": torch.full((32,), math.nan),
-              "decoder.conv_out.bias": torch.tensor([0.0, math.inf, 0.0])}
+    refused(
+        "kl16",
+        path,
+        "missing 2 (encoder.mid.attn_1.q.weight, decoder.conv_out.bias)",
+        "of another shape 1 (quant_conv.weight (8, 32, 1, 1) instead of (32, 32, 1, 1))",
+    )
+    broken = {
+        "quant_conv.bias": torch.full((32,), math.nan),
+        "decoder.conv_out.bias": torch.tensor([0.0, math.inf, 0.0]),
+    }
     torch.save(thin("kl16", **broken), path)
     refused("kl16", path, "not finite 2 (decoder.conv_out.bias, quant_conv.bias)")
     torch.save(thin("kl16", **{"quant_conv.bias": torch.zeros(32, dtype=torch.complex64)}), path)

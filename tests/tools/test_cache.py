@@ -20,8 +20,18 @@ def folder(tmp_path):
 
 
 def cache(folder, out, *words, tokenizer="patch-vq", size=16):
-    return command("cache", "--data", folder, "--out", out, "--tokenizer", tokenizer,
-                   "--image-size", size, *words)
+    return command(
+        "cache",
+        "--data",
+        folder,
+        "--out",
+        out,
+        "--tokenizer",
+        tokenizer,
+        "--image-size",
+        size,
+        *words,
+    )
 
 
 def test_from_a_folder_to_samples(folder, tmp_path):
@@ -36,8 +46,23 @@ def test_from_a_folder_to_samples(folder, tmp_path):
     assert checked.code == 0 and "whole, 8 files as they were written" in checked.out
     again = cache(folder, out, "--flip", "--codes", 20)
     assert again.code == 0 and "building" not in again.out and "finished" in again.out
-    trained = command("train", "--size", "tiny", "--data", out, "--out", run, "--images", 64,
-                      "--batch", 32, "--sample-every", 0, "--device", "cpu")
+    trained = command(
+        "train",
+        "--size",
+        "tiny",
+        "--data",
+        out,
+        "--out",
+        run,
+        "--images",
+        64,
+        "--batch",
+        32,
+        "--sample-every",
+        0,
+        "--device",
+        "cpu",
+    )
     assert trained.code == 0, trained.err
     sampled = command("sample", run, "--count", 6, "--out", tmp_path / "grid.png")
     assert sampled.code == 0 and CLASSES[0] in sampled.out, sampled.err
@@ -45,18 +70,22 @@ def test_from_a_folder_to_samples(folder, tmp_path):
     refused(command("evaluate", run, "--metrics", "symmetry"), "logograms")
 
 
-@pytest.mark.parametrize("tokenizer, words, text", [
-    ("kl16", [], "--tokenizer kl16 needs --tokenizer-weights FILE"),
-    ("kl16", ["--tokenizer-weights", "no.ckpt"], "no.ckpt: no such file"),
-    ("kl16", ["--patch-size", 4], "fixed patch size of 16"),
-    ("patch", ["--tokenizer-weights", "x"], "--tokenizer patch has no weights"),
-    ("patch", ["--codes", 5], "--codes 5 has no meaning"),
-    ("patch-vq", ["--patch-size", 5], "not a multiple of the patch size 5"),
-    ("patch-vq", ["--codes", 70_000], "--codes"),
-    ("patch-vq", ["--dtype", "bfloat16"], "--dtype bfloat16: --tokenizer patch-vq works in"),
-    ("patch-vq", ["--workers", 0], "--workers 0: expected at least 1"),
-    ("patch-vq", ["--batch", 0], "--batch 0: expected at least 1"),
-    ("patch-vq", ["--image-size", 64], "too small for --image-size 64")])
+@pytest.mark.parametrize(
+    "tokenizer, words, text",
+    [
+        ("kl16", [], "--tokenizer kl16 needs --tokenizer-weights FILE"),
+        ("kl16", ["--tokenizer-weights", "no.ckpt"], "no.ckpt: no such file"),
+        ("kl16", ["--patch-size", 4], "fixed patch size of 16"),
+        ("patch", ["--tokenizer-weights", "x"], "--tokenizer patch has no weights"),
+        ("patch", ["--codes", 5], "--codes 5 has no meaning"),
+        ("patch-vq", ["--patch-size", 5], "not a multiple of the patch size 5"),
+        ("patch-vq", ["--codes", 70_000], "--codes"),
+        ("patch-vq", ["--dtype", "bfloat16"], "--dtype bfloat16: --tokenizer patch-vq works in"),
+        ("patch-vq", ["--workers", 0], "--workers 0: expected at least 1"),
+        ("patch-vq", ["--batch", 0], "--batch 0: expected at least 1"),
+        ("patch-vq", ["--image-size", 64], "too small for --image-size 64"),
+    ],
+)
 def test_settings_that_are_refused(folder, tmp_path, tokenizer, words, text):
     refused(cache(folder, tmp_path / "c.zarr", *words, tokenizer=tokenizer), text)
     # Only a plan can say no to these.
@@ -73,12 +102,14 @@ def test_names_that_are_refused(folder, tmp_path):
 
 # ---------------------------------------------------------- folders that are not what they were
 
+
 def test_missing_empty_and_renamed_class_folders(folder, tmp_path):
     out = tmp_path / "c.zarr"
     assert cache(folder, out).code == 0
     (folder / "bee").rename(folder / "wasp")
-    refused(cache(folder, out),
-            "the images of --data: 1 new classes (wasp); 1 missing classes (bee)")
+    refused(
+        cache(folder, out), "the images of --data: 1 new classes (wasp); 1 missing classes (bee)"
+    )
     (folder / "wasp").rename(folder / "bee")
     (folder / "dog").mkdir()
     refused(cache(folder, tmp_path / "d.zarr"), "1 class folders of --data hold no images", "dog")
@@ -101,6 +132,7 @@ def test_an_image_more(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------- broken and odd images
+
 
 def odd_images(folder):
     """One of every kind that can be read, beside the others; returns how many."""
@@ -142,15 +174,19 @@ def test_decoders_agree(folder, tmp_path):
     odd_images(folder)
     found = {}
     for name in ("dali", "pillow"):
-        assert cache(folder, tmp_path / f"{name}.zarr", "--decoder", name, "--flip",
-                     tokenizer="patch").code == 0
+        assert (
+            cache(
+                folder, tmp_path / f"{name}.zarr", "--decoder", name, "--flip", tokenizer="patch"
+            ).code
+            == 0
+        )
         found[name] = zarr.open_group(tmp_path / f"{name}.zarr", mode="r")["mean"][:]
     assert np.abs(found["dali"] - found["pillow"]).max() < 0.02
 
 
 def test_dali_that_is_not_there(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    refused(cache(folder, tmp_path / "c.zarr", "--decoder", "dali"), 'heptapod_fast[dali]')
+    refused(cache(folder, tmp_path / "c.zarr", "--decoder", "dali"), "heptapod_fast[dali]")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cache(folder, tmp_path / "c.zarr").code == 0
 
@@ -162,8 +198,13 @@ def broken_images(folder):
     Image.fromarray(noise).save(whole)
     raw = whole.read_bytes()
     whole.unlink()
-    kinds = {"empty.jpg": b"", "stub.jpg": raw[:20], "page.jpg": b"<!DOCTYPE html><p>404",
-             "half.jpg": raw[:len(raw) // 2], "text.png": b"hello"}
+    kinds = {
+        "empty.jpg": b"",
+        "stub.jpg": raw[:20],
+        "page.jpg": b"<!DOCTYPE html><p>404",
+        "half.jpg": raw[: len(raw) // 2],
+        "text.png": b"hello",
+    }
     for name, data in kinds.items():
         (folder / "bee" / name).write_bytes(data)
     (folder / "bee" / "gone.jpg").symlink_to("nowhere.jpg")
@@ -173,8 +214,11 @@ def broken_images(folder):
 def test_broken_images(folder, tmp_path, decoder):
     names, made = broken_images(folder), tmp_path / "c.zarr"
     choice = ("--decoder", decoder, "--max-broken")
-    refused(cache(folder, made, *choice, 0), "cannot be read, --max-broken allows 0",
-            *(name for name in names if name != "half.jpg"))
+    refused(
+        cache(folder, made, *choice, 0),
+        "cannot be read, --max-broken allows 0",
+        *(name for name in names if name != "half.jpg"),
+    )
     assert cache(folder, made, *choice, len(names) - 1).code == 1
     done = cache(folder, made, *choice, len(names))
     assert done.code == 0, done.err
@@ -182,8 +226,21 @@ def test_broken_images(folder, tmp_path, decoder):
     assert "30 images" in done.out
     checked = command("verify", tmp_path / "c.zarr")
     assert checked.code == 0 and all(f"left out: bee/{name}" in checked.out for name in names)
-    trained = command("train", "--size", "tiny", "--data", tmp_path / "c.zarr", "--out",
-                      tmp_path / "run", "--images", 32, "--batch", 16, "--sample-every", 0)
+    trained = command(
+        "train",
+        "--size",
+        "tiny",
+        "--data",
+        tmp_path / "c.zarr",
+        "--out",
+        tmp_path / "run",
+        "--images",
+        32,
+        "--batch",
+        16,
+        "--sample-every",
+        0,
+    )
     assert trained.code == 0 and "30 images, 3 classes" in trained.out, trained.err
 
 
@@ -201,17 +258,47 @@ def test_the_documented_sequence(tmp_path):
     python = sys.executable
 
     def run(*words):
-        done = subprocess.run([python, *map(str, words)], capture_output=True, text=True, cwd=ROOT,
-                              env=environment(), timeout=500)
+        done = subprocess.run(
+            [python, *map(str, words)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment(),
+            timeout=500,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    out = run("tools/cache.py", "--data", tmp_path / "logograms", "--image-size", 256,
-              "--tokenizer", "patch-vq", "--codes", 512, "--out", tmp_path / "logograms.zarr")
+    out = run(
+        "tools/cache.py",
+        "--data",
+        tmp_path / "logograms",
+        "--image-size",
+        256,
+        "--tokenizer",
+        "patch-vq",
+        "--codes",
+        512,
+        "--out",
+        tmp_path / "logograms.zarr",
+    )
     assert "2,000 images" in out
     assert "whole" in run("tools/verify.py", tmp_path / "logograms.zarr")
-    out = run("tools/train.py", "--size", "tiny", "--data", tmp_path / "logograms.zarr", "--images",
-              256, "--sample-every", 0, "--out", tmp_path / "run", "--device", "cpu")
+    out = run(
+        "tools/train.py",
+        "--size",
+        "tiny",
+        "--data",
+        tmp_path / "logograms.zarr",
+        "--images",
+        256,
+        "--sample-every",
+        0,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    )
     assert "2,000 images, 8 classes" in out and "finished" in out
     out = run("tools/sample.py", tmp_path / "run", "--count", 8, "--out", tmp_path / "grid.png")
     assert "8 images" in out

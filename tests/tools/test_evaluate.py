@@ -32,12 +32,15 @@ def test_numbers_and_grid_are_written(trained, tmp_path):
     assert (tmp_path / "deep" / "e.png").exists() and "symmetry_accuracy" in result.out
 
 
-@pytest.mark.parametrize("words, named", [
-    (("--metrics", "fid,charm"), ("--metrics fid, charm", "symmetry")),
-    (("--count", 0), ("--count 0",)),
-    (("--batch", 0), ("--batch 0",)),
-    (("--ema", "0.1"), ("--ema 0.1",)),
-])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("--metrics", "fid,charm"), ("--metrics fid, charm", "symmetry")),
+        (("--count", 0), ("--count 0",)),
+        (("--batch", 0), ("--batch 0",)),
+        (("--ema", "0.1"), ("--ema 0.1",)),
+    ],
+)
 def test_what_cannot_be_is_refused(trained, words, named):
     refused(command("evaluate", trained, *words), *named)
 
@@ -59,8 +62,10 @@ def test_a_report_is_made_of_the_run(tmp_path):
 def test_records_without_a_loss_do_not_stop_a_report(tmp_path):
     train_here(tmp_path, images=32)
     with open(tmp_path / "metrics.jsonl", "a") as stream:
-        stream.write('{"images": 40, "checkpoint_failed": "full"}\n{"images": 40, "loss": null}\n'
-                     '{"images": 48, "lo')
+        stream.write(
+            '{"images": 40, "checkpoint_failed": "full"}\n{"images": 40, "loss": null}\n'
+            '{"images": 48, "lo'
+        )
     assert command("report", tmp_path).code == 0
     assert json.loads((tmp_path / "report.json").read_text())["images"] == 32
 

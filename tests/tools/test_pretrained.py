@@ -15,8 +15,13 @@ def weights(request, tmp_path_factory):
     """(name, a file of random weights)."""
     generator = torch.Generator().manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / f"{request.param}.safetensors"
-    save_file({key: torch.randn(shape, generator=generator) * 0.02
-               for key, shape in file_shapes(request.param).items()}, path)
+    save_file(
+        {
+            key: torch.randn(shape, generator=generator) * 0.02
+            for key, shape in file_shapes(request.param).items()
+        },
+        path,
+    )
     return request.param, path
 
 
@@ -24,8 +29,18 @@ def test_from_images_to_samples(weights, tmp_path):
     name, path = weights
     out = tmp_path / "run"
     # codes belongs to patch-vq.
-    settings = dict(out=out, tokenizer=name, tokenizer_weights=path, image_size=32, codes=None,
-                    patch_size=None, logogram_count=8, images=16, batch=8, device="cpu")
+    settings = dict(
+        out=out,
+        tokenizer=name,
+        tokenizer_weights=path,
+        image_size=32,
+        codes=None,
+        patch_size=None,
+        logogram_count=8,
+        images=16,
+        batch=8,
+        device="cpu",
+    )
     if name == "kl16":
         settings |= dict(diffusion_blocks=1, diffusion_width=16)
     arguments = [a for a in flags(**settings)]
@@ -46,6 +61,7 @@ def test_from_images_to_samples(weights, tmp_path):
 
 
 def test_missing_weights_are_refused_before_images_are_read(tmp_path):
-    result = command("train", "--size", "B", "--data", tmp_path, "--out", tmp_path / "run",
-                     "--device", "cpu")
+    result = command(
+        "train", "--size", "B", "--data", tmp_path, "--out", tmp_path / "run", "--device", "cpu"
+    )
     refused(result, "--tokenizer kl16 needs --tokenizer-weights FILE", "github.com/LTH14/mar")

@@ -16,8 +16,17 @@ def test_a_trace_and_a_table_are_written(tmp_path):
 
 
 def test_one_operation(tmp_path):
-    result = command("profile", "--size", "tiny", "--op", "bias_gelu", "--profile-steps", 2,
-                     "--profile-out", tmp_path)
+    result = command(
+        "profile",
+        "--size",
+        "tiny",
+        "--op",
+        "bias_gelu",
+        "--profile-steps",
+        2,
+        "--profile-out",
+        tmp_path,
+    )
     assert result.code == 0, result.err
     assert "aten::gelu" in (tmp_path / "bias_gelu-0.txt").read_text()
     assert json.loads((tmp_path / "bias_gelu-0.json").read_text())["traceEvents"]

@@ -7,8 +7,13 @@ from tests.running import ROOT, command, refused
 RESULT = {
     "machine_info": {"device": "CPU of the test", "python_version": "3.11", "torch": "2.13"},
     "datetime": "2026-01-02T03:04:05",
-    "benchmarks": [{"name": "bench_one", "extra_info": {"GB/s": 12.345, "shape": [2, 3]},
-                    "stats": {"median": 0.0015, "q1": 0.001, "q3": 0.002}}],
+    "benchmarks": [
+        {
+            "name": "bench_one",
+            "extra_info": {"GB/s": 12.345, "shape": [2, 3]},
+            "stats": {"median": 0.0015, "q1": 0.001, "q3": 0.002},
+        }
+    ],
 }
 
 
@@ -38,8 +43,9 @@ def test_the_short_form_leaves_single_operations_out(tmp_path):
     from heptapod_fast.reports import bench_table
 
     single = {**RESULT["benchmarks"][0], "name": "bench_op", "extra_info": {"us": 3.0}}
-    (tmp_path / "ops.json").write_text(json.dumps(
-        RESULT | {"benchmarks": [*RESULT["benchmarks"], single]}))
+    (tmp_path / "ops.json").write_text(
+        json.dumps(RESULT | {"benchmarks": [*RESULT["benchmarks"], single]})
+    )
     assert "bench_op" in bench_table(tmp_path / "ops.json")
     assert "bench_op" not in bench_table(tmp_path / "ops.json", brief=True)
 

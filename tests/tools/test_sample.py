@@ -8,8 +8,10 @@ from PIL import Image
 
 from tests.running import command, refused, train_here
 
-CONTRACT = ("classes count positions-per-step temperature diffusion-steps guidance top-k top-p ema"
-            " checkpoint seed out save-images save-npz").split()
+CONTRACT = (
+    "classes count positions-per-step temperature diffusion-steps guidance top-k top-p ema"
+    " checkpoint seed out save-images save-npz"
+).split()
 SMALL = dict(image_size=12, patch_size=4, images=16)
 
 
@@ -48,8 +50,17 @@ def test_without_a_name_it_lies_with_the_run(trained):
 
 
 def arrays(trained, folder, name, *words):
-    result = command("sample", trained, "--out", folder / "g.png", "--save-npz",
-                     folder / f"{name}.npz", "--device", "cpu", *words)
+    result = command(
+        "sample",
+        trained,
+        "--out",
+        folder / "g.png",
+        "--save-npz",
+        folder / f"{name}.npz",
+        "--device",
+        "cpu",
+        *words,
+    )
     assert result.code == 0, result.err
     with np.load(folder / f"{name}.npz") as data:
         return data["arr_0"], data["labels"]
@@ -70,26 +81,42 @@ def test_samples_depend_on_the_seed_not_on_the_batch(trained, tmp_path):
 
 def test_single_images_are_named_by_class(trained, tmp_path):
     folder = tmp_path / "single é"
-    assert command("sample", trained, "--classes", "1,0", "--count", 2, "--save-images", folder,
-                   "--out", tmp_path / "g.png").code == 0
+    assert (
+        command(
+            "sample",
+            trained,
+            "--classes",
+            "1,0",
+            "--count",
+            2,
+            "--save-images",
+            folder,
+            "--out",
+            tmp_path / "g.png",
+        ).code
+        == 0
+    )
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["000000-class1.png", "000001-class0.png"]
 
 
-@pytest.mark.parametrize("words, named", [
-    (("--classes", "0,2"), ("--classes 0,2", "[2]", "2 classes, 0 to 1")),
-    (("--classes=-1",), ("--classes -1", "0 to 1")),
-    (("--classes", "cat"), ("--classes cat",)),
-    (("--count", 0), ("--count 0",)),
-    (("--batch", 0), ("--batch 0",)),
-    (("--ema", "0.5"), ("--ema 0.5", "ema-0.9999")),
-    (("--checkpoint", 9), ("--checkpoint 9", "holds the steps 2")),
-    (("--positions-per-step", 10), ("--positions-per-step 10", "1 to 9")),
-    (("--top-p", 0), ("--top-p 0",)),
-    (("--temperature", -1), ("--temperature -1",)),
-    (("--guidance", 2), ("--guidance 2",)),
-    (("--device", "tpu"), ("--device",)),
-])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("--classes", "0,2"), ("--classes 0,2", "[2]", "2 classes, 0 to 1")),
+        (("--classes=-1",), ("--classes -1", "0 to 1")),
+        (("--classes", "cat"), ("--classes cat",)),
+        (("--count", 0), ("--count 0",)),
+        (("--batch", 0), ("--batch 0",)),
+        (("--ema", "0.5"), ("--ema 0.5", "ema-0.9999")),
+        (("--checkpoint", 9), ("--checkpoint 9", "holds the steps 2")),
+        (("--positions-per-step", 10), ("--positions-per-step 10", "1 to 9")),
+        (("--top-p", 0), ("--top-p 0",)),
+        (("--temperature", -1), ("--temperature -1",)),
+        (("--guidance", 2), ("--guidance 2",)),
+        (("--device", "tpu"), ("--device",)),
+    ],
+)
 def test_what_cannot_be_is_refused_naming_the_flag(trained, words, named):
     refused(command("sample", trained, *words), *named)
 

@@ -13,9 +13,11 @@ from heptapod_fast.train.metrics import read_metrics
 from heptapod_fast.train.setup import choose_operators
 from tests.running import command, flags, refused
 
-CONTRACT = ("size system data tokenizer tokenizer-weights image-size patch-size head window density"
-            " steps loss-weight head-depth images batch micro-batch lr-per-256 flip dropout seed"
-            " out dry-run").split()
+CONTRACT = (
+    "size system data tokenizer tokenizer-weights image-size patch-size head window density"
+    " steps loss-weight head-depth images batch micro-batch lr-per-256 flip dropout seed"
+    " out dry-run"
+).split()
 FOLDER = dict(tokenizer="patch-vq", image_size=12, patch_size=4, logogram_count=None, images=16)
 
 
@@ -48,10 +50,13 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_is_made(tmp_path, m
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name, why", [("triton", "runs on cuda tensors, these are on cpu"),
-                                       ("flash", "pip install flash-attn")])
-def test_an_attention_that_cannot_run_is_refused_and_a_dry_run_says_so(tmp_path, monkeypatch, name,
-                                                                       why):
+@pytest.mark.parametrize(
+    "name, why",
+    [("triton", "runs on cuda tensors, these are on cpu"), ("flash", "pip install flash-attn")],
+)
+def test_an_attention_that_cannot_run_is_refused_and_a_dry_run_says_so(
+    tmp_path, monkeypatch, name, why
+):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     out = tmp_path / "run"
     result = command("train", *flags(out=out, device="cpu"), "--attention", name)
@@ -61,17 +66,30 @@ def test_an_attention_that_cannot_run_is_refused_and_a_dry_run_says_so(tmp_path,
     assert result.code == 0 and "refused" in result.out and why in result.out
 
 
-@pytest.mark.parametrize("settings, name, why", [
-    (dict(width=96, heads=2), "triton", "heads are 48 wide"),
-    (dict(image_size=128, patch_size=4), "triton", "1025 keys, at most 1024 fit"),
-    (dict(head="local", window=4, density=2), "flash", "it has no such mask"),
-    (dict(head="local", window=4, density=2), "triton", None), (dict(), "flash", None)])
+@pytest.mark.parametrize(
+    "settings, name, why",
+    [
+        (dict(width=96, heads=2), "triton", "heads are 48 wide"),
+        (dict(image_size=128, patch_size=4), "triton", "1025 keys, at most 1024 fit"),
+        (dict(head="local", window=4, density=2), "flash", "it has no such mask"),
+        (dict(head="local", window=4, density=2), "triton", None),
+        (dict(), "flash", None),
+    ],
+)
 def test_attention_is_chosen_by_what_the_model_asks_of_it(monkeypatch, settings, name, why):
     """As where the kernels and flash-attn can run."""
-    monkeypatch.setitem(ops.dispatch._registry, "attention", {
-        each: (lambda *_: None, lambda *_, avoid=avoid: avoid)
-        for each, avoid in (("triton", None), ("flash", "only when asked for"),
-                            ("reference", None))})
+    monkeypatch.setitem(
+        ops.dispatch._registry,
+        "attention",
+        {
+            each: (lambda *_: None, lambda *_, avoid=avoid: avoid)
+            for each, avoid in (
+                ("triton", None),
+                ("flash", "only when asked for"),
+                ("reference", None),
+            )
+        },
+    )
     config = Config(size="tiny", device="cpu", attention=name, **settings).resolve()
     if why:
         with pytest.raises(ops.dispatch.Unavailable, match=f"--attention {name}: .*{why}"):
@@ -90,8 +108,9 @@ def test_help_lists_the_contract():
 
 
 def test_dry_run_needs_neither_data_nor_weights_and_writes_nothing(tmp_path):
-    result = command("train", "--size", "B", "--data", "/no/data", "--out", tmp_path / "run",
-                     "--dry-run")
+    result = command(
+        "train", "--size", "B", "--data", "/no/data", "--out", tmp_path / "run", "--dry-run"
+    )
     assert result.code == 0, result.err
     for text in ("207,234,336", "FLOPs per image", "memory per rank", "learning rate", "--seed"):
         assert text in result.out
@@ -105,12 +124,15 @@ def test_a_run_writes_what_it_promises_and_a_finished_one_says_so(tmp_path):
     lines = [line for line in result.out.splitlines() if line.startswith("images")]
     assert len(lines) == 8 and all("loss" in x and "lr" in x and "ETA" in x for x in lines)
     assert {"config.json", "metrics.jsonl", "samples", "checkpoints"} <= {
-        p.name for p in out.iterdir()}
+        p.name for p in out.iterdir()
+    }
     assert json.loads((out / "config.json").read_text())["images"] == 64
     fields = {"images", "loss", "lr", "images_per_second", "eta_seconds", "step", "epoch"}
     assert all(fields <= record.keys() for record in read_metrics(out / "metrics.jsonl"))
     assert sorted(p.name for p in (out / "samples").iterdir()) == [
-        "images-000000000032.png", "images-000000000064.png"]
+        "images-000000000032.png",
+        "images-000000000064.png",
+    ]
     before = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").rglob("*")}
     again = command("train", *flags(out=out, sample_every=32, images=64))
     assert again.code == 0 and "is finished: 64 images" in again.out
@@ -124,31 +146,37 @@ def test_more_images_train_on(tmp_path):
     assert "resumed   at 16 images" in result.out and "finished  32 images" in result.out
 
 
-@pytest.mark.parametrize("words, named", [
-    (["--size", "huge"], "--size"),
-    (["--size", "tiny", "--sise", "3"], "--sise"),
-    (["--size", "tiny", "--images", "many"], "--images"),
-    ([], "--size"),
-])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--size", "huge"], "--size"),
+        (["--size", "tiny", "--sise", "3"], "--sise"),
+        (["--size", "tiny", "--images", "many"], "--images"),
+        ([], "--size"),
+    ],
+)
 def test_words_that_are_not_understood_are_named(words, named):
     refused(command("train", *words), named)
 
 
-@pytest.mark.parametrize("settings, named", [
-    (dict(image_size=25), ("--image-size 25", "--patch-size")),
-    (dict(head="local", window=16), ("--window 16", "1, 4, 9 tokens")),
-    (dict(head="global", window=9), ("--window 9", "--head global")),
-    (dict(batch=9), ("odd", "--batch")),
-    (dict(micro_batch=3), ("--micro-batch 3", "2 and 4")),
-    (dict(system="1d-raster"), ("--head-depth 1", "1d-raster")),
-    (dict(tokenizer="patch"), ("--codes 16", "patch")),
-    (dict(data="synthetic"), ("--logogram-count",)),
-    (dict(data="/no/such/folder", logogram_count=None), ("/no/such/folder", "--data")),
-    (dict(data="cache.zarr", logogram_count=None), ("cache.zarr", "--data", "tools/cache.py")),
-    (dict(size="B", head_depth=None, codes=None, logogram_count=None), ("--data is missing",)),
-    (dict(num_classes=99), ("num_classes=99",)),
-    (dict(adamw_ema="cuda"), ("cuda",)),
-])
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        (dict(image_size=25), ("--image-size 25", "--patch-size")),
+        (dict(head="local", window=16), ("--window 16", "1, 4, 9 tokens")),
+        (dict(head="global", window=9), ("--window 9", "--head global")),
+        (dict(batch=9), ("odd", "--batch")),
+        (dict(micro_batch=3), ("--micro-batch 3", "2 and 4")),
+        (dict(system="1d-raster"), ("--head-depth 1", "1d-raster")),
+        (dict(tokenizer="patch"), ("--codes 16", "patch")),
+        (dict(data="synthetic"), ("--logogram-count",)),
+        (dict(data="/no/such/folder", logogram_count=None), ("/no/such/folder", "--data")),
+        (dict(data="cache.zarr", logogram_count=None), ("cache.zarr", "--data", "tools/cache.py")),
+        (dict(size="B", head_depth=None, codes=None, logogram_count=None), ("--data is missing",)),
+        (dict(num_classes=99), ("num_classes=99",)),
+        (dict(adamw_ema="cuda"), ("cuda",)),
+    ],
+)
 def test_settings_that_cannot_be_are_refused_naming_the_flag(tmp_path, settings, named):
     refused(command("train", *flags(**{"out": tmp_path / "run"} | settings)), *named)
 
@@ -166,8 +194,11 @@ def test_a_folder_of_images_with_spaces_and_unicode_trains(tmp_path, pictures):
 
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "void").mkdir()
-    refused(command("train", *flags(out=tmp_path / "run", data=tmp_path / "void", **FOLDER)),
-            "found no images", "--data")
+    refused(
+        command("train", *flags(out=tmp_path / "run", data=tmp_path / "void", **FOLDER)),
+        "found no images",
+        "--data",
+    )
 
 
 def test_an_unreadable_image_is_named_and_can_be_left_out(tmp_path, pictures):

@@ -15,14 +15,26 @@ def trained(tmp_path):
 def test_a_whole_run_passes(trained):
     result = command("verify", trained)
     assert result.code == 0, result.err
-    for text in ("config.json: heptapod tiny on logograms", "metrics.jsonl: 4 records",
-                 "step-00000002: whole, 16 images", "step-00000004: whole, 32 images",
-                 "tokenizer: patch-vq"):
+    for text in (
+        "config.json: heptapod tiny on logograms",
+        "metrics.jsonl: 4 records",
+        "step-00000002: whole, 16 images",
+        "step-00000004: whole, 32 images",
+        "tokenizer: patch-vq",
+    ):
         assert text in result.out
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "ema-0.9999.safetensors", "state.json",
-                                  "optimizer.safetensors", "MANIFEST.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        "ema-0.9999.safetensors",
+        "state.json",
+        "optimizer.safetensors",
+        "MANIFEST.json",
+    ],
+)
 def test_one_flipped_bit_fails_and_changes_nothing(trained, file):
     path = trained / "checkpoints" / "step-00000002" / file
     data = bytearray(path.read_bytes())

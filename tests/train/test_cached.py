@@ -53,7 +53,12 @@ def moments(tmp_path_factory):
 def test_settings_follow_the_cache(made):
     config = Config(size="tiny", data=str(made)).resolve()
     assert (config.tokenizer, config.image_size, config.patch_size, config.codes, config.flip) == (
-        "patch-vq", 16, 4, 300, True)
+        "patch-vq",
+        16,
+        4,
+        300,
+        True,
+    )
     assert config.resolve() == config
     assert not Config(size="tiny", data=str(made), flip=False).resolve().flip
     with pytest.raises(FileNotFoundError, match="tools/cache.py"):
@@ -93,13 +98,17 @@ def test_interrupted_runs_end_alike(made, tmp_path, plain):
     assert final_files(tmp_path) == plain
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(codes=16), "made with --codes 300, this run asks for --codes 16"),
-    (dict(image_size=32), "made with --image-size 16, this run asks for --image-size 32"),
-    (dict(patch_size=2), "made with --patch-size 4, this run asks for --patch-size 2"),
-    (dict(tokenizer="patch"), "made with --tokenizer patch-vq, this run asks for .* patch"),
-    (dict(tokenizer_weights="x.safetensors"), "has its own codebook"),
-    (dict(cache_mode="gpu"), "--cache-mode gpu: training runs on cpu")])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(codes=16), "made with --codes 300, this run asks for --codes 16"),
+        (dict(image_size=32), "made with --image-size 16, this run asks for --image-size 32"),
+        (dict(patch_size=2), "made with --patch-size 4, this run asks for --patch-size 2"),
+        (dict(tokenizer="patch"), "made with --tokenizer patch-vq, this run asks for .* patch"),
+        (dict(tokenizer_weights="x.safetensors"), "has its own codebook"),
+        (dict(cache_mode="gpu"), "--cache-mode gpu: training runs on cpu"),
+    ],
+)
 def test_caches_that_do_not_fit(made, tmp_path, settings, words):
     values = dict(data=str(made), codes=None, logogram_count=None) | settings
     with pytest.raises(ValueError, match=words):
@@ -146,9 +155,19 @@ def test_another_codebook_in_the_cache(copy, tmp_path):
         start_here(out, data=str(copy), images=32, codes=300, logogram_count=None)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda m: m.update(preprocessing="resize-9/x"), "preprocessing resize-9/x, this version has"),
-    (lambda m: m["tokenizer"].update(scale=0.18215), "scale of tokens of 0.18215, this version")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda m: m.update(preprocessing="resize-9/x"),
+            "preprocessing resize-9/x, this version has",
+        ),
+        (
+            lambda m: m["tokenizer"].update(scale=0.18215),
+            "scale of tokens of 0.18215, this version",
+        ),
+    ],
+)
 def test_what_this_version_would_do_otherwise(copy, tmp_path, change, words):
     edit_manifest(copy, change)
     with pytest.raises(CacheError, match=words):
@@ -188,12 +207,21 @@ def test_a_cache_that_moved(copy, tmp_path, monkeypatch):
     assert one.run_dir() == two.run_dir()
     (tmp_path / "images").mkdir()
     with pytest.raises(RunError, match="other settings: --data"):
-        start_here(out, data=str(tmp_path / "images"), tokenizer="patch-vq", codes=300,
-                   image_size=16, flip=True, logogram_count=None)
+        start_here(
+            out,
+            data=str(tmp_path / "images"),
+            tokenizer="patch-vq",
+            codes=300,
+            image_size=16,
+            flip=True,
+            logogram_count=None,
+        )
 
 
-@pytest.mark.parametrize("ours, theirs, mode", [("auto", True, "stream"), ("auto", False, "ram"),
-                                                ("stream", False, "stream")])
+@pytest.mark.parametrize(
+    "ours, theirs, mode",
+    [("auto", True, "stream"), ("auto", False, "ram"), ("stream", False, "stream")],
+)
 def test_ranks_agree_on_the_mode(made, tmp_path, ours, theirs, mode):
     """Every rank takes part in every question, in the same order."""
     asked = []
@@ -236,31 +264,50 @@ SMALL = dict(CACHED, image_size=None)
 def test_moments_train_without_their_weights(moments, tmp_path):
     cache, weights = moments
     shutil.copytree(cache, tmp_path / "c.zarr")
-    edit_manifest(tmp_path / "c.zarr",
-                  lambda m: m["tokenizer"].update(weights="/nowhere/kl16.ckpt"))
+    edit_manifest(
+        tmp_path / "c.zarr", lambda m: m["tokenizer"].update(weights="/nowhere/kl16.ckpt")
+    )
     values = dict(data=str(tmp_path / "c.zarr"), images=16, sample_every=16, **SMALL)
     lines = []
     run, outcome = train_here(tmp_path / "run", say=lines.append, **values)
     assert outcome == "finished" and run.tokenizer is None
     assert any("no sample grids" in line and "--tokenizer-weights" in line for line in lines), lines
     assert not list((tmp_path / "run" / "samples").iterdir())
-    sample = ("sample", tmp_path / "run", "--count", 4, "--positions-per-step", 4,
-              "--diffusion-steps", 4)
+    sample = (
+        "sample",
+        tmp_path / "run",
+        "--count",
+        4,
+        "--positions-per-step",
+        4,
+        "--diffusion-steps",
+        4,
+    )
     refused(command(*sample), "/nowhere/kl16.ckpt", "--tokenizer-weights")
     done = command(*sample, "--tokenizer-weights", weights)
     assert done.code == 0, done.err
     other = random_weights("kl16") | {"quant_conv.bias": torch.ones(32)}
     torch.save(other, tmp_path / "other.ckpt")
     refused(command(*sample, "--tokenizer-weights", tmp_path / "other.ckpt"), "not the weights")
-    refused(command("train", *flags(out=tmp_path / "new", **values), "--tokenizer-weights",
-                    tmp_path / "other.ckpt"), "not the weights that", "without sample grids")
+    refused(
+        command(
+            "train",
+            *flags(out=tmp_path / "new", **values),
+            "--tokenizer-weights",
+            tmp_path / "other.ckpt",
+        ),
+        "not the weights that",
+        "without sample grids",
+    )
     checked = command("verify", tmp_path / "run")
     assert checked.code == 0 and "not checked, /nowhere/kl16.ckpt: no such file" in checked.out
     # Something else at the place that the cache remembers is as good as nothing.
     for name in ("other.ckpt", "no.ckpt"):
         (tmp_path / "no.ckpt").write_bytes(b"nothing")
-        edit_manifest(tmp_path / "c.zarr",
-                      lambda m, name=name: m["tokenizer"].update(weights=str(tmp_path / name)))
+        edit_manifest(
+            tmp_path / "c.zarr",
+            lambda m, name=name: m["tokenizer"].update(weights=str(tmp_path / name)),
+        )
         assert start_here(tmp_path / name.removesuffix(".ckpt"), **values).tokenizer is None
 
 
@@ -278,5 +325,7 @@ def test_a_dry_run_of_a_cache(made):
     done = command("train", "--size", "tiny", "--data", made, "--dry-run")
     assert done.code == 0 and "3 (of the cache)" in done.out, done.out + done.err
     assert "16 = (16 / 4)^2" in done.out
-    refused(command("train", "--size", "tiny", "--data", made, "--dry-run", "--tokenizer", "kl16"),
-            "made with --tokenizer patch-vq, this run asks for --tokenizer kl16")
+    refused(
+        command("train", "--size", "tiny", "--data", made, "--dry-run", "--tokenizer", "kl16"),
+        "made with --tokenizer patch-vq, this run asks for --tokenizer kl16",
+    )

@@ -16,8 +16,10 @@ NAMES = ["ema-0.9999.safetensors", "model.safetensors", "optimizer.safetensors",
 
 
 def save(folder, step, keep=2, size=4):
-    files = {name: {"a": torch.full((size,), float(step)), "b": torch.arange(size)}
-             for name in ("model", "ema-0.9999", "optimizer")}
+    files = {
+        name: {"a": torch.full((size,), float(step)), "b": torch.arange(size)}
+        for name in ("model", "ema-0.9999", "optimizer")
+    }
     return checkpoint.save(folder, files, {"step": step, "images": 8 * step}, keep)
 
 
@@ -96,8 +98,9 @@ class Killed(BaseException):
     """Stands for SIGKILL: no handler of the code under test runs."""
 
 
-@pytest.mark.parametrize("where, kept", [("files=2", [1]), ("manifest=2", [1]),
-                                         ("rename=2", [1, 2])])
+@pytest.mark.parametrize(
+    "where, kept", [("files=2", [1]), ("manifest=2", [1]), ("rename=2", [1, 2])]
+)
 def test_killed_between_the_phases(tmp_path, monkeypatch, where, kept):
     save(tmp_path, 1, keep=1)
 
@@ -136,8 +139,9 @@ def test_never_zero_valid_checkpoints(tmp_path):
 def test_retention_comes_after_the_commit(tmp_path, monkeypatch):
     save(tmp_path, 1, keep=1)
     at_point = {}
-    monkeypatch.setattr(checkpoint.faults, "point",
-                        lambda name: at_point.update({name: steps(tmp_path)}))
+    monkeypatch.setattr(
+        checkpoint.faults, "point", lambda name: at_point.update({name: steps(tmp_path)})
+    )
     save(tmp_path, 2, keep=1)
     assert at_point == {"files=2": [1], "manifest=2": [1], "rename=2": [1, 2]}
     assert steps(tmp_path) == [2]
@@ -233,14 +237,17 @@ def test_saving_a_step_again_keeps_what_is_there(tmp_path):
 
 
 def test_there_is_no_pickle_anywhere():
-    forbidden = re.compile(r"torch\.(save|load)\(|import (pickle|dill|joblib)|allow_pickle=True"
-                           r"|pickle\.|distributed\.checkpoint|all_gather_object|broadcast_object")
+    forbidden = re.compile(
+        r"torch\.(save|load)\(|import (pickle|dill|joblib)|allow_pickle=True"
+        r"|pickle\.|distributed\.checkpoint|all_gather_object|broadcast_object"
+    )
     for folder in ("heptapod_fast", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text()
             if path.name == "weights.py":
                 # Published weights come as pickles: read as numbers alone, nothing is executed.
                 assert re.findall(r"torch\.load\([^)]*\)", text) == [
-                    'torch.load(path, map_location="cpu", weights_only=True)']
+                    'torch.load(path, map_location="cpu", weights_only=True)'
+                ]
                 text = text.replace("torch.load(", "")
             assert not forbidden.search(text), path

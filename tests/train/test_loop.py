@@ -30,8 +30,9 @@ TIMES = ("images_per_second", "seconds", "other_seconds", "eta_seconds", "tflops
 
 
 def records(out):
-    return [{k: v for k, v in r.items() if k not in TIMES}
-            for r in read_metrics(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(out / "metrics.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -63,8 +64,9 @@ def test_another_seed_is_another_run(tmp_path):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_micro_batches_change_nothing_but_rounding(tmp_path, name):
     for micro in (2, 8):
-        train_here(tmp_path / str(micro), micro_batch=micro, precision="fp32", images=24,
-                   **SYSTEMS[name])
+        train_here(
+            tmp_path / str(micro), micro_batch=micro, precision="fp32", images=24, **SYSTEMS[name]
+        )
     a, b = final_tensors(tmp_path / "2"), final_tensors(tmp_path / "8")
     start = start_here(tmp_path / "s", **SYSTEMS[name])
     moved = dict(zip(start.optimizer.names, start.optimizer.parameters, strict=True))
@@ -101,8 +103,9 @@ def test_order_of_the_data_does_not_depend_on_resuming(tmp_path):
             run = start_here(tmp_path / kind, images=48, logogram_count=20)
             run.source = Spy(run.source, seen[kind])
             if stop is not None:
-                run.source = Interrupting(run.source, stop,
-                                          lambda: signal.raise_signal(signal.SIGTERM))
+                run.source = Interrupting(
+                    run.source, stop, lambda: signal.raise_signal(signal.SIGTERM)
+                )
             train(run)
     assert seen["straight"] == seen["resumed"]
     assert [i for i, _ in seen["straight"]] == list(range(48))
@@ -140,8 +143,9 @@ def test_a_grid_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "save_grid", full)
     said = []
-    run, outcome = train_here(tmp_path, say=said.append, images=16, sample_every=16,
-                              image_size=12, patch_size=4)
+    run, outcome = train_here(
+        tmp_path, say=said.append, images=16, sample_every=16, image_size=12, patch_size=4
+    )
     assert outcome == "finished" and run.system.training
     assert any(line.startswith("WARNING") and "No space left" in line for line in said)
 
@@ -149,6 +153,7 @@ def test_a_grid_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypat
 def poison(monkeypatch, steps):
     """The gradient of these steps (1 is the first) holds a NaN."""
     from heptapod_fast.train.optimizer import Optimizer
+
     step = Optimizer.step
 
     def bad_step(self, *arguments):
@@ -188,6 +193,7 @@ def test_too_many_bad_gradients_give_up_and_keep_the_last_checkpoint(tmp_path, m
 def failing(monkeypatch, times):
     """Writing a checkpoint fails this many times."""
     from heptapod_fast.train import checkpoint
+
     save, left = checkpoint.save, [times]
 
     def flaky(*arguments):

@@ -133,11 +133,23 @@ def test_an_unknown_device_has_no_peak(monkeypatch):
 
 
 def test_progress_line_has_every_field():
-    record = {"images": 1600, "loss": 4.25, "lr": 2e-3, "grad_norm": 0.5, "eta_seconds": 3725,
-              "images_per_second": 612.4}
+    record = {
+        "images": 1600,
+        "loss": 4.25,
+        "lr": 2e-3,
+        "grad_norm": 0.5,
+        "eta_seconds": 3725,
+        "images_per_second": 612.4,
+    }
     line = progress_line(record, 180_000)
-    parts = (r"images +1,600/180,000 \( +1%\)", r"loss 4\.2500", r"lr 2\.00e-03", r"norm +0\.500",
-             r"612 images/s", r"ETA 1:02:05$")
+    parts = (
+        r"images +1,600/180,000 \( +1%\)",
+        r"loss 4\.2500",
+        r"lr 2\.00e-03",
+        r"norm +0\.500",
+        r"612 images/s",
+        r"ETA 1:02:05$",
+    )
     assert re.search(".*".join(parts), line), line
     assert "MFU" not in line and "\n" not in line
     assert "MFU 41.0%" in progress_line(record | {"mfu": 0.41}, 180_000)

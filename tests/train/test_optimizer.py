@@ -42,8 +42,11 @@ def test_decay_groups_are_mars(make_system, head):
 def test_tables_and_learned_tokens_decay_and_the_diffusion_mlp_does_not(make_system):
     system, optimizer = optimizer_of(make_system, tokens="continuous")
     decay = dict(zip(optimizer.names, optimizer.weight_decays, strict=True))
-    tables = [f"{name}.weight" for name, module in system.named_modules()
-              if isinstance(module, nn.Embedding)]
+    tables = [
+        f"{name}.weight"
+        for name, module in system.named_modules()
+        if isinstance(module, nn.Embedding)
+    ]
     assert len(tables) >= 4 and all(decay[name] == 0.02 for name in [*tables, "head.mask_token"])
     mlp = [name for name in decay if name.startswith("token_loss.")]
     assert mlp and not any(decay[name] for name in mlp)
@@ -94,8 +97,11 @@ def test_averages_follow_the_ramp(make_system):
 def test_steps_equal_torch_with_clip_grad_norm(make_system, size):
     system, optimizer = optimizer_of(make_system, clip=1.0)
     twins = [nn.Parameter(p.detach().clone()) for p in optimizer.parameters]
-    theirs = torch.optim.AdamW([{"params": [t], "weight_decay": w} for t, w in
-                                zip(twins, optimizer.weight_decays)], lr=1e-2, betas=(0.9, 0.95))
+    theirs = torch.optim.AdamW(
+        [{"params": [t], "weight_decay": w} for t, w in zip(twins, optimizer.weight_decays)],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
     for _ in range(3):
         fill_gradients(optimizer, size)
         for twin, parameter in zip(twins, optimizer.parameters):
@@ -103,8 +109,12 @@ def test_steps_equal_torch_with_clip_grad_norm(make_system, size):
         norm = torch.nn.utils.clip_grad_norm_(twins, 1.0)
         theirs.step()
         torch.testing.assert_close(optimizer.step(1e-2), norm)
-    torch.testing.assert_close([p.detach() for p in optimizer.parameters],
-                               [t.detach() for t in twins], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        [p.detach() for p in optimizer.parameters],
+        [t.detach() for t in twins],
+        atol=2e-6,
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.skipif(not library.available("cpu"), reason=library.status())
@@ -167,8 +177,9 @@ def test_checkpoint_round_trip(make_system):
     for _ in range(2):
         fill_gradients(first)
         first.step(1e-2)
-    files = {name: {k: t.clone() for k, t in tensors.items()}
-             for name, tensors in first.files().items()}
+    files = {
+        name: {k: t.clone() for k, t in tensors.items()} for name, tensors in first.files().items()
+    }
     assert set(files) == {"model", "ema-0.9", "ema-0.99", "optimizer"}
     _, second = optimizer_of(make_system, ema=(0.9, 0.99))
     second.load(files.__getitem__, first.step_count)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import socket
-import sys
 
 import pytest
 import torch
@@ -11,18 +9,9 @@ import torch
 from heptapod_fast.train.checkpoint import listed
 from heptapod_fast.train.metrics import read_metrics
 from heptapod_fast.train.parallel import World, choose_device
-from tests.running import final_tensors, finish, flags, start, train_here, wait_for
+from tests.running import final_tensors, finish, flags, start, torchrun, train_here, wait_for
 
 FP32 = dict(precision="fp32", checkpoint_every=32, dropout=0.1)
-
-
-def torchrun(ranks: int) -> tuple[str, ...]:
-    """A launcher on a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-            "--master_addr=127.0.0.1", f"--master_port={port}")
 
 
 def distance(a: dict, b: dict) -> float:
@@ -85,8 +74,9 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_sigusr1_to_one_rank_saves_on_all(tmp_path):
-    words = flags(out=tmp_path, images=4096, checkpoint_every=10**6, log_every=64,
-                  keep_checkpoints=9)
+    words = flags(
+        out=tmp_path, images=4096, checkpoint_every=10**6, log_every=64, keep_checkpoints=9
+    )
     process = start("train", *words, launcher=torchrun(2))
     wait_for(process, "images   512/")
     holder = int((tmp_path / ".lock").read_text().split()[1])
@@ -98,8 +88,9 @@ def test_sigusr1_to_one_rank_saves_on_all(tmp_path):
 
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_by_all(tmp_path):
-    result = finish(start("train", *flags(out=tmp_path / "run", batch=9, steps="uniform"),
-                          launcher=torchrun(2)))
+    result = finish(
+        start("train", *flags(out=tmp_path / "run", batch=9, steps="uniform"), launcher=torchrun(2))
+    )
     assert result.code != 0 and "--batch 9 does not divide over 2 ranks" in result.out
     assert not (tmp_path / "run").exists()
 

@@ -34,7 +34,7 @@ def tensors(seed, shapes=SHAPES):
 def mesh_of(*sizes):
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", sizes, mesh_dim_names=("outer", "inner")[-len(sizes):])
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("outer", "inner")[-len(sizes) :])
 
 
 def spread(full, mesh, placements):
@@ -52,8 +52,12 @@ def layouts():
     line = mesh_of(ranks)
     found = [(line, [Shard(0)]), (line, [Replicate()])]
     for mesh in [mesh_of(ranks // 2, 2), mesh_of(2, ranks // 2)]:
-        found += [(mesh, [Replicate(), Shard(0)]), (mesh, [Shard(0), Replicate()]),
-                  (mesh, [Shard(0), Shard(0)]), (mesh, [Replicate(), Replicate()])]
+        found += [
+            (mesh, [Replicate(), Shard(0)]),
+            (mesh, [Shard(0), Replicate()]),
+            (mesh, [Shard(0), Shard(0)]),
+            (mesh, [Replicate(), Replicate()]),
+        ]
     return found
 
 
@@ -67,11 +71,22 @@ class State:
         self.copies = place([t.bfloat16() for t in tensors(0)])
 
     def step(self, now, implementation):
-        adamw_ema(self.params, self.place(tensors(now)), *self.moments, self.emas,
-                  lr=torch.tensor(1e-2), step=torch.tensor(float(now)),
-                  grad_scale=torch.tensor(0.5), ema_decays=torch.tensor(DECAYS),
-                  weight_decays=[0.1 * i for i in range(len(SHAPES))], beta1=0.9, beta2=0.95,
-                  eps=1e-8, copies=self.copies, implementation=implementation)
+        adamw_ema(
+            self.params,
+            self.place(tensors(now)),
+            *self.moments,
+            self.emas,
+            lr=torch.tensor(1e-2),
+            step=torch.tensor(float(now)),
+            grad_scale=torch.tensor(0.5),
+            ema_decays=torch.tensor(DECAYS),
+            weight_decays=[0.1 * i for i in range(len(SHAPES))],
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            copies=self.copies,
+            implementation=implementation,
+        )
 
     def everything(self):
         return [t for list_ in (self.params, *self.moments, *self.emas, self.copies) for t in list_]
@@ -145,9 +160,11 @@ def check_partial_sums_and_other_layouts_are_refused():
     partial = [DTensor.from_local(t, mesh, [Partial()], run_check=False) for t in tensors(1)]
     with pytest.raises(ValueError, match=r"global_norm .* number 0 holds partial sums.*reduce it"):
         global_norm(partial)
-    others = [(lambda full: partial, r"grads\[0\] is \(5, 3\), \(Partial"),
-              (lambda full: full, r"grads\[0\] is \(5, 3\), not distributed, params\[0\]"),
-              (lambda full: spread(full, mesh, [Replicate()]), r"grads\[0\].*Replicate.*params")]
+    others = [
+        (lambda full: partial, r"grads\[0\] is \(5, 3\), \(Partial"),
+        (lambda full: full, r"grads\[0\] is \(5, 3\), not distributed, params\[0\]"),
+        (lambda full: spread(full, mesh, [Replicate()]), r"grads\[0\].*Replicate.*params"),
+    ]
     for place, message in others:
         state.place = place
         with pytest.raises(ValueError, match=message):
@@ -177,16 +194,31 @@ def check_a_model_under_fully_shard_trains_as_without():
         grads = [p.grad for p in network.parameters()]
         norms.append(global_norm(grads))
         moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-        adamw_ema(params, grads, *moments, [], lr=torch.tensor(1e-2), step=torch.tensor(1.0),
-                  grad_scale=1.0 / norms[-1], ema_decays=torch.empty(0), beta1=0.9, beta2=0.95,
-                  weight_decays=[0.1] * len(params), eps=1e-8, implementation="auto")
+        adamw_ema(
+            params,
+            grads,
+            *moments,
+            [],
+            lr=torch.tensor(1e-2),
+            step=torch.tensor(1.0),
+            grad_scale=1.0 / norms[-1],
+            ema_decays=torch.empty(0),
+            beta1=0.9,
+            beta2=0.95,
+            weight_decays=[0.1] * len(params),
+            eps=1e-8,
+            implementation="auto",
+        )
     torch.testing.assert_close(norms[0], norms[1])
     for mine, other in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(mine.full_tensor(), other)
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in sorted(globals().items())
-          if name.startswith("check_")}
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in sorted(globals().items())
+    if name.startswith("check_")
+}
 
 
 def work():
@@ -208,12 +240,24 @@ def outcomes(ranks):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                           "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1",
-                           "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen([sys.executable, __file__], env=shared | {"RANK": str(rank)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                 for rank in range(ranks)]
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__],
+            env=shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
     found = []
     for process in processes:
         out, err = process.communicate(timeout=180)
@@ -222,8 +266,9 @@ def outcomes(ranks):
     return found
 
 
-needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(),
-                                       reason="this PyTorch has no distributed package")
+needs_distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no distributed package"
+)
 
 
 @pytest.fixture(scope="module")

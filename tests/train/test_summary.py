@@ -20,8 +20,9 @@ CASES = {
     "dense": dict(depth=1, head_depth=3, density=8),
     "local": dict(depth=2, head_depth=2, head="local", window=9, density=4),
     "1d": dict(system="1d-random", depth=4, head_depth=None),
-    "patch": dict(depth=2, head_depth=2, tokenizer="patch", codes=None, diffusion_blocks=3,
-                  diffusion_width=64),
+    "patch": dict(
+        depth=2, head_depth=2, tokenizer="patch", codes=None, diffusion_blocks=3, diffusion_width=64
+    ),
 }
 
 
@@ -49,9 +50,10 @@ def test_derived_values_carry_their_formula():
 def test_parameters_by_part_add_up():
     config = Config(size="B", data="no such folder").resolve()
     text = summary(config)
-    text = text[text.index("\nparameters"):]
-    parts = [int(numbers(text, name).replace(",", ""))
-             for name in ("backbone", "head", "token_loss")]
+    text = text[text.index("\nparameters") :]
+    parts = [
+        int(numbers(text, name).replace(",", "")) for name in ("backbone", "head", "token_loss")
+    ]
     assert sum(parts) == 207_234_336 and numbers(text, "total").startswith("207,234,336")
 
 

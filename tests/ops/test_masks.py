@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heptapod_fast import grid
-from heptapod_fast.attention_masks import EMPTY, FULL, PARTIAL
+from heptapod_fast.ops import masks
+from heptapod_fast.ops.masks import EMPTY_BLOCK, FULL_BLOCK, PARTIAL_BLOCK
 
 ONE = torch.ones(1, 1, dtype=torch.uint8)
 
@@ -40,42 +40,48 @@ def check_mask(mask):
     some = torch.zeros(-(-n // 128) * 2, -(-m // 128) * 2, dtype=torch.bool)
     for i, j in dense.nonzero().unique(dim=0).tolist():
         some[i // 64, j // 64] = True
-    assert torch.equal(mask.blocks != EMPTY, some[:-(-n // 64), :-(-m // 64)])
+    assert torch.equal(mask.blocks != EMPTY_BLOCK, some[: -(-n // 64), : -(-m // 64)])
     for plane, height in ((0, 1), (1, 2)):
         for row in range(-(-n // (64 * height))):
             count, *keys = mask.schedule[plane, row].tolist()
-            visited = some[row * height:(row + 1) * height].any(0)
+            visited = some[row * height : (row + 1) * height].any(0)
             assert keys[:count] == visited.nonzero().flatten().tolist()
     for plane, width in ((2, 1), (3, 2)):
         seen = set()
         for chunk in reversed(range(-(-m // (64 * width)))):
             count, *entries = mask.schedule[plane, chunk].tolist()
-            rows = some[:, chunk * width:(chunk + 1) * width].any(1).nonzero().flatten().tolist()
+            rows = some[:, chunk * width : (chunk + 1) * width].any(1).nonzero().flatten().tolist()
             assert entries[:count] == [2 * row + (row not in seen) for row in rows]
             seen |= set(rows)
         assert seen == set(range(-(-n // 64)))
 
 
-@pytest.mark.parametrize("groups, prefix", [([1, 2, 3], 1), ([4], 0), ([5, 1, 60, 30], 2),
-                                            ([min(i + 1, 15 - i) for i in range(15)], 1)])
+@pytest.mark.parametrize(
+    "groups, prefix",
+    [([1, 2, 3], 1), ([4], 0), ([5, 1, 60, 30], 2), ([min(i + 1, 15 - i) for i in range(15)], 1)],
+)
 def test_two_streams(groups, prefix):
-    mask = grid.two_stream_mask(groups, prefix)
+    mask = masks.two_stream_mask(groups, prefix)
     assert torch.equal(mask.dense_NM, brute_two_streams(groups, prefix))
     check_mask(mask)
 
 
 def test_the_usual_masks():
     ones, i = torch.ones(130, 130, dtype=torch.bool), torch.arange(130)
-    assert torch.equal(grid.prefix_mask(130, 1).dense_NM, ones.tril())
-    assert torch.equal(grid.prefix_mask(130, 70).dense_NM, ones.tril() | (i < 70))
-    assert grid.prefix_mask(130, 999).dense_NM.all()
-    assert torch.equal(grid.chunk_mask(130, 48).dense_NM, i[:, None] // 48 == i // 48)
+    assert torch.equal(masks.prefix_mask(130, 1).dense_NM, ones.tril())
+    assert torch.equal(masks.prefix_mask(130, 70).dense_NM, ones.tril() | (i < 70))
+    assert masks.prefix_mask(130, 999).dense_NM.all()
+    assert torch.equal(masks.chunk_mask(130, 48).dense_NM, i[:, None] // 48 == i // 48)
     owner = torch.tensor([0] * 30 + [1] * 99 + [2])
-    assert torch.equal(grid.group_mask([30, 99, 1]).dense_NM, owner[:, None] >= owner)
-    for mask in (grid.prefix_mask(130, 70), grid.chunk_mask(130, 48), grid.group_mask([30, 100])):
+    assert torch.equal(masks.group_mask([30, 99, 1]).dense_NM, owner[:, None] >= owner)
+    for mask in (
+        masks.prefix_mask(130, 70),
+        masks.chunk_mask(130, 48),
+        masks.group_mask([30, 100]),
+    ):
         check_mask(mask)
-        assert torch.equal(grid.AttentionMask.from_dense(mask.dense_NM).dense_NM, mask.dense_NM)
-    assert grid.prefix_mask(130, 64).blocks.tolist() == [[2, 0, 0], [2, 1, 0], [2, 2, 1]]
+        assert torch.equal(masks.AttentionMask.from_dense(mask.dense_NM).dense_NM, mask.dense_NM)
+    assert masks.prefix_mask(130, 64).blocks.tolist() == [[2, 0, 0], [2, 1, 0], [2, 2, 1]]
 
 
 @st.composite
@@ -84,22 +90,22 @@ def block_masks(draw):
     n, m = draw(st.integers(1, 300)), draw(st.integers(1, 300))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     blocks = torch.randint(0, 3, (-(-n // 64), -(-m // 64)), generator=generator)
-    blocks[:, draw(st.integers(0, blocks.shape[1] - 1))] = FULL
+    blocks[:, draw(st.integers(0, blocks.shape[1] - 1))] = FULL_BLOCK
     ranges = torch.randint(0, m + 1, (n, 4), generator=generator).sort(1).values
-    return grid.AttentionMask(blocks, ranges.view(n, 2, 2), m)
+    return masks.AttentionMask(blocks, ranges.view(n, 2, 2), m)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(block_masks())
 def test_flags_and_ranges_together_say_who_sees_whom(mask):
     n, m = mask.dense_NM.shape
     for i, j in torch.randint(0, 2**20, (50, 2)).remainder(torch.tensor([n, m])).tolist():
         flag = mask.blocks[i // 64, j // 64]
         inside = any(first <= j < end for first, end in mask.ranges_N22[i].tolist())
-        assert mask.dense_NM[i, j] == (flag == FULL or flag == PARTIAL and inside)
+        assert mask.dense_NM[i, j] == (flag == FULL_BLOCK or flag == PARTIAL_BLOCK and inside)
     if not (mask.dense_NM.any(1)).all():
         return
-    again = grid.AttentionMask.from_dense(mask.dense_NM)
+    again = masks.AttentionMask.from_dense(mask.dense_NM)
     assert torch.equal(again.dense_NM, mask.dense_NM)
 
 
@@ -107,41 +113,48 @@ def test_masks_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="3 queries see no key, the first is query 5"):
         visible = torch.ones(9, 9, dtype=torch.bool)
         visible[5:8] = False
-        grid.AttentionMask.from_dense(visible)
+        masks.AttentionMask.from_dense(visible)
     with pytest.raises(ValueError, match=r"takes booleans \(N, M\), .* got torch.float32 \(5, 5\)"):
-        grid.AttentionMask.from_dense(torch.zeros(5, 5))
+        masks.AttentionMask.from_dense(torch.zeros(5, 5))
     with pytest.raises(ValueError, match="query 1 sees 3 separate runs of keys .* two can be said"):
-        grid.AttentionMask.from_dense(torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 1]]).bool())
+        masks.AttentionMask.from_dense(torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 1]]).bool())
     for n, m in ((1025, 5), (5, 1025), (0, 5)):
         with pytest.raises(ValueError, match=f"1 to 1024 .* got {n} queries and {m} keys"):
-            grid.AttentionMask(ONE, torch.zeros(n, 2, 2).int(), m)
+            masks.AttentionMask(ONE, torch.zeros(n, 2, 2).int(), m)
     for blocks, ranges, message in [
-            (ONE, torch.zeros(65, 2, 2).int(), r"blocks \(2, 1\) of integers, got .*\(1, 1\)"),
-            (ONE.float(), torch.zeros(5, 2, 2).int(), "of integers, got torch.float32"),
-            (3 * ONE, torch.zeros(5, 2, 2).int(), "blocks .* are 0 to 2, got 3 to 3"),
-            (ONE, torch.full((5, 2, 2), 6), "ranges .* are 0 to 5, got 6 to 6"),
-            (ONE, torch.full((5, 2, 2), -1), "ranges .* got -1 to -1"),
-            (ONE, torch.zeros(5, 2).int(), r"ranges \(5, 2, 2\)")]:
+        (ONE, torch.zeros(65, 2, 2).int(), r"blocks \(2, 1\) of integers, got .*\(1, 1\)"),
+        (ONE.float(), torch.zeros(5, 2, 2).int(), "of integers, got torch.float32"),
+        (3 * ONE, torch.zeros(5, 2, 2).int(), "blocks .* are 0 to 2, got 3 to 3"),
+        (ONE, torch.full((5, 2, 2), 6), "ranges .* are 0 to 5, got 6 to 6"),
+        (ONE, torch.full((5, 2, 2), -1), "ranges .* got -1 to -1"),
+        (ONE, torch.zeros(5, 2).int(), r"ranges \(5, 2, 2\)"),
+    ]:
         with pytest.raises(ValueError, match=message):
-            grid.AttentionMask(blocks, ranges, 5)
-    for make, message in [(lambda: grid.group_mask([]), r"whole numbers from 1 up, got \[\]"),
-                          (lambda: grid.group_mask([2.5]), r"got \[2.5\]"),
-                          (lambda: grid.two_stream_mask([1, 0]), r"got \[1, 0\]"),
-                          (lambda: grid.two_stream_mask([1], -1), "prefix .* 0 or more, got -1"),
-                          (lambda: grid.prefix_mask(5, -2), "prefix .* 0 or more, got -2"),
-                          (lambda: grid.chunk_mask(0, 4), "got 0 queries and 0 keys"),
-                          (lambda: grid.prefix_mask(1025, 4), "got 1025 queries and 1025 keys"),
-                          (lambda: grid.AttentionMask.from_ranges(torch.zeros(5, 4).int(), 5),
-                           r"ranges \(5, 2, 2\)"),
-                          (lambda: grid.AttentionMask.from_dense(torch.ones(0, 5).bool()),
-                           "got 0 queries and 5 keys"),
-                          (lambda: grid.chunk_mask(5, 0), "size .* 1 or more, got 0")]:
+            masks.AttentionMask(blocks, ranges, 5)
+    for make, message in [
+        (lambda: masks.group_mask([]), r"whole numbers from 1 up, got \[\]"),
+        (lambda: masks.group_mask([2.5]), r"got \[2.5\]"),
+        (lambda: masks.two_stream_mask([1, 0]), r"got \[1, 0\]"),
+        (lambda: masks.two_stream_mask([1], -1), "prefix .* 0 or more, got -1"),
+        (lambda: masks.prefix_mask(5, -2), "prefix .* 0 or more, got -2"),
+        (lambda: masks.chunk_mask(0, 4), "got 0 queries and 0 keys"),
+        (lambda: masks.prefix_mask(1025, 4), "got 1025 queries and 1025 keys"),
+        (
+            lambda: masks.AttentionMask.from_ranges(torch.zeros(5, 4).int(), 5),
+            r"ranges \(5, 2, 2\)",
+        ),
+        (
+            lambda: masks.AttentionMask.from_dense(torch.ones(0, 5).bool()),
+            "got 0 queries and 5 keys",
+        ),
+        (lambda: masks.chunk_mask(5, 0), "size .* 1 or more, got 0"),
+    ]:
         with pytest.raises(ValueError, match=message):
             make()
 
 
 def test_a_mask_shows_what_it_is_and_moves():
-    mask = grid.chunk_mask(256, 64)
+    mask = masks.chunk_mask(256, 64)
     assert repr(mask) == "AttentionMask(256 queries, 256 keys, 75% of its blocks empty, cpu)"
     moved = mask.to("meta")
     assert {x.device.type for x in vars(moved).values() if torch.is_tensor(x)} == {"meta"}
