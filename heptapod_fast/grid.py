@@ -1,8 +1,9 @@
 """Index arithmetic of the token grid: orders, supervised steps, packed rows, windows.
 
 Everything here is pure arithmetic on tensors, free of host synchronisation, with shapes that depend
-on settings alone. Suffixes: B sequences, N tokens of the grid, n supervised steps per sequence,
-S = B * n supervised (sequence, step) pairs, R packed rows, W tokens of a window.
+on settings alone. Suffixes as in docs/legend.md: B sequences, N tokens of the grid, n supervised
+steps per sequence, S = B * n supervised (sequence, step) pairs, R packed rows, W tokens of a
+window.
 
 Step t means: t tokens are visible (order[0..t-1]), the tokens order[t..N-1] are to be predicted.
 """
@@ -80,11 +81,43 @@ def take_tokens(tokens_BN: Tensor, position_BM: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Supervised positions of a micro-batch, one row each; every (pair, position) occurs once."""
+    """The supervised positions of a micro-batch, one row each, made once per step.
 
-    pair_R: Tensor  # which (sequence, step): b * n + j
-    position_R: Tensor  # which grid position
-    weight_R: Tensor | None  # None: every row counts 1
+    Every (sequence, step, position) occurs at most once.
+
+    sequence_R: which sequence of the micro-batch.
+    step_R: which of its n supervised steps, 0 to n - 1 (not how many tokens are visible then).
+    position_R: which grid position is predicted.
+    slot_R: step * N + position. A sequence's draws (noise, timesteps) are keyed by its global
+        sample index; the slot tells the rows of one sequence apart there.
+    weight_R: weight of the row in the loss, float32; None where every row counts 1.
+    """
+
+    sequence_R: Tensor
+    step_R: Tensor
+    position_R: Tensor
+    slot_R: Tensor
+    weight_R: Tensor | None
+
+    def pair_R(self, density: int) -> Tensor:
+        """Which of the S = B * n (sequence, step) pairs a row belongs to."""
+        return self.sequence_R * density + self.step_R
+
+    def count(self) -> Tensor | float:
+        """Sum of the weights."""
+        if self.weight_R is None:
+            return float(len(self.sequence_R))
+        return self.weight_R.sum()
+
+
+def _rows(
+    pair_R: Tensor, position_R: Tensor, num_tokens: int, density: int, weight_R: Tensor | None
+) -> Rows:
+    """Rows of (sequence, step) pairs, counted as b * n + j, and grid positions."""
+    sequence_R = pair_R // density
+    step_R = pair_R % density
+    slot_R = step_R * num_tokens + position_R
+    return Rows(sequence_R, step_R, position_R, slot_R, weight_R)
 
 
 def packed_rows(order_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
@@ -93,26 +126,43 @@ def packed_rows(order_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
     order: (B, N); steps: (B, n) of mirrored pairs (`draw_steps`). The rows of one (sequence, step)
     are its unseen positions in the order they would come up.
     """
-    (batch, num_tokens), density = order_BN.shape, steps_Bn.shape[1]
+    batch, num_tokens = order_BN.shape
+    density = steps_Bn.shape[1]
     unseen_S = (num_tokens - steps_Bn).flatten()
     ends_S = unseen_S.cumsum(0)
+    starts_S = ends_S - unseen_S
+    # The number of rows follows from the settings alone: no look at the device is needed.
     row_R = torch.arange(batch // 2 * density * (num_tokens + 1), device=order_BN.device)
     pair_R = torch.searchsorted(ends_S, row_R, right=True)
-    time_R = steps_Bn.flatten()[pair_R] + row_R - (ends_S - unseen_S)[pair_R]
+    time_R = steps_Bn.flatten()[pair_R] + row_R - starts_S[pair_R]
     position_R = order_BN.flatten()[pair_R // density * num_tokens + time_R]
-    weight_R = 1.0 / unseen_S[pair_R] if loss_weight == "step" else None
-    return Rows(pair_R, position_R, weight_R)
+    weight_R = None
+    if loss_weight == "step":
+        weight_R = 1.0 / unseen_S[pair_R]
+    return _rows(pair_R, position_R, num_tokens, density, weight_R)
 
 
 def padded_rows(rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
     """Rows of any steps, at capacity: all S * N positions, those already seen with weight 0."""
-    (batch, num_tokens), density = rank_BN.shape, steps_Bn.shape[1]
+    batch, num_tokens = rank_BN.shape
+    density = steps_Bn.shape[1]
     unseen_SN = (rank_BN[:, None] >= steps_Bn[..., None]).flatten(0, 1)
     row_R = torch.arange(batch * density * num_tokens, device=rank_BN.device)
     weight_SN = unseen_SN.float()
     if loss_weight == "step":
         weight_SN = weight_SN / weight_SN.sum(1, keepdim=True)
-    return Rows(row_R // num_tokens, row_R % num_tokens, weight_SN.flatten())
+    return _rows(row_R // num_tokens, row_R % num_tokens, num_tokens, density, weight_SN.flatten())
+
+
+def rows_of_all_steps(order_BN: Tensor) -> Rows:
+    """Rows of models that predict one next token at each of the N steps: row b * N + i is
+    position order[b, i]. The position alone tells the rows of a sequence apart."""
+    batch, num_tokens = order_BN.shape
+    device = order_BN.device
+    sequence_R = torch.arange(batch, device=device).repeat_interleave(num_tokens)
+    step_R = torch.arange(num_tokens, device=device).repeat(batch)
+    position_R = order_BN.flatten()
+    return Rows(sequence_R, step_R, position_R, position_R, None)
 
 
 def expected_rows(batch: int, num_tokens: int, density: int, mode: str) -> float:
@@ -154,16 +204,17 @@ def window_of(grid: int, window: int) -> Tensor:
 def window_rows(position_SW: Tensor, rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
     """Rows of the local head at capacity: W per (sequence, step), seen ones with weight 0.
 
-    position_SW: the grid positions of the window of each (sequence, step). pair_R counts S, and row
-    r = s * W + w is query w of pair s.
+    position_SW: the grid positions of the window of each (sequence, step). Row s * W + w is query w
+    of pair s.
     """
+    num_tokens = rank_BN.shape[1]
     density, window = steps_Bn.shape[1], position_SW.shape[1]
     rank_SN = rank_BN.repeat_interleave(density, dim=0)
     weight_SW = (rank_SN.gather(1, position_SW) >= steps_Bn.reshape(-1, 1)).float()
     if loss_weight == "step":
         weight_SW = weight_SW / weight_SW.sum(1, keepdim=True)
     pair_R = torch.arange(len(position_SW), device=rank_BN.device).repeat_interleave(window)
-    return Rows(pair_R, position_SW.flatten(), weight_SW.flatten())
+    return _rows(pair_R, position_SW.flatten(), num_tokens, density, weight_SW.flatten())
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -172,9 +223,9 @@ def window_rows(position_SW: Tensor, rank_BN: Tensor, steps_Bn: Tensor, loss_wei
 def group_sizes(num_tokens: int, positions_per_step: int, schedule: str = "constant") -> list[int]:
     """How many positions each sampling step fills in; the sizes sum to N.
 
-    constant: K each (the last takes the rest). cosine: as many steps as the constant schedule, few
+    constant: k each (the last takes the rest). cosine: as many steps as the constant schedule, few
     positions at first and many at the end (mar:models/mar.py:293), at least one each.
-    Raises ValueError if K is not in 1..N.
+    Raises ValueError if k is not in 1..N.
     """
     if not 1 <= positions_per_step <= num_tokens:
         raise ValueError(f"--positions-per-step {positions_per_step}: expected 1 to {num_tokens}")
@@ -183,10 +234,12 @@ def group_sizes(num_tokens: int, positions_per_step: int, schedule: str = "const
         return [min(positions_per_step, num_tokens - s * positions_per_step) for s in range(count)]
     if schedule != "cosine":
         raise ValueError(f"--position-schedule {schedule}: expected constant or cosine")
-    left, sizes = num_tokens, []
-    for step in range(1, count + 1):
-        keep = int(num_tokens * math.cos(math.pi / 2 * step / count))
-        keep = min(max(keep, count - step), left - 1) if step < count else 0
+    left = num_tokens
+    sizes = []
+    for step in range(1, count):
+        by_cosine = int(num_tokens * math.cos(math.pi / 2 * step / count))
+        # One position at least in this step, and one for each of the steps that follow.
+        keep = min(max(by_cosine, count - step), left - 1)
         sizes.append(left - keep)
         left = keep
-    return sizes
+    return [*sizes, left]

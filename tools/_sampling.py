@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
-import tyro
+from _cli import given, group_of_flags, parse, tyro
 
-from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.config import Settings
+from heptapod_fast.config.settings import setting
+from heptapod_fast.systems import SYSTEMS
+
+MOST_IMAGES = 10_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingArguments(SampleOptions):
+@dataclass(kw_only=True)
+class SamplingArguments:
     """A run, which of its weights, and how they are sampled."""
 
     run: tyro.conf.Positional[str]
@@ -29,41 +35,84 @@ class SamplingArguments(SampleOptions):
     tokenizer_weights: str | None = None
     """File of kl16 or vq16, if it is not where it was in training."""
 
-    def options(self) -> SampleOptions:
-        """The flags that are the sampler's own."""
-        return SampleOptions(**{f.name: getattr(self, f.name) for f in fields(SampleOptions)})
-
     def load(self):
-        """The system; ValueError if its tokens cannot be decoded."""
+        """The `LoadedRun`; ValueError if its tokens cannot be decoded."""
         from heptapod_fast.runs import load_run
 
-        system = load_run(
+        loaded = load_run(
             self.run,
             self.checkpoint,
             self.ema,
             self.device,
             tokenizer_weights=self.tokenizer_weights,
         )
-        if system.tokenizer is None:
+        if loaded.tokenizer is None:
             raise ValueError(f"{self.run} was trained on synthetic tokens: nothing can be decoded")
-        return system
-
-    def images(self, system, labels):
-        """Samples of the labels: (B, 3, H, W) in [-1, 1]."""
-        from heptapod_fast.progress import Progress
-        from heptapod_fast.rng import Rng
-        from heptapod_fast.sampling.generate import generate
-
-        return generate(
-            system, labels, Rng(self.seed), self.options(), self.batch, Progress("sampling")
-        )
+        return loaded
 
     def check_count(self, count: int) -> None:
         """ValueError for counts that cannot be."""
-        if not 1 <= count <= 10_000_000 or self.batch < 1:
+        if not 1 <= count <= MOST_IMAGES or self.batch < 1:
             raise ValueError(
-                f"--count {count}, --batch {self.batch}: expected at least 1, and at "
-                "most 10,000,000 images"
+                f"--count {count}, --batch {self.batch}: expected at least 1, and at most "
+                f"{MOST_IMAGES:,} images"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed}: expected 0 to 2**63 - 1")
+
+
+def parse_sampling(kind: type, argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The flags of a tool, and the options of sampling that were given.
+
+    Which options there are depends on the run's system, and which system that is stands in the run:
+    all options of all systems are parsed, and the system refuses those that it does not understand.
+
+    Args:
+        kind: a dataclass of the tool's own flags.
+    """
+    options = group_of_flags(_all_options(), name="SamplingOptions")
+    fields = [("sampling", options, dataclasses.field(default_factory=options))]
+    arguments = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), kw_only=True)
+    arguments.__doc__ = kind.__doc__
+    parsed = parse(arguments, sys.argv[1:] if argv is None else argv)
+    return parsed, given(cast(Any, parsed).sampling)
+
+
+def _all_options() -> type[Settings]:
+    """A group of the options of all systems, and of those that some refuse with a reason."""
+    fields: dict[str, Any] = {}
+    for system in SYSTEMS.values():
+        for field in dataclasses.fields(system.Options):
+            about = setting(field.metadata["help"], default=field.default)
+            fields.setdefault(field.name, (field.name, field.type, about))
+    for system in SYSTEMS.values():
+        for name in system.REFUSED_OPTIONS:
+            nobody = setting("No system of this version understands it.")
+            fields.setdefault(name, (name, str, nobody))
+    made = dataclasses.make_dataclass(
+        "AllOptions",
+        list(fields.values()),
+        bases=(Settings,),
+        kw_only=True,
+        frozen=True,
+        namespace={"__module__": __name__},
+    )
+    made.__doc__ = "How tokens are drawn. A system refuses what it does not understand."
+    return made
+
+
+def images_of(loaded, labels, arguments: SamplingArguments, options):
+    """Samples of the labels: (B, 3, H, W) in [-1, 1]. options: of the run's system."""
+    from heptapod_fast.progress import Progress
+    from heptapod_fast.rng import Rng
+    from heptapod_fast.sampling.generate import generate
+
+    return generate(
+        loaded.system,
+        loaded.tokenizer,
+        labels,
+        Rng(arguments.seed),
+        options,
+        arguments.batch,
+        Progress("sampling"),
+    )

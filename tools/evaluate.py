@@ -6,11 +6,13 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from _cli import main, parse
-from _sampling import SamplingArguments
+from _cli import main
+from _sampling import SamplingArguments, images_of, parse_sampling
+
+GRID_CLASSES, GRID_COLUMNS = 8, 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Arguments(SamplingArguments):
     """Sample from a run and compute metrics; writes RUN_DIR/evaluation.json and a grid."""
 
@@ -24,32 +26,32 @@ class Arguments(SamplingArguments):
 
 def work() -> int:
     """Parse, load, sample, measure, write."""
-    arguments = parse(Arguments)
+    arguments, given = parse_sampling(Arguments)
     from heptapod_fast.evaluation import METRICS, MetricContext, make_metrics
     from heptapod_fast.pictures import save_grid
+    from heptapod_fast.runs.data import open_images
     from heptapod_fast.sampling.generate import spread
-    from heptapod_fast.train.setup import open_images
 
     arguments.check_count(arguments.count)
-    system = arguments.load()
-    default = ["symmetry"] if system.config.data == "logograms" else []
-    names = default if arguments.metrics is None else arguments.metrics.split(",")
+    loaded = arguments.load()
+    options = loaded.system.options(**given)
+    names = metric_names(arguments.metrics, loaded.config.data.data)
     if not names:
         raise ValueError(
-            f"--metrics is missing: none of this version's ({', '.join(METRICS)}) "
-            f"applies by itself to --data {system.config.data}"
+            f"--metrics is missing: none of this version's ({', '.join(METRICS)}) applies by "
+            f"itself to --data {loaded.config.data.data}"
         )
-    context = MetricContext(source=open_images(system.config), tokenizer=system.tokenizer)
+    context = MetricContext(source=open_images(loaded.config), tokenizer=loaded.tokenizer)
     metrics = make_metrics(names, context)
-    labels = spread(list(range(system.num_classes)), arguments.count)
-    images = arguments.images(system, labels)
+    labels = spread(list(range(len(loaded.class_names))), arguments.count)
+    images = images_of(loaded, labels, arguments, options)
     results: dict[str, object] = {
-        "images_seen": system.images_seen,
+        "images_seen": loaded.images_seen,
         "samples": arguments.count,
-        "checkpoint": system.checkpoint.name,
+        "checkpoint": loaded.checkpoint.name,
         "seed": arguments.seed,
         "weights": arguments.ema or "first average",
-        **asdict(arguments.options()),
+        **asdict(options),
     }
     for metric in metrics:
         metric.update(images, labels)
@@ -57,14 +59,28 @@ def work() -> int:
     out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    picked = [
-        i for c in labels.unique()[:8].tolist() for i in (labels == c).nonzero()[:8, 0].tolist()
-    ]
-    save_grid(images[picked], out.with_suffix(".png"), columns=8)
+    save_grid(images[some_of_each(labels)], out.with_suffix(".png"), columns=GRID_COLUMNS)
     for name, value in results.items():
-        print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:32} {shown}")
     print(f"written: {out} and {out.with_suffix('.png')}")
     return 0
+
+
+def metric_names(asked: str | None, data: str | None) -> list[str]:
+    """--metrics, or what the data allows."""
+    if asked is not None:
+        return asked.split(",")
+    return ["symmetry"] if data == "logograms" else []
+
+
+def some_of_each(labels) -> list[int]:
+    """Samples for a grid: a row of each of the first classes."""
+    return [
+        sample
+        for label in labels.unique()[:GRID_CLASSES].tolist()
+        for sample in (labels == label).nonzero()[:GRID_COLUMNS, 0].tolist()
+    ]
 
 
 if __name__ == "__main__":

@@ -12,53 +12,69 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from _cli import main, parse
+from _cli import main
+from _training import parse_training
 
 from heptapod_fast.config import Config
-from heptapod_fast.resolve import share_of_batch
+
+PHASES = ("data", "forward", "backward", "optimizer")
+OPERATORS_SHOWN = 25
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Config):
-    """Profile training steps; takes every flag of tools/train.py."""
+@dataclass
+class Own:
+    """Flags of this tool alone."""
 
-    profile_steps: int = 10
-    """Steps that are measured, after as many unmeasured ones."""
-    op: str | None = None
-    """Profile one operation at the shapes of its benchmark instead of training steps."""
-    profile_out: str = "profile"
-    """Folder for trace.json and profile.md."""
+    profile_steps: int = field(
+        default=10, metadata={"help": "Steps that are measured, after as many unmeasured ones."}
+    )
+    op: str | None = field(
+        default=None,
+        metadata={
+            "help": "Profile one operation at the shapes of its benchmark, not training steps."
+        },
+    )
+    profile_out: str = field(
+        default="profile", metadata={"help": "Folder for trace.json and profile.md."}
+    )
 
 
 def work() -> int:
     """Build the run without resuming anything, warm up, measure."""
-    arguments = parse(Arguments)
+    arguments, config = parse_training(
+        Own, "Profile training steps; takes every flag of tools/train.py."
+    )
     if arguments.profile_steps < 1:
         raise ValueError(f"--profile-steps {arguments.profile_steps}: expected at least 1")
+    out = Path(arguments.profile_out)
     if arguments.op is not None:
-        return operation(arguments)
-    config = Config(**{f.name: getattr(arguments, f.name) for f in fields(Config)})
-    if config.data is None and config.size != "tiny":
-        config = replace(config, data="synthetic")
+        return profile_operation(arguments.op, config.run.device, arguments.profile_steps, out)
+    if config.data.data is None and config.size != "tiny":
+        config = config.replace(data="synthetic")
     config = config.resolve()
 
-    from heptapod_fast.train import parallel
+    from heptapod_fast import world as worlds
     from heptapod_fast.train.loop import training_step
-    from heptapod_fast.train.setup import prepare
+    from heptapod_fast.train.session import prepare
 
     with tempfile.TemporaryDirectory() as folder:
-        world = parallel.start(config.device)
-        run, _ = prepare(replace(config, out=folder), world, print)
-    micro = share_of_batch(config, world.size)
-    run.system.train()
+        world = worlds.start(config.run.device)
+        session, state = prepare(config.replace(out=folder), world, print)
+    phase = session.system.phase(0, config.recipe.images)
+    session.system.train()
+
+    def step() -> None:
+        training_step(session, state, phase)
+
     for _ in range(arguments.profile_steps):
-        training_step(run, *micro)
-    profiler = record(lambda: training_step(run, *micro), arguments.profile_steps)
+        step()
+    profiler = record(step, arguments.profile_steps)
     if profiler is not None:
-        write(profiler, Path(arguments.profile_out), arguments.profile_steps, config)
+        write(profiler, out, arguments.profile_steps, config)
+    worlds.stop(world)
     return 0
 
 
@@ -79,31 +95,30 @@ def record(step: Callable[[], object], steps: int):
     return profiler
 
 
-def operation(arguments: Arguments) -> int:
+def profile_operation(name: str, device: str, steps: int, out: Path) -> int:
     """Profile what runs for one operation by default, one case of its benchmark after the other."""
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     known = sorted(
-        p.stem[6:]
-        for p in Path(sys.path[0], "bench").glob("bench_*.py")
-        if "def cases" in p.read_text()
+        path.stem.removeprefix("bench_")
+        for path in Path(sys.path[0], "bench").glob("bench_*.py")
+        if "def cases" in path.read_text()
     )
-    if arguments.op not in known:
-        raise ValueError(f"--op {arguments.op}: expected one of {', '.join(known)}")
-    device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
-    cases = importlib.import_module(f"bench.bench_{arguments.op}").cases(device)
-    out = Path(arguments.profile_out)
+    if name not in known:
+        raise ValueError(f"--op {name}: expected one of {', '.join(known)}")
+    on = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+    cases = importlib.import_module(f"bench.bench_{name}").cases(on)
     out.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(cases):
         call = case.contenders["ours"](case.inputs())
         call()
         with torch.profiler.record_function(f"{case.operation}: {case.name}"):
-            profiler = record(call, arguments.profile_steps)
+            profiler = record(call, steps)
         if profiler is not None:
-            table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=12)
-            (out / f"{arguments.op}-{number}.txt").write_text(f"{case.name}\n{table}\n")
-            profiler.export_chrome_trace(str(out / f"{arguments.op}-{number}.json"))
+            table = profiler.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=12)
+            (out / f"{name}-{number}.txt").write_text(f"{case.name}\n{table}\n")
+            profiler.export_chrome_trace(str(out / f"{name}-{number}.json"))
             print(f"{case.name}\n{table}")
     print(f"written: {out}")
     return 0
@@ -113,40 +128,45 @@ def write(profiler, out: Path, steps: int, config: Config) -> None:
     """trace.json for chrome://tracing, profile.md with phases and the costliest operators."""
     import torch
 
-    from heptapod_fast.train.parallel import choose_device, device_name
+    from heptapod_fast.world import choose_device, device_name
 
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
-    cuda = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     events = profiler.key_averages()
 
-    def own(event) -> float:
-        return (event.self_device_time_total if cuda else event.self_cpu_time_total) / steps / 1000
+    def own_ms(event) -> float:
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        return microseconds / steps / 1000
 
-    phases = {
-        e.key: (e.device_time_total if cuda else e.cpu_time_total) / steps / 1000
-        for e in events
-        if e.key in ("data", "forward", "backward", "optimizer")
-    }
-    whole = sum(phases.values())
-    rows = sorted((e for e in events if e.key not in phases), key=own, reverse=True)[:25]
-    device = device_name(choose_device(config.device))
+    def whole_ms(event) -> float:
+        microseconds = event.device_time_total if on_gpu else event.cpu_time_total
+        return microseconds / steps / 1000
+
+    phases = {event.key: whole_ms(event) for event in events if event.key in PHASES}
+    step_ms = sum(phases.values())
+    others = [event for event in events if event.key not in phases]
+    costliest = sorted(others, key=own_ms, reverse=True)[:OPERATORS_SHOWN]
+    batch = config.recipe.batch
+    rate = batch / step_ms * 1000
     lines = [
-        f"# One training step: {config.system} {config.size}, batch {config.batch}",
+        f"# One training step: {config.system} {config.size}, batch {batch}",
         "",
-        f"{device}, torch {torch.__version__}; {steps} steps under torch.profiler, which "
-        f"slows them down. {config.batch / whole * 1000:,.0f} images/s while profiled.",
+        f"{device_name(choose_device(config.run.device))}, torch {torch.__version__}; {steps} "
+        f"steps under torch.profiler, which slows them down. {rate:,.0f} images/s while profiled.",
         "",
         "| phase | ms | share |",
         "|---|---:|---:|",
+        *(f"| {name} | {ms:.2f} | {ms / step_ms:.0%} |" for name, ms in phases.items()),
     ]
-    lines += [f"| {name} | {ms:.2f} | {ms / whole:.0%} |" for name, ms in phases.items()]
+    summary = list(lines)
     lines += ["", "| operator | own ms | share | calls |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {e.key} | {own(e):.2f} | {own(e) / whole:.1%} | {e.count / steps:g} |" for e in rows
-    ]
+    for event in costliest:
+        share = own_ms(event) / step_ms
+        calls = event.count / steps
+        lines.append(f"| {event.key} | {own_ms(event):.2f} | {share:.1%} | {calls:g} |")
     (out / "profile.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[:16]))
+    print("\n".join(summary + lines[len(summary) : len(summary) + 8]))
     print(f"written: {out / 'profile.md'} and {out / 'trace.json'}")
 
 

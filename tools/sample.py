@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from _cli import main, parse
-from _sampling import SamplingArguments
+from _cli import main
+from _sampling import SamplingArguments, images_of, parse_sampling
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Arguments(SamplingArguments):
     """Sample images from a run's moving average."""
 
@@ -44,7 +44,7 @@ def chosen_classes(text: str | None, available: int) -> list[int]:
 
 def work() -> int:
     """Parse, load, sample, write."""
-    arguments = parse(Arguments)
+    arguments, given = parse_sampling(Arguments)
     for flag, path, ending in (
         ("--out", arguments.out, ".png"),
         ("--save-npz", arguments.save_npz, ".npz"),
@@ -54,18 +54,19 @@ def work() -> int:
     from heptapod_fast.pictures import save_grid
     from heptapod_fast.sampling.generate import spread
 
-    system = arguments.load()
-    classes = chosen_classes(arguments.classes, system.num_classes)
+    loaded = arguments.load()
+    options = loaded.system.options(**given)
+    classes = chosen_classes(arguments.classes, len(loaded.class_names))
     count = 8 * len(classes) if arguments.count is None else arguments.count
     arguments.check_count(count)
     labels = spread(classes, count)
-    images = arguments.images(system, labels)
-    step = system.checkpoint.name
+    images = images_of(loaded, labels, arguments, options)
+    step = loaded.checkpoint.name
     name = f"sample-{step}-seed{arguments.seed}.png"
     out = arguments.out or Path(arguments.run) / "samples" / name
     save_grid(images, out, columns=max(1, min(8, -(-count // len(classes)))))
-    drawn = ", ".join(system.class_names[c] for c in dict.fromkeys(labels.tolist()))
-    print(f"{count} images of classes {drawn} after {system.images_seen:,} training images: {out}")
+    drawn = ", ".join(loaded.class_names[c] for c in dict.fromkeys(labels.tolist()))
+    print(f"{count} images of classes {drawn} after {loaded.images_seen:,} training images: {out}")
     save_singles(arguments, images, labels)
     return 0
 

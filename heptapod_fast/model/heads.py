@@ -1,7 +1,7 @@
 """2D prediction heads: from the causal states h_0..h_t to one vector per unseen grid position.
 
-Heptapod section 4.3 and Fig. 5. Suffixes: B sequences, N tokens, n supervised steps, S = B * n
-(sequence, step) pairs, R supervised rows, W tokens of a window, D width, H heads, E head dim.
+Heptapod section 4.3 and Fig. 5. Suffixes as in docs/legend.md: S = B * n (sequence, step) pairs,
+L = N + 1 elements of the global head, Q = n * W queries of a sequence in the local one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
-from heptapod_fast.model.transformer import (
-    EPS,
-    NO_DROP,
-    Block,
-    LayerNorm,
-    Linear,
-    Stream,
-)
+from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
+from heptapod_fast.model.layers import LayerNorm, Linear
+from heptapod_fast.model.transformer import Block, Stream, block_flops, block_values
+from heptapod_fast.ops.dispatch import AUTO, Operators
+from heptapod_fast.ops.masks import FULL, Ends
 
 
 class GlobalHead(nn.Module):
@@ -29,83 +26,133 @@ class GlobalHead(nn.Module):
     every step, and the last block packs the supervised rows after attention.
     """
 
-    def __init__(self, *, depth: int, width: int, heads: int, num_tokens: int, attention: str):
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        num_tokens: int,
+        operators: Operators = AUTO,
+    ):
         super().__init__()
+        self.operators = operators
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.position = nn.Embedding(num_tokens + 1, width)
-        self.blocks = nn.ModuleList(Block(width, heads, i, attention) for i in range(depth))
-        self.norm = LayerNorm(width, eps=EPS)
+        self.blocks = nn.ModuleList(Block(width, heads, operators) for _ in range(depth))
+        self.norm = LayerNorm(width, operators=operators)
 
     def forward(
         self,
-        h_BND: Tensor,
+        h_BMD: Tensor,
         order_BN: Tensor,
         steps_Bn: Tensor,
         pair_R: Tensor,
         position_R: Tensor,
-        drop=NO_DROP,
+        dropout: Dropout = NO_DROPOUT,
     ) -> Tensor:
-        """h (B, M, D) with M > max(steps): the states so far; rows: see grid.Rows.
+        """The head's vectors for packed rows.
 
-        Returns (R, D): the head's output for every row, after the final LayerNorm.
+        Args:
+            h_BMD: the states so far, M > max(steps).
+            order_BN: grid position of each token of the order.
+            steps_Bn: how many tokens are visible, for each of n steps.
+            pair_R, position_R: which (sequence, step) pair and which grid position a row is.
+            dropout: of S sequences of N + 1 elements.
+
+        Returns:
+            (R, D), after the final LayerNorm.
         """
-        stream = Stream(self.assemble(h_BND, order_BN, steps_Bn))
-        for block in self.blocks[:-1]:
-            stream = block(stream, drop=drop)
-        rows = self.blocks[-1].forward_rows(stream, pair_R, position_R + 1, drop)
+        stream = Stream(self.assemble(h_BMD, order_BN, steps_Bn))
+        last = len(self.blocks) - 1
+        for i in range(last):
+            stream = self.blocks[i](stream, FULL, dropout.sites(Block.SITES * i, Block.SITES))
+        element_R = position_R + 1
+        masks = dropout.packed(pair_R, element_R).sites(Block.SITES * last, Block.SITES)
+        rows = self.blocks[last].forward_rows(stream, pair_R, element_R, FULL, masks)
         return rows.normed(self.norm)[1]
 
-    def assemble(self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor) -> Tensor:
-        """The head's input (S, N + 1, D): element 0 is h_0, element 1 + p stands for position p."""
-        placed_BLD = place(h_BND, order_BN)
+    def assemble(self, h_BMD: Tensor, order_BN: Tensor, steps_Bn: Tensor) -> Tensor:
+        """The head's input (S, L, D): element 0 is h_0, element 1 + p stands for position p."""
+        placed_BLD = self.place(h_BMD, order_BN)
         rank_BN = gridlib.ranks(order_BN)
         seen_BnN = rank_BN[:, None] < steps_Bn[..., None]
         seen_BnL = F.pad(seen_BnN, (1, 0), value=True)
-        x_BnLD = torch.where(
-            seen_BnL[..., None], placed_BLD[:, None], self.mask_token.to(h_BND.dtype)
+        mask_token = self.mask_token.to(h_BMD.dtype)
+        x_BnLD = torch.where(seen_BnL[..., None], placed_BLD[:, None], mask_token)
+        return (x_BnLD + self.position.weight.to(h_BMD.dtype)).flatten(0, 1)
+
+    def place(self, h_BMD: Tensor, order_BN: Tensor) -> Tensor:
+        """h_0 into element 0 and h_i into element 1 + order[i - 1], zero elsewhere: (B, L, D).
+
+        h_i (i >= 1) is the state whose input was token order[i - 1]; M <= N states are given.
+        """
+        batch, states, _ = h_BMD.shape
+        length = order_BN.shape[1] + 1
+        element_BM = F.pad(order_BN[:, : states - 1] + 1, (1, 0))
+        first_B1 = torch.arange(batch, device=h_BMD.device)[:, None] * length
+        index = (first_B1 + element_BM).flatten()
+        placed = ops.scatter_rows(
+            h_BMD.flatten(0, 1),
+            index,
+            batch * length,
+            implementation=self.operators["scatter_rows"],
         )
-        return (x_BnLD + self.position.weight.to(h_BND.dtype)).flatten(0, 1)
+        return placed.view(batch, length, -1)
 
+    @property
+    def dropout_sites(self) -> int:
+        """Sites of one forward pass."""
+        return Block.SITES * len(self.blocks)
 
-def place(h_BMD: Tensor, order_BN: Tensor) -> Tensor:
-    """Put h_0 into element 0 and h_i into element 1 + order[i - 1]; zero elsewhere. (B, N + 1, D).
+    def flops(self, num_tokens: int, density: int, rows: float) -> float:
+        """Forward FLOPs per image; rows: supervised positions of a step, on average."""
+        width, length = self.mask_token.shape[1], num_tokens + 1
+        full = block_flops(width, length, length)
+        last = block_flops(width, length, length, rows=rows)
+        return density * ((len(self.blocks) - 1) * full + last)
 
-    h_i (i >= 1) is the state whose input was token order[i - 1]; M <= N states are given.
-    """
-    (batch, states, _), length = h_BMD.shape, order_BN.shape[1] + 1
-    element_BM = F.pad(order_BN[:, : states - 1] + 1, (1, 0))
-    first_B1 = torch.arange(batch, device=h_BMD.device)[:, None] * length
-    index = (first_B1 + element_BM).flatten()
-    placed = ops.scatter_rows(h_BMD.flatten(0, 1), index, batch * length)
-    return placed.view(batch, length, -1)
+    def saved_values(self, num_tokens: int, density: int) -> float:
+        """Values per image that are kept for the backward pass."""
+        width, heads = self.mask_token.shape[1], self.blocks[0].heads
+        length = num_tokens + 1
+        return density * len(self.blocks) * block_values(width, heads, length, length)
 
 
 class LocalBlock(nn.Module):
     """Cross-attention to the states so far, then a bidirectional block inside the window."""
 
-    def __init__(self, width: int, heads: int, layer: int, attention: str):
+    def __init__(self, width: int, heads: int, operators: Operators = AUTO):
         super().__init__()
-        self.heads, self.attention = heads, attention
-        self.norm = LayerNorm(width, eps=EPS)
+        self.heads, self.operators = heads, operators
+        self.norm = LayerNorm(width, operators=operators)
         self.q = Linear(width, width)
         self.kv = Linear(width, 2 * width)
         self.proj = Linear(width, width)
-        self.block = Block(width, heads, layer, attention)
-        self.site = layer
+        self.block = Block(width, heads, operators)
 
-    def forward(self, stream: Stream, h_BMD: Tensor, ends_BQ: Tensor, drop, cross_drop) -> Stream:
-        """stream: the windows' queries (S, W, D); ends (B, n * W): how many states each may see.
+    def forward(
+        self,
+        stream: Stream,
+        h_BMD: Tensor,
+        visible: Ends,
+        masks: Masks = Block.NO_MASKS,
+        cross_mask: ops.DropoutMask | None = None,
+    ) -> Stream:
+        """A stream of the windows' queries (S, W, D) -> the same.
 
-        Keys and values are projected once per sequence, whatever the number of steps.
+        visible: how many states each of a sequence's Q queries sees. masks: dropout of the block's
+        three sites. cross_mask: of the one after the cross-attention's projection. Keys and values
+        are projected once per sequence, whatever the number of steps.
         """
         batch = len(h_BMD)
         x_SWD, y_SWD = stream.normed(self.norm)
         q_BQHE = self.q(y_SWD).view(batch, -1, self.heads, x_SWD.shape[-1] // self.heads)
         kv_BM2HE = self.kv(h_BMD).unflatten(-1, (2, self.heads, -1))
-        seen = ops.cross_attention(q_BQHE, kv_BM2HE, ops.Ends(ends_BQ), self.attention)
-        branch_SWD = self.proj.product(seen.flatten(-2).view_as(x_SWD))
-        stream = Stream(x_SWD, branch_SWD, self.proj.bias, cross_drop.mask(self.site))
-        return self.block(stream, drop=drop)
+        seen_BQHE = ops.cross_attention(q_BQHE, kv_BM2HE, visible, self.operators["attention"])
+        branch_SWD = self.proj.product(seen_BQHE.flatten(-2).view_as(x_SWD))
+        stream = Stream(x_SWD, branch_SWD, self.proj.bias, cross_mask)
+        return self.block(stream, FULL, masks)
 
 
 class LocalHead(nn.Module):
@@ -117,13 +164,20 @@ class LocalHead(nn.Module):
     """
 
     def __init__(
-        self, *, depth: int, width: int, heads: int, grid: int, window: int, attention: str
+        self,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        grid: int,
+        window: int,
+        operators: Operators = AUTO,
     ):
         super().__init__()
         self.query = nn.Parameter(torch.empty(window, width))
         self.position = nn.Embedding(grid * grid, width)
-        self.blocks = nn.ModuleList(LocalBlock(width, heads, i, attention) for i in range(depth))
-        self.norm = LayerNorm(width, eps=EPS)
+        self.blocks = nn.ModuleList(LocalBlock(width, heads, operators) for _ in range(depth))
+        self.norm = LayerNorm(width, operators=operators)
         self.register_buffer("windows", gridlib.window_positions(grid, window), persistent=False)
         self.register_buffer("owner", gridlib.window_of(grid, window), persistent=False)
 
@@ -132,13 +186,52 @@ class LocalHead(nn.Module):
         return self.windows[self.owner[next_S]]
 
     def forward(
-        self, h_BMD: Tensor, steps_Bn: Tensor, position_SW: Tensor, drop=NO_DROP, cross_drop=NO_DROP
+        self,
+        h_BMD: Tensor,
+        steps_Bn: Tensor,
+        position_SW: Tensor,
+        dropout: Dropout = NO_DROPOUT,
+        cross_dropout: Dropout = NO_DROPOUT,
     ) -> Tensor:
-        """h (B, M, D), steps (B, n), windows (S, W) -> (S * W, D), after the final LayerNorm."""
+        """The head's vectors for every position of the windows.
+
+        Args:
+            h_BMD: the states so far, M > max(steps).
+            steps_Bn: how many tokens are visible, for each of n steps.
+            position_SW: the grid positions of each pair's window.
+            dropout, cross_dropout: of S sequences of W elements.
+
+        Returns:
+            (S * W, D), after the final LayerNorm.
+        """
         stream = Stream((self.query + self.position(position_SW)).to(h_BMD.dtype))
         # After t tokens there are t + 1 states.
         ends_Bn = (steps_Bn + 1).to(torch.int32)
-        ends_BQ = ends_Bn.repeat_interleave(position_SW.shape[1], dim=1)
-        for block in self.blocks:
-            stream = block(stream, h_BMD, ends_BQ, drop, cross_drop)
+        visible = Ends(ends_Bn.repeat_interleave(position_SW.shape[1], dim=1))
+        for i, block in enumerate(self.blocks):
+            masks = dropout.sites(Block.SITES * i, Block.SITES)
+            (cross_mask,) = cross_dropout.sites(i, 1)
+            stream = block(stream, h_BMD, visible, masks, cross_mask)
         return stream.normed(self.norm)[1].flatten(0, 1)
+
+    @property
+    def dropout_sites(self) -> int:
+        """Sites of the blocks; the cross-attentions have `len(blocks)` of their own."""
+        return Block.SITES * len(self.blocks)
+
+    def flops(self, num_tokens: int, density: int, states: float) -> float:
+        """Forward FLOPs per image; states: how many a query sees, on average."""
+        window, width = self.query.shape
+        queries = density * window
+        cross = 2 * (
+            2 * width**2 * queries + 2 * width**2 * num_tokens + 2 * width * queries * states
+        )
+        return len(self.blocks) * (cross + density * block_flops(width, window, window))
+
+    def saved_values(self, num_tokens: int, density: int) -> float:
+        """Values per image that are kept for the backward pass."""
+        (window, width), heads = self.query.shape, self.blocks[0].block.heads
+        queries = density * window
+        cross = queries * (4 * width + heads * num_tokens) + 2 * num_tokens * width
+        block = block_values(width, heads, window, window)
+        return len(self.blocks) * (density * block + cross)

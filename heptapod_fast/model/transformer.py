@@ -1,93 +1,37 @@
 """Transformer blocks and the causal backbone.
 
-Suffixes: B sequences, N elements, D width, H heads, E head dim, M keys, R packed rows, P sequences
-of a dropout mask. A block is MAR's (timm's ViT block): pre-LayerNorm with eps 1e-6, fused qkv with
-bias, MLP of 4 x D with erf GELU. Parameters are float32 masters; products run in the dtype of the
-activations, which is chosen once, where a sequence is embedded. In bf16 the residual stream is bf16
-too, where MAR's autocast keeps it in float32; normalisation statistics and losses are float32.
+A block is MAR's (timm's ViT block): pre-LayerNorm with eps 1e-6, fused qkv with bias, MLP of 4 x D
+with erf GELU. Products run in the dtype of the activations, which is chosen once, where a sequence
+is embedded. In bf16 the residual stream is bf16 too, where MAR's autocast keeps it in float32;
+normalisation statistics and losses are float32.
+
+A block knows neither its place in the network nor who sees whom: both are handed to it, so that
+torch.compile sees one block, and whatever wraps a block (sharding, recomputation) finds everything
+it needs in its arguments. Suffixes as in docs/legend.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heptapod_fast import ops
-
-EPS = 1e-6
-
-
-class Linear(nn.Linear):
-    """nn.Linear whose weights follow the dtype of its input.
-
-    init: "xavier", "normal" (0.02) or "zero"; read by systems.base.initial_value.
-    """
-
-    def __init__(self, inputs: int, outputs: int, init: str = "xavier"):
-        super().__init__(inputs, outputs)
-        self.init = init
-
-    def reset_parameters(self) -> None:
-        """Nothing: the system fills its parameters in one place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-    def product(self, x: Tensor) -> Tensor:
-        """Without the bias, for an operation that adds it on its way."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm through the operation of the same name."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Counter-based dropout of one forward pass; `site` numbers the places where it acts.
-
-    key_PS2: (P, sites, 2) int64 below 2**32; counter_PN: which element of its sequence a row is,
-    (N,) for whole sequences and (R,) for packed rows.
-    """
-
-    key_PS2: Tensor
-    counter_PN: Tensor
-    p: float
-
-    def mask(self, site: int) -> ops.DropoutMask:
-        """The mask of one site over the rows of (P, N, D), or of (R, D) after `packed`."""
-        return ops.DropoutMask(self.key_PS2[:, site], self.counter_PN, self.p)
-
-    def packed(self, sequence_R: Tensor, element_R: Tensor) -> Drop:
-        """The same masks for packed rows: row r is element element_R[r] of sequence_R[r]."""
-        return Drop(self.key_PS2[sequence_R], element_R, self.p)
-
-
-class NoDrop:
-    """Dropout that is off."""
-
-    def mask(self, site: int) -> None:
-        """No mask."""
-
-    def packed(self, sequence_R: Tensor, element_R: Tensor) -> NoDrop:
-        """Itself."""
-        return self
-
-
-NO_DROP = NoDrop()
+from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
+from heptapod_fast.model.layers import LayerNorm, Linear
+from heptapod_fast.ops.dispatch import AUTO, Operators
+from heptapod_fast.ops.masks import CAUSAL, FULL, Visible
+from heptapod_fast.sampling.kv_cache import KVCache, LayerCache
 
 
 class Stream(NamedTuple):
     """The residual stream: x + dropout(branch + bias), the sum not taken yet.
 
-    The next LayerNorm takes it in the same pass over memory.
+    The next LayerNorm takes it in the same pass over memory, and its backward pass yields the
+    bias's gradient on the way.
+
+    x, branch: (..., D). bias: (D,) float32. mask: dropout of the branch.
     """
 
     x: Tensor
@@ -100,7 +44,14 @@ class Stream(NamedTuple):
         if self.branch is None:
             return self.x, norm(self.x)
         return ops.add_layer_norm(
-            self.x, self.branch, self.bias, norm.weight, norm.bias, self.mask, norm.eps
+            self.x,
+            self.branch,
+            self.bias,
+            norm.weight,
+            norm.bias,
+            self.mask,
+            norm.eps,
+            implementation=norm.operators["layer_norm"],
         )
 
     def value(self) -> Tensor:
@@ -111,60 +62,112 @@ class Stream(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block; three dropout sites, 3 * layer + 0, 1, 2."""
+    """Pre-norm Transformer block.
+
+    Its dropout acts at three sites: after the attention's projection, after the GELU, and after the
+    MLP's second product.
+    """
 
     SITES = 3
+    NO_MASKS: Masks = (None,) * SITES
 
-    def __init__(self, width: int, heads: int, layer: int, attention: str):
+    def __init__(self, width: int, heads: int, operators: Operators = AUTO):
         super().__init__()
-        self.heads, self.layer, self.attention = heads, layer, attention
-        self.norm1 = LayerNorm(width, eps=EPS)
+        self.heads, self.operators = heads, operators
+        self.norm1 = LayerNorm(width, operators=operators)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.norm2 = LayerNorm(width, eps=EPS)
+        self.norm2 = LayerNorm(width, operators=operators)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
 
-    def forward(self, stream: Stream, *, causal: bool = False, drop=NO_DROP, cache=None) -> Stream:
-        """A stream of (B, N, D). cache: keys and values of earlier elements (sampling.KVCache)."""
-        x_BND, y_BND = stream.normed(self.norm1)
-        return self.finish(x_BND, self.attend(y_BND, causal=causal, cache=cache), drop)
-
-    def forward_rows(
-        self, stream: Stream, sequence_R: Tensor, element_R: Tensor, drop=NO_DROP
+    def forward(
+        self,
+        stream: Stream,
+        visible: Visible = FULL,
+        masks: Masks = NO_MASKS,
+        cache: LayerCache | None = None,
     ) -> Stream:
-        """As a bidirectional `forward`, but only the given elements come out, packed: (R, D).
+        """A stream of (B, N, D) -> the same.
 
-        The rows are gathered after attention: projection and MLP never see the others.
+        visible: who sees whom. masks: dropout of the three sites. cache: keys and values of earlier
+        elements, to which these elements are added.
         """
         x_BND, y_BND = stream.normed(self.norm1)
-        row_R = sequence_R * x_BND.shape[1] + element_R
-        attended_RD = ops.gather_rows(self.attend(y_BND).flatten(0, 1), row_R)
-        return self.finish(
-            ops.gather_rows(x_BND.flatten(0, 1), row_R),
-            attended_RD,
-            drop.packed(sequence_R, element_R),
-        )
+        return self.finish(x_BND, self.attend(y_BND, visible, cache), masks)
 
-    def attend(self, y_BND: Tensor, *, causal: bool = False, cache=None) -> Tensor:
+    def forward_rows(
+        self,
+        stream: Stream,
+        sequence_R: Tensor,
+        element_R: Tensor,
+        visible: Visible = FULL,
+        masks: Masks = NO_MASKS,
+    ) -> Stream:
+        """As `forward`, but only the given elements come out, packed: a stream of (R, D).
+
+        Row r is element element_R[r] of sequence sequence_R[r]; masks are those of the rows
+        (`Dropout.packed`). Rows are gathered after attention: projection and MLP never see the
+        other elements.
+        """
+        x_BND, y_BND = stream.normed(self.norm1)
+        attended_BND = self.attend(y_BND, visible)
+        row_R = sequence_R * x_BND.shape[1] + element_R
+        attended_RD = self._gather(attended_BND, row_R)
+        return self.finish(self._gather(x_BND, row_R), attended_RD, masks)
+
+    def attend(self, y_BND: Tensor, visible: Visible, cache: LayerCache | None = None) -> Tensor:
         """Attention between its two products, of normalised y: (B, N, D)."""
+        how = self.operators["attention"]
         qkv_BN3HE = self.qkv(y_BND).unflatten(-1, (3, self.heads, -1))
         if cache is None:
-            out_BNHE = ops.attention(qkv_BN3HE, ops.CAUSAL if causal else ops.FULL, self.attention)
+            out_BNHE = ops.attention(qkv_BN3HE, visible, how)
         else:
-            kv_BM2HE = cache.append(self.layer, qkv_BN3HE[:, :, 1:])
-            out_BNHE = ops.cross_attention(
-                qkv_BN3HE[:, :, 0], kv_BM2HE, ops.CAUSAL if causal else ops.FULL, self.attention
-            )
+            kv_BM2HE = cache.append(qkv_BN3HE[:, :, 1:])
+            out_BNHE = ops.cross_attention(qkv_BN3HE[:, :, 0], kv_BM2HE, visible, how)
         return out_BNHE.flatten(-2)
 
-    def finish(self, x: Tensor, attended: Tensor, drop) -> Stream:
+    def finish(self, x: Tensor, attended: Tensor, masks: Masks) -> Stream:
         """Projection, residual and MLP; x and attended (..., D)."""
-        site = 3 * self.layer
-        stream = Stream(x, self.proj.product(attended), self.proj.bias, drop.mask(site))
+        after_projection, after_gelu, after_mlp = masks
+        stream = Stream(x, self.proj.product(attended), self.proj.bias, after_projection)
         x, y = stream.normed(self.norm2)
-        hidden = ops.bias_gelu(self.fc1.product(y), self.fc1.bias, drop.mask(site + 1))
-        return Stream(x, self.fc2.product(hidden), self.fc2.bias, drop.mask(site + 2))
+        hidden = ops.bias_gelu(
+            self.fc1.product(y),
+            self.fc1.bias,
+            after_gelu,
+            implementation=self.operators["bias_gelu"],
+        )
+        # A copy, not the parameter: the next unit uses it after this one is done, when sharding may
+        # have freed this unit's parameters.
+        bias = self.fc2.bias.clone()
+        return Stream(x, self.fc2.product(hidden), bias, after_mlp)
+
+    def _gather(self, x_BND: Tensor, row_R: Tensor) -> Tensor:
+        return ops.gather_rows(
+            x_BND.flatten(0, 1), row_R, implementation=self.operators["gather_rows"]
+        )
+
+
+def block_flops(width: int, queries: float, keys: float, rows: float | None = None) -> float:
+    """Forward FLOPs of a `Block` over `queries` elements that each see `keys` on average.
+
+    rows: how many elements reach projection and MLP (default: all).
+    """
+    rows = queries if rows is None else rows
+    qkv = 3 * width**2 * queries
+    attention = 2 * width * queries * keys
+    projection_and_mlp = 9 * width**2 * rows
+    return 2 * (qkv + attention + projection_and_mlp)
+
+
+def block_values(width: int, heads: int, elements: float, keys: float) -> float:
+    """Values that a `Block` over `elements` keeps for the backward pass.
+
+    Per element 17 D + heads * keys: two residuals, two norms, qkv and its scaled q, probabilities,
+    attention, MLP before and after GELU.
+    """
+    return elements * (17 * width + heads * keys)
 
 
 class Backbone(nn.Module):
@@ -174,6 +177,9 @@ class Backbone(nn.Module):
     positions, N time steps. Which position goes with which token is the system's choice: Heptapod
     adds a token's own position and gives [S] none; the 1D baselines add the position of the next
     target.
+
+    Attributes:
+        dtype: of the activations.
     """
 
     def __init__(
@@ -186,15 +192,15 @@ class Backbone(nn.Module):
         num_tokens: int,
         channels: int,
         vocabulary: int,
-        attention: str,
+        operators: Operators = AUTO,
     ):
         super().__init__()
         self.token = Linear(channels, width) if channels else nn.Embedding(vocabulary, width)
         self.label = nn.Embedding(num_classes, width)
         self.position = nn.Embedding(num_tokens, width)
         self.time = nn.Embedding(num_tokens, width)
-        self.blocks = nn.ModuleList(Block(width, heads, i, attention) for i in range(depth))
-        self.norm = LayerNorm(width, eps=EPS)
+        self.blocks = nn.ModuleList(Block(width, heads, operators) for _ in range(depth))
+        self.norm = LayerNorm(width, operators=operators)
         self.dtype = torch.float32
 
     def embed_start(self, labels_B: Tensor, position_B: Tensor | None = None) -> Tensor:
@@ -206,12 +212,22 @@ class Backbone(nn.Module):
 
     def embed_tokens(self, tokens_BM: Tensor, position_BM: Tensor, first_time: int) -> Tensor:
         """M consecutive tokens of the order, the first at time `first_time` >= 1. (B, M, D)."""
-        times = self.time.weight[first_time : first_time + position_BM.shape[1]]
-        return (self.token(tokens_BM) + self.position(position_BM) + times).to(self.dtype)
+        times_MD = self.time.weight[first_time : first_time + position_BM.shape[1]]
+        x_BMD = self.token(tokens_BM) + self.position(position_BM) + times_MD
+        return x_BMD.to(self.dtype)
 
-    def forward(self, x_BND: Tensor, drop=NO_DROP, cache=None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, dropout: Dropout = NO_DROPOUT, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, N, D) -> h (B, N, D), after the final LayerNorm."""
         stream = Stream(x_BND)
-        for block in self.blocks:
-            stream = block(stream, causal=True, drop=drop, cache=cache)
+        for i, block in enumerate(self.blocks):
+            masks = dropout.sites(Block.SITES * i, Block.SITES)
+            layer = None if cache is None else cache.layer(i)
+            stream = block(stream, CAUSAL, masks, layer)
         return stream.normed(self.norm)[1]
+
+    @property
+    def dropout_sites(self) -> int:
+        """Sites of one forward pass."""
+        return Block.SITES * len(self.blocks)

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 Check = Callable[[torch.device, torch.dtype], str | None]
 
 _registry: dict[str, dict[str, tuple[Check, Check]]] = {}
-_forced: dict[str, str] = {}
 _told: set[str] = set()
 
 
@@ -70,19 +69,6 @@ def operations(implementation: str) -> tuple[str, ...]:
     return tuple(sorted(name for name, found in _registry.items() if implementation in found))
 
 
-def force(operation: str, implementation: str) -> None:
-    """From here on `choose(..., "auto")` means this implementation; "auto" lifts it.
-
-    Raises ValueError for an unknown operation or name.
-    """
-    if implementation not in ("auto", *implementations(operation)):
-        raise ValueError(
-            f"{operation} has no implementation {implementation!r}; there are: auto, "
-            f"{', '.join(implementations(operation))}"
-        )
-    _forced[operation] = implementation
-
-
 def choose(
     operation: str,
     device: torch.device | str,
@@ -99,7 +85,6 @@ def choose(
     """
     device = torch.device(device)
     names, unsupported = implementations(operation), unsupported or {}
-    forced = _forced.get(operation, "auto") if forced == "auto" else forced
     if forced != "auto":
         if forced not in names:
             raise ValueError(
@@ -122,7 +107,34 @@ def choose(
     )
 
 
-def summary(choices: list[Choice]) -> list[str]:
+class Operators:
+    """The `implementation` that each operation is called with, handed from the start of a run to
+    whoever calls operations; immutable, so that all modules share one.
+
+    asked: {operation: "auto" or the name of an implementation}; operations that are not in it get
+    "auto", which a call resolves by its own tensors, as `select` says. choices: what that comes to
+    for the tensors of the run, to be printed.
+    """
+
+    def __init__(self, asked: Mapping[str, str] | None = None, choices: Sequence[Choice] = ()):
+        self._asked = dict(asked or {})
+        self.choices = tuple(choices)
+
+    def __getitem__(self, operation: str) -> str:
+        return self._asked.get(operation, "auto")
+
+    def __repr__(self) -> str:
+        return f"Operators({self._asked})"
+
+    def lines(self) -> list[str]:
+        """What runs, and why; see `summary`."""
+        return summary(self.choices)
+
+
+AUTO = Operators()
+
+
+def summary(choices: Sequence[Choice]) -> list[str]:
     """One line for all operations that run the same way for the same reason."""
     groups: dict[tuple[str, str], list[str]] = {}
     for choice in choices:

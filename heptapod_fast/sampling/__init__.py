@@ -1,6 +1,8 @@
-"""Sampling: the key-value cache and the samplers of single tokens. Systems call these."""
+"""Sampling: the key-value cache, options, and the samplers of single tokens."""
 
+from heptapod_fast.sampling.codes import sample_codes
+from heptapod_fast.sampling.diffusion import Denoiser, respaced
 from heptapod_fast.sampling.kv_cache import KVCache
-from heptapod_fast.sampling.samplers import SampleOptions, sample_codes, sample_vectors
+from heptapod_fast.sampling.options import SampleOptions
 
-__all__ = ["KVCache", "SampleOptions", "sample_codes", "sample_vectors"]
+__all__ = ["Denoiser", "KVCache", "SampleOptions", "respaced", "sample_codes"]

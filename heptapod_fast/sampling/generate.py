@@ -3,43 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling.samplers import SampleOptions
+from heptapod_fast.sampling.options import SampleOptions
+
+
+class Sampler(Protocol):
+    """What samples: a system (systems/base.py)."""
+
+    def sample(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens of images of these classes."""
+        ...
+
+
+class Decoder(Protocol):
+    """What makes images of tokens: a tokenizer."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens -> (B, 3, H, W)."""
+        ...
 
 
 def spread(classes: list[int], count: int) -> Tensor:
     """(count,) int64: `count` labels spread evenly over the classes, in their order."""
-    return torch.tensor(
-        [classes[i * len(classes) // count] for i in range(count)]
-        if count >= len(classes)
-        else classes[:count]
-    )
+    if count < len(classes):
+        return torch.tensor(classes[:count])
+    return torch.tensor([classes[i * len(classes) // count] for i in range(count)])
 
 
 def generate(
-    system,
+    system: Sampler,
+    tokenizer: Decoder,
     classes: Tensor,
     rng: Rng,
-    options: SampleOptions,
+    options: SampleOptions | None = None,
     batch: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """classes (B,) int64 -> images (B, 3, H, W) float32 about in [-1, 1], on the CPU.
 
-    system: as `load_run` returns it, with a tokenizer. Image i depends on its class, i and the rng,
-    not on `batch`.
+    Image i depends on its class, i and the rng, not on `batch`.
     """
-    device = next(system.parameters()).device
     images = []
     for start in range(0, len(classes), batch):
-        labels = classes[start : start + batch].to(device)
-        index = torch.arange(start, start + len(labels), device=device)
+        labels = classes[start : start + batch]
+        index = torch.arange(start, start + len(labels))
         tokens = system.sample(labels, rng, options, index)
-        images.append(system.tokenizer.decode(tokens).float().cpu())
+        images.append(tokenizer.decode(tokens).float().cpu())
         if progress is not None:
             progress(start + len(labels), len(classes))
     return torch.cat(images)

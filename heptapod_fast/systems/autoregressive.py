@@ -8,47 +8,99 @@ head scores the next token at all N steps.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heptapod_fast import grid as gridlib
+from heptapod_fast.config import AttentionUse
 from heptapod_fast.data.tokens import Batch
-from heptapod_fast.model.transformer import Block
+from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
+from heptapod_fast.model.transformer import block_flops, block_values
+from heptapod_fast.ops import CAUSAL
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
-from heptapod_fast.systems.base import Loss, System, block_flops
-from heptapod_fast.systems.heptapod import put
+from heptapod_fast.systems.base import Loss, Phase
+from heptapod_fast.systems.mar import (
+    MarSettings,
+    MarSystem,
+    NetworkSize,
+    put,
+    sizes,
+)
+from heptapod_fast.tokenizers import TokenSpec
+
+_ONE_AT_A_TIME = (
+    "this system predicts one next token in a given order; a 2D distribution is what allows more"
+)
 
 
-class NextToken(System):
-    """1d-raster and 1d-random."""
+@dataclass(frozen=True, kw_only=True)
+class NextTokenSettings(MarSettings):
+    """The network."""
 
+    def attention_uses(self, spec: TokenSpec) -> list[AttentionUse]:
+        """See SystemSettings.attention_uses."""
+        return [AttentionUse(self.head_width, spec.num_tokens, CAUSAL)]
+
+    def derived(self, spec: TokenSpec) -> Iterator[tuple[str, str]]:
+        """See SystemSettings.derived."""
+        yield "head dim", f"{self.head_width} = {self.width} / {self.heads}"
+
+
+def _defaults(network: NetworkSize) -> NextTokenSettings:
+    # Same parameters as Heptapod's backbone and head together.
+    return NextTokenSettings(depth=2 * network.depth)
+
+
+NextTokenSettings.SIZES = sizes(_defaults)
+
+
+class NextToken(MarSystem):
+    """One next token per step; `orders` says in which order."""
+
+    Settings = NextTokenSettings
+    REFUSED_OPTIONS = {
+        "positions_per_step": _ONE_AT_A_TIME,
+        "position_schedule": _ONE_AT_A_TIME,
+        "position_order": _ONE_AT_A_TIME,
+        "guidance": "this system is trained without a null class, so there is nothing to guide "
+        "against",
+    }
+    settings: NextTokenSettings
+
+    @abstractmethod
     def orders(self, index_B: Tensor, rng: Rng) -> Tensor:
         """(B, N): the order of every sequence."""
-        if self.config.system == "1d-raster":
-            return gridlib.raster_orders(index_B, self.num_tokens)
-        return gridlib.random_orders(index_B, self.num_tokens, rng)
 
-    def loss(self, batch: Batch, rng: Rng) -> Loss:
-        """Sum of the token loss over all N steps of every sequence."""
+    def units(self) -> list[nn.Module]:
+        """See System.units."""
+        return list(self.backbone.blocks)
+
+    def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
+        """Sum of the token loss over all N steps of every sequence; see System.forward."""
         order_BN = self.orders(batch.index, rng)
         ordered_BN = gridlib.take_tokens(batch.tokens, order_BN)
-        x_BND = torch.cat(
-            (
-                self.backbone.embed_start(batch.labels, order_BN[:, 0]),
-                self.backbone.embed_tokens(ordered_BN[:, :-1], order_BN[:, 1:], 1),
-            ),
-            dim=1,
-        )
-        sites = Block.SITES * len(self.backbone.blocks)
-        drop = self.drop("backbone", batch.index, 0, sites, self.num_tokens, rng)
-        z_RD = self.backbone(x_BND, drop).flatten(0, 1)
-        sequence_R = torch.arange(len(order_BN), device=order_BN.device).repeat_interleave(
-            self.num_tokens
-        )
-        position_R = order_BN.flatten()
-        total, _ = self.token_losses(z_RD, batch, sequence_R, position_R, position_R, rng)
-        return Loss(total, float(len(position_R)), {})
+        start_B1D = self.backbone.embed_start(batch.labels, order_BN[:, 0])
+        x_BMD = self.backbone.embed_tokens(ordered_BN[:, :-1], order_BN[:, 1:], 1)
+        dropout = NO_DROPOUT
+        if self.training:
+            dropout = Dropout.draw(
+                self.settings.dropout,
+                "backbone",
+                batch.index,
+                0,
+                self.backbone.dropout_sites,
+                self.num_tokens,
+                rng,
+            )
+        h_BND = self.backbone(torch.cat((start_B1D, x_BMD), dim=1), dropout)
+        rows = gridlib.rows_of_all_steps(order_BN)
+        total, _ = self.token_losses(h_BND.flatten(0, 1), batch, rows, rng)
+        return Loss(total, rows.count())
 
     @torch.no_grad()
     def sample(
@@ -61,14 +113,6 @@ class NextToken(System):
         """One token per step with a KV cache; see System.sample."""
         options = SampleOptions() if options is None else options
         self.check_sampling(classes, options)
-        how = (options.positions_per_step, options.position_order, options.position_schedule)
-        if how != (1, "random", "constant"):
-            raise ValueError(
-                f"--positions-per-step, --position-order and --position-schedule: "
-                f"{self.config.system} "
-                "predicts one next token in a given order; a 2D distribution is what "
-                "allows more"
-            )
         classes, index_B = self.place_sampling(classes, index)
         order_BN = self.orders(index_B, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
@@ -78,23 +122,44 @@ class NextToken(System):
             z_BD = self.backbone(x_B1D, cache=cache)[:, 0]
             cache.advance(1)
             position_B = order_BN[:, step]
-            token_B, _ = self.draw_tokens(z_BD, rng.at(step), index_B, position_B, options)
+            token_B, _ = self.token_loss.draw(z_BD, rng.at(step), index_B, position_B, options)
             put(tokens_BN, position_B[:, None], token_B[:, None])
             if step + 1 < self.num_tokens:
-                x_B1D = self.backbone.embed_tokens(
-                    token_B[:, None], order_BN[:, step + 1 : step + 2], step + 1
-                )
+                next_B1 = order_BN[:, step + 1 : step + 2]
+                x_B1D = self.backbone.embed_tokens(token_B[:, None], next_B1, step + 1)
         return tokens_BN
 
-    def expected_count(self, batch: int) -> float:
+    def expected_count(self, batch: int, phase: Phase | None = None) -> float:
         """Every token of every sequence."""
         return float(batch * self.num_tokens)
 
-    def flops_per_image(self) -> dict[str, float]:
+    def flops_per_image(self, phase: Phase | None = None) -> dict[str, float]:
         """See System.flops_per_image."""
-        width, tokens = self.config.width, self.num_tokens
+        width, tokens = self.settings.width, self.num_tokens
         return {
             "embedding": 2 * width * self.spec.channels * (tokens - 1),
-            "backbone": self.config.depth * block_flops(width, tokens, (tokens + 1) / 2),
-            "token loss": self.token_loss_flops(tokens),
+            "backbone": self.settings.depth * block_flops(width, tokens, (tokens + 1) / 2),
+            "token loss": self.token_loss.flops(tokens),
         }
+
+    def saved_values(self, phase: Phase | None = None) -> float:
+        """See System.saved_values."""
+        settings, tokens = self.settings, self.num_tokens
+        block = block_values(settings.width, settings.heads, tokens, tokens)
+        return settings.depth * block + self.token_loss.saved_values(tokens)
+
+
+class RasterOrder(NextToken):
+    """1d-raster: row by row."""
+
+    def orders(self, index_B: Tensor, rng: Rng) -> Tensor:
+        """See NextToken.orders."""
+        return gridlib.raster_orders(index_B, self.num_tokens)
+
+
+class RandomOrder(NextToken):
+    """1d-random: an order of its own for every sequence."""
+
+    def orders(self, index_B: Tensor, rng: Rng) -> Tensor:
+        """See NextToken.orders."""
+        return gridlib.random_orders(index_B, self.num_tokens, rng)

@@ -1,36 +1,38 @@
-"""What every system of the papers is: a module that answers `loss` and `sample`.
+"""The contract of a system: what the trainer, the samplers and the reports ask of one.
 
-The loop knows nothing else of it. A system reads no files, no environment and no clock.
+A system is a module that builds its own network and answers for everything that depends on which
+system it is. Nothing outside of this folder asks which one it has. A system reads no files, no
+environment and no clock. `docs/add-a-system.md` adds one step by step.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from heptapod_fast.config import Config
+from heptapod_fast.config import SystemSettings, flag
 from heptapod_fast.data.tokens import Batch
-from heptapod_fast.model.token_losses import Categorical, Diffusion
-from heptapod_fast.model.transformer import NO_DROP, Backbone, Drop
+from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling import SampleOptions, sample_codes, sample_vectors
-from heptapod_fast.tokenizers.base import TokenSpec
+from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.tokenizers import TokenSpec
 
 
 class Loss(NamedTuple):
-    """Sum over supervised positions and their number (weights included), of one micro-batch.
+    """What a micro-batch contributes to the loss of the global batch.
 
-    The gradient of a step is that of sum(total) / sum(count) over the whole global batch, so that
-    neither ranks nor micro-batches change it.
+    total: the weighted sum over its supervised positions, which gradients flow from. count: the sum
+    of the weights. The gradient of a step is that of sum(total) / sum(count) over all micro-batches
+    of all ranks, so that neither changes it (train/step.py).
     """
 
     total: Tensor
     count: Tensor | float
-    metrics: dict[str, Tensor]
 
     @property
     def mean(self) -> Tensor:
@@ -38,38 +40,151 @@ class Loss(NamedTuple):
         return self.total / self.count
 
 
-class System(nn.Module):
-    """Base class; `systems.build_system` makes one and fills its parameters."""
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training in which every step does the same kind of work.
 
-    def __init__(self, config: Config, spec: TokenSpec, num_classes: int, attention: str):
+    Shapes, FLOPs and the schedule of the learning rate hold within a phase; when the next one
+    begins, the trainer reads anew what depends on it.
+
+    Attributes:
+        first: images that were trained on when it begins.
+        end: images that were trained on when it is over.
+        name: as progress lines call it; "" where there is but one.
+        level: what the system tells its phases apart by.
+    """
+
+    first: int
+    end: int
+    name: str = ""
+    level: int = 0
+
+
+class System(nn.Module, ABC):
+    """Base class of the systems; `systems.build_system` makes one and fills its parameters.
+
+    Class attributes:
+        Settings: the class of its settings, with its sizes.
+        Options: the class of the options that its `sample` understands.
+        REFUSED_OPTIONS: {option of other systems: why it means nothing here}.
+
+    Args:
+        settings: resolved.
+        spec: shape and kind of the tokens.
+        num_classes: labels are 0..num_classes-1.
+        operators: which implementation each operation is called with.
+    """
+
+    Settings: ClassVar[type[SystemSettings]]
+    Options: ClassVar[type[SampleOptions]] = SampleOptions
+    REFUSED_OPTIONS: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self,
+        settings: SystemSettings,
+        spec: TokenSpec,
+        num_classes: int,
+        operators: Operators = AUTO,
+    ):
         super().__init__()
-        self.config, self.spec, self.num_classes = config, spec, num_classes
+        self.settings, self.spec, self.num_classes = settings, spec, num_classes
         self.num_tokens = spec.num_tokens
-        self.backbone = Backbone(
-            depth=config.depth,
-            width=config.width,
-            heads=config.heads,
-            num_classes=num_classes,
-            num_tokens=spec.num_tokens,
-            channels=spec.channels,
-            vocabulary=spec.vocabulary,
-            attention=attention,
-        )
-        if spec.kind == "continuous":
-            self.token_loss = Diffusion(
-                config.width,
-                spec.channels,
-                config.diffusion_blocks,
-                config.diffusion_width,
-                config.diffusion_repeat,
-                bound=config.diffusion_loss == "mse+vb",
-            )
-        else:
-            self.token_loss = Categorical(config.width, spec.vocabulary)
+        self.operators = operators
+
+    # ------------------------------------------------------------------------------------ training
 
     @abstractmethod
-    def loss(self, batch: Batch, rng: Rng) -> Loss:
-        """Loss of one micro-batch; every draw is keyed by batch.index."""
+    def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
+        """Loss of one micro-batch; every draw is keyed by batch.index. phase: None for the last
+        one of training."""
+
+    def loss(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
+        """`forward`, through the call that wrappers (sharding, compilation) hook into."""
+        return self(batch, rng, phase)
+
+    def phase(self, images: int, total: int) -> Phase:
+        """The phase of the step that begins after `images` of `total` images. Host arithmetic."""
+        return Phase(0, total)
+
+    @abstractmethod
+    def expected_count(self, batch: int, phase: Phase | None = None) -> float:
+        """Expected `Loss.count` of `batch` sequences."""
+
+    @abstractmethod
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """The dtype of activations; parameters stay float32."""
+
+    # ---------------------------------------------------------------------------------- parameters
+
+    @abstractmethod
+    def initial_value(
+        self, module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng
+    ) -> Tensor | None:
+        """What a parameter starts as: a pure function of (rng, name). None for one that the system
+        does not know, which is an error.
+
+        module, leaf: the module that owns it and its name there; name: its full name.
+        """
+
+    def initialise(self, seed: int) -> None:
+        """Fill every parameter.
+
+        Raises:
+            TypeError: nobody says how a parameter starts.
+        """
+        rng = Rng(seed)
+        with torch.no_grad():
+            for path, module in self.named_modules():
+                for leaf, parameter in module.named_parameters(recurse=False):
+                    name = f"{path}.{leaf}"
+                    if parameter.device.type != "meta":
+                        self._fill(module, leaf, parameter, name, rng)
+
+    def _fill(self, module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng) -> None:
+        value = self.initial_value(module, leaf, parameter, name, rng)
+        if value is None:
+            raise TypeError(
+                f"{type(self).__name__}.initial_value does not say how {name} of a "
+                f"{type(module).__name__} starts"
+            )
+        parameter.copy_(value)
+
+    @abstractmethod
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay acts on a parameter."""
+
+    @abstractmethod
+    def units(self) -> list[nn.Module]:
+        """The modules that may be wrapped, compiled or recomputed one by one, in the order they
+        run: the blocks of the network."""
+
+    # ------------------------------------------------------------------------------------ counting
+
+    @abstractmethod
+    def flops_per_image(self, phase: Phase | None = None) -> dict[str, float]:
+        """FLOPs (2 per multiply-add) of one forward pass, by part: products only, causal attention
+        by half, supervised rows only."""
+
+    @abstractmethod
+    def saved_values(self, phase: Phase | None = None) -> float:
+        """Values per image that are kept for the backward pass, for the memory estimate."""
+
+    # ------------------------------------------------------------------------------------ sampling
+
+    @classmethod
+    def options(cls, **given: Any) -> SampleOptions:
+        """The options of `sample` by name, the others at their defaults.
+
+        Raises:
+            ValueError: an option that this system does not understand; says why where it can.
+        """
+        for name, value in given.items():
+            if name in cls.REFUSED_OPTIONS:
+                raise ValueError(f"{flag(name)} {value}: {cls.REFUSED_OPTIONS[name]}")
+            if name not in cls.Options.names():
+                known = ", ".join(flag(option) for option in cls.Options.names())
+                raise ValueError(f"{flag(name)}: this system samples with {known}")
+        return cls.Options(**given)
 
     @abstractmethod
     def sample(
@@ -79,140 +194,28 @@ class System(nn.Module):
         options: SampleOptions | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
-        """classes (B,) int64 -> tokens in raster order, (B, N) int64 or (B, N, C) float32.
+        """Tokens of new images.
 
-        index: (B,) keys of the draws (default 0..B-1): the same (class, index, rng, options) gives
-        the same image in any batch. Raises ValueError on classes out of range or bad options.
+        Args:
+            classes: (B,) int64.
+            rng: source of all draws.
+            options: of the class `Options`; None for the defaults.
+            index: (B,) keys of the draws, default 0..B-1: the same (class, index, rng, options)
+                gives the same image in any batch.
+
+        Returns:
+            In raster order, (B, N) int64 or (B, N, C) float32.
+
+        Raises:
+            ValueError: classes out of range, or options that cannot be.
         """
 
-    @abstractmethod
-    def expected_count(self, batch: int) -> float:
-        """Expected `Loss.count` of `batch` sequences (exact for antithetic steps)."""
-
-    @abstractmethod
-    def flops_per_image(self) -> dict[str, float]:
-        """Multiply-add FLOPs (2 per product) of one forward pass, by part: products only, causal
-        attention by half, supervised rows only."""
-
-    # ------------------------------------------------------------------------------ for subclasses
-
-    def set_dtype(self, dtype: torch.dtype) -> None:
-        """The dtype of activations; parameters stay what they are."""
-        self.backbone.dtype = dtype
-
-    def drop(
-        self, stream: str, index_P: Tensor, slot_P: Tensor | int, sites: int, length: int, rng: Rng
-    ):
-        """Dropout masks of one forward pass over P sequences of `length` elements."""
-        if self.config.dropout == 0.0 or not self.training:
-            return NO_DROP
-        key_PS2 = rng.bits(f"dropout.{stream}", index_P, 2 * sites, slot_P).unflatten(-1, (-1, 2))
-        counter = torch.arange(length, device=index_P.device)
-        return Drop(key_PS2, counter, self.config.dropout)
-
-    def token_losses(
-        self,
-        z_RD: Tensor,
-        batch: Batch,
-        sequence_R: Tensor,
-        position_R: Tensor,
-        slot_R: Tensor,
-        rng: Rng,
-        weight_R: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Against the token at each row's position: the weighted sum, and (R,) losses for logs."""
-        target = batch.tokens.flatten(0, 1)[sequence_R * self.num_tokens + position_R]
-        return self.token_loss.loss(z_RD, target, rng, batch.index[sequence_R], slot_R, weight_R)
-
-    def draw_tokens(
-        self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor, options: SampleOptions
-    ) -> tuple[Tensor, Tensor | None]:
-        """One token per row, and its probability where tokens are discrete."""
-        if self.spec.kind == "continuous":
-            return sample_vectors(
-                self.token_loss, z_RD, rng, index_R, slot_R, options, self.spec.limit
-            ), None
-        uniform_R = rng.uniform("sample.token", index_R, 1, slot_R)[:, 0]
-        return sample_codes(self.token_loss.logits(z_RD), uniform_R, options)
-
-    def place_sampling(self, classes: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Classes and keys of the draws (default 0..B-1) on the device of the parameters."""
-        device = self.backbone.label.weight.device
-        index = torch.arange(len(classes)) if index is None else index
-        return classes.to(device), index.to(device)
-
     def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
-        """Refuse classes out of range and options that this system does not know."""
-        options.check(self.num_tokens, self.spec.vocabulary)
+        """Refuse classes out of range and options that cannot be with these tokens."""
+        options.check_tokens(self.spec)
         bad = classes[(classes < 0) | (classes >= self.num_classes)]
         if len(bad):
             raise ValueError(
-                f"--classes {bad.tolist()}: this run has {self.num_classes} classes, "
-                f"0 to {self.num_classes - 1}"
+                f"--classes {bad.tolist()}: this run has {self.num_classes} classes, 0 to "
+                f"{self.num_classes - 1}"
             )
-
-    def empty_tokens(self, batch: int, device: torch.device) -> Tensor:
-        """A buffer for generated tokens, in raster order."""
-        if self.spec.kind == "continuous":
-            return torch.zeros(batch, self.num_tokens, self.spec.channels, device=device)
-        return torch.zeros(batch, self.num_tokens, dtype=torch.int64, device=device)
-
-    def initialise(self, seed: int) -> None:
-        """Fill every parameter as a pure function of (seed, its name); see `initial_value`."""
-        rng = Rng(seed)
-        with torch.no_grad():
-            for path, module in self.named_modules():
-                for leaf, parameter in module.named_parameters(recurse=False):
-                    if parameter.device.type != "meta":
-                        value = initial_value(
-                            module,
-                            leaf,
-                            parameter,
-                            f"{path}.{leaf}",
-                            rng,
-                            self.config.embedding_std,
-                        )
-                        parameter.copy_(value)
-
-    def token_loss_flops(self, rows: float) -> float:
-        """Forward FLOPs of the token loss for `rows` supervised rows."""
-        if isinstance(self.token_loss, Categorical):
-            return 2 * rows * self.token_loss.output.weight.numel()
-        loss = self.token_loss
-        per_repeat = sum(
-            m.weight.numel()
-            for m in loss.modules()
-            if isinstance(m, nn.Linear) and m not in (loss.condition, loss.time1, loss.time2)
-        )
-        return 2 * rows * (loss.repeat * per_repeat + loss.condition.weight.numel())
-
-
-def initial_value(
-    module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng, embedding_std: float
-) -> Tensor:
-    """MAR's initialisation (mar:models/mar.py:107-129, models/diffloss.py:194-215).
-
-    Linear weights as their `init` says (xavier: uniform on +-sqrt(6 / (in + out))), biases 0,
-    LayerNorm 1 and 0, embeddings and learned tokens N(0, embedding_std), upstream 0.02.
-    """
-    kind = getattr(module, "init", "embedding")
-    if leaf == "bias" or kind == "zero":
-        return torch.zeros_like(parameter)
-    if isinstance(module, nn.LayerNorm):
-        return torch.ones_like(parameter)
-    columns = parameter.shape[-1]
-    rows = torch.arange(parameter.numel() // columns, device=parameter.device)
-    if kind != "xavier":
-        std = embedding_std if kind == "embedding" else 0.02
-        return std * rng.normal(f"init.{name}", rows, columns).view_as(parameter)
-    bound = math.sqrt(6 / (len(rows) + columns))
-    return bound * (2 * rng.uniform(f"init.{name}", rows, columns) - 1)
-
-
-def block_flops(width: int, queries: float, keys: float, rows: float | None = None) -> float:
-    """Forward FLOPs of one block over `queries` elements that each see `keys` on average.
-
-    rows: how many elements reach projection and MLP (default: all).
-    """
-    rows = queries if rows is None else rows
-    return 2 * (3 * width**2 * queries + 2 * width * queries * keys + 9 * width**2 * rows)

@@ -2,104 +2,310 @@
 
 Every sequence has its own random order. The backbone sees [S], then each token with its own
 position, and is never told which position comes next; the 2D head turns h_0..h_t into one vector
-for every position of its window, and every unseen one is supervised. Suffixes as in grid.py and
-model/heads.py.
+for every position of its window, and every unseen one is supervised. Suffixes as in docs/legend.md.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heptapod_fast import grid as gridlib
-from heptapod_fast.config import Config
+from heptapod_fast.config import AttentionUse
+from heptapod_fast.config.settings import at_least, between, setting
 from heptapod_fast.data.tokens import Batch
+from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
 from heptapod_fast.model.heads import GlobalHead, LocalHead
-from heptapod_fast.model.transformer import Block
+from heptapod_fast.model.transformer import block_flops, block_values
+from heptapod_fast.ops import CAUSAL, FULL, Ends
+from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
-from heptapod_fast.systems.base import Loss, System, block_flops
-from heptapod_fast.tokenizers.base import TokenSpec
+from heptapod_fast.systems.base import Loss, Phase
+from heptapod_fast.systems.mar import (
+    TINY,
+    MarSettings,
+    MarSystem,
+    NetworkSize,
+    put,
+    sizes,
+)
+from heptapod_fast.tokenizers import TokenSpec
 
 
-class Heptapod(System):
+@dataclass(frozen=True, kw_only=True)
+class HeptapodSettings(MarSettings):
+    """The network, the 2D head, and what is supervised."""
+
+    head: Literal["global", "local"] = setting(
+        "2D prediction head: the whole grid, or the window that holds the next token."
+    )
+    head_depth: int = setting(
+        "Blocks of the 2D head; the backbone gets the rest of the size's total (paper, Table 4).",
+        rule=between(1, 2**10),
+    )
+    window: int = setting(
+        "Tokens per window of the local head: a square number whose root divides the grid.",
+        rule=at_least(1),
+    )
+    density: int = setting(
+        "Supervision density n: steps per sequence that get a head pass and a loss.",
+        rule=at_least(1),
+    )
+    steps: Literal["antithetic", "uniform", "mar"] = setting(
+        "How supervised steps are drawn: mirrored pairs (static shapes), alone, or MAR's ratio."
+    )
+    loss_weight: Literal["position", "step"] = setting(
+        "Average over supervised positions, or within each step first."
+    )
+
+    def resolve(self, defaults: HeptapodSettings, spec: TokenSpec) -> HeptapodSettings:
+        """See SystemSettings.resolve. `defaults.head_depth` is half of the size's total depth."""
+        settings = super().resolve(replace(defaults, head_depth=None), spec)
+        settings = settings._with_depths(2 * defaults.head_depth)
+        settings = settings._with_window(spec)
+        if settings.density > spec.num_tokens:
+            raise ValueError(
+                f"--density {settings.density}: expected 1 to {spec.num_tokens} steps per sequence"
+            )
+        return settings
+
+    def _with_depths(self, total: int) -> HeptapodSettings:
+        """depth and head_depth, which share the blocks of the size."""
+        head_depth = total // 2 if self.head_depth is None else self.head_depth
+        depth = total - head_depth if self.depth is None else self.depth
+        if depth < 1:
+            raise ValueError(
+                f"--head-depth {head_depth}: expected 1 to {total - 1}, so that the backbone keeps "
+                "a block (or give --depth too)"
+            )
+        return replace(self, depth=depth, head_depth=head_depth)
+
+    def _with_window(self, spec: TokenSpec) -> HeptapodSettings:
+        """head and window, which follow from each other."""
+        head, window = self.head, self.window
+        whole, grid = spec.num_tokens, spec.grid
+        if head is None:
+            head = "global" if window in (None, whole) else "local"
+        if head == "global":
+            if window not in (None, whole):
+                raise ValueError(
+                    f"--window {window} contradicts --head global, whose window is the whole grid "
+                    f"of {whole} tokens; use --head local"
+                )
+            return replace(self, head=head, window=whole)
+        windows = [side * side for side in range(1, grid) if grid % side == 0]
+        if not windows:
+            raise ValueError(f"--head local: a {grid}x{grid} grid has no smaller windows")
+        if window is None:
+            quarter = whole / 4
+            window = min(windows, key=lambda w: abs(math.log(w / quarter)))
+        if window not in windows:
+            raise ValueError(
+                f"--window {window}: a {grid}x{grid} grid divides into windows of "
+                f"{', '.join(map(str, windows))} tokens"
+            )
+        return replace(self, head=head, window=window)
+
+    def micro_batch_multiple(self) -> tuple[int, str]:
+        """See SystemSettings.micro_batch_multiple."""
+        if self.steps != "antithetic":
+            return 1, ""
+        return 2, (
+            "is odd, but --steps antithetic works on pairs: use an even --micro-batch (and an even "
+            "--batch per rank), or --steps uniform"
+        )
+
+    def attention_uses(self, spec: TokenSpec) -> list[AttentionUse]:
+        """See SystemSettings.attention_uses."""
+        backbone = AttentionUse(self.head_width, spec.num_tokens, CAUSAL)
+        if self.head == "global":
+            return [backbone, AttentionUse(self.head_width, spec.num_tokens + 1, FULL)]
+        window = AttentionUse(self.head_width, self.window, FULL)
+        return [backbone, AttentionUse(self.head_width, spec.num_tokens, Ends), window]
+
+    def derived(self, spec: TokenSpec) -> Iterator[tuple[str, str]]:
+        """See SystemSettings.derived."""
+        yield "head dim", f"{self.head_width} = {self.width} / {self.heads}"
+        rows = gridlib.expected_rows(1, spec.num_tokens, self.density, self.steps)
+        if self.head == "local":
+            how = "local windows"
+        elif self.steps == "mar":
+            how = f"{rows:g} rows per image, MAR's mean ratio"
+        else:
+            how = f"{rows:g} = {self.density} x ({spec.num_tokens} + 1) / 2 rows per image"
+        yield "supervision", f"w{self.window}n{self.density}, {how}"
+
+
+def _defaults(network: NetworkSize) -> HeptapodSettings:
+    return HeptapodSettings(
+        head_depth=network.depth,
+        density=2 if network is TINY else 1,
+        steps="antithetic",
+        loss_weight="position",
+    )
+
+
+HeptapodSettings.SIZES = sizes(_defaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeptapodOptions(SampleOptions):
+    """How an image is filled in, and how tokens are drawn."""
+
+    positions_per_step: int = setting(
+        "Positions filled in per step; the 2D distribution allows more than one.",
+        default=1,
+        rule=at_least(1),
+    )
+    position_schedule: Literal["constant", "cosine"] = setting(
+        "Equal groups, or few positions at first and many at the end.", default="constant"
+    )
+    position_order: Literal["random", "confidence"] = setting(
+        "Where the next token goes: a random order, or where the drawn code is likeliest.",
+        default="random",
+    )
+
+    def check_tokens(self, spec: TokenSpec) -> None:
+        """See SampleOptions.check_tokens."""
+        super().check_tokens(spec)
+        if self.positions_per_step > spec.num_tokens:
+            raise ValueError(
+                f"--positions-per-step {self.positions_per_step}: expected 1 to {spec.num_tokens}, "
+                "the tokens of an image"
+            )
+        if self.position_order == "confidence" and spec.kind == "continuous":
+            raise ValueError("--position-order confidence needs discrete tokens")
+
+
+class Heptapod(MarSystem):
     """Causal backbone, 2D head (global or local), token loss."""
 
-    def __init__(self, config: Config, spec: TokenSpec, num_classes: int, attention: str):
-        super().__init__(config, spec, num_classes, attention)
-        shared = dict(
-            depth=config.head_depth, width=config.width, heads=config.heads, attention=attention
-        )
-        if config.head == "global":
-            self.head = GlobalHead(num_tokens=self.num_tokens, **shared)
+    Settings = HeptapodSettings
+    Options = HeptapodOptions
+    REFUSED_OPTIONS = {
+        "guidance": "this system is trained without a null class, so there is nothing to guide "
+        "against"
+    }
+    settings: HeptapodSettings
+
+    def __init__(
+        self,
+        settings: HeptapodSettings,
+        spec: TokenSpec,
+        num_classes: int,
+        operators: Operators = AUTO,
+    ):
+        super().__init__(settings, spec, num_classes, operators)
+        self.head: GlobalHead | LocalHead
+        if settings.head == "global":
+            self.head = GlobalHead(
+                depth=settings.head_depth,
+                width=settings.width,
+                heads=settings.heads,
+                num_tokens=spec.num_tokens,
+                operators=operators,
+            )
         else:
-            self.head = LocalHead(grid=spec.grid, window=config.window, **shared)
+            self.head = LocalHead(
+                depth=settings.head_depth,
+                width=settings.width,
+                heads=settings.heads,
+                grid=spec.grid,
+                window=settings.window,
+                operators=operators,
+            )
+
+    def units(self) -> list[nn.Module]:
+        """See System.units."""
+        return [*self.backbone.blocks, *self.head.blocks]
 
     # ------------------------------------------------------------------------------------ training
 
-    def loss(self, batch: Batch, rng: Rng) -> Loss:
-        """Sum of the token loss over the supervised positions; see System.loss."""
-        config, index_B = self.config, batch.index
+    def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
+        """Sum of the token loss over the supervised positions; see System.forward."""
+        settings, index_B = self.settings, batch.index
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
-        steps_Bn = gridlib.draw_steps(index_B, self.num_tokens, config.density, config.steps, rng)
+        steps_Bn = gridlib.draw_steps(
+            index_B, self.num_tokens, settings.density, settings.steps, rng
+        )
         h_BND = self.states(batch, order_BN, rng)
-        if config.head == "global":
+        if settings.head == "global":
             rows, z_RD = self.global_head(h_BND, order_BN, steps_Bn, index_B, rng)
         else:
             rows, z_RD = self.local_head(h_BND, order_BN, steps_Bn, index_B, rng)
-        sequence_R = rows.pair_R // config.density
-        slot_R = rows.pair_R % config.density * self.num_tokens + rows.position_R
-        total, _ = self.token_losses(
-            z_RD, batch, sequence_R, rows.position_R, slot_R, rng, rows.weight_R
-        )
-        count = float(len(sequence_R)) if rows.weight_R is None else rows.weight_R.sum()
-        return Loss(total, count, {})
+        total, _ = self.token_losses(z_RD, batch, rows, rng)
+        return Loss(total, rows.count())
 
     def states(self, batch: Batch, order_BN: Tensor, rng: Rng) -> Tensor:
         """h_0..h_{N-1} of every sequence: (B, N, D)."""
         before_BM = order_BN[:, :-1]
         tokens_BM = gridlib.take_tokens(batch.tokens, before_BM)
-        x_BND = torch.cat(
-            (
-                self.backbone.embed_start(batch.labels),
-                self.backbone.embed_tokens(tokens_BM, before_BM, 1),
-            ),
-            dim=1,
-        )
-        sites = Block.SITES * len(self.backbone.blocks)
-        drop = self.drop("backbone", batch.index, 0, sites, x_BND.shape[1], rng)
-        return self.backbone(x_BND, drop)
+        start_B1D = self.backbone.embed_start(batch.labels)
+        x_BMD = self.backbone.embed_tokens(tokens_BM, before_BM, 1)
+        x_BND = torch.cat((start_B1D, x_BMD), dim=1)
+        dropout = self.dropout("backbone", batch.index, 0, self.backbone.dropout_sites, rng)
+        return self.backbone(x_BND, dropout)
 
     def global_head(
         self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
     ) -> tuple[gridlib.Rows, Tensor]:
         """Supervised rows over the whole grid and their vectors (R, D)."""
-        if self.config.steps == "antithetic":
-            rows = gridlib.packed_rows(order_BN, steps_Bn, self.config.loss_weight)
+        settings = self.settings
+        if settings.steps == "antithetic":
+            rows = gridlib.packed_rows(order_BN, steps_Bn, settings.loss_weight)
         else:
-            rows = gridlib.padded_rows(gridlib.ranks(order_BN), steps_Bn, self.config.loss_weight)
-        drop = self.head_drop("head", index_B, self.num_tokens + 1, rng)
-        z_RD = self.head(h_BND, order_BN, steps_Bn, rows.pair_R, rows.position_R, drop)
+            rows = gridlib.padded_rows(gridlib.ranks(order_BN), steps_Bn, settings.loss_weight)
+        dropout = self.head_dropout(
+            "head", index_B, self.num_tokens + 1, self.head.dropout_sites, rng
+        )
+        pair_R = rows.pair_R(settings.density)
+        z_RD = self.head(h_BND, order_BN, steps_Bn, pair_R, rows.position_R, dropout)
         return rows, z_RD
 
     def local_head(
         self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
     ) -> tuple[gridlib.Rows, Tensor]:
         """Rows of the windows that hold the next tokens, and their vectors (R, D)."""
-        position_SW = self.head.window_positions(order_BN.gather(1, steps_Bn).flatten())
+        settings = self.settings
+        next_S = order_BN.gather(1, steps_Bn).flatten()
+        position_SW = self.head.window_positions(next_S)
         rows = gridlib.window_rows(
-            position_SW, gridlib.ranks(order_BN), steps_Bn, self.config.loss_weight
+            position_SW, gridlib.ranks(order_BN), steps_Bn, settings.loss_weight
         )
-        drop = self.head_drop("head", index_B, self.config.window, rng)
-        cross = self.head_drop("cross", index_B, self.config.window, rng)
-        return rows, self.head(h_BND, steps_Bn, position_SW, drop, cross)
+        length = settings.window
+        dropout = self.head_dropout("head", index_B, length, self.head.dropout_sites, rng)
+        cross = self.head_dropout("cross", index_B, length, len(self.head.blocks), rng)
+        return rows, self.head(h_BND, steps_Bn, position_SW, dropout, cross)
 
-    def head_drop(self, stream: str, index_B: Tensor, length: int, rng: Rng):
+    def dropout(
+        self,
+        stream: str,
+        index_P: Tensor,
+        slot_P: Tensor | int,
+        sites: int,
+        rng: Rng,
+        length: int | None = None,
+    ) -> Dropout:
+        """Masks of one pass over P sequences, by default of N elements; none while sampling."""
+        if not self.training:
+            return NO_DROPOUT
+        length = self.num_tokens if length is None else length
+        return Dropout.draw(self.settings.dropout, stream, index_P, slot_P, sites, length, rng)
+
+    def head_dropout(
+        self, stream: str, index_B: Tensor, length: int, sites: int, rng: Rng
+    ) -> Dropout:
         """Dropout of the S = B * n head sequences; the slot tells the n steps apart."""
-        density = self.config.density
+        density = self.settings.density
         slot_S = torch.arange(density, device=index_B.device).repeat(len(index_B))
-        sites = (Block.SITES if stream == "head" else 1) * len(self.head.blocks)
-        return self.drop(stream, index_B.repeat_interleave(density), slot_S, sites, length, rng)
+        index_S = index_B.repeat_interleave(density)
+        return self.dropout(stream, index_S, slot_S, sites, rng, length)
 
     # ------------------------------------------------------------------------------------ sampling
 
@@ -116,39 +322,44 @@ class Heptapod(System):
         See System.sample. With the local head the positions are drawn first and only their windows
         are run.
         """
-        options = SampleOptions() if options is None else options
+        options = HeptapodOptions() if options is None else options
         self.check_sampling(classes, options)
-        if options.position_order == "confidence" and self.config.head == "local":
-            raise ValueError(
-                "--position-order confidence compares the whole grid; a run with "
-                "--head local predicts one window at a time"
-            )
         classes, index_B = self.place_sampling(classes, index)
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)
-        x_BMD, states, seen = self.backbone.embed_start(classes), [], 0
         sizes = gridlib.group_sizes(
             self.num_tokens, options.positions_per_step, options.position_schedule
         )
+        x_BMD = self.backbone.embed_start(classes)
+        states: list[Tensor] = []
+        seen = 0
         for step, count in enumerate(sizes):
             states.append(self.backbone(x_BMD, cache=cache))
             cache.advance(x_BMD.shape[1])
             h_BMD = torch.cat(states, dim=1)
+            step_rng = rng.at(step)
             if options.position_order == "confidence":
                 order_BN, token_Bk = self.most_confident(
-                    h_BMD, order_BN, seen, count, rng.at(step), index_B, options
+                    h_BMD, order_BN, seen, count, step_rng, index_B, options
                 )
             else:
-                token_Bk = self.draw_next(
-                    h_BMD, order_BN, seen, count, rng.at(step), index_B, options
-                )
+                token_Bk = self.draw_next(h_BMD, order_BN, seen, count, step_rng, index_B, options)
             position_Bk = order_BN[:, seen : seen + count]
             put(tokens_BN, position_Bk, token_Bk)
             if seen + count < self.num_tokens:
                 x_BMD = self.backbone.embed_tokens(token_Bk, position_Bk, seen + 1)
             seen += count
         return tokens_BN
+
+    def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
+        """See System.check_sampling."""
+        super().check_sampling(classes, options)
+        if options.position_order == "confidence" and self.settings.head == "local":
+            raise ValueError(
+                "--position-order confidence compares the whole grid; a run with --head local "
+                "predicts one window at a time"
+            )
 
     def draw_next(
         self,
@@ -158,13 +369,13 @@ class Heptapod(System):
         count: int,
         rng: Rng,
         index_B: Tensor,
-        options: SampleOptions,
+        options: HeptapodOptions,
     ) -> Tensor:
         """Tokens (B, k) or (B, k, C) at the next k positions of the order."""
         position_Bk = order_BN[:, seen : seen + count]
         z_RD = self.predict(h_BMD, order_BN, seen, position_Bk)
         index_R = index_B.repeat_interleave(count)
-        token_R, _ = self.draw_tokens(z_RD, rng, index_R, position_Bk.flatten(), options)
+        token_R, _ = self.token_loss.draw(z_RD, rng, index_R, position_Bk.flatten(), options)
         return token_R.unflatten(0, (-1, count))
 
     def most_confident(
@@ -175,22 +386,23 @@ class Heptapod(System):
         count: int,
         rng: Rng,
         index_B: Tensor,
-        options: SampleOptions,
+        options: HeptapodOptions,
     ) -> tuple[Tensor, Tensor]:
         """Draw a code everywhere unseen, keep the k likeliest; the order is rearranged to match."""
-        open_BU = order_BN[:, seen:]
-        z_RD = self.predict(h_BMD, order_BN, seen, open_BU)
-        index_R = index_B.repeat_interleave(open_BU.shape[1])
-        code_R, chance_R = self.draw_tokens(z_RD, rng, index_R, open_BU.flatten(), options)
-        ranking_BU = chance_R.view_as(open_BU).argsort(dim=1, descending=True, stable=True)
-        order_BN = torch.cat((order_BN[:, :seen], open_BU.gather(1, ranking_BU)), dim=1)
-        return order_BN, code_R.view_as(open_BU).gather(1, ranking_BU[:, :count])
+        unseen_BU = order_BN[:, seen:]
+        z_RD = self.predict(h_BMD, order_BN, seen, unseen_BU)
+        index_R = index_B.repeat_interleave(unseen_BU.shape[1])
+        code_R, chance_R = self.token_loss.draw(z_RD, rng, index_R, unseen_BU.flatten(), options)
+        ranking_BU = chance_R.view_as(unseen_BU).argsort(dim=1, descending=True, stable=True)
+        ranked_BU = unseen_BU.gather(1, ranking_BU)
+        order_BN = torch.cat((order_BN[:, :seen], ranked_BU), dim=1)
+        return order_BN, code_R.view_as(unseen_BU).gather(1, ranking_BU[:, :count])
 
     def predict(self, h_BMD: Tensor, order_BN: Tensor, seen: int, position_Bk: Tensor) -> Tensor:
         """The head's vectors at k positions of every sequence: (B * k, D)."""
         batch, count = position_Bk.shape
         step_B1 = torch.full((batch, 1), seen, device=order_BN.device)
-        if self.config.head == "global":
+        if self.settings.head == "global":
             pair_R = torch.arange(batch, device=order_BN.device).repeat_interleave(count)
             return self.head(h_BMD, order_BN, step_B1, pair_R, position_Bk.flatten())
         # One window per drawn position: a local query sees its own window only.
@@ -202,50 +414,49 @@ class Heptapod(System):
 
     # ------------------------------------------------------------------------------------ counting
 
-    def expected_count(self, batch: int) -> float:
-        """See System.expected_count."""
-        if self.config.loss_weight == "step":
-            return float(batch * self.config.density)
+    def expected_count(self, batch: int, phase: Phase | None = None) -> float:
+        """See System.expected_count; exact for antithetic steps."""
+        if self.settings.loss_weight == "step":
+            return float(batch * self.settings.density)
         return self.expected_rows(batch)
 
     def expected_rows(self, batch: int) -> float:
         """Expected number of supervised positions of `batch` sequences."""
-        config = self.config
-        rows = gridlib.expected_rows(batch, self.num_tokens, config.density, config.steps)
-        if config.head == "global":
+        settings = self.settings
+        rows = gridlib.expected_rows(batch, self.num_tokens, settings.density, settings.steps)
+        if settings.head == "global":
             return rows
         # An unseen position shares the window of the next token: that token itself, and each of the
         # other N - t - 1 unseen ones with probability (W - 1) / (N - 1).
-        others = rows - batch * config.density
-        return batch * config.density + others * (config.window - 1) / max(self.num_tokens - 1, 1)
+        next_tokens = batch * settings.density
+        others = rows - next_tokens
+        return next_tokens + others * (settings.window - 1) / max(self.num_tokens - 1, 1)
 
-    def flops_per_image(self) -> dict[str, float]:
+    def flops_per_image(self, phase: Phase | None = None) -> dict[str, float]:
         """See System.flops_per_image."""
-        config, width, tokens = self.config, self.config.width, self.num_tokens
-        embed = 2 * width * self.spec.channels * (tokens - 1)
-        backbone = config.depth * block_flops(width, tokens, (tokens + 1) / 2)
+        settings, width, tokens = self.settings, self.settings.width, self.num_tokens
         supervised = self.expected_rows(2) / 2
-        n, blocks = config.density, config.head_depth
-        if config.head == "global":
-            full = block_flops(width, tokens + 1, tokens + 1)
-            last = block_flops(width, tokens + 1, tokens + 1, rows=supervised / n)
-            head = n * ((blocks - 1) * full + last)
+        if settings.head == "global":
+            head = self.head.flops(tokens, settings.density, supervised / settings.density)
         else:
-            window = config.window
-            states = tokens + 1 - gridlib.expected_rows(1, tokens, 1, config.steps)
-            cross = 2 * (
-                2 * width**2 * n * window + 2 * width**2 * tokens + 2 * width * n * window * states
-            )
-            head = blocks * (cross + n * block_flops(width, window, window))
+            unseen = gridlib.expected_rows(1, tokens, 1, settings.steps)
+            head = self.head.flops(tokens, settings.density, states=tokens + 1 - unseen)
         return {
-            "embedding": embed,
-            "backbone": backbone,
+            "embedding": 2 * width * self.spec.channels * (tokens - 1),
+            "backbone": settings.depth * block_flops(width, tokens, (tokens + 1) / 2),
             "head": head,
-            "token loss": self.token_loss_flops(supervised),
+            "token loss": self.token_loss.flops(supervised),
         }
 
-
-def put(tokens_BN: Tensor, position_Bk: Tensor, token_Bk: Tensor) -> None:
-    """tokens[b, position[b, i]] = token[b, i], in place."""
-    sequence_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
-    tokens_BN[sequence_B1, position_Bk] = token_Bk.to(tokens_BN.dtype)
+    def saved_values(self, phase: Phase | None = None) -> float:
+        """See System.saved_values. Antithetic rows are packed, others padded to capacity."""
+        settings, tokens = self.settings, self.num_tokens
+        backbone = settings.depth * block_values(settings.width, settings.heads, tokens, tokens)
+        head = self.head.saved_values(tokens, settings.density)
+        if settings.head == "local":
+            rows = float(settings.density * settings.window)
+        elif settings.steps == "antithetic":
+            rows = settings.density * (tokens + 1) / 2
+        else:
+            rows = float(settings.density * tokens)
+        return backbone + head + self.token_loss.saved_values(rows)

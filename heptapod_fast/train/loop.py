@@ -6,222 +6,294 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from heptapod_fast import faults
+from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.pictures import save_grid
 from heptapod_fast.progress import duration
-from heptapod_fast.resolve import share_of_batch
 from heptapod_fast.rng import Rng
-from heptapod_fast.runs import RunError
-from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.runs.directory import RunError
 from heptapod_fast.sampling.generate import generate, spread
-from heptapod_fast.train.checkpoint import CheckpointError
-from heptapod_fast.train.metrics import (
-    Meter,
-    MetricsFile,
-    peak_flops,
-    progress_line,
-    training_flops,
-)
-from heptapod_fast.train.optimizer import learning_rate
-from heptapod_fast.train.setup import Run
+from heptapod_fast.systems import Phase
+from heptapod_fast.train.metrics import Meter, peak_flops, progress_line, training_flops
+from heptapod_fast.train.records import JsonLines, Recorder, TensorBoard, WeightsAndBiases
+from heptapod_fast.train.schedule import learning_rate
+from heptapod_fast.train.session import Ending, Session, State, save
+from heptapod_fast.train.step import forward_backward, load, update
 
 GRID_CLASSES, GRID_COLUMNS = 8, 8
+LAST_SAVE_ATTEMPTS, SECONDS_BETWEEN_ATTEMPTS = 3, 5
 
 
-def train(run: Run) -> str:
-    """Train until config.images: returns "finished", "stopped" (by a signal) or "out of time"; all
-    is saved in each case.
+def train(session: Session, state: State) -> Ending:
+    """Train until all images of the recipe were seen, a signal, or the end of the time given; all
+    is saved in each case. Collective call.
 
-    Raises CheckpointError if the last checkpoint cannot be written, RunError after too many
-    steps with a non-finite gradient.
+    Raises:
+        CheckpointError: the last checkpoint cannot be written.
+        RunError: too many steps with a non-finite gradient.
     """
-    config, world = run.config, run.world
-    micro = share_of_batch(config, world.size)
-    metrics = MetricsFile(run.directory.metrics, run.say)
-    if world.main:
-        metrics.rewind(run.images)
-        sessions = MetricsFile(run.directory.sessions, run.say)
-        sessions.write({"images": run.images, **run.environment})
-    meter = Meter(config.images, training_flops(run.system), peak_flops(world.device), world.size)
-    run.system.train()
-    failed_save = False
-    with signals() as caught:
-        while run.images < config.images:
-            loss, norm = training_step(run, *micro)
-            meter.add(loss, norm, config.batch)
-            late = config.minutes is not None and (
-                time.monotonic() - run.started > 60 * config.minutes
-            )
-            asked, caught.save = caught.save, False
-            stop, asked = world.any(caught.stop or late, asked)
-            finished = run.images >= config.images
-            if due(run, config.log_every) or finished or stop:
-                log(run, meter, metrics)
-                check_skips(run)
-            # Where both are due, saving comes first: a failed grid must not cost the run.
-            again = failed_save and due(run, config.log_every)
-            if due(run, config.checkpoint_every) or finished or stop or again or asked:
-                failed_save = not try_save(run, meter, metrics, last=finished or stop)
-            if stop and not finished:
-                return "out of time" if late else "stopped"
-            if config.sample_every and (due(run, config.sample_every) or finished):
-                sample_grid(run, meter)
-    return "finished"
+    config, world = session.config, session.world
+    total, batch = config.recipe.images, config.recipe.batch
+    recorder = open_recorder(session, state)
+    meter = Meter(total, peak_flops(world.device), world.size)
+    phase = begin_phase(session, state, meter)
+    session.system.train()
+    save_failed = False
+
+    def is_due(every: int) -> bool:
+        """Whether the last step reached a multiple of `every` images."""
+        return state.images // every > (state.images - batch) // every
+
+    with signals() as asked:
+        while state.images < total:
+            # 1. One optimizer step. `state.images` grows by the global batch.
+            loss, norm = training_step(session, state, phase)
+            meter.add(loss, norm, batch)
+
+            # 2. What signals and the clock ask for, the same on all ranks.
+            wishes = agree(session, asked)
+            finished = state.images >= total
+            is_last = finished or wishes.stop
+            next_phase = session.system.phase(state.images, total)
+            phase_ends = next_phase != phase and not finished
+
+            # 3. A progress line and a record: the only wait for the device on one rank.
+            if is_due(config.run.log_every) or is_last or phase_ends:
+                log(session, state, phase, meter, recorder)
+                check_skips(session, state)
+
+            # 4. A checkpoint. It comes before the grid: a grid that fails must not cost the run.
+            try_again = save_failed and is_due(config.run.log_every)
+            if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
+                save_failed = not try_save(session, state, meter, recorder, is_last)
+            if wishes.stop and not finished:
+                recorder.close()
+                return Ending.OUT_OF_TIME if wishes.out_of_time else Ending.STOPPED
+
+            # 5. A grid of samples.
+            grids = config.run.sample_every
+            if grids and (is_due(grids) or finished):
+                sample_grid(session, state, meter)
+
+            # 6. What depends on the phase is read anew when another one begins.
+            if phase_ends:
+                phase = begin_phase(session, state, meter)
+    recorder.close()
+    return Ending.FINISHED
 
 
-def training_step(run: Run, share: int, micro_batches: int) -> tuple[Tensor, Tensor]:
+def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor, Tensor]:
     """One optimizer step over the global batch: (mean loss, gradient norm), both on the device.
 
-    A rank holds a contiguous block of the batch, cut into micro-batches. The loss is divided by the
-    expected number of supervised positions at once and by the true one in the optimizer, so that
-    neither ranks nor micro-batches change it (--steps mar draws per micro-batch, and is the
-    exception).
+    A rank holds a contiguous block of the batch, cut into micro-batches; step.py says how they add
+    up.
     """
-    world, system, size = run.world, run.system, share // micro_batches
-    expected = system.expected_count(run.config.batch)
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    first = run.images + world.rank * share
-    for start in range(first, first + share, size):
+    config, world, split = session.config, session.world, session.split
+    buffers = session.buffers
+    expected = session.system.expected_count(config.recipe.batch, phase)
+    buffers.sums.zero_()
+    first = state.images + world.rank * split.share
+    for start in range(first, first + split.share, split.micro_batch):
         with record_function("data"):
-            batch = run.source.batch(torch.arange(start, start + size)).to(world.device)
-        with record_function("forward"):
-            loss = system.loss(batch, run.rng)
-        with record_function("backward"):
-            (loss.total / expected).backward()
-        sums[0] += loss.total.detach()
-        sums[1] += loss.count
-    faults.point(f"step={run.optimizer.step_count + 1}")
-    run.images += run.config.batch
+            load(session.source, start, buffers)
+        forward_backward(session.system, buffers, session.rng, expected, phase)
+    faults.point(f"step={session.optimizer.step_count + 1}")
+    state.images += config.recipe.batch
     with record_function("optimizer"):
-        world.sum(sums)
-        world.sum_gradients(run.optimizer.parameters)
-        rate = learning_rate(run.config, run.images)
-        norm = run.optimizer.step(rate, (expected / sums[1]).float())
-    return sums[0] / sums[1], norm
+        rate = learning_rate(config.recipe, state.images, phase)
+        return update(session.optimizer, world, buffers.sums, expected, rate)
 
 
-def due(run: Run, every: int) -> bool:
-    """Whether a multiple of `every` images was reached by the last step."""
-    return run.images // every > (run.images - run.config.batch) // every
+def begin_phase(session: Session, state: State, meter: Meter) -> Phase:
+    """The phase of the next step; what depends on it is set."""
+    phase = session.system.phase(state.images, session.config.recipe.images)
+    meter.flops = training_flops(session.system, phase)
+    if phase.name:
+        session.say(f"phase     {phase.name}: images {phase.first:,} to {phase.end:,}")
+    return phase
 
 
-def log(run: Run, meter: Meter, metrics: MetricsFile) -> None:
-    """One progress line and one record of metrics.jsonl; batches that held no data end the run."""
-    run.source.check()
-    record = meter.record(run.images)
-    record |= {
-        "step": run.optimizer.step_count,
-        "lr": learning_rate(run.config, run.images),
-        "epoch": round(run.images / run.source.num_images, 4),
-        "skipped": int(run.optimizer.skipped),
+# ------------------------------------------------------------------------------- between the steps
+
+
+def open_recorder(session: Session, state: State) -> Recorder:
+    """metrics.jsonl and the sinks of --log, on the rank that writes; what a session that ended
+    before it could save has recorded is dropped."""
+    directory, run = session.directory, session.config.run
+    metrics = JsonLines(directory.metrics)
+    recorder = Recorder(metrics, session.say)
+    if not session.world.main:
+        return recorder
+    metrics.rewind(state.images)
+    sessions = Recorder(JsonLines(directory.sessions), session.say)
+    sessions.write({"images": state.images, **session.environment})
+    openers = {
+        "tensorboard": lambda: TensorBoard(directory.path / "tensorboard", state.images),
+        "wandb": lambda: WeightsAndBiases(directory.path, session.config),
     }
-    if run.world.main:
-        metrics.write(record)
-        run.say(progress_line(record, run.config.images))
+    for name in run.sinks:
+        recorder.add(openers[name], name)
+    return recorder
 
 
-def check_skips(run: Run) -> None:
-    """Give up after config.max_skips steps whose gradient was not finite (they change nothing)."""
-    skipped = int(run.optimizer.skipped)
-    if skipped > run.config.max_skips:
+def log(session: Session, state: State, phase: Phase, meter: Meter, recorder: Recorder) -> None:
+    """One progress line and one record; batches that held no data end the run."""
+    session.source.check()
+    recipe = session.config.recipe
+    record = meter.record(state.images)
+    record |= {
+        "step": session.optimizer.step_count,
+        "lr": learning_rate(recipe, state.images, phase),
+        "epoch": round(state.images / session.source.num_images, 4),
+        "skipped": int(session.optimizer.skipped),
+    }
+    if phase.name:
+        record["phase"] = phase.name
+    if session.world.main:
+        recorder.write(record)
+        session.say(progress_line(record, recipe.images))
+
+
+def check_skips(session: Session, state: State) -> None:
+    """Give up after --max-skips steps whose gradient was not finite (they change nothing)."""
+    skipped, most = int(session.optimizer.skipped), session.config.run.max_skips
+    if skipped > most:
         raise RunError(
-            f"{skipped} steps had a non-finite gradient and were skipped (--max-skips "
-            f"{run.config.max_skips}): the run has diverged. Start anew with another "
-            "--out and a lower --lr-per-256, or --precision fp32"
+            f"{skipped} steps had a non-finite gradient and were skipped (--max-skips {most}): the "
+            "run has diverged. Start anew with another --out and a lower --lr-per-256, or "
+            "--precision fp32"
         )
-    if run.images >= run.config.images and skipped == run.optimizer.step_count:
+    is_last = state.images >= session.config.recipe.images
+    if is_last and skipped == session.optimizer.step_count:
         raise RunError(
-            "no step of this run had a finite gradient: nothing was learnt. Start "
-            "anew with another --out and a lower --lr-per-256"
+            "no step of this run had a finite gradient: nothing was learnt. Start anew with "
+            "another --out and a lower --lr-per-256"
         )
 
 
-def try_save(run: Run, meter: Meter, metrics: MetricsFile, last: bool) -> bool:
+def try_save(
+    session: Session, state: State, meter: Meter, recorder: Recorder, is_last: bool
+) -> bool:
     """Write a checkpoint. A failure (full disk) is reported and tried again at the next progress
-    line; the last checkpoint is tried three times, then the error is raised."""
-    begin, attempts = time.monotonic(), 3 if last else 1
+    line; the last checkpoint is tried three times, then the error is raised.
+
+    Returns:
+        Whether it was written.
+    """
+    begin = time.monotonic()
+    attempts = LAST_SAVE_ATTEMPTS if is_last else 1
     for attempt in range(1, attempts + 1):
         try:
-            run.save()
+            save(session, state)
+        except CheckpointError as error:
+            if session.world.main:
+                recorder.write({"images": state.images, "checkpoint_failed": str(error)})
+            if is_last and attempt == attempts:
+                raise CheckpointError(
+                    f"{error}. Free the space, or mend what is wrong, and run the same command: it "
+                    "continues from the newest checkpoint, if there is one"
+                ) from error
+            again = "at the next progress line, training goes on"
+            if is_last:
+                again = f"in {SECONDS_BETWEEN_ATTEMPTS} s"
+            session.say(
+                f"WARNING: {error}. Nothing written before was touched; trying again {again}"
+            )
+        else:
             meter.pause(time.monotonic() - begin)
             return True
-        except CheckpointError as error:
-            if run.world.main:
-                metrics.write({"images": run.images, "checkpoint_failed": str(error)})
-            if last and attempt == attempts:
-                raise CheckpointError(
-                    f"{error}. Free the space, or mend what is wrong, and run "
-                    "the same command: it continues from the newest "
-                    "checkpoint, if there is one"
-                ) from error
-            run.say(
-                f"WARNING: {error}. Nothing written before was touched; trying again "
-                + ("in 5 s" if last else "at the next progress line, training goes on")
-            )
-            if last:
-                time.sleep(5)
+        if is_last:
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
     return False
 
 
-def sample_grid(run: Run, meter: Meter) -> None:
+def sample_grid(session: Session, state: State, meter: Meter) -> None:
     """samples/images-N.png from the first moving average: fixed classes, seeds and columns."""
-    if run.tokenizer is None or not run.world.main:
+    if session.tokenizer is None or not session.world.main:
         return
     begin = time.monotonic()
-    path = run.directory.samples / f"images-{run.images:012d}.png"
-    count = min(run.source.num_classes, GRID_CLASSES)
-    picked = [i * run.source.num_classes // count for i in range(count)]
-    classes = spread(picked, count * GRID_COLUMNS)
-    averages = list(run.optimizer.emas)
-    run.system.tokenizer = run.tokenizer
-    run.system.eval()
+    path = session.directory.samples / f"images-{state.images:012d}.png"
+    classes = session.source.num_classes
+    rows = min(classes, GRID_CLASSES)
+    picked = [row * classes // rows for row in range(rows)]
+    labels = spread(picked, rows * GRID_COLUMNS)
+    average = next(iter(session.optimizer.emas), None)
+    session.system.eval()
     try:
-        with run.optimizer.averaged(averages[0] if averages else None):
-            images = generate(run.system, classes, Rng(run.config.seed), SampleOptions())
+        with session.optimizer.averaged(average):
+            images = generate(
+                session.system, session.tokenizer, labels, Rng(session.config.recipe.seed)
+            )
         save_grid(images, path, GRID_COLUMNS)
-        run.say(f"samples   {path} ({duration(time.monotonic() - begin)})")
+        session.say(f"samples   {path} ({duration(time.monotonic() - begin)})")
     except OSError as error:
-        run.say(f"WARNING: cannot write {path}: {error}; training goes on")
+        session.say(f"WARNING: cannot write {path}: {error}; training goes on")
     finally:
-        run.system.train()
+        session.system.train()
     meter.pause(time.monotonic() - begin)
 
 
-class Caught:
+# ---------------------------------------------------------------------------------------- signals
+
+
+@dataclass
+class Asked:
     """Flags that signal handlers raise and the loop reads between steps."""
 
-    stop = False
-    save = False
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked for, agreed among the ranks. out_of_time: it is the clock that says stop."""
+
+    stop: bool
+    save: bool
+    out_of_time: bool
+
+
+def agree(session: Session, asked: Asked) -> Wishes:
+    """What signals and the clock ask of any rank. Collective call; takes note of a wish to save."""
+    minutes = session.config.run.minutes
+    elapsed = time.monotonic() - session.started
+    out_of_time = minutes is not None and elapsed > 60 * minutes
+    wants_save, asked.save = asked.save, False
+    stop, save_now, out_of_time = session.world.any(
+        asked.stop or out_of_time, wants_save, out_of_time
+    )
+    return Wishes(stop, save_now, out_of_time)
 
 
 @contextmanager
-def signals() -> Iterator[Caught]:
+def signals() -> Iterator[Asked]:
     """SIGINT and SIGTERM ask for a checkpoint and the end, SIGUSR1 for a checkpoint.
 
     Both come after the step at hand. A third interrupt ends the process at once, unsaved.
     """
-    caught, count = Caught(), 0
+    asked = Asked()
+    interrupts = 0
 
     def stop(number, frame):
-        nonlocal count
-        count += 1
-        if count > 2:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 2:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        caught.stop = True
+        asked.stop = True
 
-    def save(number, frame):
-        caught.save = True
+    def save_once(number, frame):
+        asked.save = True
 
-    wanted = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
+    wanted = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save_once}
     before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     try:
-        yield caught
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,7 @@
-"""Ranks: who takes part, which part of the batch is whose, and the sums over all.
+"""The ground floor: the ranks that take part, the device of this one, and its precision.
 
-Data parallel in its plainest form: every rank holds the whole model, takes a contiguous block of
-the global batch and adds its gradients to everybody's. All else is a function of the global sample
-index, so nothing has to be broadcast or kept in step.
+Every rank holds a contiguous block of the global batch; all else is a function of the global sample
+index, so that nothing has to be broadcast or kept in step.
 """
 
 from __future__ import annotations
@@ -19,36 +18,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` ranks; `local`: its number on its machine, and how many it has."""
+    """This process among `size` ranks. local_rank: its number on its machine. local_size: ranks on
+    its machine."""
 
     rank: int
     size: int
     device: torch.device
-    local: tuple[int, int] = (0, 1)
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def main(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
-    def sum_gradients(self, parameters: list[Tensor]) -> None:
-        """Add up the gradients of all ranks, in place and in one message."""
-        if self.size == 1:
-            return
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        parts = flat.split([p.numel() for p in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
-
     def sum(self, value: Tensor) -> Tensor:
-        """Sum of a tensor over ranks, in place."""
+        """Sum of a tensor over ranks, in place. Collective call: every rank must reach it."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is up on any rank."""
+        """For each flag, whether it is up on any rank. Collective call."""
         if self.size == 1:
             return flags
         value = torch.tensor(flags, dtype=torch.int32, device=self.device)
@@ -56,7 +47,7 @@ class World:
         return tuple(bool(v) for v in value.tolist())
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks. Collective call."""
         if self.size > 1:
             dist.barrier()
 
@@ -65,16 +56,27 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """--device auto takes CUDA where there is one. ValueError if it is asked for and missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no CUDA device (a CPU build of torch?)")
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"rank {local_rank} of this machine has no GPU: there are "
-                f"{torch.cuda.device_count()} (torchrun --nproc_per_node)"
-            )
-        return torch.device("cuda", local_rank)
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device (a CPU build of torch?)")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {local_rank} of this machine has no GPU: there are "
+            f"{torch.cuda.device_count()} (torchrun --nproc_per_node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """--precision auto takes bf16 where the hardware multiplies it natively."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def device_name(device: torch.device) -> str:
@@ -93,14 +95,16 @@ def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> 
 
     patience: how long ranks wait for each other before they take one for lost.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = choose_device(device, local[0])
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
-    return World(rank, size, chosen, local)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=patience)
+    return World(rank, size, chosen, local_rank, local_size)
 
 
 def stop(world: World) -> None:

@@ -56,6 +56,11 @@ class Checkpoint:
         return load_file(path)
 
 
+def ema_name(decay: float) -> str:
+    """Name of a moving average on disk and on the command line."""
+    return f"ema-{decay}"
+
+
 def save(
     folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
@@ -120,7 +125,7 @@ def listed(folder: Path) -> list[Path]:
     return [p for _, p in sorted((int(m[1]), p) for m, p in named if m)]
 
 
-def problems(path: Path, only: str | None = None) -> list[str]:
+def damage(path: Path, only: str | None = None) -> list[str]:
     """What is wrong with a checkpoint directory (or one file of it); empty if it verifies."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -149,7 +154,7 @@ def problems(path: Path, only: str | None = None) -> list[str]:
 
 def load(path: Path) -> Checkpoint:
     """A verified checkpoint; CheckpointError lists what is wrong with it."""
-    wrong = problems(path)
+    wrong = damage(path)
     if wrong:
         raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
     return Checkpoint(path, json.loads((path / STATE).read_text()))
@@ -184,7 +189,7 @@ def peek(folder: Path) -> dict[str, Any]:
     Reads no tensors: for a quick look only.
     """
     for path in listed(folder)[-1:]:
-        if not any(text.startswith((STATE, MANIFEST)) for text in problems(path, only=STATE)):
+        if not any(text.startswith((STATE, MANIFEST)) for text in damage(path, only=STATE)):
             return json.loads((path / STATE).read_text())
     return {}
 

@@ -1,0 +1,78 @@
+"""How it is trained. Everything is counted in images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from heptapod_fast.config.settings import (
+    Settings,
+    at_least,
+    between,
+    distinct_shares,
+    more_than,
+    setting,
+    share,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(Settings):
+    """The recipe, counted in images."""
+
+    images: int = setting(
+        "Images to train on in total.",
+        rule=at_least(1),
+        # Another total reshapes the schedule from here on.
+        may_change=True,
+    )
+    batch: int = setting("Global batch size.", rule=between(1, 2**22))
+    micro_batch: int | None = setting(
+        "Sequences per forward pass and rank (gradient accumulation); default: what divides the "
+        "rank's share and fits.",
+        rule=at_least(1),
+        may_change=True,
+    )
+    lr_per_256: float = setting("Learning rate per 256 images of batch.", rule=more_than(0))
+    lr_schedule: Literal["constant", "cosine"] = setting(
+        "After the warm-up: constant, or half a cosine down to 1% at the end."
+    )
+    warmup: float = setting(
+        "Share of the images over which the rate rises linearly from 0.", rule=share()
+    )
+    weight_decay: float = setting(
+        "Decoupled weight decay of the parameters that decay.", rule=at_least(0)
+    )
+    beta1: float = setting("AdamW's first decay rate.", rule=share())
+    beta2: float = setting("AdamW's second decay rate.", rule=share())
+    clip: float = setting("Largest norm of the gradient; 0 turns clipping off.", rule=at_least(0))
+    ema: tuple[float, ...] = setting(
+        "Decays of the moving averages of the weights, each min(decay, (1 + step) / (10 + step)).",
+        rule=distinct_shares(),
+    )
+    seed: int = setting("Seed of everything that is random.", default=0, rule=between(0, 2**63 - 1))
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate: lr_per_256 * batch / 256."""
+        return self.lr_per_256 * self.batch / 256
+
+    @property
+    def warmup_images(self) -> int:
+        """Images of the linear warm-up, where all of training is one phase."""
+        return round(self.warmup * self.images)
+
+    def resolve(self, defaults: RecipeSettings) -> RecipeSettings:
+        """Every setting that was not given, from the size's defaults.
+
+        Raises:
+            ValueError: a setting that cannot be, or that contradicts another; names the flag.
+        """
+        self.check()
+        settings = self.filled(defaults)
+        if settings.batch > settings.images:
+            raise ValueError(
+                f"--batch {settings.batch} is more than --images {settings.images}: a run has at "
+                "least one step"
+            )
+        return settings

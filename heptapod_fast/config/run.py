@@ -1,0 +1,92 @@
+"""Where a run is kept, what it says, and what it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from heptapod_fast.config.settings import Settings, at_least, more_than, names_among, setting
+
+SINKS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """The run: its directory, what it writes, what it runs on."""
+
+    out: str | None = setting(
+        "Run directory; default: runs/NAME-HASH made from the settings.", may_change=True
+    )
+    checkpoint_every: int = setting(
+        "Images between checkpoints.", rule=at_least(1), may_change=True
+    )
+    keep_checkpoints: int = setting(
+        "Newest checkpoints that are kept.", default=2, rule=at_least(1), may_change=True
+    )
+    sample_every: int = setting(
+        "Images between sample grids; 0 turns them off.", rule=at_least(0), may_change=True
+    )
+    log_every: int = setting(
+        "Images between progress lines and records of metrics.jsonl.",
+        rule=at_least(1),
+        may_change=True,
+    )
+    log: str = setting(
+        "Where records go beside metrics.jsonl: tensorboard, wandb, or both with a comma.",
+        default="",
+        rule=names_among(SINKS),
+        may_change=True,
+    )
+    minutes: float | None = setting(
+        "Stop after this time, saved; the same command goes on. For queues with a time limit.",
+        rule=more_than(0),
+        may_change=True,
+    )
+    max_skips: int = setting(
+        "Steps with a non-finite gradient that are skipped before the run gives up.",
+        default=20,
+        rule=at_least(0),
+        may_change=True,
+    )
+    allow_data_change: bool = setting(
+        "Continue a run although its data or tokenizer is not what it was.",
+        default=False,
+        may_change=True,
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "Where to train.", default="auto", may_change=True
+    )
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "Mixed precision: activations in bf16 where the hardware has it (auto), master weights "
+        "stay fp32.",
+        default="auto",
+        may_change=True,
+    )
+    kernels: Literal["auto", "triton", "reference"] = setting(
+        "Implementation of every operation that has a Triton kernel, attention aside.",
+        default="auto",
+        may_change=True,
+    )
+    attention: Literal["auto", "triton", "flash", "sdpa", "reference"] = setting(
+        "Implementation of attention: our kernels, the flash-attn package, PyTorch's, plain "
+        "matmuls. The kernels and flash repeat their gradients bit for bit; sdpa on CUDA need not.",
+        default="auto",
+        may_change=True,
+    )
+    adamw_ema: Literal["auto", "reference", "cpu", "cuda"] = setting(
+        "Implementation of the optimizer step.", default="auto", may_change=True
+    )
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """Names in `log`."""
+        return tuple(self.log.split(",")) if self.log else ()
+
+    def resolve(self, defaults: RunSettings) -> RunSettings:
+        """Every setting that was not given, from the size's defaults.
+
+        Raises:
+            ValueError: a setting that cannot be; names the flag.
+        """
+        self.check()
+        return self.filled(defaults)

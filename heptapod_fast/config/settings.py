@@ -1,0 +1,178 @@
+"""What a group of settings is made of: a field with its help and its rule beside it.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Recipe(Settings):
+        batch: int = setting("Global batch size.", rule=at_least(1))
+
+The field's name is its flag (`--batch`) and its key in config.json. While a configuration is being
+put together, a setting that nobody gave is None; `Config.resolve` fills it in from the size, or
+derives it, so that an annotation says what a resolved setting is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value has to be. expected: as errors say it, "at least 1"."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: float) -> Rule:
+    """least or more."""
+    return Rule(f"at least {least:g}", lambda value: value >= least)
+
+
+def between(least: int, most: int) -> Rule:
+    """Both ends included. An upper end keeps typing errors from hanging before they fail."""
+    return Rule(f"{least:,} to {most:,}", lambda value: least <= value <= most)
+
+
+def more_than(bound: float) -> Rule:
+    """bound itself not included."""
+    return Rule(f"more than {bound:g}", lambda value: value > bound)
+
+
+def share() -> Rule:
+    """0 <= value < 1."""
+    return Rule("0 or more, and less than 1", lambda value: 0.0 <= value < 1.0)
+
+
+def distinct_shares() -> Rule:
+    """A tuple of different numbers 0 <= value < 1."""
+    return Rule(
+        "different numbers of 0 or more, and less than 1",
+        lambda values: all(0.0 <= v < 1.0 for v in values) and len(set(values)) == len(values),
+    )
+
+
+def names_among(known: tuple[str, ...]) -> Rule:
+    """A text of names separated by commas; the empty text is none of them."""
+    return Rule(
+        f"names separated by commas, among {', '.join(known)}",
+        lambda text: all(name in known for name in text.split(",")) if text else True,
+    )
+
+
+def setting(
+    help: str, *, default: Any = None, rule: Rule | None = None, may_change: bool = False
+) -> Any:
+    """A field of a group of settings.
+
+    Args:
+        help: one or two sentences for `--help`.
+        default: None for what follows from the size or from other settings.
+        rule: what a value that is there has to be; beyond it, floats are finite, and a Literal
+            annotation lists the choices.
+        may_change: whether a run may be continued with another value. Changing such a setting does
+            not make another model out of a run.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "rule": rule, "may_change": may_change}
+    )
+
+
+def flag(name: str) -> str:
+    """The command-line form of a setting's name."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A group of settings."""
+
+    def check(self) -> None:
+        """Every value against its choices and its rule.
+
+        Raises:
+            ValueError: names the flag, what was found and what is expected.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                self._check_value(field, value)
+
+    def _check_value(self, field: dataclasses.Field, value: Any) -> None:
+        what = f"{flag(field.name)} {value}"
+        choices = choices_of(type(self), field.name)
+        if choices and value not in choices:
+            raise ValueError(f"{what}: expected one of {', '.join(choices)}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{what}: expected a finite number")
+        rule: Rule | None = field.metadata["rule"]
+        if rule is not None and not rule.holds(value):
+            raise ValueError(f"{what}: expected {rule.expected}")
+
+    def refuse(self, names: tuple[str, ...], why: str) -> None:
+        """ValueError if one of these settings was given; why: the end of the sentence."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None:
+                raise ValueError(f"{flag(name)} {value} {why}")
+
+    def filled(self, defaults: Self) -> Self:
+        """Settings that were not given are those of `defaults`."""
+        missing = {
+            field.name: getattr(defaults, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is None
+        }
+        return dataclasses.replace(self, **missing)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the settings."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Self:
+        """From what JSON made of the settings; ValueError on a name that is not known."""
+        unknown = sorted(set(values) - set(cls.names()))
+        if unknown:
+            raise ValueError(f"settings that this version does not know: {', '.join(unknown)}")
+        kinds = type_hints(cls)
+        restored = {
+            name: tuple(value) if get_origin(kinds[name]) is tuple and value is not None else value
+            for name, value in values.items()
+        }
+        return cls(**restored)
+
+    def differences(self, before: Self) -> Iterator[tuple[str, Any, Any, bool]]:
+        """(name, value now, value before, whether it may change) of settings that differ."""
+        for field in dataclasses.fields(self):
+            now, then = getattr(self, field.name), getattr(before, field.name)
+            if now != then:
+                yield field.name, now, then, field.metadata["may_change"]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make two runs the same run."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if not field.metadata["may_change"]
+        }
+
+
+@functools.cache
+def type_hints(group: type[Settings]) -> dict[str, Any]:
+    """Annotations of a group, resolved."""
+    return get_type_hints(group)
+
+
+def choices_of(group: type[Settings], name: str) -> tuple[str, ...]:
+    """The names that a setting may take; () where it is not one of a few."""
+    kind = type_hints(group)[name]
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal:
+            return get_args(part)
+    return ()

@@ -1,0 +1,54 @@
+"""Layers whose parameters are float32 masters and whose products follow the activations' dtype.
+
+Each takes the `Operators` of the run: which implementation an operation is called with is decided
+once, at the start, and handed down.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heptapod_fast import ops
+from heptapod_fast.ops.dispatch import AUTO, Operators
+
+EPS = 1e-6
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose weights follow the dtype of its input.
+
+    init: how a system fills it: "xavier", "normal" (0.02) or "zero"; see `model.initial`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, init: str = "xavier"):
+        super().__init__(inputs, outputs)
+        self.init = init
+
+    def reset_parameters(self) -> None:
+        """Nothing: the system fills its parameters in one place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias, for an operation that adds it on its way."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm through the operation of the same name."""
+
+    def __init__(self, width: int, eps: float = EPS, operators: Operators = AUTO):
+        super().__init__(width, eps=eps)
+        self.operators = operators
+
+    def reset_parameters(self) -> None:
+        """Nothing: the system fills its parameters in one place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same shape and dtype."""
+        return ops.layer_norm(
+            x, self.weight, self.bias, self.eps, implementation=self.operators["layer_norm"]
+        )

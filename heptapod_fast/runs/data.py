@@ -1,0 +1,149 @@
+"""The images and the tokens that a run is trained on, opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from heptapod_fast.config import Config
+from heptapod_fast.config.data import refuse_missing_data
+from heptapod_fast.data.cache import CacheTokens, choose_mode
+from heptapod_fast.data.cache_format import Cache, CacheError, open_cache, refuse_other
+from heptapod_fast.data.decoding import open_decoder
+from heptapod_fast.data.files import PREPROCESSING
+from heptapod_fast.data.images import ImageFolder
+from heptapod_fast.data.logograms import Logograms
+from heptapod_fast.data.sources import ImageSource
+from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
+from heptapod_fast.progress import Progress
+from heptapod_fast.tokenizers import PRETRAINED, Tokenizer, hint
+from heptapod_fast.tokenizers.kl16 import SCALE
+from heptapod_fast.world import World
+
+
+def open_images(config: Config, show_progress: bool = True) -> ImageSource | None:
+    """The images behind --data; None for synthetic tokens and caches.
+
+    Raises:
+        FileNotFoundError, ValueError: name the flag at fault.
+    """
+    data = config.data
+    if data.data == "synthetic" or data.is_cache:
+        return None
+    if data.data and data.tokenizer in PRETRAINED:
+        _refuse_missing_weights(config)  # before any image is decoded
+    if data.data == "logograms":
+        return Logograms(
+            data.image_size,
+            data.logogram_count,
+            config.recipe.seed,
+            num_classes=data.num_classes,
+        )
+    refuse_missing_data(data)
+    return ImageFolder(
+        data.data,
+        data.image_size,
+        max_broken=data.max_broken,
+        decoder=open_decoder(data.decoder),
+        allow_upscale=data.allow_upscale,
+        progress=Progress("decoding") if show_progress else None,
+    )
+
+
+def _refuse_missing_weights(config: Config) -> None:
+    weights = config.data.tokenizer_weights
+    if weights is None or not Path(weights).exists():
+        found = "" if weights is None else f"{weights}: no such file. "
+        raise FileNotFoundError(found + hint(config.data.tokenizer))
+
+
+def open_run_cache(config: Config) -> Cache | None:
+    """The cache behind --data, None where it is none.
+
+    Raises:
+        CacheError: it was made with other settings than the run's; says what it has and which flag
+            asks for something else.
+    """
+    if not config.data.is_cache:
+        return None
+    cache = open_cache(config.data.data)
+    _check_cache(config, cache)
+    return cache
+
+
+def _check_cache(config: Config, cache: Cache) -> None:
+    data = config.data
+    refuse_other(cache, vars(data))
+    about = cache.manifest["tokenizer"]
+    for name, found, here in (
+        ("preprocessing", cache.manifest["preprocessing"], PREPROCESSING),
+        ("a scale of tokens of", str(about.get("scale", SCALE)), str(SCALE)),
+    ):
+        if not found.startswith(here):
+            raise CacheError(
+                f"{cache.path} was made with {name} {found}, this version has {here}: build it "
+                "anew with tools/cache.py"
+            )
+    if data.flip and cache.views < 2:
+        raise CacheError(
+            f"--flip: {cache.path} was made without --flip, it has no mirrored images: train with "
+            "--no-flip, or build it anew with --flip"
+        )
+    if data.tokenizer == "patch-vq" and data.tokenizer_weights is not None:
+        raise CacheError(
+            f"--tokenizer-weights {data.tokenizer_weights}: {cache.path} has its own codebook; "
+            "leave --tokenizer-weights out"
+        )
+
+
+def open_tokens(
+    config: Config,
+    world: World,
+    images: ImageSource | None,
+    tokenizer: Tokenizer | None,
+    cache: Cache | None,
+    reserved: int,
+) -> TokenSource:
+    """Tokens of a cache, of the images, or synthetic ones.
+
+    reserved: bytes of a GPU's memory that training needs beside a cache.
+    """
+    data, seed = config.data, config.recipe.seed
+    if cache is not None:
+        return _open_cached(config, world, cache, reserved)
+    if images is None:
+        return SyntheticTokens(config.spec, data.num_classes, seed, device=world.device)
+    return TokenizedImages(
+        images,
+        tokenizer,
+        seed,
+        flip=data.flip,
+        device=world.device,
+        progress=Progress("tokenising") if world.main else None,
+    )
+
+
+def _open_cached(config: Config, world: World, cache: Cache, reserved: int) -> CacheTokens:
+    """Tokens of a cache; all ranks fail together where one finds damage. Collective call: every
+    rank must reach each question, whatever it has found so far."""
+    source = error = None
+    mode, why = choose_mode(cache, world.device, config.data.cache_mode, reserved)
+    # Ranks that share the reading must do it the same way.
+    (streamed,) = world.any(mode == "stream")
+    if streamed and mode != "stream":
+        mode, why = "stream", "another rank has no room for it"
+    try:
+        source = CacheTokens(
+            cache,
+            config.recipe.seed,
+            config.data.flip,
+            world.device,
+            mode,
+            why,
+            (world.local_rank, world.local_size),
+            Progress("reading the cache", "files") if world.main else None,
+        )
+    except (CacheError, OSError) as caught:
+        error = caught
+    if any(world.any(error is not None)):
+        raise error or CacheError(f"another rank could not read {cache.path}")
+    return source

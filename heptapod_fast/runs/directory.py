@@ -1,0 +1,170 @@
+"""The run directory: what is in it, and who may write to it.
+
+RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
+          tokenizer.safetensors (a fitted codebook) or tokenizer.json (which published weights)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from heptapod_fast import checkpoints
+from heptapod_fast.config import Config, flag
+from heptapod_fast.config.reading import run_dir_of_version_1
+from heptapod_fast.systems import read_config
+
+
+class RunError(RuntimeError):
+    """A run directory that cannot be used as asked."""
+
+
+def this_process() -> str:
+    """Who holds the lock, for those who meet it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+class RunDir:
+    """Paths of a run; `claim` makes this process its only writer."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.sessions = self.path / "sessions.jsonl"  # what each start ran on
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
+        self.codebook = self.path / "tokenizer.safetensors"
+        self.tokenizer_record = self.path / "tokenizer.json"
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> RunDir:
+        """The directory of a resolved configuration: --out, or a name made from the settings.
+
+        A run that an earlier version has begun keeps the name that it gave it.
+        """
+        path = Path(config.run_dir())
+        if config.run.out is None and not path.exists():
+            earlier = Path(run_dir_of_version_1(config))
+            if earlier.exists():
+                return cls(earlier)
+        return cls(path)
+
+    def claim(self, config: Config) -> list[str]:
+        """Create the directory, lock it, and check that it holds no other run.
+
+        Returns:
+            The settings that differ from the last start and may, as "--images 200000 (was 100000)".
+
+        Raises:
+            RunError: another process holds it, it belongs to another configuration, or it cannot be
+                written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._take_lock(self._lock)
+        changed = self._compare(config)
+        self._write_config(config)
+        try:
+            os.truncate(self._lock.fileno(), 0)
+            os.write(self._lock.fileno(), this_process().encode())
+            for folder in (self.samples, self.checkpoints):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        checkpoints.clean(self.checkpoints)
+        return changed
+
+    def _take_lock(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            other = lock.read().strip() or "another process"
+            lock.close()
+            raise RunError(
+                f"{self.path} is in use by {other}: wait for it, stop it, or choose another --out"
+            ) from error
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"cannot write to the run directory {self.path}: {error} (--out names another)"
+        )
+
+    def finished(self, images: int) -> int:
+        """Images of the newest checkpoint if it verifies and holds `images` or more, else 0."""
+        seen = checkpoints.peek(self.checkpoints).get("images", 0)
+        if seen < images:
+            return 0
+        newest = checkpoints.listed(self.checkpoints)[-1]
+        return 0 if checkpoints.damage(newest) else seen
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _compare(self, config: Config) -> list[str]:
+        """Settings that may differ and do; RunError where others differ."""
+        if not self.config.exists():
+            self._refuse_foreign_files()
+            return []
+        before = self.read_config()
+        # Checkpoints know the contents of a cache, so that it may lie somewhere else by now.
+        cache_moved = before.data.is_cache and config.data.is_cache
+        fatal, harmless = [], []
+        for name, now, then, may_change in config.differences(before):
+            text = f"{flag(name)} {now} (was {then})"
+            if may_change or (cache_moved and name == "data"):
+                harmless.append((name, text))
+            else:
+                fatal.append(text)
+        if fatal and not self._began():
+            self.codebook.unlink(missing_ok=True)  # fitted with the other settings
+            return []
+        if fatal:
+            raise RunError(
+                f"{self.path} holds a run with other settings: {'; '.join(fatal)}. Repeat its "
+                "settings to continue it, or choose another --out"
+            )
+        return [text for name, text in harmless if name != "out"]
+
+    def _refuse_foreign_files(self) -> None:
+        """A folder with something else in it is no run directory."""
+        of_a_start_cut_off = {".lock", self.config.with_suffix(".tmp").name}
+        foreign = sorted({path.name for path in self.path.iterdir()} - of_a_start_cut_off)
+        if foreign:
+            raise RunError(
+                f"{self.path} is not a run directory but holds {foreign[:5]}: choose another --out"
+            )
+
+    def _began(self) -> bool:
+        """Whether there is anything to lose: a start that failed leaves no more than settings."""
+        if self.metrics.exists():
+            return True
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def _write_config(self, config: Config) -> None:
+        temporary = self.config.with_suffix(".tmp")
+        try:
+            temporary.write_text(config.to_json())
+            temporary.rename(self.config)
+        except OSError as error:
+            raise RunError(f"cannot write {self.config}: {error.strerror or error}") from error
+
+    def read_config(self) -> Config:
+        """The settings of the run. RunError if there are none or they cannot be read."""
+        if not self.config.exists():
+            raise RunError(f"{self.path} is not a run directory: it has no config.json")
+        try:
+            return read_config(self.config.read_text())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{self.config} cannot be read: {error}") from error

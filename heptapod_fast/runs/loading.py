@@ -1,0 +1,125 @@
+"""A trained run, read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heptapod_fast import checkpoints
+from heptapod_fast.checkpoints import ema_name
+from heptapod_fast.config import Config
+from heptapod_fast.rng import Rng
+from heptapod_fast.runs.directory import RunDir, RunError
+from heptapod_fast.runs.tokenizer import saved_tokenizer
+from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.systems import System, build_system
+from heptapod_fast.tokenizers import Tokenizer
+from heptapod_fast.world import choose_device, choose_precision
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained system, ready to sample, and what it was trained on.
+
+    Attributes:
+        config: as the run was started with.
+        system: with the weights that were asked for, in evaluation mode, without gradients.
+        tokenizer: None for a run on synthetic tokens, which nothing decodes.
+        class_names: one name per class; a label is a position in it.
+        images_seen: training images up to the checkpoint.
+        checkpoint: its path.
+    """
+
+    config: Config
+    system: System
+    tokenizer: Tokenizer | None
+    class_names: tuple[str, ...]
+    images_seen: int
+    checkpoint: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the system is."""
+        return next(self.system.parameters()).device
+
+    def sample(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+        **given: Any,
+    ) -> Tensor:
+        """`System.sample`; options may also be given by name: temperature=0.9."""
+        if given:
+            options = self.system.options(**given)
+        return self.system.sample(classes, rng, options, index)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens -> images (B, 3, H, W) float32, about in [-1, 1].
+
+        Raises:
+            RunError: the run has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RunError("this run was trained on synthetic tokens: nothing can be decoded")
+        return self.tokenizer.decode(tokens)
+
+
+def load_run(
+    path: str | Path,
+    checkpoint: int | None = None,
+    ema: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    tokenizer_weights: str | None = None,
+) -> LoadedRun:
+    """A trained run from the newest checkpoint that verifies.
+
+    Args:
+        path: the run directory.
+        checkpoint: a step; None for the newest.
+        ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's
+            first; "none" for the raw weights.
+        device: auto, cpu or cuda.
+        precision: auto (the run's), bf16 or fp32.
+        tokenizer_weights: where published weights are now, if they are not where they were.
+
+    Raises:
+        RunError, CheckpointError: say what is missing.
+    """
+    run = RunDir(path)
+    config = run.read_config()
+    chosen = checkpoints.load_step(run.checkpoints, checkpoint)
+    class_names = tuple(chosen.state["class_names"])
+    target = choose_device(device)
+    dtype = choose_precision(config.run.precision if precision == "auto" else precision, target)
+    system = build_system(config, len(class_names), target, fill=False)
+    system.load_state_dict(chosen.read(_weights_file(config, ema)))
+    system.eval().requires_grad_(False).set_dtype(dtype)
+    if tokenizer_weights is not None:
+        config = config.replace(tokenizer_weights=tokenizer_weights)
+    tokenizer = saved_tokenizer(config, run, chosen)
+    if tokenizer is not None:
+        tokenizer = tokenizer.to(target)
+    return LoadedRun(config, system, tokenizer, class_names, chosen.state["images"], chosen.path)
+
+
+def _weights_file(config: Config, ema: str | None) -> str:
+    """The file of a checkpoint that holds the weights asked for."""
+    names = [ema_name(decay) for decay in config.recipe.ema]
+    if ema == "none" or (ema is None and not names):
+        return "model"
+    if ema is None:
+        return names[0]
+    wanted = ema if ema.startswith("ema-") else f"ema-{ema}"
+    if wanted not in names:
+        raise RunError(
+            f"--ema {ema}: this run keeps {', '.join(names) or 'no average'}, and 'none' for the "
+            "raw weights"
+        )
+    return wanted

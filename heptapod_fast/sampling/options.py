@@ -1,0 +1,49 @@
+"""How a token is drawn from its distribution: the options that all systems have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from heptapod_fast.config.settings import Rule, Settings, at_least, between, setting
+from heptapod_fast.ops import STEPS
+from heptapod_fast.tokenizers import TokenSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Settings):
+    """How tokens are drawn; the fields are flags of `tools/sample.py`.
+
+    A system with more options derives its class from this one.
+    """
+
+    temperature: float = setting(
+        "Divides the logits; multiplies the noise of the diffusion sampler.",
+        default=1.0,
+        rule=at_least(0),
+    )
+    top_k: int = setting("Keep the K likeliest codes (0: all).", default=0, rule=at_least(0))
+    top_p: float = setting(
+        "Keep the likeliest codes that make up probability P (1: all).",
+        default=1.0,
+        rule=Rule("more than 0, and at most 1", lambda value: 0 < value <= 1),
+    )
+    diffusion_steps: int = setting(
+        "Denoising steps per token, out of the 1000 trained.", default=100, rule=between(1, STEPS)
+    )
+    diffusion_sampler: Literal["ddpm", "ddim"] = setting(
+        "Ancestral sampling with the learned variance, or the deterministic DDIM.", default="ddpm"
+    )
+
+    def check_tokens(self, spec: TokenSpec) -> None:
+        """Refuse what cannot be with these tokens.
+
+        Raises:
+            ValueError: names the flag.
+        """
+        self.check()
+        if spec.kind == "continuous":
+            if self.top_k or self.top_p < 1:
+                raise ValueError("--top-k and --top-p need discrete tokens")
+        elif self.top_k > spec.vocabulary:
+            raise ValueError(f"--top-k {self.top_k}: expected 0 to {spec.vocabulary}")

@@ -1,0 +1,269 @@
+"""What Heptapod and the 1D baselines share: MAR's Transformer, its settings and its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from heptapod_fast.config import (
+    DataSettings,
+    RecipeSettings,
+    RunSettings,
+    Size,
+    SystemSettings,
+)
+from heptapod_fast.config.settings import between, more_than, setting, share
+from heptapod_fast.data.tokens import Batch
+from heptapod_fast.grid import Rows
+from heptapod_fast.model import initial
+from heptapod_fast.model.token_losses import Categorical, Diffusion, TokenLoss
+from heptapod_fast.model.transformer import Backbone
+from heptapod_fast.ops.dispatch import AUTO, Operators
+from heptapod_fast.rng import Rng
+from heptapod_fast.systems.base import System
+from heptapod_fast.tokenizers import TokenSpec
+
+DIFFUSION_REPEAT = 4  # MAR's diffusion_batch_mul
+DIFFUSION_SETTINGS = (
+    "diffusion_blocks",
+    "diffusion_width",
+    "diffusion_repeat",
+    "diffusion_loss",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarSettings(SystemSettings):
+    """The Transformer and the diffusion MLP."""
+
+    depth: int = setting(
+        "Blocks of the backbone; default: the size's total less those of a head.",
+        rule=between(1, 2**10),
+    )
+    width: int = setting("Hidden size.", rule=between(1, 2**16))
+    heads: int = setting("Attention heads.", rule=between(1, 2**16))
+    diffusion_blocks: int | None = setting(
+        "Residual blocks of the diffusion MLP (continuous tokens).", rule=between(1, 2**10)
+    )
+    diffusion_width: int | None = setting("Width of the diffusion MLP.", rule=between(1, 2**16))
+    diffusion_repeat: int | None = setting(
+        "Fresh timesteps and noises per supervised token (MAR's diffusion_batch_mul).",
+        rule=between(1, 2**10),
+    )
+    diffusion_loss: Literal["mse+vb", "mse"] | None = setting(
+        "MAR's MSE plus variational bound of the learned variance, or the plain MSE."
+    )
+    dropout: float = setting(
+        "After the attention projection and both layers of the MLP.", rule=share()
+    )
+    embedding_std: float = setting(
+        "Deviation of embeddings and learned tokens at the start: MAR's 0.02, and 1 for tiny, "
+        "where it halves the images that are needed.",
+        rule=more_than(0),
+    )
+
+    def resolve(self, defaults: MarSettings, spec: TokenSpec) -> MarSettings:
+        """See SystemSettings.resolve; `depth` is left to systems that share it with a head."""
+        self.check()
+        continuous = spec.kind == "continuous"
+        if not continuous:
+            self.refuse(DIFFUSION_SETTINGS, f"needs continuous tokens; {spec.name} is discrete")
+            no_diffusion = dict.fromkeys(DIFFUSION_SETTINGS)
+            defaults = replace(defaults, **no_diffusion)
+        settings = self.filled(defaults)
+        if settings.width % settings.heads:
+            raise ValueError(
+                f"--width {settings.width} is not a multiple of --heads {settings.heads}"
+            )
+        return settings
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.width // self.heads
+
+
+# Heptapod section 5.1 and MAR's defaults (main_mar.py): 800 epochs of 1,281,167 images, batch 2048,
+# AdamW 0.9/0.95, weight decay 0.02, constant rate after a warm-up of 12.5%, clip 3, EMA 0.9999.
+PAPER_DATA = DataSettings(tokenizer="kl16", image_size=256, flip=True)
+PAPER_RECIPE = RecipeSettings(
+    images=1_024_933_600,
+    batch=2048,
+    lr_per_256=1e-4,
+    lr_schedule="constant",
+    warmup=0.125,
+    weight_decay=0.02,
+    beta1=0.9,
+    beta2=0.95,
+    clip=3.0,
+    ema=(0.9999,),
+)
+PAPER_RUN = RunSettings(sample_every=10_000_000, checkpoint_every=1_281_167, log_every=102_400)
+TINY_DATA = DataSettings(data="logograms", tokenizer="patch-vq", image_size=24, flip=False)
+TINY_RECIPE = replace(
+    PAPER_RECIPE, images=150_000, batch=64, lr_per_256=8e-3, lr_schedule="cosine", warmup=0.02
+)
+TINY_RUN = RunSettings(sample_every=30_000, checkpoint_every=30_000, log_every=1_600)
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """A row of the paper's Table 3. depth: of the backbone; Heptapod's head has the same."""
+
+    depth: int
+    width: int
+    heads: int
+    diffusion_blocks: int
+    diffusion_width: int
+    micro_batch: int
+    dropout: float = 0.1
+    embedding_std: float = 0.02
+
+
+TINY = NetworkSize(
+    depth=3,
+    width=128,
+    heads=4,
+    diffusion_blocks=3,
+    diffusion_width=128,
+    micro_batch=256,
+    dropout=0.0,
+    embedding_std=1.0,
+)
+TABLE_3 = {
+    "B": NetworkSize(
+        depth=12, width=768, heads=12, diffusion_blocks=6, diffusion_width=1024, micro_batch=128
+    ),
+    "L": NetworkSize(
+        depth=16, width=1024, heads=16, diffusion_blocks=8, diffusion_width=1280, micro_batch=128
+    ),
+    "H": NetworkSize(
+        depth=20, width=1280, heads=16, diffusion_blocks=12, diffusion_width=1536, micro_batch=64
+    ),
+}
+
+
+def sizes(settings_of: Callable[[NetworkSize], MarSettings]) -> dict[str, Size]:
+    """tiny with a recipe of its own, then the sizes of the paper with the paper's.
+
+    settings_of: what a system adds to a network's size: its depths, and settings of its own.
+    """
+
+    def with_network(network: NetworkSize) -> MarSettings:
+        return replace(
+            settings_of(network),
+            width=network.width,
+            heads=network.heads,
+            diffusion_blocks=network.diffusion_blocks,
+            diffusion_width=network.diffusion_width,
+            diffusion_repeat=DIFFUSION_REPEAT,
+            diffusion_loss="mse+vb",
+            dropout=network.dropout,
+            embedding_std=network.embedding_std,
+        )
+
+    found = {"tiny": Size(with_network(TINY), TINY_DATA, TINY_RECIPE, TINY_RUN, TINY.micro_batch)}
+    for name, network in TABLE_3.items():
+        found[name] = Size(
+            with_network(network), PAPER_DATA, PAPER_RECIPE, PAPER_RUN, network.micro_batch
+        )
+    return found
+
+
+class MarSystem(System):
+    """A causal backbone and a token loss; what stands between them is the system's."""
+
+    settings: MarSettings
+
+    def __init__(
+        self,
+        settings: MarSettings,
+        spec: TokenSpec,
+        num_classes: int,
+        operators: Operators = AUTO,
+    ):
+        super().__init__(settings, spec, num_classes, operators)
+        self.backbone = Backbone(
+            depth=settings.depth,
+            width=settings.width,
+            heads=settings.heads,
+            num_classes=num_classes,
+            num_tokens=spec.num_tokens,
+            channels=spec.channels,
+            vocabulary=spec.vocabulary,
+            operators=operators,
+        )
+        self.token_loss = token_loss_of(settings, spec, operators)
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """See System.set_dtype."""
+        self.backbone.dtype = dtype
+
+    def token_losses(
+        self, z_RD: Tensor, batch: Batch, rows: Rows, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors against the tokens at the rows' positions: the weighted sum, and (R,) losses."""
+        token_R = rows.sequence_R * self.num_tokens + rows.position_R
+        target = batch.tokens.flatten(0, 1)[token_R]
+        index_R = batch.index[rows.sequence_R]
+        return self.token_loss.loss(z_RD, target, rng, index_R, rows.slot_R, rows.weight_R)
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """MAR's decay group (mar:util/misc.py:291-303): all but vectors, biases and the diffusion
+        MLP. Embeddings, position tables and the mask token are decayed, as upstream."""
+        if parameter.dim() < 2 or name.endswith(".bias"):
+            return False
+        is_diffusion = isinstance(self.token_loss, Diffusion) and name.startswith("token_loss.")
+        return not is_diffusion
+
+    def initial_value(
+        self, module: nn.Module, leaf: str, parameter: Tensor, name: str, rng: Rng
+    ) -> Tensor | None:
+        """MAR's start; see `model.initial.of_mar`."""
+        return initial.of_mar(
+            module,
+            leaf,
+            parameter,
+            name,
+            rng,
+            embedding_std=self.settings.embedding_std,
+            learned_tokens=frozenset({"mask_token", "query"}),
+        )
+
+    def empty_tokens(self, batch: int, device: torch.device) -> Tensor:
+        """A buffer for generated tokens, in raster order."""
+        if self.spec.kind == "continuous":
+            return torch.zeros(batch, self.num_tokens, self.spec.channels, device=device)
+        return torch.zeros(batch, self.num_tokens, dtype=torch.int64, device=device)
+
+    def place_sampling(self, classes: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Classes and keys of the draws (default 0..B-1) on the device of the parameters."""
+        device = self.backbone.label.weight.device
+        index = torch.arange(len(classes)) if index is None else index
+        return classes.to(device), index.to(device)
+
+
+def token_loss_of(settings: MarSettings, spec: TokenSpec, operators: Operators) -> TokenLoss:
+    """Diffusion for continuous tokens, a categorical distribution for discrete ones."""
+    if spec.kind == "discrete":
+        return Categorical(settings.width, spec.vocabulary, operators)
+    return Diffusion(
+        settings.width,
+        spec.channels,
+        blocks=settings.diffusion_blocks,
+        mlp_width=settings.diffusion_width,
+        repeat=settings.diffusion_repeat,
+        bound=settings.diffusion_loss == "mse+vb",
+        limit=spec.limit,
+        operators=operators,
+    )
+
+
+def put(tokens_BN: Tensor, position_Bk: Tensor, token_Bk: Tensor) -> None:
+    """tokens[b, position[b, i]] = token[b, i], in place."""
+    sequence_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
+    tokens_BN[sequence_B1, position_Bk] = token_Bk.to(tokens_BN.dtype)

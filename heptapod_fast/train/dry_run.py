@@ -1,0 +1,128 @@
+"""What `--dry-run` prints: the whole configuration and everything that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from heptapod_fast.config import BatchSplit, Config, flag
+from heptapod_fast.data.cache_format import open_cache
+from heptapod_fast.data.logograms import logogram_classes
+from heptapod_fast.ops.dispatch import Unavailable
+from heptapod_fast.runs import RunDir
+from heptapod_fast.systems import System, build_system
+from heptapod_fast.train import memory
+from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
+from heptapod_fast.train.operators import choose_operators
+from heptapod_fast.world import choose_device
+
+GB = 1e9
+
+
+def dry_run(config: Config, world_size: int = 1) -> str:
+    """Text of a dry run for a resolved configuration; needs neither data nor weights.
+
+    Raises:
+        ValueError: the batch does not divide; names the flag.
+    """
+    split = config.split_batch(world_size)
+    classes, why = class_count(config)
+    system = build_system(config, classes, "meta", fill=False)
+    lines = [
+        "configuration",
+        f"  {'--size':22} {config.size}",
+        f"  {'--system':22} {config.system}",
+    ]
+    for group in config.groups.values():
+        for field in dataclasses.fields(group):
+            lines.append(f"  {flag(field.name):22} {getattr(group, field.name)}")
+    facts = derived(config, split, world_size, f"{classes} ({why})")
+    lines += ["", "derived", *(f"  {name:22} {value}" for name, value in facts)]
+    lines += ["", "operators on this machine", *operator_lines(config)]
+    lines += ["", "parameters", *parameter_lines(system)]
+    lines += ["", f"FLOPs per image ({FLOPS_FORMULA})", *flops_lines(config, system)]
+    lines += ["", "memory per rank (estimate)", *memory_lines(config, system, split.micro_batch)]
+    return "\n".join(lines)
+
+
+def class_count(config: Config) -> tuple[int, str]:
+    """Number of classes and where it comes from, without opening the data."""
+    data = config.data
+    if data.num_classes is not None:
+        return data.num_classes, "--num-classes"
+    if data.data == "logograms":
+        return logogram_classes(data.image_size), f"logograms at {data.image_size} px"
+    if data.is_cache:
+        return len(open_cache(data.data).class_names), "of the cache"
+    return 1000, "assumed: the data is not opened by a dry run"
+
+
+def derived(
+    config: Config, split: BatchSplit, world_size: int, classes: str
+) -> Iterator[tuple[str, str]]:
+    """(name, value with its formula) pairs."""
+    data, recipe, spec = config.data, config.recipe, config.spec
+    yield "tokens", f"{spec.num_tokens} = ({data.image_size} / {data.patch_size})^2"
+    kind = f"{spec.channels} channels" if spec.channels else f"{spec.vocabulary} codes"
+    yield "token", f"{spec.kind}, {kind}"
+    yield "classes", classes
+    rate = f"{recipe.lr_per_256:g} x {recipe.batch} / 256"
+    yield "learning rate", f"{recipe.learning_rate:.4g} = {rate}"
+    yield "warm-up images", f"{recipe.warmup_images:,} = {recipe.warmup:g} x {recipe.images:,}"
+    steps = -(-recipe.images // recipe.batch)
+    yield "steps", f"{steps:,} = {recipe.images:,} / {recipe.batch}"
+    yield (
+        "micro-batches",
+        f"{split.micro_batches} = {recipe.batch} / {world_size} ranks / {split.micro_batch}",
+    )
+    yield from config.model.derived(spec)
+    yield "run directory", str(RunDir.of(config).path)
+
+
+def operator_lines(config: Config) -> list[str]:
+    """What runs each operation here, or why a run would be refused: it may be meant for another
+    machine."""
+    try:
+        operators = choose_operators(config, choose_device(config.run.device))
+    except (Unavailable, ValueError) as error:
+        return [f"  refused: {error}"]
+    return [f"  {line}" for line in operators.lines()]
+
+
+def parameter_lines(system: System) -> list[str]:
+    """Parameters per part and in total."""
+    parts = {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in system.named_children()
+    }
+    parts["total"] = sum(parts.values())
+    return [f"  {name:22} {count:>15,}" for name, count in parts.items()]
+
+
+def flops_lines(config: Config, system: System) -> list[str]:
+    """Forward FLOPs by part, and the total of a training step, for every phase."""
+    lines, images, total = [], 0, config.recipe.images
+    while images < total:
+        phase = system.phase(images, total)
+        if phase.name:
+            lines.append(f"  {phase.name}, images {phase.first:,} to {phase.end:,}")
+        for name, value in system.flops_per_image(phase).items():
+            if value:
+                lines.append(f"  {name:22} {value / 1e9:>12.4f} GFLOP forward")
+        training = training_flops(system, phase) / 1e9
+        lines.append(f"  {'training':22} {training:>12.4f} GFLOP")
+        images = phase.end
+    return lines
+
+
+def memory_lines(config: Config, system: System, micro_batch: int) -> list[str]:
+    """Fixed bytes per parameter, and saved activations of one micro-batch; see memory.py."""
+    count = sum(parameter.numel() for parameter in system.parameters())
+    found = memory.estimate(config, system, micro_batch)
+    return [
+        f"  {'weights and optimizer':22} {found.fixed / GB:>12.3f} GB = {found.per_parameter} "
+        f"bytes x {count:,}",
+        f"  {'activations':22} {found.activations / GB:>12.3f} GB for {micro_batch} sequences "
+        "(--micro-batch)",
+        f"  {'total':22} {found.total / GB:>12.3f} GB",
+    ]

@@ -1,0 +1,297 @@
+"""What training works on, in two objects: `Session`, everything that is opened once and stays, and
+`State`, what changes. Preparing, saving and resuming them."""
+
+from __future__ import annotations
+
+import enum
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from heptapod_fast import checkpoints, ops
+from heptapod_fast.checkpoints import CheckpointError
+from heptapod_fast.config import BatchSplit, Config
+from heptapod_fast.data.cache import CacheTokens
+from heptapod_fast.data.cache_format import Cache
+from heptapod_fast.data.tokens import TokenSource
+from heptapod_fast.ops.dispatch import Operators
+from heptapod_fast.progress import Progress
+from heptapod_fast.rng import Rng
+from heptapod_fast.runs.data import open_images, open_run_cache, open_tokens
+from heptapod_fast.runs.directory import RunDir, RunError
+from heptapod_fast.runs.tokenizer import keep_tokenizer, open_tokenizer
+from heptapod_fast.systems import System, build_system
+from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
+from heptapod_fast.train.memory import bytes_of_run
+from heptapod_fast.train.operators import choose_operators
+from heptapod_fast.train.optimizer import Optimizer
+from heptapod_fast.train.step import Buffers
+from heptapod_fast.world import World, choose_precision, device_name
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What training works on, opened once.
+
+    Attributes:
+        config: resolved, with the number of classes that the data has.
+        split: this world's share of the global batch.
+        source: where batches come from.
+        tokenizer: None where nothing can be decoded, and no sample grids are drawn.
+        tokenizer_id: its fingerprint, also where it is not here.
+        buffers: the tensors that every step fills anew.
+        environment: what this session runs on, for sessions.jsonl.
+        started: `time.monotonic()` at the start.
+    """
+
+    config: Config
+    world: World
+    directory: RunDir
+    say: Say
+    split: BatchSplit
+    source: TokenSource
+    tokenizer: Tokenizer | None
+    tokenizer_id: str | None
+    system: System
+    optimizer: Optimizer
+    rng: Rng
+    buffers: Buffers
+    environment: dict[str, str | int]
+    started: float
+
+
+@dataclass
+class State:
+    """What changes: the images trained on so far. (Weights, moments and averages are in the
+    optimizer's tensors, randomness and order follow from the images.)"""
+
+    images: int = 0
+
+
+class Ending(enum.Enum):
+    """How a session ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped by a signal"
+    OUT_OF_TIME = "out of time"
+    ALREADY_FINISHED = "already finished"
+
+
+# ------------------------------------------------------------------------------------- preparing
+
+
+def prepare(
+    config: Config, world: World, say: Say, directory: RunDir | None = None
+) -> tuple[Session, State]:
+    """Open everything that a resolved configuration names; the newest checkpoint is loaded.
+
+    The caller has claimed the run directory. Collective call.
+    """
+    started = time.monotonic()
+    directory = RunDir.of(config) if directory is None else directory
+    dtype = choose_precision(config.run.precision, world.device)
+    operators = choose_operators(config, world.device)
+    cache = open_run_cache(config)
+    images = open_images(config, world.main)
+    tokenizer = _open_tokenizer(config, world, directory, images, cache)
+    reserved = 0
+    if cache is not None:
+        reserved = bytes_of_run(config, len(cache.class_names), world.size)
+    source = open_tokens(config, world, images, tokenizer, cache, reserved)
+    config = _with_classes(config, source.num_classes)
+    for line in describe(config, source, world, dtype, operators, directory):
+        say(line)
+    if cache is not None and tokenizer is None:
+        say(_no_grids(config, cache))
+    system = build_system(config, source.num_classes, world.device, operators)
+    system.set_dtype(dtype)
+    split = config.split_batch(world.size)
+    session = Session(
+        config=config,
+        world=world,
+        directory=directory,
+        say=say,
+        split=split,
+        source=source,
+        tokenizer=tokenizer,
+        tokenizer_id=_tokenizer_id(tokenizer, cache),
+        system=system,
+        optimizer=Optimizer(system, config.recipe, operators),
+        rng=Rng(config.recipe.seed),
+        buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
+        environment={
+            "device": device_name(world.device),
+            "ranks": world.size,
+            "torch": torch.__version__,
+            "activations": str(dtype),
+        },
+        started=started,
+    )
+    state = resume(session)
+    if cache is not None and world.main:
+        keep_tokenizer(directory, cache, tokenizer)
+    return session, state
+
+
+def _open_tokenizer(
+    config: Config, world: World, directory: RunDir, images, cache: Cache | None
+) -> Tokenizer | None:
+    """One rank fits the tokenizer, the others read what it saved. Collective call."""
+    if not world.main:
+        world.barrier()
+    progress = Progress("fitting the codebook", "rounds") if world.main else None
+    tokenizer = open_tokenizer(config, directory, images, progress, cache)
+    if world.main:
+        world.barrier()
+    return tokenizer
+
+
+def _tokenizer_id(tokenizer: Tokenizer | None, cache: Cache | None) -> str | None:
+    if cache is not None:
+        return cache.manifest["tokenizer"]["fingerprint"]
+    return None if tokenizer is None else tokenizer.fingerprint
+
+
+def _with_classes(config: Config, classes: int) -> Config:
+    """The configuration with the number of classes that the data has."""
+    asked = config.data.num_classes
+    if asked is not None and asked != classes:
+        raise ValueError(f"--num-classes {asked}: {config.data.data} has {classes} classes")
+    return config.replace(num_classes=classes)
+
+
+def _no_grids(config: Config, cache: Cache) -> str:
+    where = config.data.tokenizer_weights or cache.manifest["tokenizer"]["weights"]
+    return (
+        f"samples   no sample grids: the weights of {config.data.tokenizer} are not at {where}; "
+        "--tokenizer-weights says where they are, here and to tools/sample.py"
+    )
+
+
+def describe(
+    config: Config,
+    source: TokenSource,
+    world: World,
+    dtype: torch.dtype,
+    operators: Operators,
+    directory: RunDir,
+) -> list[str]:
+    """What was decided, and why: the lines at the start of a run."""
+    data, recipe = config.data, config.recipe
+    split = config.split_batch(world.size)
+    name = str(dtype).removeprefix("torch.")
+    epochs = recipe.images / source.num_images
+    lines = [
+        f"run       {directory.path}",
+        f"data      {data.data}: {source.num_images:,} images, {source.num_classes} classes, "
+        f"flip {'on' if data.flip else 'off'}; {epochs:.2f} epochs",
+    ]
+    if isinstance(source, CacheTokens):
+        lines.append(f"cache     {source.mode}: {source.why}")
+    lines += [
+        f"device    {device_name(world.device)}, {world.size} rank{'s' * (world.size > 1)}; "
+        f"{name} activations ({_why_precision(config, name)})",
+        f"batch     {recipe.batch} = {world.size} ranks x {split.micro_batches} micro-batches x "
+        f"{split.micro_batch}",
+        f"rate      {recipe.learning_rate:.3g} = {recipe.lr_per_256:g} x {recipe.batch} / 256, "
+        f"warm-up over {recipe.warmup_images:,} images, then {recipe.lr_schedule}",
+    ]
+    lines += [f"operator  {line}" for line in operators.lines()]
+    return [*lines, f"          {ops.library.status()}"]
+
+
+def _why_precision(config: Config, name: str) -> str:
+    if config.run.precision != "auto":
+        return "asked for"
+    return "native here" if name == "bfloat16" else "this hardware has no fast bf16"
+
+
+# ---------------------------------------------------------------------------- saving and resuming
+
+
+def checkpoint_state(session: Session, state: State) -> dict:
+    """What a checkpoint says besides its tensors; equal runs give equal states."""
+    return {
+        "step": session.optimizer.step_count,
+        "images": state.images,
+        "seed": session.config.recipe.seed,
+        "class_names": list(session.source.class_names),
+        "data": session.source.fingerprint,
+        "tokenizer": session.tokenizer_id,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save(session: Session, state: State) -> None:
+    """Write a checkpoint. Collective call.
+
+    Raises:
+        CheckpointError: it cannot be written; on every rank.
+    """
+    error = None
+    if session.world.main:
+        try:
+            checkpoints.save(
+                session.directory.checkpoints,
+                session.optimizer.files(),
+                checkpoint_state(session, state),
+                session.config.run.keep_checkpoints,
+            )
+        except CheckpointError as caught:
+            error = caught
+    if any(session.world.any(error is not None)):
+        raise error or CheckpointError("rank 0 could not write the checkpoint")
+
+
+def resume(session: Session) -> State:
+    """Load the newest checkpoint of the run, if there is one. Collective call.
+
+    Raises:
+        RunError: the data is not what it was, or the ranks see different directories.
+        CheckpointError: no checkpoint verifies.
+    """
+    world, folder = session.world, session.directory.checkpoints
+    if not world.main:
+        world.barrier()  # rank 0 sets damaged checkpoints aside before the others look
+    found = checkpoints.load_newest(folder, session.say)
+    if world.main:
+        world.barrier()
+    step = -1 if found is None else found.step
+    steps = int(world.sum(torch.tensor([step], device=world.device)))
+    if steps != step * world.size:
+        raise RunError(
+            f"the ranks find different checkpoints in {folder}: --out must name a folder that all "
+            "machines share"
+        )
+    if found is None:
+        return State()
+    _refuse_other_data(session, found.state)
+    session.optimizer.load(found.read, found.step)
+    return State(found.state["images"])
+
+
+def _refuse_other_data(session: Session, before: dict) -> None:
+    """RunError if data, tokenizer or classes are not what the checkpoint was trained on."""
+    now = checkpoint_state(session, State())
+    changed = [key for key in ("data", "tokenizer", "class_names") if before[key] != now[key]]
+    other_classes = "class_names" in changed
+    if not changed or (session.config.run.allow_data_change and not other_classes):
+        return
+    data = session.config.data
+    where = f"--data {data.data}"
+    if "tokenizer" in changed and data.tokenizer in PRETRAINED:
+        where += f" or --tokenizer-weights {data.tokenizer_weights}"
+    elif "tokenizer" in changed:
+        where += f" or the codebook {session.directory.codebook}"
+    anyway = "" if other_classes else ", or continue all the same with --allow-data-change"
+    what = " and ".join(name.replace("_", " ") for name in changed)
+    raise RunError(
+        f"{session.directory.path} was trained on other {what}: {where} is not what it was. "
+        f"Restore it, choose another --out{anyway}"
+    )

@@ -1,0 +1,90 @@
+"""One optimizer step over the global batch, as three functions over fixed buffers.
+
+    load               the next micro-batch into the buffers            host and device
+    forward_backward   its loss, and its gradient added to the others   device alone
+    update             gradients of all ranks -> new weights            device alone
+
+**Normalisation.** A step minimises sum(weight * loss) / sum(weight) over the supervised positions
+of the *global* batch, so that neither ranks nor micro-batches change it (--steps mar draws per
+micro-batch, and is the exception). The sum of weights is known only after the last micro-batch of
+the last rank. So every micro-batch divides its total by the *expected* sum at once, gradients are
+added up, and `update` corrects them all by expected / true, a factor of exactly 1 where steps are
+antithetic:
+
+    gradient = (expected / true) * sum over micro-batches of d(total / expected)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from heptapod_fast.data.tokens import Batch, TokenSource
+from heptapod_fast.rng import Rng
+from heptapod_fast.systems import Phase, System
+from heptapod_fast.tokenizers import TokenSpec
+from heptapod_fast.train.optimizer import Optimizer
+from heptapod_fast.train.parallelize import sum_gradients
+from heptapod_fast.world import World
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Tensors that every step fills anew, at the same addresses.
+
+    batch: one micro-batch. sums: (2,) float64, total and count of this rank's micro-batches so far.
+    """
+
+    batch: Batch
+    sums: Tensor
+
+    @classmethod
+    def allocate(cls, spec: TokenSpec, micro_batch: int, device: torch.device) -> Buffers:
+        """For micro-batches of so many sequences."""
+        shape: tuple[int, ...] = (micro_batch, spec.num_tokens)
+        dtype = torch.int64
+        if spec.kind == "continuous":
+            shape, dtype = (*shape, spec.channels), torch.float32
+        tokens = torch.zeros(shape, dtype=dtype, device=device)
+        labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        return cls(Batch(tokens, labels, torch.zeros_like(labels)), sums)
+
+
+def load(source: TokenSource, first: int, buffers: Buffers) -> None:
+    """Fill the buffers with the samples from global index `first` on."""
+    fixed = buffers.batch
+    batch = source.batch(torch.arange(first, first + len(fixed)))
+    fixed.tokens.copy_(batch.tokens, non_blocking=True)
+    fixed.labels.copy_(batch.labels, non_blocking=True)
+    fixed.index.copy_(batch.index, non_blocking=True)
+
+
+def forward_backward(
+    system: System, buffers: Buffers, rng: Rng, expected: float, phase: Phase
+) -> None:
+    """Add the gradient and the sums of the micro-batch in the buffers to those before it."""
+    with record_function("forward"):
+        loss = system.loss(buffers.batch, rng, phase)
+    with record_function("backward"):
+        (loss.total / expected).backward()
+    buffers.sums[0] += loss.total.detach()
+    buffers.sums[1] += loss.count
+
+
+def update(
+    optimizer: Optimizer, world: World, sums: Tensor, expected: float, rate: float
+) -> tuple[Tensor, Tensor]:
+    """The optimizer's step. Collective call.
+
+    Returns:
+        (mean loss of the global batch, norm of its gradient), both on the device.
+    """
+    world.sum(sums)
+    sum_gradients(world, optimizer.parameters)
+    total, count = sums.unbind()
+    norm = optimizer.step(rate, (expected / count).float())
+    return total / count, norm

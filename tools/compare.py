@@ -1,0 +1,183 @@
+"""Whether two checkouts train and sample alike, bit for bit: `python tools/compare.py BEFORE AFTER`.
+
+For a change that should not change results. Each case trains the smallest run with both checkouts,
+through their command lines, and compares everything that comes out: the loss, gradient norm and
+rate of every step, weights, averages and both moments after every step (the first moment after the
+first step is a tenth of the gradient), and sampled images. Both must be built (`make venv` in each)
+and run on one machine; give other interpreters with --python. Exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# A step each 8 images, a checkpoint after every one.
+SMALLEST = {
+    "size": "tiny",
+    "width": 32,
+    "heads": 2,
+    "depth": 2,
+    "batch": 8,
+    "images": 40,
+    "logogram-count": 64,
+    "log-every": 8,
+    "checkpoint-every": 8,
+    "keep-checkpoints": 99,
+    "sample-every": 40,
+    "device": "cpu",
+}
+HEAD = {"head-depth": 2}
+CODES = {"tokenizer": "patch-vq", "codes": 16}
+VECTORS = {"tokenizer": "patch", "diffusion-blocks": 2, "diffusion-width": 32}
+LOCAL = {"head": "local", "window": 9, "density": 2}
+DROPOUT = {"dropout": 0.1}
+
+CASES: dict[str, dict[str, object]] = {
+    "global, codes": HEAD | CODES,
+    "global, codes, dropout": HEAD | CODES | DROPOUT,
+    "global, codes, uniform steps, weight by step": HEAD
+    | CODES
+    | {"steps": "uniform", "loss-weight": "step"},
+    "global, codes, micro-batches, two averages, float32": HEAD
+    | CODES
+    | {"micro-batch": 2, "ema": "0.9 0.999", "precision": "fp32"},
+    "global, vectors": HEAD | VECTORS,
+    "global, vectors, dropout": HEAD | VECTORS | DROPOUT,
+    "local, codes": HEAD | CODES | LOCAL,
+    "local, codes, dropout": HEAD | CODES | LOCAL | DROPOUT,
+    "local, vectors, dropout": HEAD | VECTORS | LOCAL | DROPOUT,
+    "1d-raster, codes, dropout": {"system": "1d-raster"} | CODES | DROPOUT,
+    "1d-raster, vectors": {"system": "1d-raster"} | VECTORS,
+    "1d-random, codes": {"system": "1d-random"} | CODES,
+    "1d-random, vectors, dropout": {"system": "1d-random"} | VECTORS | DROPOUT,
+    "global, codes, dropout, 2 ranks": HEAD | CODES | DROPOUT | {"ranks": 2},
+    "local, vectors, 2 ranks": HEAD | VECTORS | LOCAL | {"ranks": 2},
+    "1d-random, codes, dropout, 2 ranks": {"system": "1d-random"}
+    | CODES
+    | DROPOUT
+    | {"ranks": 2},
+}
+# How a finished run is sampled; systems that cannot do the second are sampled in the first way.
+SAMPLINGS = ({}, {"positions-per-step": 4, "temperature": 0.8})
+# Of metrics.jsonl, what depends on the machine.
+TIMES = (
+    "images_per_second",
+    "seconds",
+    "other_seconds",
+    "eta_seconds",
+    "tflops",
+)
+
+
+def words(flags: dict[str, object]) -> list[str]:
+    """Flags as they are typed."""
+    found = []
+    for name, value in flags.items():
+        found += [f"--{name}", *str(value).split()]
+    return found
+
+
+def run(checkout: Path, python: Path, arguments: list[str], ranks: int = 1) -> None:
+    """A command of a checkout; SystemExit with its output if it fails."""
+    command = [str(python)]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    # One thread each: how a sum is spread over threads changes its rounding.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=checkout,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode:
+        raise SystemExit(f"{checkout}: {' '.join(arguments)} failed:\n{done.stdout[-3000:]}")
+
+
+def results(checkout: Path, python: Path, case: dict[str, object], out: Path) -> None:
+    """Train and sample one case into `out`."""
+    flags = SMALLEST | case | {"out": out}
+    ranks = int(str(flags.pop("ranks", 1)))
+    run(checkout, python, ["tools/train.py", *words(flags)], ranks)
+    for number, sampling in enumerate(SAMPLINGS):
+        if number and "system" in case:
+            continue
+        picture = {"count": 6, "out": out / f"{number}.png", "save-npz": out / f"{number}.npz"}
+        run(checkout, python, ["tools/sample.py", str(out), *words(picture | sampling)])
+
+
+def differences(before: Path, after: Path) -> Iterator[str]:
+    """What differs between the results of two checkouts."""
+    import numpy as np
+
+    ours, theirs = (records(folder / "metrics.jsonl") for folder in (after, before))
+    if ours != theirs:
+        yield "metrics.jsonl"
+    names = {path.relative_to(before) for path in before.rglob("*.safetensors")}
+    names |= {path.relative_to(after) for path in after.rglob("*.safetensors")}
+    for name in sorted(names):
+        if not (before / name).exists() or not (after / name).exists():
+            yield f"{name} is missing"
+        elif (before / name).read_bytes() != (after / name).read_bytes():
+            yield str(name)
+    for path in sorted(before.glob("*.npz")):
+        old, new = np.load(path), np.load(after / path.name)
+        if any(not np.array_equal(old[key], new[key]) for key in old):
+            yield path.name
+
+
+def records(path: Path) -> list[dict]:
+    """Records without what depends on the machine."""
+    found = []
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        found.append({name: value for name, value in record.items() if name not in TIMES})
+    return found
+
+
+def main() -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
+    parser.add_argument("before", type=Path, help="checkout, built")
+    parser.add_argument("after", type=Path, help="checkout, built")
+    parser.add_argument(
+        "--python", type=Path, nargs=2, help="interpreters (default: .venv/bin/python of each)"
+    )
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    options = parser.parse_args()
+    checkouts = [options.before.resolve(), options.after.resolve()]
+    pythons = options.python or [checkout / ".venv/bin/python" for checkout in checkouts]
+    chosen = {name: case for name, case in CASES.items() if options.only in name}
+    if not chosen:
+        raise SystemExit(f"--only {options.only}: no case has this in its name")
+    wrong = 0
+    for name, case in chosen.items():
+        with tempfile.TemporaryDirectory() as folder:
+            outs = [Path(folder) / "before", Path(folder) / "after"]
+            for checkout, python, out in zip(checkouts, pythons, outs, strict=True):
+                results(checkout, Path(python).absolute(), case, out)
+            found = list(differences(*outs))
+        wrong += bool(found)
+        verdict = f"DIFFERS: {', '.join(found[:6])}" if found else "equal"
+        print(f"{name:52} {verdict}", flush=True)
+    return int(wrong > 0)
+
+
+RawText = argparse.RawDescriptionHelpFormatter
+
+if __name__ == "__main__":
+    sys.exit(main())
