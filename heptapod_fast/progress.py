@@ -1,9 +1,12 @@
-"""Progress lines for everything that takes longer than a breath."""
+"""Progress of everything that takes longer than a breath."""
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
 import sys
 import time
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -14,34 +17,82 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Callable `progress(done, total)` that prints a line now and then, with rate and ETA.
+    """Callable `progress(done, total)` that shows how far it is, the rate and the time left.
 
-    On a terminal the line is overwritten in place; elsewhere (logs, torchrun) a new one is written
-    every `seconds`. Nothing is printed for work that ends within `seconds`, except the last line if
-    any came before it.
+    On a terminal a bar (rich); elsewhere (logs, torchrun) a line every `seconds`. Nothing is shown
+    of work that ends within `seconds`, except its end if anything came before it.
+
+    Args:
+        what: as "decoding".
+        unit: what is counted.
+        seconds: between two lines.
     """
 
     def __init__(self, what: str, unit: str = "images", seconds: float = 2.0):
         self.what, self.unit, self.seconds = what, unit, seconds
         self.start = self.last = time.monotonic()
-        self.lines = 0
-        self.live = sys.stdout.isatty()
+        self.shown = False
+        # The core runs where nothing but torch is installed; lines serve there too.
+        self.live = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+        self._bar: Any = None
+        self._task: Any = None
 
     def __call__(self, done: int, total: int) -> None:
+        """Say that `done` of `total` are done."""
         now = time.monotonic()
-        finished = done >= total
-        if now - self.last < (0.2 if self.live else self.seconds) and not (finished and self.lines):
+        is_over = done >= total
+        is_due = now - self.last >= self.seconds or (is_over and self.shown)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+            if is_over:
+                self._close_bar()
+            return
+        if not is_due:
             return
         self.last = now
-        self.lines += 1
-        rate = done / max(now - self.start, 1e-9)
-        eta = duration((total - done) / max(rate, 1e-9))
-        text = (
-            f"{self.what}: {done:,}/{total:,} {self.unit} ({100 * done / max(total, 1):.0f}%)  "
-            f"{rate:,.0f} {self.unit}/s  "
-            + (f"took {duration(now - self.start)}" if finished else f"ETA {eta}")
-        )
-        if self.live:
-            print(f"\r\x1b[2K{text}", end="\n" if finished else "", flush=True)
+        self.shown = True
+        if self.live and not is_over:
+            self._open_bar(done, total)
         else:
-            print(text, flush=True)
+            print(self._line(done, total, now - self.start), flush=True)
+
+    def _open_bar(self, done: int, total: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(self.unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._bar.add_task(self.what, total=total, completed=done)
+        self._bar.start()
+        # Work that ends in an error leaves no bar behind, which would hide the cursor.
+        atexit.register(self._close_bar)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            atexit.unregister(self._close_bar)
+
+    def _line(self, done: int, total: int, elapsed: float) -> str:
+        rate = done / max(elapsed, 1e-9)
+        end = f"took {duration(elapsed)}"
+        if done < total:
+            end = f"ETA {duration((total - done) / max(rate, 1e-9))}"
+        share = 100 * done / max(total, 1)
+        return (
+            f"{self.what}: {done:,}/{total:,} {self.unit} ({share:.0f}%)  {rate:,.0f} "
+            f"{self.unit}/s  {end}"
+        )

@@ -20,10 +20,10 @@ hypothesis.settings.register_profile("by-name", derandomize=True, database=None,
 hypothesis.settings.load_profile("by-name")
 
 from heptapod_fast.config import Config
-from heptapod_fast.data import Batch
+from heptapod_fast.data.tokens import Batch
+from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
-from heptapod_fast.systems import build_system
-from heptapod_fast.tokenizers import token_spec
+from heptapod_fast.systems import System, build_system, configure
 
 
 def seed_by(name: str) -> None:
@@ -50,34 +50,38 @@ def seeded(seeded_module, request):
     seed_by(request.node.nodeid)
 
 
-def small_config(tokens: str = "discrete", grid: int = 4, **settings) -> Config:
+def small_config(tokens: str = "discrete", grid: int = 4, **flags) -> Config:
     """A resolved configuration: width 32, two blocks (each in backbone and head), 3 classes."""
-    values = dict(
-        size="tiny",
-        data="synthetic",
-        num_classes=3,
-        width=32,
-        heads=2,
-        dropout=0.0,
-        image_size=grid,
-        patch_size=1,
-        depth=2,
-        batch=8,
-    )
-    if settings.get("system", "heptapod") == "heptapod":
-        values |= dict(head_depth=2, density=1)
+    values = {
+        "data": "synthetic",
+        "num_classes": 3,
+        "width": 32,
+        "heads": 2,
+        "dropout": 0.0,
+        "image_size": grid,
+        "patch_size": 1,
+        "depth": 2,
+        "batch": 8,
+    }
+    if flags.get("system", "heptapod") == "heptapod":
+        values |= {"head_depth": 2, "density": 1}
     if tokens == "discrete":
-        values |= dict(tokenizer="patch-vq", codes=11)
+        values |= {"tokenizer": "patch-vq", "codes": 11}
     else:
-        values |= dict(tokenizer="patch", diffusion_blocks=2, diffusion_width=16)
-    return Config(**(values | settings)).resolve()
+        values |= {"tokenizer": "patch", "diffusion_blocks": 2, "diffusion_width": 16}
+    return configure("tiny", **(values | flags))
 
 
-def small_system(tokens: str = "discrete", grid: int = 4, device: str = "cpu", **settings):
+def small_system(
+    tokens: str = "discrete",
+    grid: int = 4,
+    device: str = "cpu",
+    operators: Operators = AUTO,
+    **flags,
+) -> System:
     """A system none of whose parameters is 0 or 1, so that its start hides nothing."""
-    config = small_config(tokens, grid, **settings)
-    spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
-    system = build_system(config, spec, config.num_classes, device)
+    config = small_config(tokens, grid, **flags)
+    system = build_system(config, config.data.num_classes, device, operators)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in system.parameters():
@@ -85,7 +89,7 @@ def small_system(tokens: str = "discrete", grid: int = 4, device: str = "cpu", *
     return system
 
 
-def small_batch(system, size: int, first: int = 0) -> Batch:
+def small_batch(system: System, size: int, first: int = 0) -> Batch:
     """Random tokens and labels of the global sample indices first..first+size-1."""
     spec, index = system.spec, torch.arange(first, first + size)
     count = spec.num_tokens * max(1, spec.channels)

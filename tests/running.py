@@ -1,6 +1,7 @@
 """Smallest runs, in this process and in others, for the tests of training and of the commands."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import runpy
@@ -14,36 +15,37 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from heptapod_fast.checkpoints import listed
 from heptapod_fast.config import Config
 from heptapod_fast.runs import RunDir
-from heptapod_fast.train.checkpoint import listed
+from heptapod_fast.systems import configure
 from heptapod_fast.train.loop import train
-from heptapod_fast.train.parallel import World
-from heptapod_fast.train.setup import prepare
+from heptapod_fast.train.session import Ending, Say, Session, State, prepare
+from heptapod_fast.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(
-    size="tiny",
-    width=32,
-    heads=2,
-    depth=1,
-    head_depth=1,
-    batch=8,
-    images=64,
-    logogram_count=64,
-    codes=16,
-    log_every=8,
-    checkpoint_every=16,
-    sample_every=0,
-    device="cpu",
-)
-NO_HEAD = {"head_depth": None}
+TINY = {
+    "size": "tiny",
+    "width": 32,
+    "heads": 2,
+    "depth": 1,
+    "head_depth": 1,
+    "batch": 8,
+    "images": 64,
+    "logogram_count": 64,
+    "codes": 16,
+    "log_every": 8,
+    "checkpoint_every": 16,
+    "sample_every": 0,
+    "device": "cpu",
+}
+NO_HEAD = {"head_depth": None}  # what the 1D baselines need of TINY
 CPU = World(0, 1, torch.device("cpu"))
 
 
 def tiny_config(out, **settings) -> Config:
     """A resolved configuration of the smallest run."""
-    return Config(**(TINY | {"out": str(out)} | settings)).resolve()
+    return configure(**(TINY | {"out": str(out)} | settings))
 
 
 def flags(**settings) -> list[str]:
@@ -71,24 +73,32 @@ class Interrupting:
         return self.source.batch(index)
 
 
-def start_here(out, say=lambda text: None, **settings):
-    """A prepared run in this process, resumed if it can be."""
+def silent(text: str) -> None:
+    """Take a line and print nothing."""
+
+
+def start_here(out, say: Say = silent, **settings) -> tuple[Session, State]:
+    """A prepared session in this process, resumed if it can be."""
     config = tiny_config(out, **settings)
-    directory = RunDir(config.run_dir())
+    directory = RunDir.of(config)
     directory.claim(config)
     try:
-        run, _ = prepare(config, CPU, say)
+        return prepare(config, CPU, say, directory)
     finally:
         directory.release()
-    return run
 
 
-def train_here(out, stop_at=None, say=lambda text: None, **settings):
-    """(run, outcome) of training in this process; SIGTERM comes in the step from image stop_at."""
-    run = start_here(out, say, **settings)
+def train_here(
+    out, stop_at: int | None = None, say: Say = silent, **settings
+) -> tuple[Session, State, Ending]:
+    """Training in this process; SIGTERM comes in the step from image stop_at."""
+    session, state = start_here(out, say, **settings)
     if stop_at is not None:
-        run.source = Interrupting(run.source, stop_at, lambda: signal.raise_signal(signal.SIGTERM))
-    return run, train(run)
+        stopping = Interrupting(
+            session.source, stop_at, lambda: signal.raise_signal(signal.SIGTERM)
+        )
+        session = dataclasses.replace(session, source=stopping)
+    return session, state, train(session, state)
 
 
 def final_files(out) -> dict[str, bytes]:

@@ -60,10 +60,7 @@ CASES: dict[str, dict[str, object]] = {
     "1d-random, vectors, dropout": {"system": "1d-random"} | VECTORS | DROPOUT,
     "global, codes, dropout, 2 ranks": HEAD | CODES | DROPOUT | {"ranks": 2},
     "local, vectors, 2 ranks": HEAD | VECTORS | LOCAL | {"ranks": 2},
-    "1d-random, codes, dropout, 2 ranks": {"system": "1d-random"}
-    | CODES
-    | DROPOUT
-    | {"ranks": 2},
+    "1d-random, codes, dropout, 2 ranks": {"system": "1d-random"} | CODES | DROPOUT | {"ranks": 2},
 }
 # How a finished run is sampled; systems that cannot do the second are sampled in the first way.
 SAMPLINGS = ({}, {"positions-per-step": 4, "temperature": 0.8})

@@ -1,7 +1,7 @@
 """Reports made from files: `tools/report.py RUN_DIR`, or `tools/report.py bench/results`.
 
 A run: report.md, report.json and loss.png beside its metrics. bench/results: the tables in its
-README.md and in the project's README.
+README.md, and the rows and the chart in the project's README.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-from _cli import main, parse
+from _cli import main, parse, tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,14 +25,15 @@ class Arguments:
 def work() -> int:
     """Tell a run from a folder of results."""
     folder = Path(parse(Arguments).path)
-    from heptapod_fast.reports import report_bench, report_run
+    from heptapod_fast.reports.bench import report_bench
+    from heptapod_fast.reports.run import report_run
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a directory: expected RUN_DIR or bench/results")
-    if (folder / "config.json").exists():
-        report_run(folder)
-    else:
-        report_bench(folder, ROOT)
+    is_run = (folder / "config.json").exists()
+    written = [report_run(folder)] if is_run else report_bench(folder, ROOT)
+    for path in written:
+        print(f"written: {path}")
     return 0
 
 

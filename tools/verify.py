@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tyro
-from _cli import main, parse
+from _cli import main, parse, tyro
 
 
 @dataclass(frozen=True)

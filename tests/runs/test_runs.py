@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from heptapod_fast import load_run
+from heptapod_fast.checkpoints import CheckpointError
+from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunDir, RunError
 from heptapod_fast.tokenizers import load_tokenizer
-from heptapod_fast.train.checkpoint import CheckpointError
 from tests.running import final_tensors, tiny_config, train_here
 
 
@@ -20,8 +21,8 @@ def trained(tmp_path_factory):
     return out
 
 
-def weights(system):
-    return {name: p.detach() for name, p in system.named_parameters()}
+def weights(run):
+    return {name: p.detach() for name, p in run.system.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -29,19 +30,35 @@ def weights(system):
     [(None, "ema-0.9999"), ("0.5", "ema-0.5"), ("none", "model"), ("ema-0.9999", "ema-0.9999")],
 )
 def test_load_run_takes_the_average_asked_for(trained, ema, file):
-    system = load_run(trained, ema=ema, device="cpu")
+    run = load_run(trained, ema=ema, device="cpu")
     expected = final_tensors(trained, file)
-    assert weights(system).keys() == expected.keys()
-    assert all(torch.equal(w, expected[name]) for name, w in weights(system).items())
+    assert weights(run).keys() == expected.keys()
+    assert all(torch.equal(w, expected[name]) for name, w in weights(run).items())
 
 
 def test_load_run_is_ready_to_sample(trained):
-    system = load_run(trained, device="cpu", precision="fp32")
-    assert not system.training and not any(p.requires_grad for p in system.parameters())
-    assert system.class_names[0] == "2-fold" and system.images_seen == 32
-    assert system.checkpoint.name == "step-00000004"
-    tokens = torch.zeros(1, 36, dtype=torch.int64)
-    assert system.tokenizer.decode(tokens).shape == (1, 3, 24, 24)
+    run = load_run(trained, device="cpu", precision="fp32")
+    assert not run.system.training
+    assert not any(p.requires_grad for p in run.system.parameters())
+    assert run.class_names[0] == "2-fold"
+    assert run.images_seen == 32
+    assert run.checkpoint.name == "step-00000004"
+    assert run.config.recipe.ema == (0.9999, 0.5)
+    tokens = run.sample(torch.tensor([0, 1]), Rng(0), temperature=0.9)
+    assert torch.equal(
+        tokens,
+        run.sample(torch.tensor([0, 1]), Rng(0), run.system.options(temperature=0.9)),
+    )
+    assert run.decode(tokens).shape == (2, 3, 24, 24)
+
+
+def test_a_run_on_synthetic_tokens_samples_but_decodes_nothing(tmp_path):
+    train_here(tmp_path, data="synthetic", logogram_count=None, num_classes=3, images=16)
+    run = load_run(tmp_path, device="cpu")
+    tokens = run.sample(torch.tensor([0, 2]), Rng(0))
+    assert tokens.shape == (2, 36)
+    with pytest.raises(RunError, match="synthetic tokens: nothing can be decoded"):
+        run.decode(tokens)
 
 
 def test_load_run_takes_the_step_asked_for(trained):
@@ -84,14 +101,14 @@ def test_a_damaged_config_is_named(tmp_path, text):
 def test_another_or_a_lost_codebook_is_refused(tmp_path):
     train_here(tmp_path, images=16)
     run = RunDir(tmp_path)
-    tokenizer = load_tokenizer("patch-vq", run.tokenizer)
+    tokenizer = load_tokenizer("patch-vq", run.codebook)
     tokenizer.codebook_VE[0, 0] += 0.01
-    tokenizer.save(run.tokenizer)
+    tokenizer.save(run.codebook)
     with pytest.raises(RunError, match="tokenizer.safetensors is not what .* was trained with"):
         load_run(tmp_path, device="cpu")
     with pytest.raises(RunError, match="other data and tokenizer: .*codebook .*tokenizer.safe"):
         train_here(tmp_path, images=16)
-    run.tokenizer.unlink()
+    run.codebook.unlink()
     with pytest.raises(RunError, match="tokenizer.safetensors is missing"):
         load_run(tmp_path, device="cpu")
     train_here(tmp_path, images=16)  # training fits it again, to the same codes
@@ -153,7 +170,7 @@ def test_a_start_that_failed_before_anything_was_done_can_be_corrected(tmp_path)
     RunDir(tmp_path).claim(tiny_config(tmp_path))
     (tmp_path / "tokenizer.safetensors").write_text("of 16 codes")
     assert RunDir(tmp_path).claim(tiny_config(tmp_path, codes=32)) == []
-    assert RunDir(tmp_path).read_config().codes == 32
+    assert RunDir(tmp_path).read_config().data.codes == 32
     assert not (tmp_path / "tokenizer.safetensors").exists()
 
 
@@ -161,7 +178,7 @@ def test_what_may_change_is_listed(tmp_path):
     RunDir(tmp_path).claim(tiny_config(tmp_path))
     changed = RunDir(tmp_path).claim(tiny_config(tmp_path, images=128, micro_batch=2))
     assert changed == ["--images 128 (was 64)", "--micro-batch 2 (was None)"]
-    assert RunDir(tmp_path).read_config().images == 128
+    assert RunDir(tmp_path).read_config().recipe.images == 128
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):

@@ -1,0 +1,179 @@
+"""Tables of a folder of benchmark results, and the few rows and the chart of the project's README.
+
+Results are JSON files as pytest-benchmark writes them. `headlines.json` beside them names which of
+their rows the README shows and which its chart draws; the figures come from the files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from heptapod_fast.reports.charts import save_bars
+from heptapod_fast.reports.tables import show, table
+
+HEADLINES = "headlines.json"
+BENCH_PAGE = """# Measured
+
+Made by `python tools/report.py bench/results` from the JSON files here. Single operations on CPU
+are at toy shapes and show that the benchmarks work; `ours` is then what runs by default there: C++
+for adamw_ema and global_norm, else the reference.
+"""
+MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+CHART = Path("docs/images/measured.png")
+OURS = "ours"
+
+
+def report_bench(folder: Path, root: Path) -> list[Path]:
+    """FOLDER/README.md with one table per results file; for ROOT/bench/results also what
+    ROOT/README.md shows of them.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: a file that is no result, or a headline that none of them has.
+    """
+    files = [path for path in sorted(folder.glob("*.json")) if path.name != HEADLINES]
+    if not files:
+        raise ValueError(f"{folder} holds no JSON results: run make bench first")
+    parts = [BENCH_PAGE]
+    parts += [bench_table(path) for path in files]
+    parts += runs_table(folder / "runs")
+    page = folder / "README.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    written = [page]
+    readme = root / "README.md"
+    is_projects = folder.resolve() == (root / "bench" / "results").resolve()
+    if is_projects and (folder / HEADLINES).exists() and MARKS[0] in readme.read_text():
+        before, rest = readme.read_text().split(MARKS[0])
+        _, after = rest.split(MARKS[1])
+        readme.write_text(f"{before}{MARKS[0]}\n{headlines(folder, root)}\n{MARKS[1]}{after}")
+        written += [readme, root / CHART]
+    return written
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """One file of pytest-benchmark. ValueError names a file that is none."""
+    data = json.loads(path.read_text())
+    if not isinstance(data, dict) or "benchmarks" not in data:
+        raise ValueError(f"{path} is not a result of pytest-benchmark")
+    return data
+
+
+def machine_of(data: dict[str, Any]) -> str:
+    """Where and when the results of a file were measured."""
+    machine = data.get("machine_info", {})
+    device = machine.get("device", "unknown device")
+    versions = f"Python {machine.get('python_version', '?')}, torch {machine.get('torch', '?')}"
+    return f"{device}, {versions}; {data.get('datetime', '')[:10]}"
+
+
+def bench_table(path: Path) -> str:
+    """Markdown of one file. ValueError names a file that is none."""
+    data = read_results(path)
+    command = data.get("machine_info", {}).get("command", "pytest bench/")
+    rows = []
+    for benchmark in data["benchmarks"]:
+        stats = benchmark["stats"]
+        notes = [f"{name} {show(value)}" for name, value in benchmark["extra_info"].items()]
+        quartiles = f"{1e3 * stats['q1']:.3f} to {1e3 * stats['q3']:.3f}"
+        rows.append(
+            (benchmark["name"], f"{1e3 * stats['median']:.3f}", quartiles, ", ".join(notes))
+        )
+    head = ["benchmark", "median ms", "quartiles", "notes"]
+    title = f"**{path.stem}**: {machine_of(data)}; `{command}`"
+    return f"{title}\n\n{table(head, rows, numbers=[1])}"
+
+
+def runs_table(folder: Path) -> list[str]:
+    """One table of the training runs whose report.json was copied into `folder`; [] without any."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        return []
+    rows = []
+    for run in found:
+        name = (
+            f"{run['system']} {run['size']}, {run['data']} {run['image_size']} px, "
+            f"{run['tokenizer']}"
+        )
+        accuracy = run.get("evaluation", {}).get("symmetry_accuracy")
+        rate = f"{run['images_per_second_median']:.0f}"
+        rows.append((name, run["images"], rate, accuracy, f"{run['device']}, torch {run['torch']}"))
+    head = ["run", "images", "images/s, median", "symmetry accuracy", "device"]
+    title = "**Training runs** (`report.json` of each in `bench/results/runs`)"
+    return [f"{title}\n\n{table(head, rows, numbers=[1, 2, 3])}"]
+
+
+# -------------------------------------------------------------------------------------- README.md
+
+
+def headlines(folder: Path, root: Path) -> str:
+    """What ROOT/README.md shows of the results in `folder`: a few rows and a chart."""
+    chosen = json.loads((folder / HEADLINES).read_text())
+    rows = [_headline(folder, row) for row in chosen["rows"]]
+    head = ["what", "measured", "beside", "machine", "file"]
+    chart = chosen["chart"]
+    _draw(folder, chart, root / CHART)
+    where = f"bench/results/{chart['file']}"
+    return "\n\n".join(
+        [
+            table(head, rows),
+            f"[![{chart['title']}]({CHART})]({where})",
+            f"*{chart['title']}: {machine_of(read_results(folder / chart['file']))} "
+            f"([{chart['file']}]({where})).*",
+        ]
+    )
+
+
+def _headline(folder: Path, row: dict[str, Any]) -> tuple[str, ...]:
+    data = _read(folder, row["file"])
+    link = f"[{row['file']}](bench/results/{row['file']})"
+    value = show(_value(folder, row["file"], data, row["benchmark"], row["value"]))
+    beside = ""
+    if "beside" in row:
+        other = _value(folder, row["file"], data, row.get("peer", row["benchmark"]), row["beside"])
+        beside = row["beside_says"].format(show(other))
+    machine = machine_of(data) if "benchmarks" in data else f"{data['device']}, {data['torch']}"
+    return (row["says"], row["value_says"].format(value), beside, machine, link)
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+def _value(folder: Path, file: str, data: dict[str, Any], benchmark: str, path: str) -> Any:
+    """A figure of a file. path: "extra_info/images/s" of a benchmark; of a run's report, keys."""
+    found: Any = data
+    if "benchmarks" in data:
+        named = [entry for entry in data["benchmarks"] if entry["name"] == benchmark]
+        if not named:
+            raise ValueError(
+                f"{folder / HEADLINES}: {file} has no benchmark {benchmark!r}; correct it, or "
+                "measure again"
+            )
+        found = named[0]["extra_info"]
+    if path in found:
+        return found[path]
+    for key in path.split("/"):
+        found = found[key]
+    return found
+
+
+def _draw(folder: Path, chart: dict[str, Any], path: Path) -> None:
+    data = read_results(folder / chart["file"])
+    names = list(chart["benchmarks"])
+    values = [
+        _value(folder, chart["file"], data, benchmark, chart["value"])
+        for benchmark in chart["benchmarks"].values()
+    ]
+    save_bars(
+        names,
+        values,
+        path,
+        chart["title"],
+        chart["value"],
+        highlighted=[name.startswith(OURS) for name in names],
+        logarithmic=True,
+    )

@@ -1,0 +1,96 @@
+"""The report of one training run: throughput, loss curve, evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from heptapod_fast.config import Config
+from heptapod_fast.progress import duration
+from heptapod_fast.reports.charts import save_line
+from heptapod_fast.reports.tables import properties
+from heptapod_fast.runs import RunDir
+from heptapod_fast.train.metrics import FLOPS_FORMULA
+from heptapod_fast.train.records import Record, read_metrics
+
+
+def report_run(folder: Path) -> Path:
+    """Write report.md, report.json and loss.png beside the metrics of a run.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        ValueError: the run has logged nothing.
+        RunError: it is no run directory.
+    """
+    run = RunDir(folder)
+    config = run.read_config()
+    if not run.metrics.exists():
+        raise ValueError(f"{run.metrics} does not exist yet: the run has logged nothing")
+    records = [record for record in read_metrics(run.metrics) if record.get("loss") is not None]
+    if not records:
+        raise ValueError(f"{run.metrics} has no record with a loss")
+    numbers = figures(config, records, read_metrics(run.sessions))
+    evaluation = folder / "evaluation.json"
+    if evaluation.exists():
+        numbers["evaluation"] = json.loads(evaluation.read_text())
+    (folder / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+    name = f"{config.system} {config.size}"
+    last = records[-1]
+    parts = [
+        f"# {name} on {config.data.data}",
+        f"{last['images']:,} of {config.recipe.images:,} images, last session "
+        f"{duration(last['seconds'])}.",
+        properties(numbers, leave_out=["evaluation"]),
+        f"FLOPs: {FLOPS_FORMULA}.",
+    ]
+    if len(records) > 1:
+        images = [record["images"] for record in records]
+        losses = [record["loss"] for record in records]
+        save_line(images, losses, folder / "loss.png", f"{name}: training loss", "images", "loss")
+        parts.append("![loss](loss.png)")
+    if evaluation.exists():
+        parts += [
+            "## Evaluation",
+            properties(numbers["evaluation"]),
+            "![samples](evaluation.png)",
+        ]
+    page = folder / "report.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
+
+
+def figures(config: Config, records: list[Record], sessions: list[Record]) -> dict[str, Any]:
+    """What is said of a run, by name; rates are medians over all its progress lines."""
+    last = records[-1]
+    rates = [record["images_per_second"] for record in records]
+    numbers = {
+        "system": config.system,
+        "size": config.size,
+        "data": config.data.data,
+        "tokenizer": config.data.tokenizer,
+        "image_size": config.data.image_size,
+        "batch": config.recipe.batch,
+        "seed": config.recipe.seed,
+    }
+    for name in ("device", "ranks", "torch", "activations"):
+        seen = {str(session[name]) for session in sessions}
+        numbers[name] = ", ".join(sorted(seen))
+    numbers |= {
+        "images": last["images"],
+        "steps": last["step"],
+        "epochs": last["epoch"],
+        "loss": last["loss"],
+        "images_per_second_median": median(rates),
+        "images_per_second_range": [min(rates), max(rates)],
+        "tflops_median": median(record["tflops"] for record in records),
+        "skipped_steps": last["skipped"],
+    }
+    shares = [record["mfu"] for record in records if "mfu" in record]
+    if shares:
+        numbers["mfu_median"] = median(shares)
+    return numbers

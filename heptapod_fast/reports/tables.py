@@ -1,0 +1,37 @@
+"""Markdown tables, and numbers as a reader wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
+    """A Markdown table. numbers: columns that are set flush right."""
+    rules = ["---:" if column in numbers else "---" for column in range(len(head))]
+    lines = [_row(head), "|" + "|".join(rules) + "|"]
+    lines += [_row([show(value) for value in row]) for row in rows]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def properties(values: Mapping[str, Any], leave_out: Sequence[str] = ()) -> str:
+    """A table of two columns: a name and its value."""
+    kept = {name: value for name, value in values.items() if name not in leave_out}
+    return table(["", ""], [(name.replace("_", " "), value) for name, value in kept.items()])
+
+
+def show(value: Any) -> str:
+    """A number with four digits that count, thousands set apart; a list as a range."""
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return " to ".join(show(part) for part in value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)

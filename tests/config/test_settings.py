@@ -1,0 +1,113 @@
+"""A group of settings: rules beside fields, choices, and what may change."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from heptapod_fast.config import Settings
+from heptapod_fast.config.config import GROUPS
+from heptapod_fast.config.settings import (
+    at_least,
+    between,
+    choices_of,
+    distinct_shares,
+    more_than,
+    names_among,
+    setting,
+    share,
+)
+from heptapod_fast.systems import SYSTEMS
+
+ALL_GROUPS = [*GROUPS.values(), *(system.Settings for system in SYSTEMS.values())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weather(Settings):
+    """A group made up for these tests."""
+
+    sky: Literal["clear", "grey"] = setting("How it looks.")
+    degrees: float | None = setting("Celsius.", default=20.0, rule=at_least(-273))
+    winds: tuple[float, ...] = setting("Shares.", default=(), rule=distinct_shares())
+    station: str | None = setting("Who measured.", may_change=True)
+
+
+@pytest.mark.parametrize(
+    "rule, good, bad",
+    [
+        (at_least(2), (2, 3), (1, -5)),
+        (between(1, 3), (1, 2, 3), (0, 4)),
+        (more_than(0), (0.001, 5), (0, -1)),
+        (share(), (0.0, 0.999), (-0.1, 1.0)),
+        (distinct_shares(), ((), (0.5,), (0.5, 0.6)), ((0.5, 0.5), (1.0,), (-0.1,))),
+        (names_among(("a", "b")), ("", "a", "a,b"), ("c", "a,,b", "a,c")),
+    ],
+)
+def test_rules(rule, good, bad):
+    assert all(rule.holds(value) for value in good)
+    assert not any(rule.holds(value) for value in bad)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"sky": "green"}, "--sky green: expected one of clear, grey"),
+        ({"degrees": -300.0}, "--degrees -300.0: expected at least -273"),
+        ({"degrees": float("nan")}, "--degrees nan: expected a finite number"),
+        ({"winds": (float("inf"),)}, "--winds .*expected a finite number"),
+        ({"winds": (0.5, 0.5)}, "--winds .*expected different numbers"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_naming_the_flag(values, message):
+    with pytest.raises(ValueError, match=message):
+        Weather(**values).check()
+
+
+def test_what_nobody_gave_is_filled_in():
+    defaults = Weather(sky="grey", station="the tower")
+    filled = Weather(station="mine").filled(defaults)
+    assert filled == Weather(sky="grey", station="mine")
+
+
+def test_identity_leaves_out_what_may_change():
+    assert set(Weather().identity()) == {"sky", "degrees", "winds"}
+
+
+def test_differences_say_what_may_change():
+    now = Weather(sky="grey", station="mine")
+    before = Weather(sky="clear", station="theirs")
+    assert list(now.differences(before)) == [
+        ("sky", "grey", "clear", False),
+        ("station", "mine", "theirs", True),
+    ]
+
+
+def test_tuples_survive_json():
+    assert Weather.from_plain({"winds": [0.1, 0.2]}).winds == (0.1, 0.2)
+    with pytest.raises(ValueError, match="does not know: rain"):
+        Weather.from_plain({"rain": 1})
+
+
+@pytest.mark.parametrize("group", ALL_GROUPS, ids=lambda group: group.__name__)
+def test_every_setting_says_what_it_is(group):
+    for field in dataclasses.fields(group):
+        name = field.name
+        assert field.metadata["help"].endswith((".", ")")), name
+
+
+@pytest.mark.parametrize("group", ALL_GROUPS, ids=lambda group: group.__name__)
+def test_every_number_has_a_rule_or_a_choice(group):
+    for field in dataclasses.fields(group):
+        name = field.name
+        is_number = any(word in str(field.type) for word in ("int", "float"))
+        assert not is_number or field.metadata["rule"] is not None, name
+        is_choice = "Literal" in str(field.type)
+        assert not is_choice or choices_of(group, name), name
+
+
+def test_no_two_groups_of_a_system_share_a_name():
+    for system in SYSTEMS.values():
+        names = [name for group in (*GROUPS.values(), system.Settings) for name in group.names()]
+        assert len(names) == len(set(names))
+        assert not {"size", "system", "version"} & set(names)
