@@ -148,15 +148,49 @@ def test_packed_rows_are_the_enumeration(num_tokens, pairs, data):
     density = data.draw(st.integers(1, num_tokens))
     order, steps = orders_of(2 * pairs, num_tokens), steps_of(2 * pairs, num_tokens, density)
     rows = grid.packed_rows(order, steps, "position")
-    assert list(zip(rows.pair_R.tolist(), rows.position_R.tolist())) == enumerated(order, steps)
-    assert rows.weight_R is None and len(rows.pair_R) == pairs * density * (num_tokens + 1)
+    pair = rows.pair_R(density)
+    assert list(zip(pair.tolist(), rows.position_R.tolist())) == enumerated(order, steps)
+    assert rows.weight_R is None
+    assert len(pair) == pairs * density * (num_tokens + 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_tokens=st.integers(1, 9), pairs=st.integers(1, 3), data=st.data())
+def test_rows_say_in_every_way_which_they_are(num_tokens, pairs, data):
+    """Sequence, step, pair and slot agree, and no two rows of a sequence share a slot."""
+    density = data.draw(st.integers(1, num_tokens))
+    order, steps = orders_of(2 * pairs, num_tokens), steps_of(2 * pairs, num_tokens, density)
+    packed = grid.packed_rows(order, steps, "position")
+    padded = grid.padded_rows(grid.ranks(order), steps, "position")
+    for rows in (packed, padded):
+        pair = rows.pair_R(density)
+        for r in range(len(pair)):
+            b, j, p = int(rows.sequence_R[r]), int(rows.step_R[r]), int(rows.position_R[r])
+            assert 0 <= j < density
+            assert int(pair[r]) == b * density + j
+            assert int(rows.slot_R[r]) == j * num_tokens + p
+        keys = torch.stack((rows.sequence_R, rows.slot_R), dim=1)
+        assert len(keys.unique(dim=0)) == len(keys)
+    assert packed.count() == len(packed.slot_R)
+    assert float(padded.count()) == float(padded.weight_R.sum())
+
+
+def test_rows_of_all_steps_are_the_order_itself():
+    order = orders_of(3, 5)
+    rows = grid.rows_of_all_steps(order)
+    found = list(zip(rows.sequence_R.tolist(), rows.step_R.tolist(), rows.position_R.tolist()))
+    assert found == [(b, i, int(order[b, i])) for b in range(3) for i in range(5)]
+    assert torch.equal(rows.slot_R, rows.position_R)
+    assert rows.weight_R is None
+    assert rows.count() == 15
 
 
 def test_padded_rows_weigh_the_unseen_and_nothing_else():
     order, steps = orders_of(3, 9), steps_of(3, 9, 2, "uniform")
     rows = grid.padded_rows(grid.ranks(order), steps, "position")
-    assert len(rows.pair_R) == 3 * 2 * 9
-    every = list(zip(rows.pair_R.tolist(), rows.position_R.tolist()))
+    pair = rows.pair_R(2)
+    assert len(pair) == 3 * 2 * 9
+    every = list(zip(pair.tolist(), rows.position_R.tolist()))
     assert len(set(every)) == len(every)
     supervised = [row for row, weight in zip(every, rows.weight_R.tolist()) if weight == 1.0]
     assert sorted(supervised) == sorted(enumerated(order, steps))
@@ -173,9 +207,9 @@ def test_step_weights_sum_to_one_for_every_step(kind):
         rows = grid.padded_rows(rank, steps, "step")
     else:
         rows = window_rows_of(order, steps, "step")[1]
-    sums = torch.zeros(12).index_add_(0, rows.pair_R, rows.weight_R)
+    sums = torch.zeros(12).index_add_(0, rows.pair_R(3), rows.weight_R)
     torch.testing.assert_close(sums, torch.ones(12))
-    unseen = rank[rows.pair_R // 3, rows.position_R] >= steps.flatten()[rows.pair_R]
+    unseen = rank[rows.sequence_R, rows.position_R] >= steps[rows.sequence_R, rows.step_R]
     assert torch.equal(rows.weight_R > 0, unseen)
 
 
@@ -203,11 +237,9 @@ def test_windows_partition_the_grid_into_squares(side, window):
 def test_window_rows_against_brute_force():
     order, steps = orders_of(4, 16), steps_of(4, 16, 5, "uniform")
     chosen, rows = window_rows_of(order, steps)
-    supervised = [
-        (s, p)
-        for s, p, w in zip(rows.pair_R.tolist(), rows.position_R.tolist(), rows.weight_R.tolist())
-        if w
-    ]
+    pair, position, weight = rows.pair_R(5), rows.position_R, rows.weight_R
+    every = zip(pair.tolist(), position.tolist(), weight.tolist())
+    supervised = [(s, p) for s, p, w in every if w]
     expected = []
     for s in range(20):
         sequence, step = order[s // 5].tolist(), int(steps.flatten()[s])

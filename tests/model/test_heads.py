@@ -4,23 +4,25 @@ import pytest
 import torch
 
 from heptapod_fast import grid
-from heptapod_fast.model.heads import GlobalHead, LocalHead, place
+from heptapod_fast.model.heads import GlobalHead, LocalHead
+from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
 from tests.running import dense, fill
 
 WIDTH, SIDE, TOKENS = 16, 4, 16
+REFERENCE = Operators({"attention": "reference"})
 ORDER = grid.random_orders(torch.arange(2), TOKENS, Rng(0))
 
 
 def global_head(depth=2):
     return fill(
-        GlobalHead(depth=depth, width=WIDTH, heads=2, num_tokens=TOKENS, attention="reference")
+        GlobalHead(depth=depth, width=WIDTH, heads=2, num_tokens=TOKENS, operators=REFERENCE)
     )
 
 
 def local_head(window=4):
     return fill(
-        LocalHead(depth=2, width=WIDTH, heads=2, grid=SIDE, window=window, attention="reference")
+        LocalHead(depth=2, width=WIDTH, heads=2, grid=SIDE, window=window, operators=REFERENCE)
     )
 
 
@@ -30,7 +32,7 @@ def states(count=TOKENS):
 
 @pytest.mark.parametrize("count", [1, 5, TOKENS])
 def test_states_are_put_where_their_token_lies(count):
-    h, placed = states(count), place(states(count), ORDER)
+    h, placed = states(count), global_head().place(states(count), ORDER)
     expected = torch.zeros(2, TOKENS + 1, WIDTH)
     for b in range(2):
         expected[b, 0] = h[b, 0]
@@ -60,13 +62,12 @@ def test_position_table_has_a_row_for_the_start():
 def test_global_rows_are_elements_of_the_dense_output():
     head, h, steps = global_head(), states(), torch.tensor([[3, 9], [12, 6]])
     rows = grid.packed_rows(ORDER, steps, "position")
-    out = head(h, ORDER, steps, rows.pair_R, rows.position_R)
+    pair = rows.pair_R(2)
+    out = head(h, ORDER, steps, pair, rows.position_R)
     x = head.assemble(h, ORDER, steps)
     for block in head.blocks:
         x = dense(block, x)
-    torch.testing.assert_close(
-        out, head.norm(x)[rows.pair_R, rows.position_R + 1], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(out, head.norm(x)[pair, rows.position_R + 1], rtol=1e-4, atol=1e-5)
 
 
 def test_global_head_sees_exactly_the_states_up_to_its_step():

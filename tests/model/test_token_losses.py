@@ -1,23 +1,38 @@
 """Token losses: the diffusion MLP layer by layer, its draws, and how often each part runs."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from heptapod_fast import ops
 from heptapod_fast.model.token_losses import Categorical, Diffusion, timestep_features
 from heptapod_fast.ops.diffusion_loss import row_losses
+from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
+from heptapod_fast.sampling import SampleOptions, respaced, sample_codes
 from tests.numerics import needs_triton
 from tests.running import fill
 
 D, C, W, REPEAT = 12, 3, 8, 4
 
 
-def diffusion(bound=True, blocks=2):
-    return fill(Diffusion(D, C, blocks, W, REPEAT, bound))
+def diffusion(bound=True, blocks=2, limit=0.0, operators=AUTO):
+    return fill(
+        Diffusion(
+            D,
+            C,
+            blocks=blocks,
+            mlp_width=W,
+            repeat=REPEAT,
+            bound=bound,
+            limit=limit,
+            operators=operators,
+        )
+    )
 
 
 def rows(count=5):
@@ -30,7 +45,7 @@ def upstream_mlp(m, x, t, z):
     """MAR's SimpleMLPAdaLN written out: every row its own time embedding and condition."""
     linear = lambda layer, value: value @ layer.weight.t() + layer.bias
     angle = t.float()[:, None] * torch.exp(-math.log(1e4) * torch.arange(128) / 128)
-    features = torch.cat((angle.cos(), angle.sin()), dim=1)
+    features = torch.cat((angle.cos(), angle.sin()), dim=1).to(z.dtype)
     y = linear(m.time2, F.silu(linear(m.time1, features))) + linear(m.condition, z)
     x = linear(m.input, x)
     for block in m.blocks:
@@ -62,12 +77,9 @@ def test_rows_share_the_condition_of_their_token():
 def test_kernels_give_every_parameter_its_gradient():
     gradients = {}
     for implementation in ("reference", "triton"):
-        m, (z, *_) = diffusion(), rows(3)
-        ops.dispatch.force("diffusion_mlp", implementation)
-        try:
-            out = m.net(torch.ones(12, C), torch.arange(12) * 90, m.condition(z))
-        finally:
-            ops.dispatch.force("diffusion_mlp", "auto")
+        operators = Operators({"diffusion_mlp": implementation})
+        m, (z, *_) = diffusion(operators=operators), rows(3)
+        out = m.net(torch.ones(12, C), torch.arange(12) * 90, m.condition(z))
         (out * torch.arange(6.0)).sum().backward()
         gradients[implementation] = {name: p.grad for name, p in m.named_parameters()}
     assert all(bool(g.any()) for g in gradients["reference"].values())
@@ -185,3 +197,64 @@ def test_categorical_loss_and_logits_agree():
     torch.testing.assert_close(total, (weight * expected).sum())
     assert not loss.requires_grad and total.requires_grad
     assert m.logits(z.bfloat16()).dtype == torch.float32
+
+
+def linear_products(function):
+    """FLOPs of the products that a call runs, as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+def test_flops_of_the_categorical_loss():
+    m, (z, _, index, slot) = fill(Categorical(D, 7)), rows()
+    counted = linear_products(lambda: m.loss(z, torch.zeros(5).long(), Rng(0), index, slot))
+    assert m.flops(5) == counted == 2 * 5 * D * 7
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_flops_of_the_diffusion_loss(blocks):
+    m, (z, x0, index, slot) = diffusion(blocks=blocks), rows()
+    table = 2 * 1000 * (256 * W + W * W)  # once per step, whatever the batch
+    assert m.flops(5) == linear_products(lambda: m.loss(z, x0, Rng(1), index, slot)) - table
+
+
+def test_saved_values_grow_with_rows_repeats_and_blocks():
+    assert Categorical(D, 7).saved_values(10) == 2 * Categorical(D, 7).saved_values(5)
+    assert diffusion(blocks=2).saved_values(10) == 2 * diffusion(blocks=2).saved_values(5)
+    per_block = diffusion(blocks=3).saved_values(1) - diffusion(blocks=2).saved_values(1)
+    assert per_block == REPEAT * 9 * W
+
+
+def test_a_categorical_draw_is_that_of_its_logits():
+    m, (z, _, index, slot) = fill(Categorical(D, 7)), rows()
+    options = SampleOptions(temperature=0.8, top_k=5)
+    code, chance = m.draw(z, Rng(3), index, slot, options)
+    uniform = Rng(3).uniform("sample.token", index, 1, slot)[:, 0]
+    expected, probability = sample_codes(m.logits(z), uniform, options)
+    assert torch.equal(code, expected)
+    torch.testing.assert_close(chance, probability)
+
+
+def test_a_diffusion_draw_denoises_with_its_own_network():
+    """DDIM, written out in float64 around the MLP of upstream. The limit keeps the first steps,
+    which multiply errors by thousands, within bounds."""
+    limit = 2.0
+    m, (z, _, index, slot) = diffusion(limit=limit), rows()
+    options = SampleOptions(diffusion_steps=4, diffusion_sampler="ddim")
+    drawn, chance = m.draw(z, Rng(3), index, slot, options)
+    assert chance is None
+    double = copy.deepcopy(m).double()
+    abar = (1 - ops.cosine_betas()).cumprod(0)
+    x = Rng(3).normal("sample.start", index, C, slot).double()
+    times = respaced(4).tolist()
+    for step in reversed(range(4)):
+        t = torch.full((len(z),), times[step])
+        now = float(abar[times[step]])
+        before = float(abar[times[step - 1]]) if step else 1.0
+        eps = upstream_mlp(double, x, t, z.double()).chunk(2, dim=1)[0]
+        x0 = ((x - math.sqrt(1 - now) * eps) / math.sqrt(now)).clamp(-limit, limit)
+        eps = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
+        x = math.sqrt(before) * x0 + math.sqrt(1 - before) * eps
+    assert x.abs().max() <= limit
+    torch.testing.assert_close(drawn, x.float(), rtol=1e-2, atol=1e-2)

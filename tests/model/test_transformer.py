@@ -3,14 +3,19 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from heptapod_fast import ops
-from heptapod_fast.model.transformer import Backbone, Block, Drop, NoDrop, Stream
+from heptapod_fast.model.dropout import Dropout
+from heptapod_fast.model.transformer import Backbone, Block, Stream
+from heptapod_fast.ops import CAUSAL, FULL
+from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache
 from tests.running import dense
 
 WIDTH, HEADS = 16, 2
+REFERENCE = Operators({"attention": "reference"})
 
 
 def fill(module, seed=0):
@@ -21,8 +26,8 @@ def fill(module, seed=0):
     return module
 
 
-def block(layer=0):
-    return fill(Block(WIDTH, HEADS, layer, "reference"))
+def block():
+    return fill(Block(WIDTH, HEADS, REFERENCE))
 
 
 def backbone(channels=0, vocabulary=7, tokens=6):
@@ -35,7 +40,7 @@ def backbone(channels=0, vocabulary=7, tokens=6):
             num_tokens=tokens,
             channels=channels,
             vocabulary=vocabulary,
-            attention="reference",
+            operators=REFERENCE,
         )
     )
 
@@ -69,57 +74,90 @@ def test_block_is_the_standard_pre_norm_block(causal):
     ours, x = block(), torch.randn(3, 6, WIDTH)
     mask = nn.Transformer.generate_square_subsequent_mask(6) if causal else None
     expected = torchs_own(ours).train()(x, src_mask=mask)
-    torch.testing.assert_close(dense(ours, x, causal=causal), expected, rtol=1e-4, atol=1e-4)
+    visible = CAUSAL if causal else FULL
+    torch.testing.assert_close(dense(ours, x, visible=visible), expected, rtol=1e-4, atol=1e-4)
 
 
-def drop_of(batch, length, p=0.3, sites=6):
-    keys = Rng(0).bits("d", torch.arange(batch), 2 * sites).unflatten(-1, (-1, 2))
-    return Drop(keys, torch.arange(length), p)
+def dropout_of(batch, length, p=0.3, sites=Block.SITES):
+    return Dropout.draw(p, "d", torch.arange(batch), 0, sites, length, Rng(0))
 
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_gathered_rows_equal_the_full_block(dropped):
-    module, sequence = block(1), torch.tensor([2, 0, 0, 1, 2])
+    module, sequence = block(), torch.tensor([2, 0, 0, 1, 2])
     element = torch.tensor([4, 0, 3, 1, 0])
-    options = dict(drop=drop_of(3, 5)) if dropped else {}
+    whole = packed = Block.NO_MASKS
+    if dropped:
+        dropout = dropout_of(3, 5)
+        whole = dropout.sites(0, Block.SITES)
+        packed = dropout.packed(sequence, element).sites(0, Block.SITES)
     results = []
-    for packed in (True, False):
+    for gathers in (True, False):
         x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        out = (
-            module.forward_rows(Stream(x), sequence, element, **options).value()
-            if packed
-            else dense(module, x, **options)[sequence, element]
-        )
+        if gathers:
+            out = module.forward_rows(Stream(x), sequence, element, masks=packed).value()
+        else:
+            out = dense(module, x, masks=whole)[sequence, element]
         grads = torch.autograd.grad((out * out.detach().cos()).sum(), (x, *module.parameters()))
         results.append((out, *grads))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-class Recorder(NoDrop):
-    """Dropout that is off and notes where it was asked for."""
-
-    def __init__(self):
-        self.sites = []
-
-    def mask(self, site):
-        self.sites.append(site)
-
-
 def test_dropout_acts_on_its_three_places():
     """After the projection, after GELU, after the second layer: a block written out."""
-    module, drop, x = block(2), drop_of(3, 5, sites=9), torch.randn(3, 5, WIDTH)
-    drops = [lambda y, site=site: ops.dropout(y, drop.mask(site)) for site in (6, 7, 8)]
-    h = x + drops[0](module.proj(module.attend(module.norm1(x))))
-    hidden = drops[1](nn.functional.gelu(module.fc1(module.norm2(h))))
-    expected = h + drops[2](module.fc2(hidden))
-    torch.testing.assert_close(dense(module, x, drop=drop), expected, rtol=1e-4, atol=1e-5)
+    module, x = block(), torch.randn(3, 5, WIDTH)
+    masks = dropout_of(3, 5).sites(0, Block.SITES)
+    after_projection, after_gelu, after_mlp = masks
+    h = x + ops.dropout(module.proj(module.attend(module.norm1(x), FULL)), after_projection)
+    hidden = ops.dropout(nn.functional.gelu(module.fc1(module.norm2(h))), after_gelu)
+    expected = h + ops.dropout(module.fc2(hidden), after_mlp)
+    torch.testing.assert_close(dense(module, x, masks=masks), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_the_backbone_uses_every_site_once():
-    drop = Recorder()
-    backbone()(torch.randn(1, 4, WIDTH), drop=drop)
-    assert drop.sites == list(range(6))
+def test_every_block_of_the_backbone_gets_masks_of_its_own():
+    module = backbone()
+    dropout = dropout_of(1, 4, sites=module.dropout_sites)
+    handed = []
+    for one in module.blocks:
+        one.register_forward_pre_hook(lambda module, inputs: handed.append(inputs[2]))
+    module(torch.randn(1, 4, WIDTH), dropout)
+    keys = [tuple(mask.key_P2.flatten().tolist()) for masks in handed for mask in masks]
+    assert keys == [tuple(key) for key in dropout.key_PS2[0].tolist()]
+    assert len(set(keys)) == module.dropout_sites == 6
+
+
+def test_the_stream_between_blocks_holds_no_parameter():
+    """Sharding may free a block's parameters as soon as it is done."""
+    module = backbone()
+    streams = []
+    for one in module.blocks:
+        one.register_forward_hook(lambda module, inputs, output: streams.append(output))
+    module(torch.randn(1, 4, WIDTH))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    assert len(streams) == 2
+    for stream in streams:
+        parts = [part for part in stream if torch.is_tensor(part)]
+        assert len(parts) == 3
+        assert not any(part.untyped_storage().data_ptr() in parameters for part in parts)
+
+
+def test_torch_compile_sees_one_block():
+    """Blocks of equal shapes are one graph: a second one, and other masks, compile nothing."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def run(block, x, masks):
+        return block(Stream(x), CAUSAL, masks).value()
+
+    module, x = backbone(), torch.randn(2, 4, WIDTH)
+    dropout = dropout_of(2, 4, sites=module.dropout_sites)
+    for number, one in enumerate(module.blocks):
+        masks = dropout.sites(Block.SITES * number, Block.SITES)
+        run(one, x, masks)
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
 
 
 def test_backbone_is_causal():
@@ -133,7 +171,7 @@ def test_backbone_is_causal():
 @pytest.mark.parametrize("parts", [[1] * 6, [2, 3, 1], [6], [1, 5]])
 def test_cache_equals_the_whole_sequence(parts):
     module, x = backbone(), torch.randn(2, 6, WIDTH)
-    cache, out, start = KVCache(2, 6), [], 0
+    cache, out, start = KVCache(len(module.blocks), 6), [], 0
     for count in parts:
         out.append(module(x[:, start : start + count], cache=cache))
         cache.advance(count)

@@ -1,4 +1,4 @@
-"""Who runs an operation: order, forcing by name, errors that say what to do."""
+"""Who runs an operation: order, asking by name, errors that say what to do."""
 
 import warnings
 
@@ -76,21 +76,21 @@ def test_shapes_that_a_kernel_cannot_take_are_told_once_or_refused(monkeypatch):
         assert dispatch.select("op", cpu, torch.float32, "auto", "too wide") == "reference"
     with pytest.raises(dispatch.Unavailable, match="too wide"):
         dispatch.select("op", cpu, torch.float32, "triton", "too wide")
-    monkeypatch.setitem(dispatch._forced, "op", "triton")
-    with pytest.raises(dispatch.Unavailable, match="too wide"):
-        dispatch.select("op", cpu, torch.float32, "auto", "too wide")
 
 
-def test_forcing_holds_until_it_is_lifted(operation, monkeypatch):
-    monkeypatch.setattr(dispatch, "_forced", {})
-    dispatch.force(operation, "reference")
-    assert dispatch.choose(operation, "cuda", torch.float32).implementation == "reference"
-    assert dispatch.choose(operation, "cuda", torch.float32, "fast").implementation == "fast"
-    dispatch.force(operation, "auto")
-    assert dispatch.choose(operation, "cuda", torch.float32).implementation == "fast"
-    with pytest.raises(ValueError, match="'quick'.*auto, fast"):
-        dispatch.force(operation, "quick")
-    assert dispatch.operations("fast") == ("op",) and dispatch.operations("quick") == ()
+def test_operators_hand_on_what_was_asked(operation):
+    choices = [dispatch.choose(operation, "cpu", torch.float32, "reference")]
+    operators = dispatch.Operators({operation: "reference"}, choices)
+    assert operators[operation] == "reference"
+    assert operators["another"] == "auto"
+    assert operators.lines() == ["op: reference (asked for)"]
+    assert dispatch.AUTO[operation] == "auto"
+    assert dispatch.AUTO.lines() == []
+
+
+def test_operations_by_their_implementations(operation):
+    assert dispatch.operations("fast") == ("op",)
+    assert dispatch.operations("quick") == ()
 
 
 def test_operations_that_run_alike_share_a_line():

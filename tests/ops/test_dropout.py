@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from heptapod_fast.model.transformer import Drop
-from heptapod_fast.ops import DropoutMask, dispatch, dropout
+from heptapod_fast.ops import DropoutMask, dropout
 from heptapod_fast.ops.dropout import _operator
 from heptapod_fast.ops.dropout_mask import keep_mask
 from heptapod_fast.rng import Rng
@@ -81,21 +80,6 @@ def test_p_zero_returns_the_input_itself():
     assert dropout(x, draw_mask(2, 3, 0.0)) is x and dropout(x, None) is x
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_rows_get_the_mask_of_the_dense_ones(dtype):
-    key_PS2 = Rng(0).bits("k", torch.arange(5), 8).unflatten(-1, (4, 2))
-    drop = Drop(key_PS2, torch.arange(6), 0.5)
-    x = torch.randn(5, 6, 10).to(dtype)
-    sequence, element = torch.tensor([4, 0, 0, 3]), torch.tensor([5, 1, 2, 0])
-    for site in range(4):
-        dense = dropout(x, drop.mask(site))
-        assert dense.dtype == dtype
-        rows = drop.packed(sequence, element).mask(site)
-        packed = dropout(x[sequence, element], rows)
-        assert torch.equal(packed, dense[sequence, element])
-    assert not torch.equal(dropout(x, drop.mask(0)), dropout(x, drop.mask(1)))
-
-
 def test_masks_that_do_not_fit_are_refused():
     x, mask = torch.randn(2, 3, 4), draw_mask(2, 3, 0.5)
     with pytest.raises(ValueError, match="dividing 4 rows"):
@@ -123,19 +107,19 @@ def test_kernel_equals_reference(shape, p):
 
 @needs_triton
 @pytest.mark.parametrize("packed", [False, True])
-def test_kernel_reads_the_keys_of_a_table(packed, monkeypatch):
+def test_kernel_reads_the_keys_of_a_table(packed):
     """As the model calls it: keys are columns of a (P, sites, 2) table, strided views."""
-    monkeypatch.setitem(dispatch._forced, "dropout", "triton")
     keys = torch.randint(0, 2**32, (3, 4, 2), device=DEVICE)
-    drop = Drop(keys, torch.arange(5, device=DEVICE), 0.5)
+    element = torch.arange(5, device=DEVICE)
     x = torch.randn(3, 5, 16, device=DEVICE)
     if packed:
         sequence = torch.tensor([2, 0, 1, 2], device=DEVICE)
         element = torch.tensor([1, 4, 0, 3], device=DEVICE)
-        drop, x = drop.packed(sequence, element), x[sequence, element]
+        keys, x = keys[sequence], x[sequence, element]
     for site in range(4):
-        expected = dropout(x, drop.mask(site), implementation="reference")
-        assert torch.equal(dropout(x, drop.mask(site)), expected)
+        mask = DropoutMask(keys[:, site], element, 0.5)
+        expected = dropout(x, mask, implementation="reference")
+        assert torch.equal(dropout(x, mask, implementation="triton"), expected)
 
 
 @needs_triton

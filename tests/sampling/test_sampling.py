@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from heptapod_fast import grid
+from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.sampling.generate import generate, spread
+from heptapod_fast.systems.heptapod import HeptapodOptions
 from tests.running import dense
 
 RNG, TOKENS = Rng(4), 16
@@ -14,8 +16,8 @@ KINDS = ("discrete", "continuous")
 CLASSES, INDEX = torch.tensor([0, 2, 1]), torch.tensor([5, 0, 9])
 
 
-def quick(**settings):
-    return SampleOptions(diffusion_steps=4, **settings)
+def quick(**options):
+    return HeptapodOptions(diffusion_steps=4, **options)
 
 
 def taken(tokens, order):
@@ -35,7 +37,7 @@ def states_so_far(system, tokens, order, seen):
 def head_at(system, h, order, seen, position):
     """The head's vectors at one position of every sequence: (B, D)."""
     step = torch.full((3, 1), seen)
-    if system.config.head == "local":
+    if system.settings.head == "local":
         window = system.head.window_positions(position)
         z = system.head(h, step, window).view(3, -1, h.shape[-1])
         return z[torch.arange(3), (window == position[:, None]).int().argmax(1)]
@@ -54,10 +56,10 @@ def naive_heptapod(system, options):
     for step, count in enumerate(sizes):
         h = states_so_far(system, tokens, order, seen)
         candidates = order[:, seen:]
-        drawn = [
-            system.draw_tokens(head_at(system, h, order, seen, p), RNG.at(step), INDEX, p, options)
-            for p in candidates.unbind(1)
-        ]
+        drawn = []
+        for position in candidates.unbind(1):
+            z = head_at(system, h, order, seen, position)
+            drawn.append(system.token_loss.draw(z, RNG.at(step), INDEX, position, options))
         if options.position_order == "confidence":
             best = torch.stack([chance for _, chance in drawn], 1).argsort(1, descending=True)
         else:
@@ -87,7 +89,7 @@ def naive_next_token(system, options):
                 dim=1,
             )
         position = order[:, step]
-        token = system.draw_tokens(
+        token = system.token_loss.draw(
             system.backbone(x)[:, -1], RNG.at(step), INDEX, position, options
         )[0]
         tokens[torch.arange(3), position] = token
@@ -130,7 +132,8 @@ def test_confidence_equals_the_naive_sampler(make_system, k):
 @pytest.mark.parametrize("name", ["1d-raster", "1d-random"])
 def test_baselines_equal_the_naive_sampler(make_system, name, kind):
     system = make_system(kind, system=name).eval()
-    agree(system.sample(CLASSES, RNG, quick(), INDEX), naive_next_token(system, quick()))
+    plain = SampleOptions(diffusion_steps=4)
+    agree(system.sample(CLASSES, RNG, plain, INDEX), naive_next_token(system, plain))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,11 +161,8 @@ def test_sampling_ignores_dropout(make_system):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sdpa_samples_what_the_reference_samples(make_system, kind):
-    system = make_system(kind).eval()
-    expected = system.sample(CLASSES, RNG, quick(), INDEX)
-    for module in system.modules():
-        if hasattr(module, "attention"):
-            module.attention = "sdpa"
+    expected = make_system(kind).eval().sample(CLASSES, RNG, quick(), INDEX)
+    system = make_system(kind, operators=Operators({"attention": "sdpa"})).eval()
     agree(system.sample(CLASSES, RNG, quick(), INDEX), expected)
 
 
@@ -173,19 +173,15 @@ def test_classes_out_of_range_are_refused(make_system, name, bad):
         make_system(system=name).sample(torch.tensor([0, bad]), RNG)
 
 
-@pytest.mark.parametrize(
-    "settings, options, flag",
-    [
-        (dict(system="1d-random"), dict(positions_per_step=2), "--positions-per-step"),
-        (dict(system="1d-raster"), dict(position_order="confidence"), "--position-order"),
-        (dict(head="local", window=4), dict(position_order="confidence"), "--head local"),
-        (dict(), dict(positions_per_step=17), "--positions-per-step 17"),
-        (dict(), dict(guidance=1.5), "--guidance"),
-    ],
-)
-def test_systems_refuse_what_they_cannot_do(make_system, settings, options, flag):
-    with pytest.raises(ValueError, match=flag):
-        make_system(**settings).sample(CLASSES, RNG, SampleOptions(**options))
+def test_a_local_head_refuses_to_compare_the_whole_grid(make_system):
+    system = make_system(head="local", window=4)
+    with pytest.raises(ValueError, match="--position-order confidence .*--head local"):
+        system.sample(CLASSES, RNG, quick(position_order="confidence"))
+
+
+def test_more_positions_than_there_are_is_refused(make_system):
+    with pytest.raises(ValueError, match="--positions-per-step 17"):
+        make_system().sample(CLASSES, RNG, quick(positions_per_step=17))
 
 
 def test_spread():
@@ -200,8 +196,9 @@ def test_generate_does_not_depend_on_its_batches(make_system):
             return tokens[:, None].float()
 
     system = make_system().eval()
-    system.tokenizer = Decoder()
     done, classes = [], torch.tensor([0, 1, 2, 0, 1])
-    images = generate(system, classes, RNG, quick(), batch=2, progress=lambda *a: done.append(a))
-    assert torch.equal(images, generate(system, classes, RNG, quick(), batch=5))
+    images = generate(
+        system, Decoder(), classes, RNG, quick(), batch=2, progress=lambda *a: done.append(a)
+    )
+    assert torch.equal(images, generate(system, Decoder(), classes, RNG, quick(), batch=5))
     assert done == [(2, 5), (4, 5), (5, 5)]

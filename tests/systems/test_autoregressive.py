@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from heptapod_fast.data import Batch
+from heptapod_fast.data.tokens import Batch
 from heptapod_fast.rng import Rng
 
 RNG, TOKENS = Rng(9), 16

@@ -7,10 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from heptapod_fast import grid
-from heptapod_fast.data import Batch
+from heptapod_fast.data.tokens import Batch
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import build_system
-from heptapod_fast.tokenizers import token_spec
 from tests.running import dense
 
 RNG = Rng(9)
@@ -37,7 +36,7 @@ def vectors(system, batch):
     """The head's output for every sequence, step and query: (B, N, queries, D)."""
     order, steps = orders(batch), EVERY_STEP[: len(batch)]
     h = system.states(batch, order, RNG)
-    head = system.global_head if system.config.head == "global" else system.local_head
+    head = system.global_head if system.settings.head == "global" else system.local_head
     rows, z = head(h, order, steps, batch.index, RNG)
     return z.view(len(batch), TOKENS, -1, z.shape[-1])
 
@@ -99,9 +98,9 @@ def test_predictions_do_not_know_the_order_to_come(make_system, make_batch, head
 
 def dense_loss(system, batch):
     """Every step's head run in full, every position scored, the seen ones masked out."""
-    config = system.config
-    order, n = orders(batch), config.density
-    steps = grid.draw_steps(batch.index, TOKENS, n, config.steps, RNG)
+    settings = system.settings
+    order, n = orders(batch), settings.density
+    steps = grid.draw_steps(batch.index, TOKENS, n, settings.steps, RNG)
     x = system.head.assemble(system.states(batch, order, RNG), order, steps)
     for block in system.head.blocks:
         x = dense(block, x)
@@ -111,9 +110,10 @@ def dense_loss(system, batch):
     slot = pair % n * TOKENS + position
     unseen = (grid.ranks(order)[:, None] >= steps[..., None]).flatten(0, 1).float()
     count = float(unseen.sum())
-    if config.loss_weight == "step":
+    if settings.loss_weight == "step":
         unseen, count = unseen / unseen.sum(1, keepdim=True), float(len(unseen))
-    total, _ = system.token_losses(z, batch, pair // n, position, slot, RNG, unseen.flatten())
+    rows = grid.Rows(pair // n, pair % n, position, slot, unseen.flatten())
+    total, _ = system.token_losses(z, batch, rows, RNG)
     return total, count
 
 
@@ -196,21 +196,23 @@ def test_dropout_acts_in_training_only_and_repeats(make_system, make_batch, head
     trained = [total(system.train()) for _ in range(2)]
     calm = total(system.eval())
     assert trained[0] == trained[1] != calm
-    system.config = make_system(dropout=0.0, **head).config
+    system.settings = make_system(dropout=0.0, **head).settings
     assert total(system.train()) == calm
 
 
 def test_dropout_masks_differ_between_steps_layers_and_sequences(make_system):
     system = make_system(dropout=0.5, density=2).train()
-    drop = system.head_drop("head", torch.arange(2), 17, RNG)
-    assert drop.key_PS2.shape == (4, 6, 2) and len(drop.key_PS2.flatten(0, 1).unique(dim=0)) == 24
-    cross = system.head_drop("cross", torch.arange(2), 17, RNG)
+    dropout = system.head_dropout("head", torch.arange(2), 17, system.head.dropout_sites, RNG)
+    assert dropout.key_PS2.shape == (4, 6, 2)
+    assert len(dropout.key_PS2.flatten(0, 1).unique(dim=0)) == 24
+    cross = system.head_dropout("cross", torch.arange(2), 17, 2, RNG)
     assert cross.key_PS2.shape == (4, 2, 2)
+    assert not (cross.key_PS2[:, :, None] == dropout.key_PS2[:, None]).all(-1).any()
 
 
 def test_start_of_training_is_the_uniform_guess(make_config, make_batch):
     config = make_config()
-    system = build_system(config, token_spec("patch-vq", 4, 1, 11), 3)
+    system = build_system(config, 3)
     loss = system.loss(make_batch(system, 64), RNG)
     assert float(loss.mean.detach()) == pytest.approx(math.log(11), abs=0.05)
 
@@ -253,11 +255,11 @@ def test_expected_count_of_mar_steps_is_the_mean(make_system, settings):
     order = grid.random_orders(index, TOKENS, RNG)
     for first in range(400):
         steps = grid.draw_steps(index[first:], TOKENS, 1, "mar", RNG)[:1].expand(400, 1)
-        if system.config.head == "local":
+        if system.settings.head == "local":
             window = system.head.window_positions(order.gather(1, steps).flatten())
-            rows = grid.window_rows(window, grid.ranks(order), steps, system.config.loss_weight)
+            rows = grid.window_rows(window, grid.ranks(order), steps, system.settings.loss_weight)
         else:
-            rows = grid.padded_rows(grid.ranks(order), steps, system.config.loss_weight)
+            rows = grid.padded_rows(grid.ranks(order), steps, system.settings.loss_weight)
         counts.append(float(rows.weight_R.sum()))
     assert sum(counts) / 400 == pytest.approx(system.expected_count(400), rel=0.01)
 

@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from heptapod_fast.systems import build_system
-from heptapod_fast.tokenizers import token_spec
 
 
 def fresh(make_config, kind="continuous", seed=0, **settings):
     config = make_config(kind, seed=seed, width=64, **settings)
-    spec = token_spec(config.tokenizer, config.image_size, config.patch_size, config.codes)
-    return build_system(config, spec, config.num_classes)
+    return build_system(config, config.data.num_classes)
 
 
 def normal(tensor, deviation=0.02):
@@ -56,7 +54,7 @@ def test_fused_qkv_is_one_xavier_matrix(make_config):
 def test_codes_are_normal(make_config):
     system = fresh(make_config, "discrete", codes=500)
     assert normal(system.token_loss.output.weight)
-    assert normal(system.backbone.token.weight, system.config.embedding_std)
+    assert normal(system.backbone.token.weight, system.settings.embedding_std)
 
 
 def test_parameters_differ_among_themselves(make_config):
@@ -81,3 +79,17 @@ def test_start_of_a_parameter_depends_on_its_name_only(make_config):
     shallow, deep = fresh(make_config, depth=1), fresh(make_config, depth=4)
     assert torch.equal(shallow.backbone.blocks[0].fc1.weight, deep.backbone.blocks[0].fc1.weight)
     assert torch.equal(shallow.head.blocks[1].proj.weight, deep.head.blocks[1].proj.weight)
+
+
+def test_a_module_that_nobody_initialises_is_an_error(make_system):
+    system = make_system()
+    system.backbone.norm = torch.nn.RMSNorm(32)
+    with pytest.raises(TypeError, match="how backbone.norm.weight of a RMSNorm starts"):
+        system.initialise(0)
+
+
+def test_a_learned_token_that_nobody_initialises_is_an_error(make_system):
+    system = make_system()
+    system.head.another_token = torch.nn.Parameter(torch.empty(1, 32))
+    with pytest.raises(TypeError, match="how head.another_token of a GlobalHead starts"):
+        system.initialise(0)

@@ -18,18 +18,17 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """kernels(True): every operation that has a Triton kernel runs it; attention has none for
-    float32."""
-    monkeypatch.setattr(dispatch, "_forced", {})
+def operators(on, attention=False):
+    """Operators: every one that has a Triton kernel runs it (on), or its reference. Attention has
+    no kernel for float32."""
+    asked = {}
+    for operation in dispatch.operations("triton"):
+        has_kernel = on and (attention or operation != "attention")
+        asked[operation] = "triton" if has_kernel else "reference"
+    return dispatch.Operators(asked)
 
-    def switch(on, attention=False):
-        for operation in dispatch.operations("triton"):
-            kernel = on and (attention or operation != "attention")
-            dispatch.force(operation, "triton" if kernel else "reference")
 
-    return switch
+REFERENCE, KERNELS, KERNELS_AND_ATTENTION = operators(False), operators(True), operators(True, True)
 
 
 def loss_and_gradients(system, batch):
@@ -42,14 +41,15 @@ def loss_and_gradients(system, batch):
 @needs_triton
 @pytest.mark.parametrize("tokens, settings", CASES)
 def test_kernels_give_the_loss_and_gradients_of_the_reference(
-    kernels, make_system, make_batch, tokens, settings
+    make_system, make_batch, tokens, settings
 ):
-    system = make_system(tokens, device=DEVICE, **settings).train()
+    system, with_kernels = (
+        make_system(tokens, device=DEVICE, operators=operators, **settings).train()
+        for operators in (REFERENCE, KERNELS)
+    )
     batch = make_batch(system, 2).to(DEVICE)
-    kernels(False)
     expected_loss, expected = loss_and_gradients(system, batch)
-    kernels(True)
-    loss, gradients = loss_and_gradients(system, batch)
+    loss, gradients = loss_and_gradients(with_kernels, batch)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     for (name, _), found, wanted in zip(system.named_parameters(), gradients, expected):
         scale = float(wanted.abs().max())
@@ -73,18 +73,19 @@ def test_kernels_give_the_loss_and_gradients_of_the_reference(
     ],
 )
 def test_bf16_gradients_are_as_close_to_float32_as_the_references(
-    kernels, make_system, make_batch, tokens, settings
+    make_system, make_batch, tokens, settings
 ):
     """Relative to each parameter's largest gradient; the kernels round less often."""
     settings = dict(HEPTAPOD, width=64, dropout=0.1) | settings
-    system = make_system(tokens, device=DEVICE, **settings).train()
-    batch = make_batch(system, 4).to(DEVICE)
-    kernels(False)
-    _, exact = loss_and_gradients(system, batch)
-    system.set_dtype(torch.bfloat16)
+    systems = [
+        make_system(tokens, device=DEVICE, operators=operators, **settings).train()
+        for operators in (REFERENCE, KERNELS_AND_ATTENTION)
+    ]
+    batch = make_batch(systems[0], 4).to(DEVICE)
+    _, exact = loss_and_gradients(systems[0], batch)
     errors = []
-    for on in (False, True):
-        kernels(on, attention=True)
+    for system in systems:
+        system.set_dtype(torch.bfloat16)
         _, found = loss_and_gradients(system, batch)
         errors.append(sum(float((f - e).norm() / e.norm()) for f, e in zip(found, exact)))
     assert errors[1] < 1.2 * errors[0]
@@ -92,10 +93,9 @@ def test_bf16_gradients_are_as_close_to_float32_as_the_references(
 
 @needs_triton
 @pytest.mark.parametrize("tokens", ["discrete", "continuous"])
-def test_two_runs_give_the_same_bits(kernels, make_system, make_batch, tokens):
-    system = make_system(tokens, device=DEVICE, dropout=0.1, **HEPTAPOD).train()
+def test_two_runs_give_the_same_bits(make_system, make_batch, tokens):
+    system = make_system(tokens, device=DEVICE, operators=KERNELS, dropout=0.1, **HEPTAPOD).train()
     batch = make_batch(system, 2).to(DEVICE)
-    kernels(True)
     first, second = (loss_and_gradients(system, batch) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
@@ -103,16 +103,17 @@ def test_two_runs_give_the_same_bits(kernels, make_system, make_batch, tokens):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_backbone_is_one_graph(kernels, make_system, make_batch, dtype):
+def test_the_backbone_is_one_graph(make_system, make_batch, dtype):
     """torch.compile(fullgraph=True) of the backbone, with dropout, kernels on."""
-    kernels(True, attention=dtype == torch.bfloat16)
-    system = make_system("discrete", device=DEVICE, width=64, dropout=0.1, **HEPTAPOD).train()
+    operators = KERNELS_AND_ATTENTION if dtype == torch.bfloat16 else KERNELS
+    system = make_system(
+        "discrete", device=DEVICE, operators=operators, width=64, dropout=0.1, **HEPTAPOD
+    ).train()
     x = torch.randn(2, 16, 64, device=DEVICE, dtype=dtype)
-    drop = system.drop(
-        "backbone", torch.arange(2, device=DEVICE), 0, 3 * len(system.backbone.blocks), 16, Rng(0)
-    )
+    index = torch.arange(2, device=DEVICE)
+    dropout = system.dropout("backbone", index, 0, system.backbone.dropout_sites, Rng(0))
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x: system.backbone(x, drop), fullgraph=True, backend="aot_eager"
+        lambda x: system.backbone(x, dropout), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(compiled(x), system.backbone(x, drop))
+    torch.testing.assert_close(compiled(x), system.backbone(x, dropout))
