@@ -53,7 +53,8 @@ def flags(**settings) -> list[str]:
     words = []
     for name, value in (TINY | settings).items():
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 

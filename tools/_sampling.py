@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from _cli import given, group_of_flags, parse, tyro
 
 from heptapod_fast.config import Settings
-from heptapod_fast.config.settings import setting
+from heptapod_fast.config.settings import setting, type_hints
 from heptapod_fast.systems import SYSTEMS
 
 MOST_IMAGES = 10_000_000
@@ -82,12 +82,13 @@ def _all_options() -> type[Settings]:
     """A group of the options of all systems, and of those that some refuse with a reason."""
     fields: dict[str, Any] = {}
     for system in SYSTEMS.values():
+        kinds = type_hints(system.Options)
         for field in dataclasses.fields(system.Options):
             about = setting(field.metadata["help"], default=field.default)
-            fields.setdefault(field.name, (field.name, field.type, about))
+            fields.setdefault(field.name, (field.name, kinds[field.name], about))
     for system in SYSTEMS.values():
         for name in system.REFUSED_OPTIONS:
-            nobody = setting("No system of this version understands it.")
+            nobody = setting("Understood by no system of this version.")
             fields.setdefault(name, (name, str, nobody))
     made = dataclasses.make_dataclass(
         "AllOptions",

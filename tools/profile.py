@@ -52,7 +52,7 @@ def work() -> int:
     out = Path(arguments.profile_out)
     if arguments.op is not None:
         return profile_operation(arguments.op, config.run.device, arguments.profile_steps, out)
-    if config.data.data is None and config.size != "tiny":
+    if config.data.data is None and config.model.size(config.size).data.data is None:
         config = config.replace(data="synthetic")
     config = config.resolve()
 

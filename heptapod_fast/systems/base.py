@@ -8,7 +8,7 @@ environment and no clock. `docs/add-a-system.md` adds one step by step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -105,6 +105,19 @@ class System(nn.Module, ABC):
     def phase(self, images: int, total: int) -> Phase:
         """The phase of the step that begins after `images` of `total` images. Host arithmetic."""
         return Phase(0, total)
+
+    def phases(self, total: int) -> Iterator[Phase]:
+        """All phases of a run over `total` images, in order."""
+        images = 0
+        while images < total:
+            phase = self.phase(images, total)
+            if not phase.first <= images < phase.end:
+                raise ValueError(
+                    f"{type(self).__name__}.phase: {phase} does not hold image {images}, for which "
+                    "it was asked"
+                )
+            yield phase
+            images = phase.end
 
     @abstractmethod
     def expected_count(self, batch: int, phase: Phase | None = None) -> float:

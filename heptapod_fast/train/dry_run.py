@@ -101,9 +101,8 @@ def parameter_lines(system: System) -> list[str]:
 
 def flops_lines(config: Config, system: System) -> list[str]:
     """Forward FLOPs by part, and the total of a training step, for every phase."""
-    lines, images, total = [], 0, config.recipe.images
-    while images < total:
-        phase = system.phase(images, total)
+    lines = []
+    for phase in system.phases(config.recipe.images):
         if phase.name:
             lines.append(f"  {phase.name}, images {phase.first:,} to {phase.end:,}")
         for name, value in system.flops_per_image(phase).items():
@@ -111,7 +110,6 @@ def flops_lines(config: Config, system: System) -> list[str]:
                 lines.append(f"  {name:22} {value / 1e9:>12.4f} GFLOP forward")
         training = training_flops(system, phase) / 1e9
         lines.append(f"  {'training':22} {training:>12.4f} GFLOP")
-        images = phase.end
     return lines
 
 

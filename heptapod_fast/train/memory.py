@@ -27,9 +27,10 @@ def estimate(config: Config, system: System, micro_batch: int) -> MemoryEstimate
     is_mixed = config.run.precision != "fp32"
     per_parameter = bytes_per_parameter(len(config.recipe.ema), is_mixed)
     count = sum(parameter.numel() for parameter in system.parameters())
-    # The phases of a run differ; the last one is the largest of all systems so far.
-    values = micro_batch * system.saved_values()
-    return MemoryEstimate(per_parameter * count, per_parameter, values * (2 if is_mixed else 4))
+    largest = max(system.saved_values(phase) for phase in system.phases(config.recipe.images))
+    bytes_per_value = 2 if is_mixed else 4
+    activations = micro_batch * largest * bytes_per_value
+    return MemoryEstimate(per_parameter * count, per_parameter, activations)
 
 
 def bytes_per_parameter(averages: int, is_mixed: bool) -> int:
