@@ -2,25 +2,25 @@
 docs/kernels/attention.md leads from the formula to this kernel, docs/attention.md says why it is
 built this way. The backward pass is in attention_backward.py.
 
-One launch, no atomics. A program takes a block of BLOCK_Q queries of one head and goes through the
-keys in blocks of BLOCK_K with the online softmax, in base 2: exp2 is one instruction on a GPU, and
-the factor log2(e) that turns exp into exp2 is part of the scale.
+One launch. A program takes a block of BLOCK_Q queries of one head and goes through the keys, in
+blocks of BLOCK_K, with the online softmax. It computes in base 2, because exp2 is one instruction
+on a GPU and exp is two; the factor log2(e) that this takes is part of the scale.
 
-At 256 elements attention waits for memory on Hopper cards, so what counts is how much is read and
+At 256 elements attention is bound by memory on Hopper cards, so what counts is how much is read and
 written:
 
 - q, k and v are read where the projection wrote them, or where the KV cache is.
-- A head that is 80 or 96 wide is two tiles of columns (64 + 16, 64 + 32) and never padded to 128.
-  E = E0 + E1: a name with a 0 belongs to the first tile, with a 1 to the second. E1 is 0 where one
-  tile is enough.
+- A head that is 80 or 96 wide is two tiles of columns (64 + 16, 64 + 32), never padded to 128:
+  E = E0 + E1. A name that ends in 0 belongs to the first tile, one that ends in 1 to the second. E1
+  is 0 where one tile is enough.
 - 257 elements are a class token and a grid of 256. A tile for the last one would be almost empty,
-  so the last element (the TAIL) is computed apart, on CUDA cores.
+  so the last element (the TAIL) is computed separately, on CUDA cores.
 
-Who sees whom is a constant of the compiled kernel (KIND). Lengths are no constants, because a KV
-cache grows by one element each step.
+Who sees whom is a constant of the compiled kernel (KIND). Lengths are not constants, because a KV
+cache grows by one element with each step.
 
-Words: a block is a run of queries or keys; a tile is a two-dimensional piece of a matrix, its shape
-stands in brackets; all strides count values, not bytes. Suffixes: docs/legend.md.
+Words: a block is a run of queries or keys. A tile is a two-dimensional piece of a matrix; its shape
+stands in brackets, as in docs/legend.md. Strides count values, not bytes.
 """
 
 from __future__ import annotations
@@ -93,6 +93,17 @@ def store_tile(
 
 
 @triton.jit
+def load_float_tile(
+    ptr,  # of row 0, column 0
+    row,  # [rows], all of which exist
+    column,  # [columns]
+    row_stride,  # values from one row to the next
+):
+    """[rows, columns]: some columns of some rows, in float32."""
+    return load_tile(ptr, row, column, row_stride, 0, EVEN=True).to(tl.float32)
+
+
+@triton.jit
 def load_vector(ptr, column):
     """[columns]: some columns of the row that `ptr` points at, in float32."""
     return tl.load(ptr + column).to(tl.float32)
@@ -158,10 +169,10 @@ def _attend_last_query(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The last query against keys 0..last, on CUDA cores.
+    """The last query sees all keys, on CUDA cores.
 
     BLOCK_K online softmaxes run side by side, one for each place in a block of keys, and are joined
-    at the end. So nothing in the loop is summed across keys: such a sum makes all threads wait for
+    at the end. So the loop contains no sum across keys, for which threads would have to wait for
     each other.
     """
     # Phase 1: the query, and its score with the last key, which no block contains.
@@ -177,22 +188,22 @@ def _attend_last_query(
     running_max = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_K,), tl.float32)
 
-    # Phase 2: the other keys. `last` is a multiple of BLOCK_K, so no key needs a check.
+    # Phase 2: the other keys. `last` is a multiple of BLOCK_K, so they fill their blocks.
     for first_key in tl.range(0, last, BLOCK_K, num_stages=STAGES):
         key = first_key + tl.arange(0, BLOCK_K)
-        k0 = load_tile(k_ptr, key, column0, kv_row_stride, last, True).to(tl.float32)
+        k0 = load_float_tile(k_ptr, key, column0, kv_row_stride)
         scores = tl.sum(k0 * q0[None, :], 1)  # [BLOCK_K]
         if E1 > 0:
-            k1 = load_tile(k_ptr, key, column1, kv_row_stride, last, True).to(tl.float32)
+            k1 = load_float_tile(k_ptr, key, column1, kv_row_stride)
             scores += tl.sum(k1 * q1[None, :], 1)
         new_max = tl.maximum(running_max, scores)
         weights = tl.exp2(scores - new_max)
         rescale = tl.exp2(running_max - new_max)
         running_sum = running_sum * rescale + weights
-        v0 = load_tile(v_ptr, key, column0, kv_row_stride, last, True).to(tl.float32)
+        v0 = load_float_tile(v_ptr, key, column0, kv_row_stride)
         acc0 = acc0 * rescale[:, None] + weights[:, None] * v0  # [BLOCK_K, E0]
         if E1 > 0:
-            v1 = load_tile(v_ptr, key, column1, kv_row_stride, last, True).to(tl.float32)
+            v1 = load_float_tile(v_ptr, key, column1, kv_row_stride)
             acc1 = acc1 * rescale[:, None] + weights[:, None] * v1  # [BLOCK_K, E1]
         running_max = new_max
 
@@ -240,13 +251,14 @@ def _attend_query_block(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_Q queries of one head against all keys that they see, on tensor cores."""
-    # A mask is scheduled in blocks of 64 keys, for rows of 64 or 128 queries. And a TAIL says that
-    # the other keys are a multiple of 64, so that 128 at once would pass the last one.
+    """BLOCK_Q queries of one head see their keys, on tensor cores."""
+    # A mask is scheduled in blocks of 64 keys, for 64 or 128 queries. With a TAIL, the other keys
+    # are a multiple of 64: a block of 128 could contain the last key, which would count twice.
     tl.static_assert(BLOCK_K == 64 or (KIND != BLOCKS and not TAIL))
     tl.static_assert(BLOCK_Q == 64 or BLOCK_Q == 128)
 
-    # Phase 1: the queries stay in registers. With a TAIL the last query is not one of them.
+    # Phase 1: load the queries; they stay in registers. With a TAIL the last query is not one of
+    # them.
     query_end = queries - TAIL
     column0 = tl.arange(0, E0)
     column1 = E0 + tl.arange(0, max(E1, 1))  # unused where E1 is 0; an empty range is not allowed
@@ -255,11 +267,11 @@ def _attend_query_block(
     if E1 > 0:
         q1 = load_tile(q_ptr, query, column1, q_row_stride, query_end, EVEN)  # [BLOCK_Q, E1]
 
-    # Phase 2: begin the online softmax. For each query it keeps the largest score so far, the sum
-    # of exp2(score - largest), and the sum of exp2(score - largest) * value: the output, before it
-    # is divided. Scores are in base 2: multiplied with scale_log2.
+    # Phase 2: begin the online softmax. It keeps three things for each query, all over the keys so
+    # far: the largest score (running_max), the sum of the weights exp2(score - largest)
+    # (running_sum), and the sum of weight * value (acc), which is the output before the division.
     if TAIL:
-        # The last key begins: the largest score is its score, its weight is exp2(0) = 1.
+        # The last key goes first. So far its score is the largest, and its weight is exp2(0) = 1.
         last_kv = query_end * kv_row_stride
         float_q0 = q0.to(tl.float32)
         running_max = tl.sum(float_q0 * load_vector(k_ptr + last_kv, column0)[None, :], 1)
@@ -281,7 +293,7 @@ def _attend_query_block(
 
     # Phase 3: how many blocks of keys these queries visit.
     position_offset = keys - queries
-    # Two placeholders: `_hide_unseen` takes both always and reads each for one KIND.
+    # Two placeholders: `_hide_unseen` always takes both, and reads each for one KIND only.
     visible_end = query
     query_bits_ptr = query
     if KIND == ENDS:
@@ -299,14 +311,14 @@ def _attend_query_block(
     else:
         key_blocks = tl.cdiv(keys - TAIL, BLOCK_K)
 
-    # Phase 4: the blocks of keys, with the loads of the next ones under way (STAGES).
+    # Phase 4: the blocks of keys. While one is computed, the next ones are being loaded (STAGES).
     for step in tl.range(0, key_blocks, num_stages=STAGES):
         first_key = step * BLOCK_K
         if KIND == BLOCKS:
             first_key = tl.load(schedule_ptr + 1 + step) * BLOCK_K
         key = first_key + tl.arange(0, BLOCK_K)
 
-        # Phase 4a: scores. E = E0 + E1 makes them a sum of two products.
+        # Phase 4a: the scores, a product over E = E0 + E1 columns and so a sum of two.
         k0 = load_tile(k_ptr, key, column0, kv_row_stride, keys, EVEN)  # [BLOCK_K, E0]
         scores = tl.dot(q0, tl.trans(k0))  # [BLOCK_Q, BLOCK_K]
         if E1 > 0:
@@ -327,22 +339,22 @@ def _attend_query_block(
             EVEN,
         )
 
-        # Phase 4b: the softmax. What was summed so far was relative to the old maximum: `rescale`
-        # makes it relative to the new one.
+        # Phase 4b: the weights. The sums so far are relative to the old maximum; `rescale` makes
+        # them relative to the new one.
         new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2)  # [BLOCK_Q]
         subtracted = new_max
         if KIND == ENDS or KIND == BLOCKS:
             # A query may see its first key in a later block. Until then its maximum is -inf, and
-            # -inf - -inf is NaN; subtracting 0 gives weights of exp2(-inf) = 0. With the other
-            # kinds every query sees a key of its first block; rows past the end may become NaN,
-            # and are not stored.
+            # -inf - -inf would be NaN. With 0 subtracted, its weights are exp2(-inf) = 0. With the
+            # other kinds every query sees a key of its first block. (Rows past the end may become
+            # NaN; they are not stored.)
             subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores * scale_log2 - subtracted[:, None])  # [BLOCK_Q, BLOCK_K]
         rescale = tl.exp2(running_max - subtracted)  # [BLOCK_Q]
         running_sum = running_sum * rescale + tl.sum(weights, 1)
         running_max = new_max
 
-        # Phase 4c: the values. Tensor cores take the weights in the type of the values.
+        # Phase 4c: add weight * value. Tensor cores take both in one type.
         v0 = load_tile(v_ptr, key, column0, kv_row_stride, keys, EVEN)  # [BLOCK_K, E0]
         weights = weights.to(v0.dtype)
         acc0 = tl.dot(weights, v0, acc0 * rescale[:, None])  # [BLOCK_Q, E0]
@@ -350,7 +362,8 @@ def _attend_query_block(
             v1 = load_tile(v_ptr, key, column1, kv_row_stride, keys, EVEN)  # [BLOCK_K, E1]
             acc1 = tl.dot(weights, v1, acc1 * rescale[:, None])  # [BLOCK_Q, E1]
 
-    # Phase 5: divide and store. The log-sum-exp is all that the backward pass needs of the softmax.
+    # Phase 5: divide and store. From the scores and the log-sum-exp the backward pass computes the
+    # probabilities again.
     out0 = acc0 / running_sum[:, None]
     store_tile(out_ptr, query, column0, out_row_stride, query_end, out0, EVEN)
     if E1 > 0:
@@ -395,7 +408,7 @@ def attention_forward_kernel(
     scale_log2,  # log2(e) / sqrt(E)
     # Constants of the compiled kernel.
     KIND: tl.constexpr,  # one of KINDS
-    TAIL: tl.constexpr,  # whether the last element is computed apart
+    TAIL: tl.constexpr,  # whether the last element is computed separately
     EVEN: tl.constexpr,  # whether queries and keys (without the TAIL) fill their blocks
     E0: tl.constexpr,  # columns of the first tile, a power of two
     E1: tl.constexpr,  # columns of the second tile, a power of two, or 0
@@ -403,9 +416,10 @@ def attention_forward_kernel(
     BLOCK_K: tl.constexpr,  # keys of one step
     STAGES: tl.constexpr,  # blocks of keys under way at once
 ):
-    # Phase 1: which queries. The programs of one head run side by side, so that its keys and values
-    # come from memory once and then from the L2 cache. The last block goes first: in a causal head
-    # it takes longest, and started last it would run on while the rest of the GPU is idle.
+    # Phase 1: which queries. The programs of one head have neighboring numbers, so they run at the
+    # same time: its keys and values come from memory once, and then from the L2 cache. The first
+    # number is the last block's: in a causal head it takes longest. If it started last, it would
+    # still run when the rest of the GPU has nothing to do.
     program = tl.program_id(0)
     query_block = programs_per_head - 1 - program % programs_per_head
     sequence_and_head = program // programs_per_head
@@ -424,8 +438,8 @@ def attention_forward_kernel(
     if KIND == ENDS:
         ends_ptr += sequence * queries
 
-    # Phase 3: attend. `_attend_query_block` is called at two places, of which the constant TAIL
-    # leaves one: written as one call behind a condition, the condition would stay in every kernel.
+    # Phase 3: attend. `_attend_query_block` is called in two places, and TAIL, a constant, removes
+    # one of them. With a single call for both, kernels without a TAIL would contain a branch.
     last = queries - TAIL
     if TAIL:
         if query_block == programs_per_head - 1:
@@ -524,7 +538,7 @@ def kind_of(visible: Operands) -> str:
 
 
 def has_tail(kind: str, queries: int, keys: int) -> bool:
-    """Whether the last element is computed apart: it alone would fill a block of its own."""
+    """Whether the last element is computed separately: it would have a block of its own."""
     is_square = queries == keys
     is_one_too_many = queries > BLOCK and queries % BLOCK == 1
     return kind == "full" and is_square and is_one_too_many

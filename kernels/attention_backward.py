@@ -2,27 +2,28 @@
 docs/kernels/attention.md leads from the formula to this kernel, docs/attention.md says why it is
 built this way.
 
-One launch, one program for each sequence and head. Five products for each pair of a block of keys
-and a block of queries, in tiles with a row for each key and a column for each query (T: transposed):
+One launch, one program for each sequence and head. For each pair of a block of keys and a block of
+queries it computes five products. The tiles have a row for each key and a column for each query,
+which is what T (transposed) says:
 
     S^T  = K Q^T       P^T  = exp2(S^T - lse)          scores in base 2, as in the forward pass
     dP^T = V dO^T      dS^T = P^T (dP^T - delta)       delta = rowsum(dO O), a number for each query
-    dV  += P^T dO      dK  += dS^T Q      dQ += dS K   dK and dQ times 1 / sqrt(E) in the end
+    dV  += P^T dO      dK  += dS^T Q      dQ += dS K   dK and dQ are multiplied with 1 / sqrt(E)
 
-The outer loop goes through the blocks of keys, the last one first, with dK and dV of the block in
-registers. The inner loop goes through the blocks of queries. P^T and dS^T have the keys as rows, as
-dV and dK have, so they go from registers into the products.
+The outer loop goes through the blocks of keys, the last one first. It keeps dK and dV of the block
+in registers. The inner loop goes through the blocks of queries. Tensor cores can take the first
+factor of a product from registers: P^T and dS^T are there already when dV and dK need them.
 
-dQ belongs to queries, so every block of keys adds to it. It is added up in its own output and
-rounded to the output's type at each addition: once for each block of keys, two at 256 elements. One
-program does it all, in the same order always: the results repeat bit for bit, without atomics and
-without a copy of dQ in float32. A barrier after each block of keys is needed: the thread that loads
-a part of dQ is not the one that stored it.
+Every block of keys adds to dQ. It is added up in its output, which rounds it once for each block of
+keys (two at 256 elements). All additions to one dQ are made by one program, always in the same
+order, so the results repeat bit for bit. There are no atomics, and no copy of dQ in float32. But
+the thread that loads a part of dQ is not the one that stored it: hence a barrier after each block
+of keys.
 
-TAIL: one element more than a multiple of 64 (a class token). Everything about the last key and the
-last query is computed before the first block of keys, on CUDA cores, so that no tile is almost
-empty. Only what the last query adds to dK and dV of the other keys has to wait for these, as two
-vectors in memory.
+TAIL: with one element more than a multiple of 64 (a class token), tiles for the last element would
+be almost empty. Everything about the last key and the last query is computed before the first block
+of keys, on CUDA cores. Only what the last query adds to dK and dV of the other keys has to wait
+until these are in registers; until then it is two vectors in memory.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from heptapod_fast.kernels.attention import (
     SCHEDULE_ROW,
     constants,
     kind_of,
+    load_float_tile,
     load_tile,
     load_vector,
     offline_case,
@@ -66,12 +68,15 @@ def _add_to_dq(
     row_stride,  # values from one query to the next
     queries,  # queries from here on do not exist
     value,  # [BLOCK_Q, columns] float32
-    is_written,  # one boolean: whether there is a dQ to add to, else what is in memory is undefined
-    ALWAYS: tl.constexpr,  # whether is_written is true for every block of queries
+    is_written,  # boolean: whether there is something to add to; if not, the memory is undefined
+    ALWAYS: tl.constexpr,  # whether is_written is true for all blocks of queries
     EVEN: tl.constexpr,  # whether all queries exist
 ):
-    """Adds to dQ, or begins it. Masks, no branches: around a load or store of an accumulator they
-    crash the compiler of Triton 3.6 on sm_90."""
+    """Adds to dQ, or begins it.
+
+    With masks and without branches: a branch around a load or store of an accumulator crashes the
+    compiler of Triton 3.6 on sm_90.
+    """
     address = dq_ptr + query[:, None] * row_stride + column[None, :]
     if EVEN and ALWAYS:
         before = tl.load(address)
@@ -92,9 +97,9 @@ def _load_per_query(
 ):
     """[BLOCK_Q]: one number for each query, zero for those that do not exist.
 
-    It is loaded as a column, [BLOCK_Q, 1], and summed over that one column. The sum changes nothing
-    but where the numbers are kept: Triton 3.6 copies a vector that many threads need once for each
-    of them.
+    The numbers are loaded as a tile, [BLOCK_Q, 1], and summed over its only column. The sum leaves
+    them where the load put them. A vector that is loaded as [BLOCK_Q] would be copied once for each
+    thread that needs it (Triton 3.6).
     """
     address = (ptr + query)[:, None]
     if EVEN:
@@ -123,7 +128,8 @@ def _store_keys(
     TAIL: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Stores some columns of dK and dV of a block of keys, with the last query's share where TAIL."""
+    """Stores some columns of dK and dV of a block of keys; with a TAIL, adds what the last query
+    contributes first."""
     if TAIL:
         p = tl.load(last_p_ptr + key, mask=(key < keys) | EVEN, other=0.0)  # [BLOCK_K]
         dv += p[:, None] * load_vector(last_grad_ptr, column)[None, :]
@@ -153,13 +159,13 @@ def _compute_delta(
     column1 = E0 + tl.arange(0, max(E1, 1))  # unused where E1 is 0; an empty range is not allowed
     for first_query in tl.range(0, queries, ROWS):
         query = first_query + tl.arange(0, ROWS)
-        grad = load_tile(grad_ptr, query, column0, row_stride, queries, False).to(tl.float32)
-        out = load_tile(out_ptr, query, column0, row_stride, queries, False).to(tl.float32)
-        delta = tl.sum(grad * out, axis=1)  # [ROWS]
+        grad0 = load_tile(grad_ptr, query, column0, row_stride, queries, EVEN=False)  # [ROWS, E0]
+        out0 = load_tile(out_ptr, query, column0, row_stride, queries, EVEN=False)  # [ROWS, E0]
+        delta = tl.sum(grad0.to(tl.float32) * out0.to(tl.float32), axis=1)  # [ROWS]
         if E1 > 0:
-            grad = load_tile(grad_ptr, query, column1, row_stride, queries, False).to(tl.float32)
-            out = load_tile(out_ptr, query, column1, row_stride, queries, False).to(tl.float32)
-            delta += tl.sum(grad * out, axis=1)
+            grad1 = load_tile(grad_ptr, query, column1, row_stride, queries, EVEN=False)
+            out1 = load_tile(out_ptr, query, column1, row_stride, queries, EVEN=False)
+            delta += tl.sum(grad1.to(tl.float32) * out1.to(tl.float32), axis=1)
         tl.store(delta_ptr + query, delta, mask=query < queries)
 
 
@@ -192,9 +198,9 @@ def _compute_tail(
     """Everything about the last query and the last key, and delta of the other queries.
 
     Stores dQ, dK and dV of the last element, delta of the others, and begins dQ of the others with
-    what the last key adds. What the last query adds to dK and dV of the others is stored as P and
-    dS, two vectors behind delta: as tiles in registers they would have to live through the main
-    loop, which spilled 8 to 950 bytes per thread when it was tried.
+    what the last key adds. What the last query adds to dK and dV of the others follows from its P
+    and dS. They are stored behind delta, because keeping them in registers through the main loop
+    spilled 8 to 950 bytes per thread when it was tried.
     """
     # Phase 1: the last query and the last key with each other.
     column0 = tl.arange(0, E0)
@@ -221,8 +227,8 @@ def _compute_tail(
     last_p = tl.exp2(last_score * scale_log2 - last_lse)
     last_ds = last_p * (last_dp - last_delta)
 
-    # Phase 2: the last element's own gradients begin. One row for each place in a step, added up
-    # after the loop: a sum in the loop would make all threads wait for each other.
+    # Phase 2: begin the last element's own gradients. They are kept as ROWS partial sums and added
+    # up after the loop, because threads would wait for each other for a sum in the loop.
     dq0 = tl.zeros((ROWS, E0), tl.float32)
     dk0 = tl.zeros((ROWS, E0), tl.float32)
     dv0 = tl.zeros((ROWS, E0), tl.float32)
@@ -232,17 +238,17 @@ def _compute_tail(
     for first_row in tl.range(0, last, ROWS, num_stages=3):
         row = first_row + tl.arange(0, ROWS)
 
-        # Phase 3: these elements as queries, of which the last one is the key.
-        q0 = load_tile(q_ptr, row, column0, q_row_stride, last, True).to(tl.float32)
-        grad0 = load_tile(grad_ptr, row, column0, grad_row_stride, last, True).to(tl.float32)
-        out0 = load_tile(out_ptr, row, column0, grad_row_stride, last, True).to(tl.float32)
+        # Phase 3: these elements as queries, with the last one as the key.
+        q0 = load_float_tile(q_ptr, row, column0, q_row_stride)
+        grad0 = load_float_tile(grad_ptr, row, column0, grad_row_stride)
+        out0 = load_float_tile(out_ptr, row, column0, grad_row_stride)
         scores = tl.sum(q0 * last_k0[None, :], axis=1)  # [ROWS]
         dp = tl.sum(grad0 * last_v0[None, :], axis=1)  # [ROWS]
         delta = tl.sum(grad0 * out0, axis=1)  # [ROWS]
         if E1 > 0:
-            q1 = load_tile(q_ptr, row, column1, q_row_stride, last, True).to(tl.float32)
-            grad1 = load_tile(grad_ptr, row, column1, grad_row_stride, last, True).to(tl.float32)
-            out1 = load_tile(out_ptr, row, column1, grad_row_stride, last, True).to(tl.float32)
+            q1 = load_float_tile(q_ptr, row, column1, q_row_stride)
+            grad1 = load_float_tile(grad_ptr, row, column1, grad_row_stride)
+            out1 = load_float_tile(out_ptr, row, column1, grad_row_stride)
             scores += tl.sum(q1 * last_k1[None, :], axis=1)
             dp += tl.sum(grad1 * last_v1[None, :], axis=1)
             delta += tl.sum(grad1 * out1, axis=1)
@@ -251,23 +257,23 @@ def _compute_tail(
         ds = p * (dp - delta)  # [ROWS]
         scaled_ds = (ds * scale)[:, None]
         first_dq0 = scaled_ds * last_k0[None, :]  # [ROWS, E0]
-        store_tile(dq_ptr, row, column0, dq_row_stride, last, first_dq0, True)
+        store_tile(dq_ptr, row, column0, dq_row_stride, last, first_dq0, EVEN=True)
         dk0 += ds[:, None] * q0
         dv0 += p[:, None] * grad0
         if E1 > 0:
             first_dq1 = scaled_ds * last_k1[None, :]  # [ROWS, E1]
-            store_tile(dq_ptr, row, column1, dq_row_stride, last, first_dq1, True)
+            store_tile(dq_ptr, row, column1, dq_row_stride, last, first_dq1, EVEN=True)
             dk1 += ds[:, None] * q1
             dv1 += p[:, None] * grad1
 
-        # Phase 4: these elements as keys, of which the last one is the query.
-        k0 = load_tile(k_ptr, row, column0, kv_row_stride, last, True).to(tl.float32)
-        v0 = load_tile(v_ptr, row, column0, kv_row_stride, last, True).to(tl.float32)
+        # Phase 4: these elements as keys, with the last one as the query.
+        k0 = load_float_tile(k_ptr, row, column0, kv_row_stride)
+        v0 = load_float_tile(v_ptr, row, column0, kv_row_stride)
         scores = tl.sum(k0 * last_q0[None, :], axis=1)  # [ROWS]
         dp = tl.sum(v0 * last_grad0[None, :], axis=1)  # [ROWS]
         if E1 > 0:
-            k1 = load_tile(k_ptr, row, column1, kv_row_stride, last, True).to(tl.float32)
-            v1 = load_tile(v_ptr, row, column1, kv_row_stride, last, True).to(tl.float32)
+            k1 = load_float_tile(k_ptr, row, column1, kv_row_stride)
+            v1 = load_float_tile(v_ptr, row, column1, kv_row_stride)
             scores += tl.sum(k1 * last_q1[None, :], axis=1)
             dp += tl.sum(v1 * last_grad1[None, :], axis=1)
         p = tl.exp2(scores * scale_log2 - last_lse)  # [ROWS]
@@ -278,7 +284,7 @@ def _compute_tail(
         if E1 > 0:
             dq1 += ds[:, None] * k1
 
-    # Phase 5: add up the last element's own gradients, with phase 1, and store them.
+    # Phase 5: add up the last element's own gradients, including phase 1, and store them.
     dq = (tl.sum(dq0, axis=0) + last_ds * last_k0) * scale  # [E0]
     dk = (tl.sum(dk0, axis=0) + last_ds * last_q0) * scale  # [E0]
     tl.store(dq_ptr + last * dq_row_stride + column0, dq.to(DTYPE))
@@ -316,20 +322,20 @@ def _hide_unseen(
 ):
     """[BLOCK_K, BLOCK_Q]: the exponents, -inf where the query does not see the key.
 
-    Queries past the end may see what they like: their q, dO, lse and delta are zero, and so is what
-    they add to dK and dV.
+    It does not matter what queries past the end see: their q, dO, lse and delta are zero, and so is
+    what they add to dK and dV.
     """
     query_in_block = tl.arange(0, BLOCK_Q)
     query = first_query + query_in_block
     if KIND == FULL:
         if EVEN:
             return exponents
-        # The second factor is always true; it gives the condition the shape of the tile.
+        # The second condition is always true. It gives the first one the shape of the tile.
         is_seen = (key < keys)[:, None] & (query_in_block >= 0)[None, :]
     elif KIND == CAUSAL:
         is_seen = key[:, None] <= (query + (keys - queries))[None, :]
     elif KIND == CHUNK:
-        # Keys past the end begin their chunk behind all queries, so that nobody sees them.
+        # For keys past the end the chunk begins behind all queries, so that no query sees them.
         behind_all_queries = queries + BLOCK_Q
         first = tl.where(key < keys, key // chunk * chunk, behind_all_queries)[:, None]
         is_seen = (query[None, :] >= first) & (query[None, :] < first + chunk)
@@ -364,7 +370,7 @@ def attention_backward_kernel(
     dq_ptr,  # (B, N, H, E) with strides
     dk_ptr,  # (B, M, H, E) with strides
     dv_ptr,  # (B, M, H, E) with the strides of dk
-    delta_ptr,  # (B, H, 1 or 3, span) float32, scratch memory: delta; TAIL: the last query's P, dS
+    delta_ptr,  # (B, H, 1 or 3, span) float32, scratch: delta; with a TAIL the last query's P, dS
     # Masks.
     ends_or_schedule_ptr,  # int32: ENDS: (B, N); BLOCKS: (16, SCHEDULE_ROW); otherwise None
     bits_ptr,  # (N / 32, bits_stride) int32, one bit per pair; None unless KIND is BLOCKS
@@ -388,7 +394,7 @@ def attention_backward_kernel(
     scale_log2,  # log2(e) / sqrt(E)
     # Constants of the compiled kernel.
     KIND: tl.constexpr,  # one of attention.KINDS
-    TAIL: tl.constexpr,  # whether the last element is computed apart
+    TAIL: tl.constexpr,  # whether the last element is computed separately
     EVEN: tl.constexpr,  # whether queries and keys (without the TAIL) fill their blocks
     E0: tl.constexpr,  # columns of the first tile, a power of two
     E1: tl.constexpr,  # columns of the second tile, a power of two, or 0
@@ -398,11 +404,11 @@ def attention_backward_kernel(
     ROWS: tl.constexpr,  # elements of a step of what happens before the blocks of keys
     SWAP: tl.constexpr,  # compute dQ^T = K^T dS^T, not dQ = dS K
 ):
-    # A mask is scheduled for 64 or 128 keys, in blocks of 64 queries.
+    # A mask is scheduled for 64 or 128 keys, in entries of 64 queries.
     tl.static_assert(KIND != BLOCKS or BLOCK_K == 64 or BLOCK_K == 128)
     tl.static_assert(KIND != BLOCKS or BLOCK_Q == 32 or BLOCK_Q == 64)
-    # How many blocks of queries are one block of the schedule.
-    BLOCKS_PER_ENTRY: tl.constexpr = MASK_BLOCK // BLOCK_Q
+    BLOCKS_PER_ENTRY: tl.constexpr = MASK_BLOCK // BLOCK_Q  # of queries; read for BLOCKS
+    SCRATCH_VECTORS: tl.constexpr = 3 if TAIL else 1
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
     # Phase 1: move the pointers to this sequence and head.
@@ -420,12 +426,12 @@ def attention_backward_kernel(
     dk_ptr += sequence * dkv_batch_stride + head_column
     dv_ptr += sequence * dkv_batch_stride + head_column
     lse_ptr += (sequence * heads + head) * queries
-    delta_ptr += (sequence * heads + head) * span * (3 if TAIL else 1)
+    delta_ptr += (sequence * heads + head) * span * SCRATCH_VECTORS
     if KIND == ENDS:
         ends_or_schedule_ptr += sequence * queries
 
-    # Phase 2: delta of all queries, and all about the last element. From here on there is one
-    # element less where TAIL.
+    # Phase 2: delta of all queries. With a TAIL also everything about the last element, which does
+    # not count any more from here on.
     if TAIL:
         queries -= 1
         keys -= 1
@@ -455,7 +461,7 @@ def attention_backward_kernel(
         )
     else:
         _compute_delta(grad_ptr, out_ptr, delta_ptr, grad_row_stride, queries, E0, E1, ROWS)
-    # What one thread stored (delta, dQ) another one loads: all wait here for all.
+    # What one thread stored (delta, dQ) another thread loads: all threads wait for each other.
     tl.debug_barrier()
 
     # Phase 3: the blocks of keys, the last one first.
@@ -476,37 +482,39 @@ def attention_backward_kernel(
             dv1 = tl.zeros((BLOCK_K, E1), tl.float32)
 
         # Phase 3b: which blocks of queries see these keys.
-        first_seeing_query = 0
+        begin = 0
         schedule_row_ptr = ends_or_schedule_ptr
         if KIND == CAUSAL:
-            # Of the block that holds the query at the position of the first key.
+            # The first query that sees one of these keys is at the position of the first key. Its
+            # block is the first one.
             query_at_first_key = tl.maximum(key_block * BLOCK_K - (keys - queries), 0)
-            first_seeing_query = query_at_first_key // BLOCK_Q * BLOCK_Q
+            begin = query_at_first_key // BLOCK_Q * BLOCK_Q
         if KIND == BLOCKS:
             schedule_row_ptr += key_block * SCHEDULE_ROW
             query_blocks = tl.load(schedule_row_ptr) * BLOCKS_PER_ENTRY
         else:
-            query_blocks = tl.cdiv(queries - first_seeing_query, BLOCK_Q)
+            query_blocks = tl.cdiv(queries - begin, BLOCK_Q)
 
-        # Phase 4: the blocks of queries. With a schedule an entry has to be loaded before the
-        # queries it names can be, which is two loads after one another: hence more stages.
+        # Phase 4: the blocks of queries. While one is computed, the next ones are being loaded.
+        # With a schedule a block takes two loads in turn, the entry and the queries: hence more
+        # stages.
         QUERY_STAGES: tl.constexpr = 2 * STAGES - 1 if KIND == BLOCKS else STAGES
         for block in tl.range(0, query_blocks, num_stages=QUERY_STAGES):
-            # Phase 4a: which queries, and whether an earlier step has begun their dQ.
+            # Phase 4a: which queries, and whether there is already something in their dQ.
             if KIND == BLOCKS:
-                # An entry is 2 * (block of 64 queries) + (1 if its dQ is not begun yet).
+                # An entry is 2 * (block of 64 queries) + (1 if nothing is in its dQ yet).
                 entry = tl.load(schedule_row_ptr + 1 + block // BLOCKS_PER_ENTRY)
                 first_query_of_entry = entry // 2 * MASK_BLOCK
                 first_query = first_query_of_entry + block % BLOCKS_PER_ENTRY * BLOCK_Q
                 is_written = entry % 2 == 0
             else:
-                first_query = first_seeing_query + block * BLOCK_Q
+                first_query = begin + block * BLOCK_Q
                 is_written = (step > 0) | TAIL
                 if KIND == CAUSAL:
-                    # The step before this one had the keys from here on. It has begun this dQ if
-                    # the last of these queries sees the first of those keys.
-                    query_at_next_keys = (key_block + 1) * BLOCK_K - (keys - queries)
-                    is_written &= first_query + BLOCK_Q > query_at_next_keys
+                    # The step before this one had the next block of keys. It has written this dQ
+                    # if the last of these queries sees the first key of that block.
+                    query_at_next_block = (key_block + 1) * BLOCK_K - (keys - queries)
+                    is_written &= first_query + BLOCK_Q > query_at_next_block
             query = first_query + tl.arange(0, BLOCK_Q)
 
             # Phase 4b: load them.
@@ -549,8 +557,8 @@ def attention_backward_kernel(
                 dv1 = tl.dot(pT, grad1, acc=dv1)  # [BLOCK_K, E1]
                 dk1 = tl.dot(dsT, q1, acc=dk1)  # [BLOCK_K, E1]
 
-            # Phase 4e: what these keys add to dQ. wgmma, the matrix instruction of sm_90, takes 64
-            # rows: with a BLOCK_Q of 32, dQ has too few and dQ^T, with E rows, has enough (SWAP).
+            # Phase 4e: what these keys add to dQ. wgmma, the matrix instruction of sm_90, needs 64
+            # rows. With a BLOCK_Q of 32 dQ has too few. dQ^T has E0 rows, enough from 64 on (SWAP).
             if not SWAP:
                 dq0 = tl.dot(tl.trans(dsT), k0)  # [BLOCK_Q, E0]
             else:
@@ -583,8 +591,8 @@ def attention_backward_kernel(
                     EVEN,
                 )
 
-        # Phase 5: all queries went by: store dK and dV of these keys. With a TAIL `queries` is the
-        # index of the last query.
+        # Phase 5: store dK and dV of these keys. With a TAIL `queries` is the index of the last
+        # query.
         _store_keys(
             q_ptr + queries * q_row_stride,
             grad_ptr + queries * grad_row_stride,
@@ -620,7 +628,7 @@ def attention_backward_kernel(
                 TAIL,
                 EVEN,
             )
-        # The next step loads the dQ that this one stored, in other threads.
+        # The next step loads dQ where another thread stored it in this one.
         tl.debug_barrier()
 
 
@@ -707,11 +715,11 @@ def _settings(kind: str, queries: int, keys: int, width: int, config: dict) -> d
     config = dict(config)
     # A configuration may choose SWAP itself.
     config.setdefault("SWAP", config["BLOCK_Q"] < 64)
-    if keys <= 64:
-        config["BLOCK_K"] = 64
+    if keys <= BLOCK:
+        config["BLOCK_K"] = BLOCK
     settings = constants(kind, queries, keys, width, config)
-    # `_compute_tail` keeps six tiles of ROWS rows in registers and reads no row past the end, which
-    # is a multiple of 64. `_compute_delta` wants as many loads under way as there are threads.
+    # `_compute_tail` keeps six tiles of ROWS rows in registers, so it takes few; `_compute_delta`
+    # takes a row for each thread.
     settings["ROWS"] = 32 if settings["TAIL"] else 32 * config["num_warps"]
     return settings
 
