@@ -128,8 +128,8 @@ def _store_keys(
     TAIL: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Stores some columns of dK and dV of a block of keys; with a TAIL, adds what the last query
-    contributes first."""
+    """Stores some columns of dK and dV of a block of keys; with a TAIL, after adding what the last
+    query contributes."""
     if TAIL:
         p = tl.load(last_p_ptr + key, mask=(key < keys) | EVEN, other=0.0)  # [BLOCK_K]
         dv += p[:, None] * load_vector(last_grad_ptr, column)[None, :]
@@ -407,7 +407,9 @@ def attention_backward_kernel(
     # A mask is scheduled for 64 or 128 keys, in entries of 64 queries.
     tl.static_assert(KIND != BLOCKS or BLOCK_K == 64 or BLOCK_K == 128)
     tl.static_assert(KIND != BLOCKS or BLOCK_Q == 32 or BLOCK_Q == 64)
-    BLOCKS_PER_ENTRY: tl.constexpr = MASK_BLOCK // BLOCK_Q  # of queries; read for BLOCKS
+    # Blocks of queries in an entry. 64 is MASK_BLOCK, which would make this a tl.constexpr in the
+    # interpreter too, and that does not know int % constexpr.
+    BLOCKS_PER_ENTRY: tl.constexpr = 64 // BLOCK_Q
     SCRATCH_VECTORS: tl.constexpr = 3 if TAIL else 1
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
