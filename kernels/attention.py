@@ -191,19 +191,19 @@ def _attend_last_query(
     # Phase 2: the other keys. `last` is a multiple of BLOCK_K, so they fill their blocks.
     for first_key in tl.range(0, last, BLOCK_K, num_stages=STAGES):
         key = first_key + tl.arange(0, BLOCK_K)
-        k0 = load_float_tile(k_ptr, key, column0, kv_row_stride)
+        k0 = load_float_tile(k_ptr, key, column0, kv_row_stride)  # [BLOCK_K, E0]
         scores = tl.sum(k0 * q0[None, :], 1)  # [BLOCK_K]
         if E1 > 0:
-            k1 = load_float_tile(k_ptr, key, column1, kv_row_stride)
+            k1 = load_float_tile(k_ptr, key, column1, kv_row_stride)  # [BLOCK_K, E1]
             scores += tl.sum(k1 * q1[None, :], 1)
-        new_max = tl.maximum(running_max, scores)
+        new_max = tl.maximum(running_max, scores)  # [BLOCK_K], and so are the next three
         weights = tl.exp2(scores - new_max)
         rescale = tl.exp2(running_max - new_max)
         running_sum = running_sum * rescale + weights
-        v0 = load_float_tile(v_ptr, key, column0, kv_row_stride)
+        v0 = load_float_tile(v_ptr, key, column0, kv_row_stride)  # [BLOCK_K, E0]
         acc0 = acc0 * rescale[:, None] + weights[:, None] * v0  # [BLOCK_K, E0]
         if E1 > 0:
-            v1 = load_float_tile(v_ptr, key, column1, kv_row_stride)
+            v1 = load_float_tile(v_ptr, key, column1, kv_row_stride)  # [BLOCK_K, E1]
             acc1 = acc1 * rescale[:, None] + weights[:, None] * v1  # [BLOCK_K, E1]
         running_max = new_max
 
@@ -257,8 +257,7 @@ def _attend_query_block(
     tl.static_assert(BLOCK_K == 64 or (KIND != BLOCKS and not TAIL))
     tl.static_assert(BLOCK_Q == 64 or BLOCK_Q == 128)
 
-    # Phase 1: load the queries; they stay in registers. With a TAIL the last query is not one of
-    # them.
+    # Phase 1: load the queries. With a TAIL the last one is not among them.
     query_end = queries - TAIL
     column0 = tl.arange(0, E0)
     column1 = E0 + tl.arange(0, max(E1, 1))  # unused where E1 is 0; an empty range is not allowed
@@ -416,6 +415,7 @@ def attention_forward_kernel(
     BLOCK_K: tl.constexpr,  # keys of one step
     STAGES: tl.constexpr,  # blocks of keys under way at once
 ):
+    """One program for each block of queries of a head, and with a TAIL one for its last query."""
     # Phase 1: which queries. The programs of one head have neighboring numbers, so they run at the
     # same time: its keys and values come from memory once, and then from the L2 cache. The first
     # number is the last block's: in a causal head it takes longest. If it started last, it would
@@ -592,6 +592,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, visible: Operands) -> tuple[Tensor,
 
     config = tuning.lookup("attention", variant("forward", kind, queries, keys), width, q.device)
     settings = constants(kind, queries, keys, width, config)
+    # One for each block of queries, and one for the last query if that is computed separately.
     tail = settings["TAIL"]
     programs_per_head = triton.cdiv(queries - tail, config["BLOCK_Q"]) + tail
 

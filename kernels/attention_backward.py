@@ -343,7 +343,8 @@ def _hide_unseen(
         visible_end = _load_per_query(ends_ptr, query, queries, EVEN)  # [BLOCK_Q]
         is_seen = key[:, None] < tl.minimum(visible_end, keys)[None, :]
     else:
-        # A key's bits for 32 queries are one word, so a block of 64 queries takes two.
+        # A key's bits for 32 queries are one word, so a block of 64 queries takes two. There are
+        # bits for keys up to a multiple of 128: no check.
         word_ptr = bits_ptr + first_query // BITS_PER_WORD * bits_stride + key  # [BLOCK_K]
         word = tl.load(word_ptr)[:, None]
         if BLOCK_Q == 64:
@@ -404,11 +405,12 @@ def attention_backward_kernel(
     ROWS: tl.constexpr,  # elements of a step of what happens before the blocks of keys
     SWAP: tl.constexpr,  # compute dQ^T = K^T dS^T, not dQ = dS K
 ):
+    """One program for each head of each sequence."""
     # A mask is scheduled for 64 or 128 keys, in entries of 64 queries.
     tl.static_assert(KIND != BLOCKS or BLOCK_K == 64 or BLOCK_K == 128)
     tl.static_assert(KIND != BLOCKS or BLOCK_Q == 32 or BLOCK_Q == 64)
-    # Blocks of queries in an entry. 64 is MASK_BLOCK, which would make this a tl.constexpr in the
-    # interpreter too, and that does not know int % constexpr.
+    # Blocks of queries in an entry. A literal 64, not MASK_BLOCK: with that the interpreter would
+    # have to compute int % tl.constexpr, and it cannot.
     BLOCKS_PER_ENTRY: tl.constexpr = 64 // BLOCK_Q
     SCRATCH_VECTORS: tl.constexpr = 3 if TAIL else 1
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -432,8 +434,8 @@ def attention_backward_kernel(
     if KIND == ENDS:
         ends_or_schedule_ptr += sequence * queries
 
-    # Phase 2: delta of all queries. With a TAIL also everything about the last element, which does
-    # not count any more from here on.
+    # Phase 2: delta of all queries. With a TAIL also everything about the last element; from here on
+    # `queries` and `keys` do not count it.
     if TAIL:
         queries -= 1
         keys -= 1
@@ -487,8 +489,8 @@ def attention_backward_kernel(
         begin = 0
         schedule_row_ptr = ends_or_schedule_ptr
         if KIND == CAUSAL:
-            # The first query that sees one of these keys is at the position of the first key. Its
-            # block is the first one.
+            # The first query that sees one of these keys is at the position of the first key. The
+            # block that contains it is the first to visit.
             query_at_first_key = tl.maximum(key_block * BLOCK_K - (keys - queries), 0)
             begin = query_at_first_key // BLOCK_Q * BLOCK_Q
         if KIND == BLOCKS:
@@ -519,11 +521,11 @@ def attention_backward_kernel(
                     is_written &= first_query + BLOCK_Q > query_at_next_block
             query = first_query + tl.arange(0, BLOCK_Q)
 
-            # Phase 4b: load them.
-            q0 = load_tile(q_ptr, query, column0, q_row_stride, queries, EVEN)  # [BLOCK_Q, E0]
+            # Phase 4b: load them. [BLOCK_Q, E0] for the first columns, [BLOCK_Q, E1] for the others.
+            q0 = load_tile(q_ptr, query, column0, q_row_stride, queries, EVEN)
             grad0 = load_tile(grad_ptr, query, column0, grad_row_stride, queries, EVEN)
             if E1 > 0:
-                q1 = load_tile(q_ptr, query, column1, q_row_stride, queries, EVEN)  # [BLOCK_Q, E1]
+                q1 = load_tile(q_ptr, query, column1, q_row_stride, queries, EVEN)
                 grad1 = load_tile(grad_ptr, query, column1, grad_row_stride, queries, EVEN)
             lse = _load_per_query(lse_ptr, query, queries, EVEN)  # [BLOCK_Q]
             delta = _load_per_query(delta_ptr, query, queries, EVEN)  # [BLOCK_Q]
@@ -534,8 +536,9 @@ def attention_backward_kernel(
             if E1 > 0:
                 sT = tl.dot(k1, tl.trans(q1), acc=sT)
                 dpT = tl.dot(v1, tl.trans(grad1), acc=dpT)
+            exponentsT = sT * scale_log2 - lse[None, :]
             exponentsT = _hide_unseen(
-                sT * scale_log2 - lse[None, :],
+                exponentsT,
                 ends_or_schedule_ptr,
                 bits_ptr,
                 key,
