@@ -434,8 +434,8 @@ def attention_backward_kernel(
     if KIND == ENDS:
         ends_or_schedule_ptr += sequence * queries
 
-    # Phase 2: delta of all queries. With a TAIL also everything about the last element; from here on
-    # `queries` and `keys` do not count it.
+    # Phase 2: delta of all queries. With a TAIL also everything about the last element, which
+    # `queries` and `keys` do not count from here on.
     if TAIL:
         queries -= 1
         keys -= 1
@@ -521,7 +521,7 @@ def attention_backward_kernel(
                     is_written &= first_query + BLOCK_Q > query_at_next_block
             query = first_query + tl.arange(0, BLOCK_Q)
 
-            # Phase 4b: load them. [BLOCK_Q, E0] for the first columns, [BLOCK_Q, E1] for the others.
+            # Phase 4b: load them, in tiles [BLOCK_Q, E0] and [BLOCK_Q, E1].
             q0 = load_tile(q_ptr, query, column0, q_row_stride, queries, EVEN)
             grad0 = load_tile(grad_ptr, query, column0, grad_row_stride, queries, EVEN)
             if E1 > 0:
