@@ -121,8 +121,16 @@ def listed(folder: Path) -> list[Path]:
     """Committed checkpoint directories, oldest first."""
     if not folder.is_dir():
         return []
-    named = ((_NAME.match(p.name), p) for p in folder.iterdir())
-    return [p for _, p in sorted((int(m[1]), p) for m, p in named if m)]
+    committed = [path for path in folder.iterdir() if _NAME.match(path.name)]
+    return sorted(committed, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint directory. ValueError for another name."""
+    named = _NAME.match(path.name)
+    if named is None:
+        raise ValueError(f"{path} is not named like a checkpoint")
+    return int(named[1])
 
 
 def damage(path: Path, only: str | None = None) -> list[str]:
@@ -200,9 +208,9 @@ def load_step(folder: Path, step: int | None) -> Checkpoint:
     if not paths:
         raise CheckpointError(f"{folder} holds no checkpoint: train first, or name another run")
     if step is not None:
-        chosen = [p for p in paths if int(_NAME.match(p.name)[1]) == step]
+        chosen = [path for path in paths if step_of(path) == step]
         if not chosen:
-            have = ", ".join(str(int(_NAME.match(p.name)[1])) for p in paths)
+            have = ", ".join(str(step_of(path)) for path in paths)
             raise CheckpointError(f"--checkpoint {step}: {folder} holds the steps {have}")
         return load(chosen[0])
     errors = []

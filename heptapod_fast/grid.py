@@ -103,7 +103,7 @@ class Rows(NamedTuple):
         """Which of the S = B * n (sequence, step) pairs a row belongs to."""
         return self.sequence_R * density + self.step_R
 
-    def count(self) -> Tensor | float:
+    def total_weight(self) -> Tensor | float:
         """Sum of the weights."""
         if self.weight_R is None:
             return float(len(self.sequence_R))

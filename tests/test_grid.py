@@ -171,8 +171,8 @@ def test_rows_say_in_every_way_which_they_are(num_tokens, pairs, data):
             assert int(rows.slot_R[r]) == j * num_tokens + p
         keys = torch.stack((rows.sequence_R, rows.slot_R), dim=1)
         assert len(keys.unique(dim=0)) == len(keys)
-    assert packed.count() == len(packed.slot_R)
-    assert float(padded.count()) == float(padded.weight_R.sum())
+    assert packed.total_weight() == len(packed.slot_R)
+    assert float(padded.total_weight()) == float(padded.weight_R.sum())
 
 
 def test_rows_of_all_steps_are_the_order_itself():
@@ -182,7 +182,7 @@ def test_rows_of_all_steps_are_the_order_itself():
     assert found == [(b, i, int(order[b, i])) for b in range(3) for i in range(5)]
     assert torch.equal(rows.slot_R, rows.position_R)
     assert rows.weight_R is None
-    assert rows.count() == 15
+    assert rows.total_weight() == 15
 
 
 def test_padded_rows_weigh_the_unseen_and_nothing_else():

@@ -18,7 +18,11 @@ from heptapod_fast.tokenizers import TokenSpec
 
 # Of config.json. 1: all settings in one flat object. 2: in groups.
 VERSION = 2
-GROUPS = {"data": DataSettings, "recipe": RecipeSettings, "run": RunSettings}
+GROUPS: dict[str, type[Settings]] = {
+    "data": DataSettings,
+    "recipe": RecipeSettings,
+    "run": RunSettings,
+}
 
 
 class BatchSplit(NamedTuple):
@@ -82,10 +86,10 @@ class Config:
         Raises:
             ValueError: no group has a setting of that name.
         """
-        groups = dict(self.groups)
+        groups: dict[str, Any] = dict(self.groups)
         for name, value in settings.items():
             group = self.group_of(name)
-            groups[group] = dataclasses.replace(groups[group], **{name: value})
+            groups[group] = groups[group].changed({name: value})
         return dataclasses.replace(self, **groups)
 
     def group_of(self, name: str) -> str:

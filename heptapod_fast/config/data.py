@@ -93,7 +93,7 @@ class DataSettings(Settings):
         if settings.is_cache:
             settings = settings._following_cache()
         recipe_flips = defaults.flip
-        settings = settings.filled(replace(defaults, flip=None))
+        settings = settings.filled(defaults.without("flip"))
         settings = settings._with_token_sizes()
         settings = settings._with_counts()
         return settings._with_flip(recipe_flips)
@@ -106,10 +106,10 @@ class DataSettings(Settings):
         missing = [name for name in follows if getattr(self, name) is None]
         if not missing:
             return self
-        cache = open_cache(self.data)
+        cache = open_cache(str(self.data))
         refuse_other(cache, vars(self))
         about = made_with(cache)
-        return replace(self, **{name: about.get(name) for name in missing})
+        return self.changed({name: about.get(name) for name in missing})
 
     def _with_token_sizes(self) -> DataSettings:
         """patch_size and codes; refuses sizes that do not divide, with the nearest that do."""

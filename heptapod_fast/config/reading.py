@@ -38,7 +38,7 @@ def from_flags(registry: Registry, size: str, system: str, flags: Mapping[str, A
     model = settings_class(system, registry)
     classes = GROUPS | {"model": model}
     given = {name: value for name, value in flags.items() if value is not None}
-    groups = {}
+    groups: dict[str, Any] = {}
     for group, settings in classes.items():
         groups[group] = settings(
             **{name: given.pop(name) for name in settings.names() if name in given}
@@ -78,7 +78,9 @@ def from_json(registry: Registry, text: str) -> Config:
         )
     model = settings_class(plain["system"], registry)
     classes = GROUPS | {"model": model}
-    groups = {name: settings.from_plain(plain.pop(name)) for name, settings in classes.items()}
+    groups: dict[str, Any] = {
+        name: settings.from_plain(plain.pop(name)) for name, settings in classes.items()
+    }
     unknown = sorted(set(plain) - {"size", "system"})
     if unknown:
         raise ValueError(f"groups that this version does not know: {', '.join(unknown)}")

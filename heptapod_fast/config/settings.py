@@ -12,9 +12,8 @@ derives it, so that an annotation says what a resolved setting is.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -127,7 +126,15 @@ class Settings:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) is None
         }
-        return dataclasses.replace(self, **missing)
+        return self.changed(missing)
+
+    def without(self, *names: str) -> Self:
+        """A copy in which these settings were not given."""
+        return self.changed(dict.fromkeys(names))
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values of the settings named."""
+        return dataclasses.replace(self, **values)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -163,7 +170,6 @@ class Settings:
         }
 
 
-@functools.cache
 def type_hints(group: type[Settings]) -> dict[str, Any]:
     """Annotations of a group, resolved."""
     return get_type_hints(group)

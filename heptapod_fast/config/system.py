@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
+from heptapod_fast import ops
 from heptapod_fast.config.data import DataSettings
 from heptapod_fast.config.recipe import RecipeSettings
 from heptapod_fast.config.run import RunSettings
@@ -36,7 +37,7 @@ class AttentionUse(NamedTuple):
 
     head_width: int
     keys: int
-    visible: object
+    visible: ops.Visible | type
 
 
 @dataclass(frozen=True, kw_only=True)

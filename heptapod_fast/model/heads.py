@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
-from heptapod_fast.model.layers import LayerNorm, Linear
-from heptapod_fast.model.transformer import Block, Stream, block_flops, block_values
+from heptapod_fast.model.layers import LayerNorm, Linear, Modules
+from heptapod_fast.model.transformer import Block, Packing, Stream, block_flops, block_values
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import FULL, Ends
 
@@ -39,7 +39,7 @@ class GlobalHead(nn.Module):
         self.operators = operators
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.position = nn.Embedding(num_tokens + 1, width)
-        self.blocks = nn.ModuleList(Block(width, heads, operators) for _ in range(depth))
+        self.blocks = Modules[Block](Block(width, heads, operators) for _ in range(depth))
         self.norm = LayerNorm(width, operators=operators)
 
     def forward(
@@ -67,9 +67,9 @@ class GlobalHead(nn.Module):
         last = len(self.blocks) - 1
         for i in range(last):
             stream = self.blocks[i](stream, FULL, dropout.sites(Block.SITES * i, Block.SITES))
-        element_R = position_R + 1
-        masks = dropout.packed(pair_R, element_R).sites(Block.SITES * last, Block.SITES)
-        rows = self.blocks[last].forward_rows(stream, pair_R, element_R, FULL, masks)
+        packing = Packing(pair_R, position_R + 1)
+        masks = dropout.packed(*packing).sites(Block.SITES * last, Block.SITES)
+        rows = self.blocks[last](stream, FULL, masks, packing=packing)
         return rows.normed(self.norm)[1]
 
     def assemble(self, h_BMD: Tensor, order_BN: Tensor, steps_Bn: Tensor) -> Tensor:
@@ -163,6 +163,9 @@ class LocalHead(nn.Module):
     zero.
     """
 
+    windows: Tensor
+    owner: Tensor
+
     def __init__(
         self,
         *,
@@ -176,7 +179,7 @@ class LocalHead(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.empty(window, width))
         self.position = nn.Embedding(grid * grid, width)
-        self.blocks = nn.ModuleList(LocalBlock(width, heads, operators) for _ in range(depth))
+        self.blocks = Modules[LocalBlock](LocalBlock(width, heads, operators) for _ in range(depth))
         self.norm = LayerNorm(width, operators=operators)
         self.register_buffer("windows", gridlib.window_positions(grid, window), persistent=False)
         self.register_buffer("owner", gridlib.window_of(grid, window), persistent=False)

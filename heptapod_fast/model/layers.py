@@ -6,6 +6,9 @@ once, at the start, and handed down.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +16,19 @@ from heptapod_fast import ops
 from heptapod_fast.ops.dispatch import AUTO, Operators
 
 EPS = 1e-6
+
+
+OneKind = TypeVar("OneKind", bound=nn.Module)
+
+
+class Modules(nn.ModuleList, Generic[OneKind]):
+    """nn.ModuleList of modules of one kind, which a type checker knows of."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[OneKind]: ...
+
+        def __getitem__(self, index: int) -> OneKind: ...  # type: ignore[override]
 
 
 class Linear(nn.Linear):

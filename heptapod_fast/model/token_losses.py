@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heptapod_fast import ops
-from heptapod_fast.model.layers import EPS, LayerNorm, Linear
+from heptapod_fast.model.layers import EPS, LayerNorm, Linear, Modules
 from heptapod_fast.ops.diffusion_mlp import reference_of_sum
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
@@ -130,8 +130,16 @@ class ResBlock(nn.Module):
 
     def weights(self) -> ops.BlockWeights:
         """What `ops.diffusion_mlp` takes."""
-        layers = (self.norm, self.fc1, self.fc2, self.modulation)
-        return ops.BlockWeights(*(p for layer in layers for p in (layer.weight, layer.bias)))
+        return ops.BlockWeights(
+            self.norm.weight,
+            self.norm.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.modulation.weight,
+            self.modulation.bias,
+        )
 
 
 class Diffusion(TokenLoss):
@@ -149,6 +157,9 @@ class Diffusion(TokenLoss):
         bound: add the variational bound of the learned variance to the MSE.
         limit: tokens lie in [-limit, limit], which sampling makes use of; 0: not known.
     """
+
+    tables: Tensor
+    sinusoids: Tensor
 
     def __init__(
         self,
@@ -169,7 +180,7 @@ class Diffusion(TokenLoss):
         self.time2 = Linear(mlp_width, mlp_width, init="normal")
         self.condition = Linear(width, mlp_width)
         self.input = Linear(channels, mlp_width)
-        self.blocks = nn.ModuleList(ResBlock(mlp_width) for _ in range(blocks))
+        self.blocks = Modules[ResBlock](ResBlock(mlp_width) for _ in range(blocks))
         self.modulation = Linear(mlp_width, 2 * mlp_width, init="zero")
         self.output = Linear(mlp_width, 2 * channels, init="zero")
         tables = ops.schedule_tables(ops.cosine_betas())
@@ -207,9 +218,13 @@ class Diffusion(TokenLoss):
 
     def weights(self) -> ops.DiffusionWeights:
         """What `ops.diffusion_mlp` takes."""
-        layers = (self.input, self.modulation, self.output)
         return ops.DiffusionWeights(
-            *(p for layer in layers for p in (layer.weight, layer.bias)),
+            self.input.weight,
+            self.input.bias,
+            self.modulation.weight,
+            self.modulation.bias,
+            self.output.weight,
+            self.output.bias,
             tuple(block.weights() for block in self.blocks),
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
-from heptapod_fast.model.layers import LayerNorm, Linear
+from heptapod_fast.model.layers import LayerNorm, Linear, Modules
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import CAUSAL, FULL, Visible
 from heptapod_fast.sampling.kv_cache import KVCache, LayerCache
@@ -56,9 +56,17 @@ class Stream(NamedTuple):
 
     def value(self) -> Tensor:
         """The sum alone."""
-        if self.branch is None:
+        if self.branch is None or self.bias is None:
             return self.x
         return self.x + ops.dropout(self.branch + self.bias.to(self.x.dtype), self.mask)
+
+
+class Packing(NamedTuple):
+    """Some elements of a batch of sequences, packed: row r is element element_R[r] of sequence
+    sequence_R[r]."""
+
+    sequence_R: Tensor
+    element_R: Tensor
 
 
 class Block(nn.Module):
@@ -87,34 +95,23 @@ class Block(nn.Module):
         visible: Visible = FULL,
         masks: Masks = NO_MASKS,
         cache: LayerCache | None = None,
+        packing: Packing | None = None,
     ) -> Stream:
-        """A stream of (B, N, D) -> the same.
+        """A stream of (B, N, D) -> the same, or of packed rows (R, D).
 
-        visible: who sees whom. masks: dropout of the three sites. cache: keys and values of earlier
-        elements, to which these elements are added.
+        Args:
+            visible: who sees whom.
+            masks: dropout of the three sites; with `packing` those of the rows (`Dropout.packed`).
+            cache: keys and values of earlier elements, to which these elements are added.
+            packing: only these elements come out. They are gathered after attention: projection and
+                MLP never see the others.
         """
-        x_BND, y_BND = stream.normed(self.norm1)
-        return self.finish(x_BND, self.attend(y_BND, visible, cache), masks)
-
-    def forward_rows(
-        self,
-        stream: Stream,
-        sequence_R: Tensor,
-        element_R: Tensor,
-        visible: Visible = FULL,
-        masks: Masks = NO_MASKS,
-    ) -> Stream:
-        """As `forward`, but only the given elements come out, packed: a stream of (R, D).
-
-        Row r is element element_R[r] of sequence sequence_R[r]; masks are those of the rows
-        (`Dropout.packed`). Rows are gathered after attention: projection and MLP never see the
-        other elements.
-        """
-        x_BND, y_BND = stream.normed(self.norm1)
-        attended_BND = self.attend(y_BND, visible)
-        row_R = sequence_R * x_BND.shape[1] + element_R
-        attended_RD = self._gather(attended_BND, row_R)
-        return self.finish(self._gather(x_BND, row_R), attended_RD, masks)
+        x, y_BND = stream.normed(self.norm1)
+        attended = self.attend(y_BND, visible, cache)
+        if packing is not None:
+            row_R = packing.sequence_R * x.shape[1] + packing.element_R
+            x, attended = self._gather(x, row_R), self._gather(attended, row_R)
+        return self.finish(x, attended, masks)
 
     def attend(self, y_BND: Tensor, visible: Visible, cache: LayerCache | None = None) -> Tensor:
         """Attention between its two products, of normalised y: (B, N, D)."""
@@ -199,7 +196,7 @@ class Backbone(nn.Module):
         self.label = nn.Embedding(num_classes, width)
         self.position = nn.Embedding(num_tokens, width)
         self.time = nn.Embedding(num_tokens, width)
-        self.blocks = nn.ModuleList(Block(width, heads, operators) for _ in range(depth))
+        self.blocks = Modules[Block](Block(width, heads, operators) for _ in range(depth))
         self.norm = LayerNorm(width, operators=operators)
         self.dtype = torch.float32
 

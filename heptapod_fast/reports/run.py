@@ -68,7 +68,7 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
     """What is said of a run, by name; rates are medians over all its progress lines."""
     last = records[-1]
     rates = [record["images_per_second"] for record in records]
-    numbers = {
+    numbers: dict[str, Any] = {
         "system": config.system,
         "size": config.size,
         "data": config.data.data,

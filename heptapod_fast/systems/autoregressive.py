@@ -100,7 +100,7 @@ class NextToken(MarSystem):
         h_BND = self.backbone(torch.cat((start_B1D, x_BMD), dim=1), dropout)
         rows = gridlib.rows_of_all_steps(order_BN)
         total, _ = self.token_losses(h_BND.flatten(0, 1), batch, rows, rng)
-        return Loss(total, rows.count())
+        return Loss(total, rows.total_weight())
 
     @torch.no_grad()
     def sample(
@@ -111,7 +111,7 @@ class NextToken(MarSystem):
         index: Tensor | None = None,
     ) -> Tensor:
         """One token per step with a KV cache; see System.sample."""
-        options = SampleOptions() if options is None else options
+        options = self.own_options(options, SampleOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
         order_BN = self.orders(index_B, rng)

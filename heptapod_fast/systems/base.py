@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.tokenizers import TokenSpec
 
+AnyOptions = TypeVar("AnyOptions", bound=SampleOptions)
+
 
 class Loss(NamedTuple):
     """What a micro-batch contributes to the loss of the global batch.
@@ -32,7 +34,7 @@ class Loss(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor | float
+    count: Tensor | float  # type: ignore[assignment]  # nobody counts the elements of this tuple
 
     @property
     def mean(self) -> Tensor:
@@ -222,6 +224,22 @@ class System(nn.Module, ABC):
         Raises:
             ValueError: classes out of range, or options that cannot be.
         """
+
+    @staticmethod
+    def own_options(options: SampleOptions | None, kind: type[AnyOptions]) -> AnyOptions:
+        """The options given to `sample`, or the defaults for None.
+
+        Raises:
+            TypeError: options of another system, some of which would be passed over in silence.
+        """
+        if options is None:
+            return kind()
+        if type(options) is not kind:
+            raise TypeError(
+                f"options are {type(options).__name__}, expected {kind.__name__}: make them with "
+                "system.options(...)"
+            )
+        return options
 
     def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
         """Refuse classes out of range and options that cannot be with these tokens."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,9 @@ class HeptapodSettings(MarSettings):
         "Average over supervised positions, or within each step first."
     )
 
-    def resolve(self, defaults: HeptapodSettings, spec: TokenSpec) -> HeptapodSettings:
+    def resolve(self, defaults: Self, spec: TokenSpec) -> Self:
         """See SystemSettings.resolve. `defaults.head_depth` is half of the size's total depth."""
-        settings = super().resolve(replace(defaults, head_depth=None), spec)
+        settings = super().resolve(defaults.without("head_depth"), spec)
         settings = settings._with_depths(2 * defaults.head_depth)
         settings = settings._with_window(spec)
         if settings.density > spec.num_tokens:
@@ -75,7 +75,7 @@ class HeptapodSettings(MarSettings):
             )
         return settings
 
-    def _with_depths(self, total: int) -> HeptapodSettings:
+    def _with_depths(self, total: int) -> Self:
         """depth and head_depth, which share the blocks of the size."""
         head_depth = total // 2 if self.head_depth is None else self.head_depth
         depth = total - head_depth if self.depth is None else self.depth
@@ -86,7 +86,7 @@ class HeptapodSettings(MarSettings):
             )
         return replace(self, depth=depth, head_depth=head_depth)
 
-    def _with_window(self, spec: TokenSpec) -> HeptapodSettings:
+    def _with_window(self, spec: TokenSpec) -> Self:
         """head and window, which follow from each other."""
         head, window = self.head, self.window
         whole, grid = spec.num_tokens, spec.grid
@@ -240,7 +240,7 @@ class Heptapod(MarSystem):
         else:
             rows, z_RD = self.local_head(h_BND, order_BN, steps_Bn, index_B, rng)
         total, _ = self.token_losses(z_RD, batch, rows, rng)
-        return Loss(total, rows.count())
+        return Loss(total, rows.total_weight())
 
     def states(self, batch: Batch, order_BN: Tensor, rng: Rng) -> Tensor:
         """h_0..h_{N-1} of every sequence: (B, N, D)."""
@@ -256,32 +256,31 @@ class Heptapod(MarSystem):
         self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
     ) -> tuple[gridlib.Rows, Tensor]:
         """Supervised rows over the whole grid and their vectors (R, D)."""
-        settings = self.settings
+        settings, head = self.settings, cast(GlobalHead, self.head)
         if settings.steps == "antithetic":
             rows = gridlib.packed_rows(order_BN, steps_Bn, settings.loss_weight)
         else:
             rows = gridlib.padded_rows(gridlib.ranks(order_BN), steps_Bn, settings.loss_weight)
-        dropout = self.head_dropout(
-            "head", index_B, self.num_tokens + 1, self.head.dropout_sites, rng
-        )
+        length = self.num_tokens + 1
+        dropout = self.head_dropout("head", index_B, length, head.dropout_sites, rng)
         pair_R = rows.pair_R(settings.density)
-        z_RD = self.head(h_BND, order_BN, steps_Bn, pair_R, rows.position_R, dropout)
+        z_RD = head(h_BND, order_BN, steps_Bn, pair_R, rows.position_R, dropout)
         return rows, z_RD
 
     def local_head(
         self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
     ) -> tuple[gridlib.Rows, Tensor]:
         """Rows of the windows that hold the next tokens, and their vectors (R, D)."""
-        settings = self.settings
+        settings, head = self.settings, cast(LocalHead, self.head)
         next_S = order_BN.gather(1, steps_Bn).flatten()
-        position_SW = self.head.window_positions(next_S)
+        position_SW = head.window_positions(next_S)
         rows = gridlib.window_rows(
             position_SW, gridlib.ranks(order_BN), steps_Bn, settings.loss_weight
         )
         length = settings.window
-        dropout = self.head_dropout("head", index_B, length, self.head.dropout_sites, rng)
-        cross = self.head_dropout("cross", index_B, length, len(self.head.blocks), rng)
-        return rows, self.head(h_BND, steps_Bn, position_SW, dropout, cross)
+        dropout = self.head_dropout("head", index_B, length, head.dropout_sites, rng)
+        cross = self.head_dropout("cross", index_B, length, len(head.blocks), rng)
+        return rows, head(h_BND, steps_Bn, position_SW, dropout, cross)
 
     def dropout(
         self,
@@ -322,7 +321,7 @@ class Heptapod(MarSystem):
         See System.sample. With the local head the positions are drawn first and only their windows
         are run.
         """
-        options = HeptapodOptions() if options is None else options
+        options = self.own_options(options, HeptapodOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
@@ -355,6 +354,7 @@ class Heptapod(MarSystem):
     def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
         """See System.check_sampling."""
         super().check_sampling(classes, options)
+        options = self.own_options(options, HeptapodOptions)
         if options.position_order == "confidence" and self.settings.head == "local":
             raise ValueError(
                 "--position-order confidence compares the whole grid; a run with --head local "
@@ -393,7 +393,9 @@ class Heptapod(MarSystem):
         z_RD = self.predict(h_BMD, order_BN, seen, unseen_BU)
         index_R = index_B.repeat_interleave(unseen_BU.shape[1])
         code_R, chance_R = self.token_loss.draw(z_RD, rng, index_R, unseen_BU.flatten(), options)
-        ranking_BU = chance_R.view_as(unseen_BU).argsort(dim=1, descending=True, stable=True)
+        # Only codes have a probability, and only they are drawn by confidence.
+        chance_BU = cast(Tensor, chance_R).view_as(unseen_BU)
+        ranking_BU = chance_BU.argsort(dim=1, descending=True, stable=True)
         ranked_BU = unseen_BU.gather(1, ranking_BU)
         order_BN = torch.cat((order_BN[:, :seen], ranked_BU), dim=1)
         return order_BN, code_R.view_as(unseen_BU).gather(1, ranking_BU[:, :count])
@@ -406,9 +408,10 @@ class Heptapod(MarSystem):
             pair_R = torch.arange(batch, device=order_BN.device).repeat_interleave(count)
             return self.head(h_BMD, order_BN, step_B1, pair_R, position_Bk.flatten())
         # One window per drawn position: a local query sees its own window only.
-        position_SW = self.head.window_positions(position_Bk.flatten())
+        head = cast(LocalHead, self.head)
+        position_SW = head.window_positions(position_Bk.flatten())
         steps_Bk = step_B1.expand(-1, count)
-        z_SWD = self.head(h_BMD, steps_Bk, position_SW).unflatten(0, position_SW.shape)
+        z_SWD = head(h_BMD, steps_Bk, position_SW).unflatten(0, position_SW.shape)
         wanted_SW = position_SW == position_Bk.reshape(-1, 1)
         return z_SWD[wanted_SW]
 
@@ -436,7 +439,7 @@ class Heptapod(MarSystem):
         """See System.flops_per_image."""
         settings, width, tokens = self.settings, self.settings.width, self.num_tokens
         supervised = self.expected_rows(2) / 2
-        if settings.head == "global":
+        if isinstance(self.head, GlobalHead):
             head = self.head.flops(tokens, settings.density, supervised / settings.density)
         else:
             unseen = gridlib.expected_rows(1, tokens, 1, settings.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +66,13 @@ class MarSettings(SystemSettings):
         rule=more_than(0),
     )
 
-    def resolve(self, defaults: MarSettings, spec: TokenSpec) -> MarSettings:
+    def resolve(self, defaults: Self, spec: TokenSpec) -> Self:
         """See SystemSettings.resolve; `depth` is left to systems that share it with a head."""
         self.check()
         continuous = spec.kind == "continuous"
         if not continuous:
             self.refuse(DIFFUSION_SETTINGS, f"needs continuous tokens; {spec.name} is discrete")
-            no_diffusion = dict.fromkeys(DIFFUSION_SETTINGS)
-            defaults = replace(defaults, **no_diffusion)
+            defaults = defaults.without(*DIFFUSION_SETTINGS)
         settings = self.filled(defaults)
         if settings.width % settings.heads:
             raise ValueError(
@@ -147,13 +146,16 @@ TABLE_3 = {
 }
 
 
-def sizes(settings_of: Callable[[NetworkSize], MarSettings]) -> dict[str, Size]:
+AnySettings = TypeVar("AnySettings", bound=MarSettings)
+
+
+def sizes(settings_of: Callable[[NetworkSize], AnySettings]) -> dict[str, Size]:
     """tiny with a recipe of its own, then the sizes of the paper with the paper's.
 
     settings_of: what a system adds to a network's size: its depths, and settings of its own.
     """
 
-    def with_network(network: NetworkSize) -> MarSettings:
+    def with_network(network: NetworkSize) -> AnySettings:
         return replace(
             settings_of(network),
             width=network.width,
@@ -251,12 +253,13 @@ def token_loss_of(settings: MarSettings, spec: TokenSpec, operators: Operators) 
     """Diffusion for continuous tokens, a categorical distribution for discrete ones."""
     if spec.kind == "discrete":
         return Categorical(settings.width, spec.vocabulary, operators)
+    # Not None where tokens are continuous: `MarSettings.resolve` has filled them in.
     return Diffusion(
         settings.width,
         spec.channels,
-        blocks=settings.diffusion_blocks,
-        mlp_width=settings.diffusion_width,
-        repeat=settings.diffusion_repeat,
+        blocks=cast(int, settings.diffusion_blocks),
+        mlp_width=cast(int, settings.diffusion_width),
+        repeat=cast(int, settings.diffusion_repeat),
         bound=settings.diffusion_loss == "mse+vb",
         limit=spec.limit,
         operators=operators,

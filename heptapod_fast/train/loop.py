@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from heptapod_fast.runs.directory import RunError
 from heptapod_fast.sampling.generate import generate, spread
 from heptapod_fast.systems import Phase
 from heptapod_fast.train.metrics import Meter, peak_flops, progress_line, training_flops
-from heptapod_fast.train.records import JsonLines, Recorder, TensorBoard, WeightsAndBiases
+from heptapod_fast.train.records import JsonLines, Recorder, Sink, TensorBoard, WeightsAndBiases
 from heptapod_fast.train.schedule import learning_rate
 from heptapod_fast.train.session import Ending, Session, State, save
 from heptapod_fast.train.step import forward_backward, load, update
@@ -132,7 +132,7 @@ def open_recorder(session: Session, state: State) -> Recorder:
     metrics.rewind(state.images)
     sessions = Recorder(JsonLines(directory.sessions), session.say)
     sessions.write({"images": state.images, **session.environment})
-    openers = {
+    openers: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoard(directory.path / "tensorboard", state.images),
         "wandb": lambda: WeightsAndBiases(directory.path, session.config),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from heptapod_fast.checkpoints import ema_name
 from heptapod_fast.config import RecipeSettings
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.systems import System
+from heptapod_fast.train.parallelize import gradients_of
 from heptapod_fast.train.schedule import ema_decay
 
 EPS = 1e-8
@@ -58,7 +59,7 @@ class Optimizer:
         """
         self.step_count += 1
         data = [parameter.detach() for parameter in self.parameters]
-        grads = [parameter.grad for parameter in self.parameters]
+        grads = gradients_of(self.parameters)
         norm = ops.global_norm(grads, self.operators["global_norm"]) * correction
         scale = self._gradient_scale(norm, correction)
         # One small copy that the host does not wait for.
@@ -114,7 +115,7 @@ class Optimizer:
     def files(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint has to hold, by file and tensor name."""
 
-        def named(tensors: list[Tensor], prefix: str = "") -> dict[str, Tensor]:
+        def named(tensors: Sequence[Tensor], prefix: str = "") -> dict[str, Tensor]:
             return {prefix + n: t.detach() for n, t in zip(self.names, tensors, strict=True)}
 
         moments = {

@@ -14,6 +14,17 @@ from torch import Tensor
 from heptapod_fast.world import World
 
 
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of every parameter; zeros for one that the step did not use, as parts of a model
+    that only other phases of training use."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad)
+    return found
+
+
 def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
     """Add up the gradients of all ranks, in place and in one message. Collective call.
 
@@ -21,8 +32,9 @@ def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
     """
     if world.size == 1:
         return
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    gradients = gradients_of(parameters)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     world.sum(flat)
-    parts = flat.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad.copy_(part.view_as(parameter))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import Dropout
-from heptapod_fast.model.transformer import Backbone, Block, Stream
+from heptapod_fast.model.transformer import Backbone, Block, Packing, Stream
 from heptapod_fast.ops import CAUSAL, FULL
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
@@ -95,7 +95,7 @@ def test_gathered_rows_equal_the_full_block(dropped):
     for gathers in (True, False):
         x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
         if gathers:
-            out = module.forward_rows(Stream(x), sequence, element, masks=packed).value()
+            out = module(Stream(x), masks=packed, packing=Packing(sequence, element)).value()
         else:
             out = dense(module, x, masks=whole)[sequence, element]
         grads = torch.autograd.grad((out * out.detach().cos()).sum(), (x, *module.parameters()))

@@ -144,13 +144,21 @@ def test_baselines_equal_the_naive_sampler(make_system, name, kind):
 )
 def test_a_sample_does_not_depend_on_its_batch(make_system, settings, kind):
     system = make_system(kind, **settings).eval()
-    together = system.sample(CLASSES, RNG, quick(), INDEX)
+    few = system.options(diffusion_steps=4)
+    together = system.sample(CLASSES, RNG, few, INDEX)
     for b in range(3):
-        agree(
-            system.sample(CLASSES[b : b + 1], RNG, quick(), INDEX[b : b + 1]), together[b : b + 1]
-        )
-    assert not torch.equal(together[0], system.sample(CLASSES[:1], RNG, quick(), INDEX[1:2])[0])
-    assert not torch.equal(together, system.sample(CLASSES, Rng(5), quick(), INDEX))
+        alone = system.sample(CLASSES[b : b + 1], RNG, few, INDEX[b : b + 1])
+        agree(alone, together[b : b + 1])
+    assert not torch.equal(together[0], system.sample(CLASSES[:1], RNG, few, INDEX[1:2])[0])
+    assert not torch.equal(together, system.sample(CLASSES, Rng(5), few, INDEX))
+
+
+def test_options_of_another_system_are_refused(make_system):
+    baseline = make_system(system="1d-raster")
+    with pytest.raises(TypeError, match="options are HeptapodOptions, expected SampleOptions"):
+        baseline.sample(CLASSES, RNG, quick(positions_per_step=4))
+    with pytest.raises(TypeError, match="options are SampleOptions, expected HeptapodOptions"):
+        make_system().sample(CLASSES, RNG, SampleOptions())
 
 
 def test_sampling_ignores_dropout(make_system):

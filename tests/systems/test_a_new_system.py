@@ -134,6 +134,7 @@ class Ripple(System):
         self.token = Linear(spec.channels, width)
         self.label = nn.Embedding(num_classes + 1, width)  # the last one: no class
         self.position = nn.Embedding(spec.num_tokens, width)
+        self.fine = nn.Parameter(torch.empty(1, width))  # the coarse phase does not use it
         self.layers = nn.ModuleList(RippleLayer(width) for _ in range(settings.layers))
         self.token_loss = Laplace(width, spec.channels)
         self.dtype = torch.float32
@@ -171,7 +172,8 @@ class Ripple(System):
             chance_B = rng.uniform("drop.class", batch.index, 1)[:, 0]
             labels_B = labels_B.masked_fill(chance_B < self.settings.drop_class, self.num_classes)
         position_M = self.supervised(phase).to(labels_B.device)
-        z_BMD = self.vectors(batch.tokens, labels_B, position_M)
+        is_fine = phase is None or phase.level == 1
+        z_BMD = self.vectors(batch.tokens, labels_B, position_M, is_fine)
         target_BMC = batch.tokens[:, position_M]
         index_R = batch.index.repeat_interleave(len(position_M))
         slot_R = position_M.repeat(len(batch))
@@ -180,13 +182,18 @@ class Ripple(System):
         )
         return Loss(total, float(len(index_R)))
 
-    def vectors(self, tokens_BNC: Tensor, labels_B: Tensor, position_M: Tensor) -> Tensor:
+    def vectors(
+        self, tokens_BNC: Tensor, labels_B: Tensor, position_M: Tensor, is_fine: bool = True
+    ) -> Tensor:
         """(B, M, D) for M positions."""
         before_BNC = tokens_BNC.cumsum(1) - tokens_BNC
         count_N = torch.arange(tokens_BNC.shape[1], device=tokens_BNC.device).clamp(min=1)
         mean_BNC = before_BNC / count_N[:, None]
         x_BMD = self.token(mean_BNC[:, position_M]) + self.label(labels_B)[:, None]
-        x_BMD = (x_BMD + self.position(position_M)).to(self.dtype)
+        x_BMD = x_BMD + self.position(position_M)
+        if is_fine:
+            x_BMD = x_BMD + self.fine
+        x_BMD = x_BMD.to(self.dtype)
         for layer in self.layers:
             x_BMD = layer(x_BMD)
         return x_BMD
@@ -195,7 +202,7 @@ class Ripple(System):
         """See System.initial_value."""
         if isinstance(module, nn.RMSNorm):
             return torch.ones_like(parameter)
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or leaf == "fine":
             return initial.normal(parameter, name, rng, 0.02)
         if isinstance(module, Linear):
             is_bias = leaf == "bias"
@@ -223,7 +230,7 @@ class Ripple(System):
     @torch.no_grad()
     def sample(self, classes, rng, options=None, index=None):
         """See System.sample."""
-        options = RippleOptions() if options is None else options
+        options = self.own_options(options, RippleOptions)
         self.check_sampling(classes, options)
         device = self.label.weight.device
         labels_B = classes.to(device)
