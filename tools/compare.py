@@ -160,7 +160,9 @@ def main() -> int:
     pythons = options.python or [checkout / ".venv/bin/python" for checkout in checkouts]
     chosen = {name: case for name, case in CASES.items() if options.only in name}
     if not chosen:
-        raise SystemExit(f"--only {options.only}: no case has this in its name")
+        raise SystemExit(
+            f"--only {options.only}: no case has this in its name; there are: {'; '.join(CASES)}"
+        )
     wrong = 0
     for name, case in chosen.items():
         with tempfile.TemporaryDirectory() as folder:

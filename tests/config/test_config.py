@@ -3,7 +3,7 @@
 import pytest
 
 from heptapod_fast.config import BatchSplit
-from heptapod_fast.systems import SYSTEMS, build_system, configure
+from heptapod_fast.systems import build_system, configure
 
 PAPER_TOTALS = {"B": 207_234_336, "L": 477_143_584, "H": 940_597_024}
 
