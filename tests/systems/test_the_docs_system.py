@@ -58,7 +58,7 @@ def test_it_trains_resumes_and_samples(bag, tmp_path):
 def test_it_learns(bag, tmp_path):
     train_here(tmp_path, **BAG | {"images": 1280, "batch": 64, "log_every": 128})
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.03, losses
 
 
 def test_its_flops_and_expected_count_are_true(bag, make_batch):
