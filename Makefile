@@ -3,6 +3,7 @@
 #   make demo        install what running needs, then tools/demo.py
 #   make test        install with the developers' tools, lint, quick tests
 #   make test-slow   the long tests
+#   make test-oldest the quick tests on the oldest versions that pyproject.toml promises
 #   make bench       every benchmark that this machine can run
 #   make lint | venv | clean
 #
@@ -11,7 +12,8 @@
 # TORCH_INDEX=URL          another package index for torch, such as
 #                          https://download.pytorch.org/whl/cpu (smaller, no GPU)
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # A process per core, one thread each: the tests' tensors are small.
@@ -20,13 +22,17 @@ QUIET := -qq --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 SAY := printf '\n== %s\n'
 
-.PHONY: venv demo test test-slow bench lint clean
+.PHONY: venv demo test test-slow test-oldest tests-alone bench lint clean
 
 venv: $(VENV)/.dev
 demo: $(VENV)/.core
 	@$(BIN)/python tools/demo.py
-test: lint
+test: lint tests-alone
+tests-alone: $(VENV)/.dev
 	$(PYTEST) -m "not slow" tests
+# TORCH_INDEX spares the download of CUDA: the index of torch 2.11 has CPU builds of their own.
+test-oldest:
+	@$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt tests-alone
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests
 bench: $(VENV)/.dev
@@ -34,8 +40,9 @@ bench: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 clean:
-	rm -rf $(VENV) build heptapod_fast/*.so heptapod_fast/_build_note.txt *.egg-info
+	rm -rf .venv .venv-oldest build heptapod_fast/*.so heptapod_fast/_build_note.txt *.egg-info
 
 # The stamps below say what is done already; a second run of any target installs nothing.
 $(VENV)/.python:
@@ -47,9 +54,9 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.torch: constraints.txt $(VENV)/.python
-	@$(SAY) "Installing torch $$(sed -n 's/^torch==//p' constraints.txt) (the largest download)"
-	@$(PIP) install $(QUIET) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+$(VENV)/.torch: $(CONSTRAINTS) $(VENV)/.python
+	@$(SAY) "Installing torch $$(sed -n 's/^torch==//p' $(CONSTRAINTS)) (the largest download)"
+	@$(PIP) install $(QUIET) -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(SAY) "Installing the build tools"
 	@$(PIP) install $(QUIET) "setuptools>=64" wheel
 	@command -v cmake >/dev/null || $(PIP) install $(QUIET) cmake ninja || \
@@ -58,11 +65,11 @@ $(VENV)/.torch: constraints.txt $(VENV)/.python
 
 $(VENV)/.core: $(VENV)/.torch $(BUILD_FILES)
 	@$(SAY) "Installing heptapod_fast and compiling its operators (about a minute)"
-	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation -e .
+	@$(PIP) install $(QUIET) -c $(CONSTRAINTS) --no-build-isolation -e .
 	@$(BIN)/python -c 'from heptapod_fast.ops import library; print(library.status())'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
 	@$(SAY) "Installing the developers' tools"
-	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(PIP) install $(QUIET) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
 	@touch $@

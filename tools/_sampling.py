@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from _cli import given, group_of_flags, parse, tyro
+from torch import Tensor
 
 from heptapod_fast.config import Settings
 from heptapod_fast.config.settings import setting, type_hints
+from heptapod_fast.runs import LoadedRun, load_run
+from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.systems import SYSTEMS
 
 MOST_IMAGES = 10_000_000
@@ -35,10 +38,8 @@ class SamplingArguments:
     tokenizer_weights: str | None = None
     """File of kl16 or vq16, if it is not where it was in training."""
 
-    def load(self):
+    def load(self) -> LoadedRun:
         """The `LoadedRun`; ValueError if its tokens cannot be decoded."""
-        from heptapod_fast.runs import load_run
-
         loaded = load_run(
             self.run,
             self.checkpoint,
@@ -102,7 +103,9 @@ def _all_options() -> type[Settings]:
     return made
 
 
-def images_of(loaded, labels, arguments: SamplingArguments, options):
+def images_of(
+    loaded: LoadedRun, labels: Tensor, arguments: SamplingArguments, options: SampleOptions
+) -> Tensor:
     """Samples of the labels: (B, 3, H, W) in [-1, 1]. options: of the run's system."""
     from heptapod_fast.progress import Progress
     from heptapod_fast.rng import Rng
@@ -110,7 +113,7 @@ def images_of(loaded, labels, arguments: SamplingArguments, options):
 
     return generate(
         loaded.system,
-        loaded.tokenizer,
+        loaded,
         labels,
         Rng(arguments.seed),
         options,

@@ -48,8 +48,8 @@ def _arguments(own: type, description: str, system: str, size: Size | None) -> t
         "run": (RunSettings, size and size.run),
         "model": (model, size and size.model),
     }
-    sizes = Literal[tuple(model.SIZES)]
-    systems = Literal[tuple(settings_registry())]
+    sizes: Any = Literal[tuple(model.SIZES)]
+    systems: Any = Literal[tuple(settings_registry())]
     about_size = tyro.conf.arg(help="Preset: model, tokenizer, data and recipe follow from it.")
     about_system = tyro.conf.arg(help="What is trained; its own flags are listed below.")
     fields: list[Any] = [

@@ -1,4 +1,6 @@
-"""Whether two checkouts train and sample alike, bit for bit: `python tools/compare.py BEFORE AFTER`.
+"""Whether two checkouts train and sample alike, bit for bit.
+
+    python tools/compare.py BEFORE AFTER
 
 For a change that should not change results. Each case trains the smallest run with both checkouts,
 through their command lines, and compares everything that comes out: the loss, gradient norm and
@@ -63,7 +65,7 @@ CASES: dict[str, dict[str, object]] = {
     "1d-random, codes, dropout, 2 ranks": {"system": "1d-random"} | CODES | DROPOUT | {"ranks": 2},
 }
 # How a finished run is sampled; systems that cannot do the second are sampled in the first way.
-SAMPLINGS = ({}, {"positions-per-step": 4, "temperature": 0.8})
+SAMPLINGS: tuple[dict[str, object], ...] = ({}, {"positions-per-step": 4, "temperature": 0.8})
 # Of metrics.jsonl, what depends on the machine.
 TIMES = (
     "images_per_second",

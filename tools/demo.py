@@ -12,9 +12,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+NEXT = """
+Next, in this folder:
+    source .venv/bin/activate                          once per shell
+    python tools/sample.py {out} --classes 0,4 --out grid.png
+    python tools/train.py --size tiny --images 300000 --out {out}        trains on
+    python tools/train.py --size tiny --data FOLDER --image-size 32      your own images
+    python tools/train.py --size B --data synthetic --dry-run            the paper's sizes"""
+
 
 def step(*words: str) -> None:
-    """Print a command as a user would type it, and run it."""
+    """Print a command as a user would type it, and run it; ends with the command's exit code if it
+    fails."""
     print(f"\n$ python {' '.join(words)}", flush=True)
     done = subprocess.run([sys.executable, *words], cwd=ROOT)
     if done.returncode:
@@ -29,17 +38,10 @@ def work() -> None:
     parser.add_argument("--images", default=None, help="training images (default: the size's)")
     given = parser.parse_args()
     begin = time.monotonic()
-    extra = ["--images", given.images] if given.images else []
-    step(
-        "tools/train.py",
-        "--size",
-        "tiny",
-        "--out",
-        given.out,
-        "--minutes",
-        f"{given.minutes:g}",
-        *extra,
-    )
+    training = ["--size", "tiny", "--out", given.out, "--minutes", f"{given.minutes:g}"]
+    if given.images:
+        training += ["--images", given.images]
+    step("tools/train.py", *training)
     step("tools/evaluate.py", given.out, "--count", "400")
     step("tools/report.py", given.out)
     run = ROOT / given.out
@@ -55,6 +57,7 @@ def work() -> None:
         f"report             {given.out}/report.md\n"
         f"time               {time.monotonic() - begin:.0f} s without the installation"
     )
+    print(NEXT.format(out=given.out))
 
 
 if __name__ == "__main__":

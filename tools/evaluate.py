@@ -8,6 +8,7 @@ from pathlib import Path
 
 from _cli import main
 from _sampling import SamplingArguments, images_of, parse_sampling
+from torch import Tensor
 
 GRID_CLASSES, GRID_COLUMNS = 8, 8
 
@@ -74,7 +75,7 @@ def metric_names(asked: str | None, data: str | None) -> list[str]:
     return ["symmetry"] if data == "logograms" else []
 
 
-def some_of_each(labels) -> list[int]:
+def some_of_each(labels: Tensor) -> list[int]:
     """Samples for a grid: a row of each of the first classes."""
     return [
         sample

@@ -14,7 +14,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from _cli import main
 from _training import parse_training
 
@@ -78,10 +80,8 @@ def work() -> int:
     return 0
 
 
-def record(step: Callable[[], object], steps: int):
+def record(step: Callable[[], object], steps: int) -> torch.profiler.profile | None:
     """A torch.profiler that has seen `steps` calls; under nsys NVTX ranges instead, and None."""
-    import torch
-
     if "NSYS_PROFILING_SESSION_ID" in os.environ:
         torch.cuda.cudart().cudaProfilerStart()
         with torch.autograd.profiler.emit_nvtx():
@@ -97,8 +97,6 @@ def record(step: Callable[[], object], steps: int):
 
 def profile_operation(name: str, device: str, steps: int, out: Path) -> int:
     """Profile what runs for one operation by default, one case of its benchmark after the other."""
-    import torch
-
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     known = sorted(
         path.stem.removeprefix("bench_")
@@ -124,10 +122,8 @@ def profile_operation(name: str, device: str, steps: int, out: Path) -> int:
     return 0
 
 
-def write(profiler, out: Path, steps: int, config: Config) -> None:
+def write(profiler: torch.profiler.profile, out: Path, steps: int, config: Config) -> None:
     """trace.json for chrome://tracing, profile.md with phases and the costliest operators."""
-    import torch
-
     from heptapod_fast.world import choose_device, device_name
 
     out.mkdir(parents=True, exist_ok=True)
@@ -135,11 +131,11 @@ def write(profiler, out: Path, steps: int, config: Config) -> None:
     on_gpu = torch.cuda.is_available()
     events = profiler.key_averages()
 
-    def own_ms(event) -> float:
+    def own_ms(event: Any) -> float:
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         return microseconds / steps / 1000
 
-    def whole_ms(event) -> float:
+    def whole_ms(event: Any) -> float:
         microseconds = event.device_time_total if on_gpu else event.cpu_time_total
         return microseconds / steps / 1000
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from _cli import main
 from _sampling import SamplingArguments, images_of, parse_sampling
+from torch import Tensor
 
 
 @dataclass(kw_only=True)
@@ -71,7 +72,7 @@ def work() -> int:
     return 0
 
 
-def save_singles(arguments: Arguments, images, labels) -> None:
+def save_singles(arguments: Arguments, images: Tensor, labels: Tensor) -> None:
     """--save-images and --save-npz."""
     from heptapod_fast.pictures import save_png
     from heptapod_fast.tokenizers import to_uint8

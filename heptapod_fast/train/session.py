@@ -16,6 +16,7 @@ from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.config import BatchSplit, Config
 from heptapod_fast.data.cache import CacheTokens
 from heptapod_fast.data.cache_format import Cache
+from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import TokenSource
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.progress import Progress
@@ -139,7 +140,11 @@ def prepare(
 
 
 def _open_tokenizer(
-    config: Config, world: World, directory: RunDir, images, cache: Cache | None
+    config: Config,
+    world: World,
+    directory: RunDir,
+    images: ImageSource | None,
+    cache: Cache | None,
 ) -> Tokenizer | None:
     """One rank fits the tokenizer, the others read what it saved. Collective call."""
     if not world.main:
