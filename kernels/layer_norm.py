@@ -5,8 +5,7 @@ A program takes a contiguous slab of rows, one row per step of a loop whose load
 through shared memory (cp.async), so that the bytes in flight do not depend on registers. The width
 is a constant of the compiled kernel: no masks where the tile fits, 16-byte accesses where the width
 is a multiple of 8. Widths between two powers of two are covered by two parts, MAIN + REST columns
-(1280 = 1024 + 256), because idle lanes would cost as many instructions as busy ones. Names that end
-in M are of the first part, names that end in R of the rest.
+(1280 = 1024 + 256), because idle lanes would cost as many instructions as busy ones.
 
 Backward: column sums stay in float32 registers, one row of partials per program, which
 `columns.column_sum` adds up in order.
@@ -159,18 +158,18 @@ def layer_norm_forward_kernel(
     ALL: tl.constexpr = WIDTH == MAIN + REST
     FULL: tl.constexpr = ALL or REST > 0
     AFFINE: tl.constexpr = weight_ptr is not None
-    columnM = tl.arange(0, MAIN)  # [MAIN]
-    columnR = MAIN + tl.arange(0, max(REST, 1))  # [REST]; a tile needs a column, used or not
+    column_main = tl.arange(0, MAIN)  # [MAIN]
+    column_rest = MAIN + tl.arange(0, max(REST, 1))  # [REST]; a tile needs a column, used or not
 
     # Parameters are loaded once and stay in registers for all rows of the slab.
-    shiftM = _load(branch_bias_ptr, columnM, WIDTH, FULL) if BIAS else 0.0
-    shiftR = _load(branch_bias_ptr, columnR, WIDTH, ALL) if BIAS and REST > 0 else 0.0
+    shift_main = _load(branch_bias_ptr, column_main, WIDTH, FULL) if BIAS else 0.0
+    shift_rest = _load(branch_bias_ptr, column_rest, WIDTH, ALL) if BIAS and REST > 0 else 0.0
     if AFFINE:
-        weightM = _load(weight_ptr, columnM, WIDTH, FULL)
-        biasM = _load(bias_ptr, columnM, WIDTH, FULL)
+        weight_main = _load(weight_ptr, column_main, WIDTH, FULL)
+        bias_main = _load(bias_ptr, column_main, WIDTH, FULL)
         if REST > 0:
-            weightR = _load(weight_ptr, columnR, WIDTH, ALL)
-            biasR = _load(bias_ptr, columnR, WIDTH, ALL)
+            weight_rest = _load(weight_ptr, column_rest, WIDTH, ALL)
+            bias_rest = _load(bias_ptr, column_rest, WIDTH, ALL)
 
     first = tl.program_id(0) * slab
     for step in tl.range(0, tl.minimum(slab, rows - first), num_stages=STAGES):
@@ -187,12 +186,12 @@ def layer_norm_forward_kernel(
         sum_at = sum_ptr + at if branch_ptr is not None else None
 
         # The residual sum, and the sum of its elements.
-        xM = _residual(
+        x_main = _residual(
             x_ptr + at,
             branch_at,
             sum_at,
-            shiftM,
-            columnM,
+            shift_main,
+            column_main,
             key0,
             key1,
             counter,
@@ -202,14 +201,14 @@ def layer_norm_forward_kernel(
             WIDTH,
             FULL,
         )
-        total = _fold(xM, THREADS, VECTOR)
+        total = _fold(x_main, THREADS, VECTOR)
         if REST > 0:
-            xR = _residual(
+            x_rest = _residual(
                 x_ptr + at,
                 branch_at,
                 sum_at,
-                shiftR,
-                columnR,
+                shift_rest,
+                column_rest,
                 key0,
                 key1,
                 counter,
@@ -219,29 +218,29 @@ def layer_norm_forward_kernel(
                 WIDTH,
                 ALL,
             )
-            total += _fold(xR, THREADS, VECTOR)
+            total += _fold(x_rest, THREADS, VECTOR)
         mean = tl.sum(total) * (1.0 / WIDTH)
 
         # The variance from centred values: mean(x^2) - mean^2 cancels far from zero.
-        xM = _centre(xM, mean, columnM, WIDTH, FULL)
-        square = _fold(xM * xM, THREADS, VECTOR)
+        x_main = _centre(x_main, mean, column_main, WIDTH, FULL)
+        square = _fold(x_main * x_main, THREADS, VECTOR)
         if REST > 0:
-            xR = _centre(xR, mean, columnR, WIDTH, ALL)
-            square += _fold(xR * xR, THREADS, VECTOR)
+            x_rest = _centre(x_rest, mean, column_rest, WIDTH, ALL)
+            square += _fold(x_rest * x_rest, THREADS, VECTOR)
         rstd = tl.rsqrt(tl.sum(square) * (1.0 / WIDTH) + eps)
         tl.store(stats_ptr + 2 * row64, mean)
         tl.store(stats_ptr + 2 * row64 + 1, rstd)
 
         # The norm.
-        yM = xM * rstd
+        y_main = x_main * rstd
         if AFFINE:
-            yM = yM * weightM + biasM
-        _store(out_ptr + at, columnM, yM, WIDTH, FULL)
+            y_main = y_main * weight_main + bias_main
+        _store(out_ptr + at, column_main, y_main, WIDTH, FULL)
         if REST > 0:
-            yR = xR * rstd
+            y_rest = x_rest * rstd
             if AFFINE:
-                yR = yR * weightR + biasR
-            _store(out_ptr + at, columnR, yR, WIDTH, ALL)
+                y_rest = y_rest * weight_rest + bias_rest
+            _store(out_ptr + at, column_rest, y_rest, WIDTH, ALL)
 
 
 # Backward.
@@ -272,8 +271,8 @@ def _finish(
     weighted,  # [columns] g = weight * dy
     normal,  # [columns] n
     rstd,  # scalar
-    mean_g,  # scalar: mean(g) * rstd
-    mean_gn,  # scalar: mean(g n) * rstd
+    rstd_mean_g,  # scalar: rstd * mean(g)
+    rstd_mean_gn,  # scalar: rstd * mean(g n)
     # pointers at the row's first element
     grad_sum_ptr,  # None: the sum has no gradient of its own
     dx_ptr,
@@ -289,7 +288,7 @@ def _finish(
     FULL: tl.constexpr,  # whether all of the columns are below D
 ):
     """Stores a part of dx, and of dbranch if there is dropout; returns dbranch, [columns]."""
-    dx = weighted * rstd - mean_g - normal * mean_gn
+    dx = weighted * rstd - rstd_mean_g - normal * rstd_mean_gn
     if grad_sum_ptr is not None:
         dx += _load(grad_sum_ptr, column, WIDTH, FULL)
     _store(dx_ptr, column, dx, WIDTH, FULL)
@@ -355,18 +354,18 @@ def layer_norm_backward_kernel(
     ALL: tl.constexpr = WIDTH == MAIN + REST
     FULL: tl.constexpr = ALL or REST > 0
     AFFINE: tl.constexpr = weight_ptr is not None
-    columnM = tl.arange(0, MAIN)  # [MAIN]
-    columnR = MAIN + tl.arange(0, max(REST, 1))  # [REST]
-    weightM = _load(weight_ptr, columnM, WIDTH, FULL) if AFFINE else 1.0
-    weightR = _load(weight_ptr, columnR, WIDTH, ALL) if AFFINE and REST > 0 else 1.0
+    column_main = tl.arange(0, MAIN)  # [MAIN]
+    column_rest = MAIN + tl.arange(0, max(REST, 1))  # [REST]
+    weight_main = _load(weight_ptr, column_main, WIDTH, FULL) if AFFINE else 1.0
+    weight_rest = _load(weight_ptr, column_rest, WIDTH, ALL) if AFFINE and REST > 0 else 1.0
 
     # Sums over this program's rows, in registers.
-    dweightM = tl.zeros((MAIN,), tl.float32)
-    dbiasM = tl.zeros((MAIN,), tl.float32)
-    dbranchM = tl.zeros((MAIN,), tl.float32)
-    dweightR = tl.zeros((max(REST, 1),), tl.float32)
-    dbiasR = tl.zeros((max(REST, 1),), tl.float32)
-    dbranchR = tl.zeros((max(REST, 1),), tl.float32)
+    dweight_main = tl.zeros((MAIN,), tl.float32)
+    dbias_main = tl.zeros((MAIN,), tl.float32)
+    dbranch_main = tl.zeros((MAIN,), tl.float32)
+    dweight_rest = tl.zeros((max(REST, 1),), tl.float32)
+    dbias_rest = tl.zeros((max(REST, 1),), tl.float32)
+    dbranch_rest = tl.zeros((max(REST, 1),), tl.float32)
 
     program = tl.program_id(0)
     first = program * slab
@@ -386,37 +385,44 @@ def layer_norm_backward_kernel(
         rstd = tl.load(stats_ptr + 2 * row64 + 1)
 
         # g = weight * dy and n, and what the means of g and of g n need.
-        dyM, gM, nM = _read(
-            grad_ptr + at, sum_ptr + at, weightM, mean, rstd, columnM, AFFINE, WIDTH, FULL
+        dy_main, g_main, n_main = _read(
+            grad_ptr + at, sum_ptr + at, weight_main, mean, rstd, column_main, AFFINE, WIDTH, FULL
         )
-        total_g = _fold(gM, THREADS, VECTOR)
-        total_gn = _fold(gM * nM, THREADS, VECTOR)
-        dweightM += dyM * nM
-        dbiasM += dyM
+        total_g = _fold(g_main, THREADS, VECTOR)
+        total_gn = _fold(g_main * n_main, THREADS, VECTOR)
+        dweight_main += dy_main * n_main
+        dbias_main += dy_main
         if REST > 0:
-            dyR, gR, nR = _read(
-                grad_ptr + at, sum_ptr + at, weightR, mean, rstd, columnR, AFFINE, WIDTH, ALL
+            dy_rest, g_rest, n_rest = _read(
+                grad_ptr + at,
+                sum_ptr + at,
+                weight_rest,
+                mean,
+                rstd,
+                column_rest,
+                AFFINE,
+                WIDTH,
+                ALL,
             )
-            total_g += _fold(gR, THREADS, VECTOR)
-            total_gn += _fold(gR * nR, THREADS, VECTOR)
-            dweightR += dyR * nR
-            dbiasR += dyR
+            total_g += _fold(g_rest, THREADS, VECTOR)
+            total_gn += _fold(g_rest * n_rest, THREADS, VECTOR)
+            dweight_rest += dy_rest * n_rest
+            dbias_rest += dy_rest
         # Joined, the two sums cross the warps together.
-        mean_g, mean_gn = tl.split(tl.sum(tl.join(total_g, total_gn), axis=0))
-        mean_g *= rstd * (1.0 / WIDTH)
-        mean_gn *= rstd * (1.0 / WIDTH)
-
-        # ds = rstd * (g - mean(g) - n * mean(g n)) + dsum
-        dbranchM += _finish(
-            gM,
-            nM,
+        sum_g, sum_gn = tl.split(tl.sum(tl.join(total_g, total_gn), axis=0))
+        # ds = rstd * (g - mean(g) - n * mean(g n)) + dsum, multiplied out.
+        rstd_mean_g = sum_g * (rstd * (1.0 / WIDTH))
+        rstd_mean_gn = sum_gn * (rstd * (1.0 / WIDTH))
+        dbranch_main += _finish(
+            g_main,
+            n_main,
             rstd,
-            mean_g,
-            mean_gn,
+            rstd_mean_g,
+            rstd_mean_gn,
             grad_sum_at,
             dx_ptr + at,
             dbranch_at,
-            columnM,
+            column_main,
             key0,
             key1,
             counter,
@@ -426,16 +432,16 @@ def layer_norm_backward_kernel(
             FULL,
         )
         if REST > 0:
-            dbranchR += _finish(
-                gR,
-                nR,
+            dbranch_rest += _finish(
+                g_rest,
+                n_rest,
                 rstd,
-                mean_g,
-                mean_gn,
+                rstd_mean_g,
+                rstd_mean_gn,
                 grad_sum_at,
                 dx_ptr + at,
                 dbranch_at,
-                columnR,
+                column_rest,
                 key0,
                 key1,
                 counter,
@@ -447,9 +453,11 @@ def layer_norm_backward_kernel(
 
     SUMS: tl.constexpr = 2 * AFFINE + BIAS
     out = partial_ptr + program.to(tl.int64) * (SUMS * WIDTH) if SUMS > 0 else None
-    _store_sums(out, columnM, dweightM, dbiasM, dbranchM, AFFINE, BIAS, WIDTH, FULL)
+    _store_sums(out, column_main, dweight_main, dbias_main, dbranch_main, AFFINE, BIAS, WIDTH, FULL)
     if REST > 0:
-        _store_sums(out, columnR, dweightR, dbiasR, dbranchR, AFFINE, BIAS, WIDTH, ALL)
+        _store_sums(
+            out, column_rest, dweight_rest, dbias_rest, dbranch_rest, AFFINE, BIAS, WIDTH, ALL
+        )
 
 
 # Launchers.

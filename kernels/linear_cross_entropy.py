@@ -232,9 +232,8 @@ def cross_entropy_blocks_kernel(
             # Where nothing is hit x may be -inf, and -inf * 0 is NaN.
             chosen += tl.sum(tl.where(hits > 0, x, 0.0) * hits, axis=1)
             higher = tl.maximum(peak, tl.max(x, axis=1))
-            mass = mass * tl.exp2((peak - higher) * LOG2E) + tl.sum(
-                tl.exp2((x - higher[:, None]) * LOG2E), axis=1
-            )
+            mass = mass * tl.exp2((peak - higher) * LOG2E)
+            mass += tl.sum(tl.exp2((x - higher[:, None]) * LOG2E), axis=1)
             peak = higher
         loss = peak + tl.log(mass) - chosen
         tl.store(loss_ptr + row, loss, mask=live)

@@ -148,10 +148,9 @@ def _sine_cosine(u):
     odd = (quarter & 1) == 1
     by_sine = tl.where(odd, cosine, sine)
     by_cosine = tl.where(odd, sine, cosine)
-    return (
-        tl.where((quarter & 2) == 2, -by_sine, by_sine),
-        tl.where(((quarter + 1) & 2) == 2, -by_cosine, by_cosine),
-    )
+    sine = tl.where((quarter & 2) == 2, -by_sine, by_sine)
+    cosine = tl.where(((quarter + 1) & 2) == 2, -by_cosine, by_cosine)
+    return sine, cosine
 
 
 @triton.jit
@@ -204,7 +203,9 @@ def row_draws(
     """(token, index, slot) of flat rows; rows past the last are read as the last."""
     row = tl.minimum(row, rows - 1)
     token = row // REPEAT
-    return token, tl.load(index_ptr + token), tl.load(slot_ptr + token) * REPEAT + row % REPEAT
+    index = tl.load(index_ptr + token)
+    slot = tl.load(slot_ptr + token) * REPEAT + row % REPEAT
+    return token, index, slot
 
 
 @triton.jit
@@ -223,7 +224,8 @@ def repeat_rows(
     token = tl.program_id(0).to(tl.int64) * (ROWS // REPEATS) + place // REPEATS
     repeat = first + place % REPEATS
     valid = (token < tokens) & (repeat < REPEAT)
-    return tl.minimum(token, tokens - 1) * REPEAT + tl.minimum(repeat, REPEAT - 1), valid
+    row = tl.minimum(token, tokens - 1) * REPEAT + tl.minimum(repeat, REPEAT - 1)
+    return row, valid
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def kept(
     rows_per_key,  # R / P
     counters,  # N
     width,  # F
-    p,  # the share that is dropped
+    threshold,  # p * 2**32: hashes below it are dropped
 ):
     """[BLOCK] booleans: the mask of a row, a function of its key, its counter and the column."""
     key = key_ptr + 2 * (row // rows_per_key)
@@ -68,7 +68,7 @@ def kept(
     counter = tl.load(counter_ptr + row % counters)
     element = (counter * width + column).to(tl.uint32)
     hashed = mix(mix(element ^ key0) ^ key1)
-    return hashed.to(tl.int64) >= (p * 4294967296.0).to(tl.int64)
+    return hashed.to(tl.int64) >= threshold
 
 
 @triton.jit
@@ -81,7 +81,8 @@ def bias_gelu_dropout_kernel(
     rows_per_key,  # R / P
     counters,  # N
     width,  # F
-    p,  # the share that is dropped
+    threshold,  # p * 2**32
+    scale,  # 1 / (1 - p)
     BLOCK: tl.constexpr,  # power of 2, at least F
 ):
     """Step 2: dropout whose mask is computed, not stored.
@@ -91,8 +92,8 @@ def bias_gelu_dropout_kernel(
     is a few integer instructions beside a read that takes far longer, and depends on nothing else:
     not on the launch, the rank or the micro-batch.
 
-    The real kernel takes `keep` and `row_keys` from kernels/randomness.py, as all do that drop; p
-    is a constant there, and so is whether anything is dropped.
+    The real kernel takes `keep` and `row_keys` from kernels/randomness.py, as all do that drop; the
+    threshold is a constant there, and so is whether anything is dropped.
     """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)  # [BLOCK]
@@ -100,8 +101,8 @@ def bias_gelu_dropout_kernel(
     x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0)
     u = x + tl.load(bias_ptr + column, mask=inside, other=0.0)
     y = u * 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
-    keep = kept(key_ptr, counter_ptr, row, column, rows_per_key, counters, width, p)
-    y = tl.where(keep, y / (1.0 - p), 0.0)
+    keep = kept(key_ptr, counter_ptr, row, column, rows_per_key, counters, width, threshold)
+    y = tl.where(keep, y * scale, 0.0)
     tl.store(y_ptr + row * width + column, y, mask=inside)
 
 
@@ -116,7 +117,8 @@ def bias_gelu_dropout_backward_kernel(
     rows_per_key,  # R / P
     counters,  # N
     width,  # F
-    p,  # the share that is dropped
+    threshold,  # p * 2**32
+    scale,  # 1 / (1 - p)
     BLOCK: tl.constexpr,  # power of 2, at least F
 ):
     """Step 3: the backward pass makes activation and mask again, from x alone.
@@ -136,8 +138,8 @@ def bias_gelu_dropout_backward_kernel(
     cdf = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
     density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
     dx = grad * (cdf + u * density)
-    keep = kept(key_ptr, counter_ptr, row, column, rows_per_key, counters, width, p)
-    dx = tl.where(keep, dx / (1.0 - p), 0.0)
+    keep = kept(key_ptr, counter_ptr, row, column, rows_per_key, counters, width, threshold)
+    dx = tl.where(keep, dx * scale, 0.0)
     tl.store(dx_ptr + row * width + column, dx, mask=inside)
 
 
@@ -156,6 +158,11 @@ def draw_mask(rows, p=0.25):
     return DropoutMask(keys, torch.randint(0, 2**20, (2,), device=DEVICE), p)
 
 
+def mask_arguments(mask, width):
+    """What the kernels take: keys, counters, two sizes, the width, threshold and scale."""
+    return *mask.arrays(), 2, 2, width, mask.threshold(), 1.0 / (1.0 - mask.p)
+
+
 @pytest.mark.parametrize("rows, width", SHAPES)
 def test_step_1_bias_and_gelu_in_one_pass(rows, width):
     x, bias = draw(rows, width)
@@ -170,7 +177,7 @@ def test_step_2_a_mask_that_is_computed(rows, width):
     mask = draw_mask(rows)
     y = torch.full_like(x, torch.nan)
     block = triton.next_power_of_2(width)
-    bias_gelu_dropout_kernel[(rows,)](x, bias, y, *mask.arrays(), 2, 2, width, mask.p, BLOCK=block)
+    bias_gelu_dropout_kernel[(rows,)](x, bias, y, *mask_arguments(mask, width), BLOCK=block)
     torch.testing.assert_close(y, bias_gelu(x, bias, mask, "gelu", "reference"))
     assert torch.equal(y == 0, ~mask.keep(rows, width))
 
@@ -187,7 +194,7 @@ def test_step_3_the_backward_pass_makes_it_again(rows, width):
     dx = torch.full_like(x, torch.nan)
     block = triton.next_power_of_2(width)
     bias_gelu_dropout_backward_kernel[(rows,)](
-        grad, x, bias, dx, *mask.arrays(), 2, 2, width, mask.p, BLOCK=block
+        grad, x, bias, dx, *mask_arguments(mask, width), BLOCK=block
     )
     torch.testing.assert_close(dx, expected_dx, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dx.sum(0), expected_dbias, rtol=1e-4, atol=1e-5)
