@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from heptapod_fast.kernels.fingerprint import fingerprint
@@ -45,8 +44,10 @@ def read(path: Path) -> dict[str, dict]:
 def write(path: Path, figures: dict[str, dict]) -> None:
     """One case a line, in the order given; the file is the old one or the new one at any time."""
     lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in figures.items()]
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    Path(file.name).chmod(0o644)
-    os.replace(file.name, path)
+    # A name of its own, because several may write at the same time.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ def bias_gelu_dropout_kernel(
 
     A mask of bytes would be another tensor to write here and to read in the backward pass, and a
     generator with a state would make it depend on what ran before. A hash of (key, counter, column)
-    is a few integer instructions beside a read that takes far longer, and depends on nothing else:
+    is a dozen integer instructions in a kernel that waits for memory, and depends on nothing else:
     not on the launch, the rank or the micro-batch.
 
     The real kernel takes `keep` and `row_keys` from kernels/randomness.py, as all do that drop; the

@@ -143,7 +143,7 @@ def flow_inputs_kernel(
     """Step 2: a time and noise for each row, x_t written, the noise forgotten.
 
     Row m * repeat + k is repeat k of token m and draws with the slot slot[m] * repeat + k. Time and
-    noise are streams of two keys. The noise is never stored: it was here as large as x_t.
+    noise are streams of two keys. The noise is never stored: it would be as large as x_t.
 
     The real flow_inputs_kernel does this in tiles of several rows; diffusion_inputs_kernel draws an
     integer time and mixes by two rows of the schedule's tables.

@@ -33,9 +33,8 @@ def norm_kernel(
     """Step 1: a row is read once, and everything happens in registers.
 
     A tile has a power of 2 of columns; those beyond the width are masked when they are read and
-    written, and zeroed again after the mean is taken off. PyTorch's eager LayerNorm reads a row
-    twice or three times. The variance is the mean of centred squares, because mean(x^2) - mean^2
-    cancels where the mean is large.
+    written, and zeroed again after the mean is taken off. The variance is the mean of centred
+    squares, because mean(x^2) - mean^2 cancels where the mean is large.
 
     The real kernel (layer_norm_forward_kernel) does the same. Beyond it: a program takes several
     rows with the loads of the next ones under way, the width is a constant, and a row is two parts
