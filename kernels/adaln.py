@@ -62,6 +62,7 @@ def adaln_forward_kernel(
     SLAB: tl.constexpr,  # rows per program
     BLOCK: tl.constexpr,  # power of 2, at least F
 ):
+    """A slab of rows: x' = x + gate * (branch + branch_bias), v = n(x') * (1 + scale) + shift."""
     # Parameters are loaded once and stay in registers for all rows of the slab.
     column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = column < width
@@ -140,6 +141,7 @@ def adaln_backward_kernel(
     AFFINE: tl.constexpr,  # whether there are weight and bias
     BLOCK: tl.constexpr,  # power of 2, at least F
 ):
+    """A slab of rows: every gradient of each, and the sums of six of them over the slab."""
     column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = column < width
     if AFFINE:

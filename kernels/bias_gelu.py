@@ -4,8 +4,8 @@ version.
 Memory-bound: one read and one write forward, two reads and one write backward, all in tiles of
 ROWS x BLOCK. The dropout mask is computed from its counters in both directions, never stored.
 
-Backward: program p of P takes a contiguous slab of rows, adds up its bias gradients in registers
-and writes one row of partials, which `columns.column_sum` adds up in order.
+Backward: a program takes a contiguous slab of rows, adds up its bias gradients in registers and
+writes one row of partials, which `columns.column_sum` adds up in order.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def bias_gelu_forward_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # columns of a tile
 ):
+    """A tile of dropout(act(x + bias))."""
     # 64 bits: rows * width may be above 2**31 elements.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -135,6 +136,7 @@ def bias_gelu_backward_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # columns of a tile
 ):
+    """A slab of rows of some columns: dx, and its sum over the slab."""
     program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)

@@ -28,6 +28,7 @@ def column_sum_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # columns of a tile, those of one program
 ):
+    """Some columns: the sum over all programs, in order."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = column < width
     total = tl.zeros((ROWS, BLOCK), tl.float32)

@@ -74,6 +74,7 @@ def diffusion_inputs_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # power of 2, at least C and 4
 ):
+    """Some rows: t drawn, noise made, x_t and t written."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]  # [ROWS, BLOCK]
@@ -212,6 +213,7 @@ def diffusion_loss_forward_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # power of 2, at least C and 4
 ):
+    """Some tokens: the mean of their repeats' squared errors, and with BOUND of their bounds."""
     # A program takes whole tokens, so that the mean over repeats needs no second pass.
     TOKENS: tl.constexpr = ROWS // REPEATS
     channel = tl.arange(0, BLOCK)  # [BLOCK]
@@ -264,6 +266,7 @@ def diffusion_loss_backward_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # power of 2, at least C and 4
 ):
+    """Some rows: the gradient of both halves of the prediction."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]  # [ROWS, BLOCK]

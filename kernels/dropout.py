@@ -31,6 +31,7 @@ def dropout_kernel(
     THRESHOLD: tl.constexpr,  # p * 2**32
     BLOCK: tl.constexpr,  # columns of a program
 ):
+    """Some columns of one row: x * scale where it is kept, else 0."""
     row = tl.program_id(0).to(tl.int64)  # 64 bits: rows * width may need them
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = column < width

@@ -49,6 +49,7 @@ def flow_inputs_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # power of 2, at least C and 4
 ):
+    """Some rows: time drawn, noise made, x_t and time written."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]  # [ROWS, BLOCK]
@@ -90,6 +91,7 @@ def flow_loss_forward_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # power of 2, at least C and 4
 ):
+    """Some tokens: the mean of their repeats' squared velocity errors."""
     # A program takes whole tokens, so that the mean over repeats needs no second pass.
     TOKENS: tl.constexpr = ROWS // REPEATS
     channel = tl.arange(0, BLOCK)  # [BLOCK]
@@ -131,6 +133,7 @@ def flow_loss_backward_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # power of 2, at least C and 4
 ):
+    """Some rows: the gradient of the predicted velocity."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (row < rows)[:, None] & (channel < CHANNELS)[None, :]  # [ROWS, BLOCK]

@@ -153,6 +153,7 @@ def layer_norm_forward_kernel(
     THREADS: tl.constexpr,  # threads of the program
     STAGES: tl.constexpr,  # rows whose loads are under way
 ):
+    """A slab of rows: sum = x + dropout(branch + branch_bias), stored and rounded, and its norm."""
     # What the two parts cover. With a second part the first one is always full.
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     ALL: tl.constexpr = WIDTH == MAIN + REST
@@ -177,7 +178,7 @@ def layer_norm_forward_kernel(
         row = first + step
         row64 = row.to(tl.int64)  # 64 bits: rows * width may need them
         at = row64 * WIDTH
-        key0 = 0
+        key0 = 0  # passed on, but not read without dropout
         key1 = 0
         counter = 0
         if THRESHOLD > 0:
@@ -185,7 +186,7 @@ def layer_norm_forward_kernel(
         branch_at = branch_ptr + at if branch_ptr is not None else None
         sum_at = sum_ptr + at if branch_ptr is not None else None
 
-        # The residual sum, and the sum of its elements.
+        # The residual sum, and its mean.
         x_main = _residual(
             x_ptr + at,
             branch_at,
@@ -292,11 +293,12 @@ def _finish(
     if grad_sum_ptr is not None:
         dx += _load(grad_sum_ptr, column, WIDTH, FULL)
     _store(dx_ptr, column, dx, WIDTH, FULL)
+    dbranch = dx
     if THRESHOLD > 0:
         kept = keep(key0, key1, counter, column, WIDTH, THRESHOLD)
-        dx = tl.where(kept, dx * scale, 0.0)
-        _store(dbranch_ptr, column, dx, WIDTH, FULL)
-    return dx
+        dbranch = tl.where(kept, dx * scale, 0.0)
+        _store(dbranch_ptr, column, dbranch, WIDTH, FULL)
+    return dbranch
 
 
 @triton.jit
@@ -330,7 +332,7 @@ def layer_norm_backward_kernel(
     # written
     dx_ptr,  # (R, D)
     dbranch_ptr,  # (R, D), None without dropout: it is dx
-    partial_ptr,  # (programs, S D) float32, S sums over each program's rows; None for S = 0
+    partial_ptr,  # (programs, 0 to 3 times D) float32 sums over each program's rows, or None
     # the dropout mask of the branch
     key_ptr,  # (P, 2) int64, None without dropout
     counter_ptr,  # (N,) int64, None without dropout
@@ -349,6 +351,7 @@ def layer_norm_backward_kernel(
     THREADS: tl.constexpr,  # threads of the program
     STAGES: tl.constexpr,  # rows whose loads are under way
 ):
+    """A slab of rows: dx and dbranch of each, and the sums over the slab."""
     # What the two parts cover, as in the forward pass.
     VECTOR: tl.constexpr = 128 // sum_ptr.dtype.element_ty.primitive_bitwidth
     ALL: tl.constexpr = WIDTH == MAIN + REST
@@ -374,7 +377,7 @@ def layer_norm_backward_kernel(
         row = first + step
         row64 = row.to(tl.int64)  # 64 bits: rows * width may need them
         at = row64 * WIDTH
-        key0 = 0
+        key0 = 0  # passed on, but not read without dropout
         key1 = 0
         counter = 0
         if THRESHOLD > 0:
@@ -557,7 +560,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y and (or None) of the sum, the sum (..., D), all contiguous ->
 
-    dx; dbranch, or an empty tensor without dropout (it is dx); sums over rows (S, D) float32:
+    dx; dbranch, or an empty tensor without dropout (it is dx); sums over rows (0 to 3, D) float32:
     dweight and dbias if there is a weight, dbranch_bias if that is asked for.
     """
     width = total.shape[-1]

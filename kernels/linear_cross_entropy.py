@@ -90,6 +90,9 @@ def cross_entropy_rows_kernel(
     WHOLE: tl.constexpr,  # whether V is BLOCK
     BLOCK: tl.constexpr,  # power of 2, at least V
 ):
+    """A slab of rows, each whole in registers while the next one is on its way: losses, and with
+    GRADIENT the logits' gradient in their place.
+    """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (column < columns) | WHOLE
@@ -198,6 +201,9 @@ def cross_entropy_blocks_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     BLOCK: tl.constexpr,  # columns of a tile
 ):
+    """A slab of rows, some at a time, in blocks of columns that are read twice: losses, and with
+    GRADIENT the logits' gradient in their place.
+    """
     program = tl.program_id(0).to(tl.int64)  # 64 bits: rows * columns may need them
     first = program * slab
     last = tl.minimum(first + slab, rows)
@@ -270,6 +276,7 @@ def scale_kernel(
     count,
     BLOCK: tl.constexpr,  # elements of a program
 ):
+    """out = x * factor, rounded once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = at < count
     out = load_float32(x_ptr + at, inside) * tl.load(factor_ptr)

@@ -87,8 +87,8 @@ def schedule_tables(betas: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 def add_noise(x0_RC: Tensor, noise_RC: Tensor, t_R: Tensor, tables: Tensor) -> Tensor:
     """x_t (R, C) float32 from x_0 and eps (R, C) float32 and t (R,) int64."""
-    at_t = Tables(*tables[:, t_R, None])  # (R, 1) each
-    return at_t.sqrt_abar * x0_RC + at_t.sqrt_one_minus_abar * noise_RC
+    rows = Tables(*tables)  # (T,) each
+    return rows.sqrt_abar[t_R, None] * x0_RC + rows.sqrt_one_minus_abar[t_R, None] * noise_RC
 
 
 def diffusion_inputs(
