@@ -2,8 +2,8 @@
 
 It changes with the code of the kernel, with that of every jit function that the kernel reaches, and
 with the value of every module-level constant that any of them uses. It does not change with
-comments, docstrings, blank lines, line numbers or formatting. What Triton provides is left out:
-whoever compares hashes compares Triton's version too.
+comments, docstrings, blank lines, line numbers or formatting. Functions of Triton itself are left
+out; its version stands beside the hash in every key (offline_figures.py).
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def cross_entropy_rows_kernel(
     last = tl.minimum(first + slab, rows)
     total = tl.zeros((BLOCK,), tl.float32)
 
-    # The first row sets out. Columns beyond V become -inf, which adds nothing to a softmax.
+    # Start loading the first row. Columns beyond V become -inf, which adds nothing to a softmax.
     following = tl.load(
         pair_ptr + first * (columns // 2) + pair,
         mask=pair_inside & (first < last),

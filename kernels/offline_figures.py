@@ -1,8 +1,7 @@
 """The figures of compiled kernels that are kept: bench/results/offline.json.
 
-One line for each case, under a key made of everything that the figures depend on. Whoever has the
-same kernels and the same Triton finds them there; whoever changed a kernel finds nothing for it and
-compiles.
+One line for each case, under a key made of everything that the figures depend on. A kernel that
+changed, or another Triton, has other keys: nothing is found for it, and it is compiled.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What every operation asks of its tensors, in one wording.
 
-Each function is one rule: it takes the operation's name and tensors under the names that the error
-shall call them (None stands for an argument that was left out), and raises ValueError unless the
-rule holds. Rules that belong to one operation alone are an `if` there, with a `refusal`.
+Each function is one rule. It takes the operation's name, and tensors under the names that the error
+uses (None stands for an argument that was left out), and raises ValueError unless the rule holds. A
+rule of one operation alone is an `if` in its file that raises a `refusal`.
 
-Messages are made only when a rule is broken: that keeps calls cheap, and torch.compile, which would
-fix the sizes that a message shows, from compiling once per size.
+Messages are formatted only when a rule is broken. That keeps calls cheap; besides, torch.compile
+would specialise on every size that is formatted and compile again for each.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ def check_together(operation: str, **tensors: Tensor | None) -> None:
     """All of the tensors are there, or none of them."""
     absent = [name for name, tensor in tensors.items() if tensor is None]
     if absent and len(absent) < len(tensors):
-        # Two tensors have one that is None; of more it may be several.
         some = "one of them is" if len(absent) == 1 else f"{_enumerate(absent)} are"
         raise ValueError(
             f"{operation} takes {_enumerate(list(tensors))} together or not at all; {some} None"
@@ -88,7 +87,7 @@ def _show(value: object) -> str:
 
 
 def _enumerate(words: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Words in a row, as a sentence has them: a, b and c."""
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} and {words[-1]}"
