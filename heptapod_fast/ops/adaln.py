@@ -20,15 +20,31 @@ bias gradient at hand (`ops.diffusion_mlp` does).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.checks import check_like, check_rows, check_shape, check_together, refusal
 from heptapod_fast.ops.operators import differentiable, once, operator
 
 MAX_WIDTH = 4096  # columns that a program of the kernels holds in registers
+
+
+class Sums(NamedTuple):
+    """Of these gradients the sums over rows, (F,) float32 each; 0 where there is no such gradient.
+
+    In the order in which the backward pass writes them, as rows of a (6, F) tensor.
+    """
+
+    gate: Tensor
+    branch_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+    shift: Tensor
+    scale: Tensor
 
 
 def adaln(
@@ -43,26 +59,31 @@ def adaln(
     eps: float = 1e-6,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """x, branch, gate, shift, scale (R, W) of one dtype, the others (W,) float32 -> (x', v) (R, W).
+    """x, branch, gate, shift, scale (R, F) of one dtype, the others (F,) float32 -> (x', v) (R, F).
 
     gate, shift and scale may be slices of a wider tensor. branch, branch_bias and gate are all None
     where nothing is added: x' is x then. weight and bias are both None without affine parameters.
-    implementation: "auto", "triton" (float32 and bfloat16, W <= 4096) or "reference". Raises
+    implementation: "auto", "triton" (float32 and bfloat16, F <= 4096) or "reference". Raises
     ValueError on shapes, dtypes or a choice of None that do not fit.
     """
     _check(x, branch, branch_bias, gate, shift, scale, weight, bias)
     width = x.shape[1]
     unsupported = None if width <= MAX_WIDTH else f"width {width} is above {MAX_WIDTH}"
-    if dispatch.select("adaln", x.device, x.dtype, implementation, unsupported) == "reference":
+    chosen = dispatch.select("adaln", x.device, x.dtype, implementation, unsupported)
+    if chosen == "reference":
         return reference(x, branch, branch_bias, gate, shift, scale, weight, bias, eps)
-    branch, branch_bias, weight, bias = (
-        None if a is None else a.contiguous() for a in (branch, branch_bias, weight, bias)
-    )
-    gate, shift, scale = (
-        a if a is None or a.stride(1) == 1 else a.contiguous() for a in (gate, shift, scale)
-    )
     x = x.contiguous()
-    new, v, _ = _operator(x, branch, branch_bias, gate, shift, scale, weight, bias, eps)
+    new, v, _ = _operator(
+        x,
+        _contiguous(branch),
+        _contiguous(branch_bias),
+        _contiguous_rows(gate),
+        _contiguous_rows(shift),
+        _contiguous_rows(scale),
+        _contiguous(weight),
+        _contiguous(bias),
+        eps,
+    )
     return (x if branch is None else new), v
 
 
@@ -81,113 +102,116 @@ def reference(
     if branch is not None:
         x = torch.addcmul(x, gate, branch + branch_bias.to(x.dtype))
     if weight is not None:
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        weight = weight.to(x.dtype)
+        bias = bias.to(x.dtype)
     normal = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return x, torch.addcmul(shift, normal, 1 + scale)
 
 
 def _check(x, branch, branch_bias, gate, shift, scale, weight, bias) -> None:
-    check_rows(
-        "adaln",
-        x=x,
-        branch=branch,
-        branch_bias=branch_bias,
-        gate=gate,
-        shift=shift,
-        scale=scale,
-        weight=weight,
-        bias=bias,
-    )
-    for names, arguments in (
-        ("branch, branch_bias and gate", (branch, branch_bias, gate)),
-        ("weight and bias", (weight, bias)),
-    ):
-        if len({a is None for a in arguments}) > 1:
-            raise ValueError(f"adaln takes {names} together or not at all")
+    name = "adaln"
+    rows = dict(x=x, branch=branch, gate=gate, shift=shift, scale=scale)
+    vectors = dict(branch_bias=branch_bias, weight=weight, bias=bias)
+    check_rows(name, **rows, **vectors)
+    check_together(name, branch=branch, branch_bias=branch_bias, gate=gate)
+    check_together(name, weight=weight, bias=bias)
     if x.dim() != 2:
-        raise ValueError(f"adaln takes x of two dimensions, got {tuple(x.shape)}")
-    for name, a in (("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale)):
-        if a is not None and (a.shape != x.shape or a.dtype != x.dtype):
-            raise ValueError(
-                f"adaln takes {name} like x, {x.dtype} {tuple(x.shape)}; got "
-                f"{a.dtype} {tuple(a.shape)}"
-            )
-    for name, a in (("branch_bias", branch_bias), ("weight", weight), ("bias", bias)):
-        if a is not None and a.shape != x.shape[1:]:
-            raise ValueError(
-                f"adaln takes {name} of shape {tuple(x.shape[1:])}; got {tuple(a.shape)}"
-            )
+        raise refusal(name, "x of two dimensions", x.shape)
+    check_like(name, **rows)
+    for vector_name, vector in vectors.items():
+        check_shape(name, x.shape[1:], **{vector_name: vector})
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """x with each row contiguous: the kernels take any stride between rows."""
+    return x if x is None or x.stride(1) == 1 else x.contiguous()
+
+
+# The operator and its gradient.
 
 
 def _branch(branch, branch_bias, gate):
+    """The kernels' Branch, or None."""
     from heptapod_fast.kernels.adaln import Branch
 
     return None if branch is None else Branch(branch, branch_bias.float(), gate)
 
 
-def _float(*parameters):
-    return (None if p is None else p.float() for p in parameters)
+def _float(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float()
 
 
 def _forward(x, branch, branch_bias, gate, shift, scale, weight, bias, eps):
     from heptapod_fast.kernels import adaln as kernels
 
-    new, v, stats = kernels.forward(
-        x, _branch(branch, branch_bias, gate), shift, scale, *_float(weight, bias), eps
-    )
+    added = _branch(branch, branch_bias, gate)
+    new, v, stats = kernels.forward(x, added, shift, scale, _float(weight), _float(bias), eps)
     # An operator may not return its argument.
     return x.new_empty(0) if new is None else new, v, stats
 
 
 def _forward_fake(x, branch, branch_bias, gate, shift, scale, weight, bias, eps):
     new = x.new_empty(0) if branch is None else torch.empty_like(x)
-    return new, torch.empty_like(x), x.new_empty(2, x.shape[0], dtype=torch.float32)
+    stats = x.new_empty(2, x.shape[0], dtype=torch.float32)
+    return new, torch.empty_like(x), stats
 
 
 def _backward(dnew, dv, x, branch, branch_bias, gate, scale, weight, bias, stats):
     from heptapod_fast.kernels import adaln as kernels
 
+    added = _branch(branch, branch_bias, gate)
     dx, dbranch, dgate, dscale, sums = kernels.backward(
-        dnew, dv, x, _branch(branch, branch_bias, gate), scale, *_float(weight, bias), stats
+        dnew, dv, x, added, scale, _float(weight), _float(bias), stats
     )
     if branch is None:
-        dbranch, dgate = x.new_empty(0), x.new_empty(0)
-    return dx, dbranch, dgate, dscale, sums.view(6, -1)
+        dbranch = x.new_empty(0)
+        dgate = x.new_empty(0)
+    return dx, dbranch, dgate, dscale, sums.view(len(Sums._fields), -1)
 
 
 def _backward_fake(dnew, dv, x, branch, *_):
     like = x if branch is not None else x.new_empty(0)
+    sums = x.new_empty(len(Sums._fields), x.shape[1], dtype=torch.float32)
     return (
         torch.empty_like(x),
         torch.empty_like(like),
         torch.empty_like(like),
         torch.empty_like(x),
-        x.new_empty(6, x.shape[1], dtype=torch.float32),
+        sums,
     )
 
 
 def _setup(ctx, inputs, output) -> None:
     x, branch, branch_bias, gate, _, scale, weight, bias, _ = inputs
     new, _, stats = output
+    added = x if branch is None else new
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(
-        x if branch is None else new, branch, branch_bias, gate, scale, weight, bias, stats
-    )
+    ctx.save_for_backward(added, branch, branch_bias, gate, scale, weight, bias, stats)
 
 
 def _gradient(ctx, dnew, dv, _):
     x, branch, branch_bias, gate, scale, weight, bias, stats = ctx.saved_tensors
     dv = torch.zeros_like(x) if dv is None else dv.contiguous()
+    # Without a branch x' is x itself and not this operator's result: autograd adds its gradient.
     dnew = None if dnew is None or branch is None else dnew.contiguous()
     dx, dbranch, dgate, dscale, sums = _backward_operator(
         dnew, dv, x, branch, branch_bias, gate, scale, weight, bias, stats
     )
-    added = (None,) * 3
-    if branch is not None:
-        added = dbranch, sums[1].to(branch_bias.dtype), dgate
-    affine = (None,) * 2 if weight is None else (sums[2].to(weight.dtype), sums[3].to(bias.dtype))
-    return dx, *added, dv, dscale, *affine, None
+    sums = Sums(*sums)
+    dbranch_bias = None
+    if branch is None:
+        dbranch = None
+        dgate = None
+    else:
+        dbranch_bias = sums.branch_bias.to(branch_bias.dtype)
+    dweight = None if weight is None else sums.weight.to(weight.dtype)
+    dbias = None if weight is None else sums.bias.to(bias.dtype)
+    return dx, dbranch, dbranch_bias, dgate, dv, dscale, dweight, dbias, None
 
 
 _operator = operator(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.checks import check_rows, check_shape
 from heptapod_fast.ops.dropout_mask import DropoutMask
 from heptapod_fast.ops.operators import differentiable, once, operator
 
@@ -39,21 +39,20 @@ def bias_gelu(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"bias_gelu knows {', '.join(ACTIVATIONS)}, not {activation!r}")
-    check_rows("bias_gelu", x=x, bias=bias, **({} if mask is None else mask.tensors()))
-    if bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"bias_gelu takes a bias of shape {tuple(x.shape[-1:])}, got {tuple(bias.shape)}"
-        )
-    mask = None if mask is None or mask.p == 0.0 else mask
-    if mask is not None:
-        mask.check("bias_gelu", x.numel() // max(1, x.shape[-1]))
+    check_rows("bias_gelu", x=x, bias=bias, **DropoutMask.named(mask))
+    check_shape("bias_gelu", x.shape[-1:], bias=bias)
+    mask = DropoutMask.checked(mask, "bias_gelu", x)
     unsupported = f"width {len(bias)} is above {MAX_WIDTH}" if len(bias) > MAX_WIDTH else None
-    if dispatch.select("bias_gelu", x.device, x.dtype, implementation, unsupported) == "reference":
+    chosen = dispatch.select("bias_gelu", x.device, x.dtype, implementation, unsupported)
+    if chosen == "reference":
         y = ACTIVATIONS[activation](x + bias.to(x.dtype))
         return y if mask is None else mask.apply(y)
     return _operator(
         x.contiguous(), bias.float().contiguous(), *DropoutMask.parts(mask), activation
     )
+
+
+# The operator and its gradient.
 
 
 def _forward(x, bias, key, counter, p, activation):

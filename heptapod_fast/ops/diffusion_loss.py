@@ -27,26 +27,34 @@ steps.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import at_least_float32
+from heptapod_fast.ops.checks import at_least_float32, refusal
 from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_integer
 
 STEPS = 1000
-TABLES = (
-    "sqrt_abar",
-    "sqrt_one_minus_abar",
-    "sqrt_recip_abar",
-    "sqrt_recip_minus_one",
-    "mean_x0",
-    "mean_xt",
-    "log_beta",
-    "log_posterior",
-)
+WIDEST = 4096  # channels; kernels/configs/diffusion_loss.json and flow_loss.json
+
+
+class Tables(NamedTuple):
+    """What the losses need of the schedule, (T,) float32 each; rows of the (8, T) `tables`."""
+
+    sqrt_abar: Tensor
+    sqrt_one_minus_abar: Tensor
+    sqrt_recip_abar: Tensor  # sqrt(1 / abar)
+    sqrt_recip_minus_one: Tensor  # sqrt(1 / abar - 1)
+    mean_x0: Tensor  # a_t
+    mean_xt: Tensor  # b_t
+    log_beta: Tensor
+    log_posterior: Tensor  # log beta~_t
+
+
+TABLES = Tables._fields
 
 
 def cosine_betas(steps: int = STEPS) -> Tensor:
@@ -57,29 +65,30 @@ def cosine_betas(steps: int = STEPS) -> Tensor:
 
 
 def schedule_tables(betas: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(T,) float64 betas -> (8, T) in `dtype`, rows named by TABLES (see the module)."""
+    """(T,) float64 betas -> (8, T) in `dtype`, rows as Tables names them."""
     alphas = 1 - betas
     abar = alphas.cumprod(0)
     previous = torch.cat((torch.ones(1, dtype=abar.dtype), abar[:-1]))
     posterior = betas * (1 - previous) / (1 - abar)
     # beta~_0 is 0; its logarithm is clipped to the next one's.
     clipped = torch.cat((posterior[1:2], posterior[1:])) if len(betas) > 1 else betas
-    rows = (
-        abar.sqrt(),
-        (1 - abar).sqrt(),
-        (1 / abar).sqrt(),
-        (1 / abar - 1).sqrt(),
-        betas * previous.sqrt() / (1 - abar),
-        (1 - previous) * alphas.sqrt() / (1 - abar),
-        betas.log(),
-        clipped.log(),
+    tables = Tables(
+        sqrt_abar=abar.sqrt(),
+        sqrt_one_minus_abar=(1 - abar).sqrt(),
+        sqrt_recip_abar=(1 / abar).sqrt(),
+        sqrt_recip_minus_one=(1 / abar - 1).sqrt(),
+        mean_x0=betas * previous.sqrt() / (1 - abar),
+        mean_xt=(1 - previous) * alphas.sqrt() / (1 - abar),
+        log_beta=betas.log(),
+        log_posterior=clipped.log(),
     )
-    return torch.stack(rows).to(dtype)
+    return torch.stack(tables).to(dtype)
 
 
 def add_noise(x0_RC: Tensor, noise_RC: Tensor, t_R: Tensor, tables: Tensor) -> Tensor:
     """x_t (R, C) float32 from x_0 and eps (R, C) float32 and t (R,) int64."""
-    return tables[0][t_R, None] * x0_RC + tables[1][t_R, None] * noise_RC
+    rows = Tables(*tables)  # (T,) each
+    return rows.sqrt_abar[t_R, None] * x0_RC + rows.sqrt_one_minus_abar[t_R, None] * noise_RC
 
 
 def diffusion_inputs(
@@ -92,10 +101,7 @@ def diffusion_inputs(
     """
     _check("diffusion_inputs", x0_MC, draws, tables)
     x0_MC = at_least_float32(x0_MC.detach())
-    chosen = dispatch.select(
-        "diffusion_loss", x0_MC.device, x0_MC.dtype, implementation, _too_wide(x0_MC)
-    )
-    if chosen == "reference":
+    if _select(x0_MC, x0_MC, implementation) == "reference":
         t_R = to_integer(draws.times(), tables.shape[1])
         noise_RC = draws.noise(x0_MC.shape[1], x0_MC.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
@@ -128,28 +134,10 @@ def diffusion_loss(
     ValueError on shapes, draws or tables that do not fit.
     """
     _check("diffusion_loss", x0_MC, draws, tables)
-    channels, rows = x0_MC.shape[1], len(x0_MC) * draws.repeat
-    if (
-        prediction_RK.shape != (rows, 2 * channels)
-        or xt_RC.shape != (rows, channels)
-        or t_R.shape != (rows,)
-        or t_R.dtype != torch.int64
-    ):
-        raise ValueError(
-            f"diffusion_loss takes prediction ({rows}, {2 * channels}), x_t ({rows}, {channels}) "
-            f"and int64 t ({rows},) for {len(x0_MC)} tokens and repeat = {draws.repeat}; got "
-            f"{tuple(prediction_RK.shape)}, {tuple(xt_RC.shape)} and {t_R.dtype} "
-            f"{tuple(t_R.shape)}"
-        )
+    _check_rows(prediction_RK, x0_MC, xt_RC, t_R, draws)
+    channels = x0_MC.shape[1]
     x0_MC = at_least_float32(x0_MC.detach())
-    chosen = dispatch.select(
-        "diffusion_loss",
-        prediction_RK.device,
-        prediction_RK.dtype,
-        implementation,
-        _too_wide(x0_MC),
-    )
-    if chosen == "reference":
+    if _select(prediction_RK, x0_MC, implementation) == "reference":
         prediction = at_least_float32(prediction_RK)
         noise_RC = draws.noise(channels, prediction.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
@@ -189,18 +177,17 @@ def variational_bound(
     eps_RC: Tensor, v_RC: Tensor, x0_RC: Tensor, xt_RC: Tensor, t_R: Tensor, tables: Tensor
 ) -> Tensor:
     """(R,) bits per channel: KL for t > 0, discretised negative log-likelihood at t = 0."""
-    row = tables[:, t_R, None].unbind(0)
-    _, _, recip, recip_minus_one, mean_x0, mean_xt, log_beta, log_posterior = row
-    x0_hat = recip * xt_RC - recip_minus_one * eps_RC
-    mean_hat = mean_x0 * x0_hat + mean_xt * xt_RC
-    mean = mean_x0 * x0_RC + mean_xt * xt_RC
+    at_t = Tables(*tables[:, t_R, None])  # (R, 1) each
+    x0_hat = at_t.sqrt_recip_abar * xt_RC - at_t.sqrt_recip_minus_one * eps_RC
+    mean_hat = at_t.mean_x0 * x0_hat + at_t.mean_xt * xt_RC
+    mean = at_t.mean_x0 * x0_RC + at_t.mean_xt * xt_RC
     share = (v_RC + 1) / 2
-    log_var = share * log_beta + (1 - share) * log_posterior
+    log_var = share * at_t.log_beta + (1 - share) * at_t.log_posterior
     kl = 0.5 * (
         -1
         + log_var
-        - log_posterior
-        + (log_posterior - log_var).exp()
+        - at_t.log_posterior
+        + (at_t.log_posterior - log_var).exp()
         + (mean - mean_hat).square() * (-log_var).exp()
     )
     nll = -discretised_log_likelihood(x0_RC, mean_hat, 0.5 * log_var)
@@ -213,10 +200,13 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     The normal CDF is the tanh approximation that the published models were trained with
     (mar:diffusion/diffusion_utils.py:47-73); probabilities are kept above 1e-12.
     """
-    centred, inverse = x - mean, (-log_scale).exp()
+    centred = x - mean
+    inverse = (-log_scale).exp()
     upper = _normal_cdf(inverse * (centred + 1 / 255))
     lower = _normal_cdf(inverse * (centred - 1 / 255))
-    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    # The lowest level reaches down to -infinity, the highest up to infinity.
+    probability = torch.where(x > 0.999, 1 - lower, upper - lower)
+    probability = torch.where(x < -0.999, upper, probability)
     return probability.clamp(min=1e-12).log()
 
 
@@ -224,22 +214,31 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-WIDEST = 4096
-"""Channels of the widest tile in kernels/configs/diffusion_loss.json and flow_loss.json."""
-
-
-def _too_wide(x0_MC: Tensor) -> str | None:
+def _select(x: Tensor, x0_MC: Tensor, implementation: str) -> str:
+    """x: whose device and dtype decide."""
     channels = x0_MC.shape[1]
-    return None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
+    wide = None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
+    return dispatch.select("diffusion_loss", x.device, x.dtype, implementation, wide)
 
 
 def _check(operation: str, x0_MC: Tensor, draws: Draws, tables: Tensor) -> None:
     draws.check(operation, x0_MC)
     if tables.dim() != 2 or len(tables) != len(TABLES) or tables.dtype != torch.float32:
-        raise ValueError(
-            f"{operation} takes float32 tables of shape ({len(TABLES)}, T), got "
-            f"{tables.dtype} {tuple(tables.shape)}"
-        )
+        raise refusal(operation, f"float32 tables of shape ({len(TABLES)}, T)", tables)
+
+
+def _check_rows(prediction_RK, x0_MC, xt_RC, t_R, draws) -> None:
+    tokens, channels = x0_MC.shape
+    rows = tokens * draws.repeat
+    shapes = prediction_RK.shape, xt_RC.shape, t_R.shape
+    wanted = (rows, 2 * channels), (rows, channels), (rows,)
+    if shapes != wanted or t_R.dtype != torch.int64:
+        what = f"prediction {wanted[0]}, x_t {wanted[1]} and int64 t {wanted[2]}"
+        what += f" for {tokens} tokens and repeat = {draws.repeat}"
+        raise refusal("diffusion_loss", what, prediction_RK.shape, xt_RC.shape, t_R)
+
+
+# The operators and their gradient.
 
 
 def _inputs(x0, index, slot, tables, repeat, key):
@@ -271,10 +270,10 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad: Tensor):
-    found = _backward_operator(
+    dprediction = _backward_operator(
         grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key, ctx.bound
     )
-    return found, *[None] * 8
+    return dprediction, *[None] * 8  # no other argument has a gradient
 
 
 _arguments = (

@@ -6,29 +6,31 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Shape = tuple[int, ...]
+
 
 class BlockWeights(NamedTuple):
-    """One residual block: vectors (W,), products (W, W), modulation (3 W, W) and (3 W,)."""
+    """One residual block."""
 
-    norm_weight: Tensor
-    norm_bias: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-    modulation_weight: Tensor
-    modulation_bias: Tensor
+    norm_weight: Tensor  # (F,)
+    norm_bias: Tensor  # (F,)
+    fc1_weight: Tensor  # (F, F)
+    fc1_bias: Tensor  # (F,)
+    fc2_weight: Tensor  # (F, F)
+    fc2_bias: Tensor  # (F,)
+    modulation_weight: Tensor  # (3 F, F): shift, scale, gate
+    modulation_bias: Tensor  # (3 F,)
 
 
 class DiffusionWeights(NamedTuple):
-    """All parameters, float32: input (W, C), modulation (2 W, W), output (2 C, W), and biases."""
+    """All parameters, float32."""
 
-    input_weight: Tensor
-    input_bias: Tensor
-    modulation_weight: Tensor
-    modulation_bias: Tensor
-    output_weight: Tensor
-    output_bias: Tensor
+    input_weight: Tensor  # (F, C)
+    input_bias: Tensor  # (F,)
+    modulation_weight: Tensor  # (2 F, F): shift, scale of the last layer
+    modulation_bias: Tensor  # (2 F,)
+    output_weight: Tensor  # (2 C, F)
+    output_bias: Tensor  # (2 C,)
     blocks: tuple[BlockWeights, ...]
 
     def flat(self) -> list[Tensor]:
@@ -38,8 +40,40 @@ class DiffusionWeights(NamedTuple):
     @classmethod
     def of(cls, flat: list[Tensor]) -> DiffusionWeights:
         """The inverse of `flat`."""
-        own, per_block = len(cls._fields) - 1, len(BlockWeights._fields)
-        return cls(
-            *flat[:own],
-            tuple(BlockWeights(*flat[i : i + per_block]) for i in range(own, len(flat), per_block)),
+        own = len(cls._fields) - 1
+        per_block = len(BlockWeights._fields)
+        starts = range(own, len(flat), per_block)
+        blocks = tuple(BlockWeights(*flat[start : start + per_block]) for start in starts)
+        return cls(*flat[:own], blocks)
+
+    def named(self) -> dict[str, Tensor]:
+        """{"input_weight": ..., "blocks[0].norm_weight": ...} in the order of `flat`."""
+        found = {name: getattr(self, name) for name in self._fields[:-1]}
+        for i, block in enumerate(self.blocks):
+            found |= {f"blocks[{i}].{name}": tensor for name, tensor in block._asdict().items()}
+        return found
+
+    def shapes(self, width: int) -> dict[str, Shape]:
+        """By the names of `named` what every parameter must have, given F and the output's rows;
+        without input_weight and output_weight, which decide C."""
+        vector = (width,)
+        square = (width, width)
+        found = dict(
+            input_bias=vector,
+            modulation_weight=(2 * width, width),
+            modulation_bias=(2 * width,),
+            output_bias=self.output_weight.shape[:1],
         )
+        block = BlockWeights(
+            norm_weight=vector,
+            norm_bias=vector,
+            fc1_weight=square,
+            fc1_bias=vector,
+            fc2_weight=square,
+            fc2_bias=vector,
+            modulation_weight=(3 * width, width),
+            modulation_bias=(3 * width,),
+        )
+        for i in range(len(self.blocks)):
+            found |= {f"blocks[{i}].{name}": shape for name, shape in block._asdict().items()}
+        return found

@@ -20,11 +20,14 @@ def dropout(x: Tensor, mask: DropoutMask | None, implementation: str = "auto") -
     """
     if mask is None or mask.p == 0.0:
         return x
-    check_rows("dropout", x=x, **mask.tensors())
-    mask.check("dropout", x.numel() // max(1, x.shape[-1]))
+    check_rows("dropout", x=x, **DropoutMask.named(mask))
+    mask = DropoutMask.checked(mask, "dropout", x)
     if dispatch.select("dropout", x.device, x.dtype, implementation) == "reference":
         return mask.apply(x)
     return _operator(x.contiguous(), *mask.arrays(), mask.p)
+
+
+# The operator, whose gradient is itself.
 
 
 def _kernel(x: Tensor, key_P2: Tensor, counter_N: Tensor, p: float) -> Tensor:

@@ -17,19 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from heptapod_fast.ops.checks import refusal
+
 _WORD = 0xFFFFFFFF
 
 
 class DropoutMask(NamedTuple):
     """A dropout mask, described, for R rows in order: P sequences of R / P rows each.
 
-    key_P2: (P, 2) int64 below 2**32, one key per sequence; counter_N: (N,) int64, row r of all rows
-    counts as counter_N[r % N]. For whole sequences N = R / P; for packed rows P = N = R.
+    Row r of all rows has key r // (R / P) and counts as counter_N[r % N]. For whole sequences
+    N = R / P; for packed rows P = N = R.
     """
 
-    key_P2: Tensor
-    counter_N: Tensor
-    p: float
+    key_P2: Tensor  # (P, 2) int64 below 2**32, one key per sequence
+    counter_N: Tensor  # (N,) int64
+    p: float  # the share that is dropped, 0 <= p < 1
 
     @staticmethod
     def of(key_P2: Tensor | None, counter_N: Tensor | None, p: float) -> DropoutMask | None:
@@ -40,6 +42,19 @@ class DropoutMask(NamedTuple):
     def parts(mask: DropoutMask | None) -> tuple[Tensor | None, Tensor | None, float]:
         """What operators take: keys, counters, p; without a mask None, None, 0."""
         return (None, None, 0.0) if mask is None else (*mask.arrays(), mask.p)
+
+    @staticmethod
+    def named(mask: DropoutMask | None) -> dict[str, Tensor]:
+        """Its tensors by the names that errors call them; none without a mask."""
+        return {} if mask is None else mask.tensors()
+
+    @staticmethod
+    def checked(mask: DropoutMask | None, operation: str, x: Tensor) -> DropoutMask | None:
+        """The mask for the rows of x (..., D), None if it drops nothing; ValueError as `check`."""
+        if mask is None or mask.p == 0.0:
+            return None
+        mask.check(operation, x.numel() // max(1, x.shape[-1]))
+        return mask
 
     def threshold(self) -> int:
         """Hashes below it are dropped."""
@@ -58,24 +73,15 @@ class DropoutMask(NamedTuple):
 
     def check(self, operation: str, rows: int) -> None:
         """ValueError unless the mask describes so many rows."""
-        keys, counters = self.key_P2, self.counter_N
         if not 0 <= self.p < 1:
             raise ValueError(f"{operation} drops with 0 <= p < 1, got {self.p}")
-        if (
-            keys.shape[1:] != (2,)
-            or counters.dim() != 1
-            or keys.dtype != torch.int64
-            or counters.dtype != torch.int64
-            or not len(keys)
-            or not len(counters)
-            or rows % len(keys)
-            or rows % len(counters)
-        ):
-            raise ValueError(
-                f"{operation} takes an int64 mask of keys (P, 2) and counters (N,), P "
-                f"and N dividing {rows} rows; got {keys.dtype} {tuple(keys.shape)} "
-                f"and {counters.dtype} {tuple(counters.shape)}"
-            )
+        keys = self.key_P2
+        counters = self.counter_N
+        integers = keys.dtype == counters.dtype == torch.int64
+        shaped = keys.shape[1:] == (2,) and counters.dim() == 1
+        if not integers or not shaped or not _divides(keys, rows) or not _divides(counters, rows):
+            wanted = f"an int64 mask of keys (P, 2) and counters (N,), P and N dividing {rows} rows"
+            raise refusal(operation, wanted, keys, counters)
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that errors call them."""
@@ -84,6 +90,11 @@ class DropoutMask(NamedTuple):
     def arrays(self) -> tuple[Tensor, Tensor]:
         """Keys and counters as kernels read them, contiguous (a table of keys gives views)."""
         return self.key_P2.contiguous(), self.counter_N.contiguous()
+
+
+def _divides(x: Tensor, rows: int) -> bool:
+    """Whether the rows are a multiple of the length of x."""
+    return len(x) > 0 and rows % len(x) == 0
 
 
 def keep_mask(key0: Tensor, key1: Tensor, counter: Tensor, width: int, p: float) -> Tensor:

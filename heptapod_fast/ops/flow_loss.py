@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import at_least_float32
+from heptapod_fast.ops.checks import at_least_float32, refusal
 from heptapod_fast.ops.diffusion_loss import WIDEST
 from heptapod_fast.ops.operators import differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_uniform
@@ -50,13 +50,11 @@ def flow_loss(
     Raises ValueError on shapes or draws that do not fit.
     """
     draws.check("flow_loss", x0_MC)
-    rows, channels = len(x0_MC) * draws.repeat, x0_MC.shape[1]
+    tokens, channels = x0_MC.shape
+    rows = tokens * draws.repeat
     if prediction_RC.shape != (rows, channels):
-        raise ValueError(
-            f"flow_loss takes a prediction of shape ({rows}, {channels}) for "
-            f"{len(x0_MC)} tokens and repeat = {draws.repeat}, got "
-            f"{tuple(prediction_RC.shape)}"
-        )
+        wanted = f"a prediction of shape ({rows}, {channels}) for {tokens} tokens and repeat = "
+        raise refusal("flow_loss", f"{wanted}{draws.repeat}", prediction_RC.shape)
     x0_MC = at_least_float32(x0_MC.detach())
     if _select(prediction_RC, x0_MC, implementation) == "reference":
         prediction = at_least_float32(prediction_RC)
@@ -74,9 +72,13 @@ def flow_loss(
 
 
 def _select(x: Tensor, x0_MC: Tensor, implementation: str) -> str:
+    """x: whose device and dtype decide."""
     channels = x0_MC.shape[1]
     wide = None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
     return dispatch.select("flow_loss", x.device, x.dtype, implementation, wide)
+
+
+# The operators and their gradient.
 
 
 def _inputs(*arguments):
@@ -108,8 +110,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad: Tensor):
-    found = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key)
-    return found, *[None] * 5
+    dprediction = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key)
+    return dprediction, *[None] * 5  # no other argument has a gradient
 
 
 _arguments = "Tensor prediction, Tensor x0, Tensor index, Tensor slot, int repeat, int[] key"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.checks import check_rows, refusal
 from heptapod_fast.ops.operators import differentiable, operator
 
 MAX_WIDTH = 65_536  # kernels/configs/gather_rows.json
@@ -34,10 +34,7 @@ def gather_rows(x_MD: Tensor, index_R: Tensor, implementation: str = "auto") -> 
     shapes or another dtype of the index.
     """
     _check("gather_rows", x_MD, index_R)
-    if (
-        dispatch.select("gather_rows", x_MD.device, x_MD.dtype, implementation, _too_wide(x_MD))
-        == "reference"
-    ):
+    if _select("gather_rows", x_MD, implementation) == "reference":
         return _GatherRows.apply(x_MD, index_R)
     return _gather(_rows(x_MD), index_R.contiguous())
 
@@ -49,14 +46,10 @@ def scatter_rows(x_RD: Tensor, index_R: Tensor, rows: int, implementation: str =
     """
     _check("scatter_rows", x_RD, index_R)
     if len(x_RD) != len(index_R) or rows < 0:
-        raise ValueError(
-            f"scatter_rows takes as many rows as indices and a number of rows to make,"
-            f" got {len(x_RD)} rows, {len(index_R)} indices, rows={rows}"
-        )
-    if (
-        dispatch.select("scatter_rows", x_RD.device, x_RD.dtype, implementation, _too_wide(x_RD))
-        == "reference"
-    ):
+        wanted = "as many rows as indices and a number of rows to make"
+        found = f"{len(x_RD)} rows, {len(index_R)} indices, rows={rows}"
+        raise refusal("scatter_rows", wanted, found)
+    if _select("scatter_rows", x_RD, implementation) == "reference":
         return _ScatterRows.apply(x_RD, index_R, rows)
     return _scatter(_rows(x_RD), index_R.contiguous(), rows)
 
@@ -64,20 +57,23 @@ def scatter_rows(x_RD: Tensor, index_R: Tensor, rows: int, implementation: str =
 def _check(name: str, x: Tensor, index: Tensor) -> None:
     check_rows(name, x=x, index=index)
     if x.dim() != 2 or index.dim() != 1 or index.dtype != torch.int64:
-        raise ValueError(
-            f"{name} takes rows (M, D) and an int64 index (R,), got {tuple(x.shape)} "
-            f"and {index.dtype} {tuple(index.shape)}"
-        )
+        raise refusal(name, "rows (M, D) and an int64 index (R,)", x.shape, index)
 
 
-def _too_wide(x: Tensor) -> str | None:
+def _select(name: str, x: Tensor, implementation: str) -> str:
     width = x.shape[1]
-    return f"rows are {width} wide, at most {MAX_WIDTH} fit" if width > MAX_WIDTH else None
+    unsupported = None
+    if width > MAX_WIDTH:
+        unsupported = f"rows are {width} wide, at most {MAX_WIDTH} fit"
+    return dispatch.select(name, x.device, x.dtype, implementation, unsupported)
 
 
 def _rows(x: Tensor) -> Tensor:
     """x as kernels read it: each row contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+# The references, each with the other as its gradient.
 
 
 class _GatherRows(torch.autograd.Function):
@@ -103,6 +99,9 @@ class _ScatterRows(torch.autograd.Function):
     def backward(ctx, grad_MD):
         (index_R,) = ctx.saved_tensors
         return _GatherRows.apply(grad_MD, index_R), None, None
+
+
+# The operators, each with the other as its gradient.
 
 
 def _gather_kernel(x: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.checks import check_like, check_rows, check_shape, check_together
 from heptapod_fast.ops.dropout_mask import DropoutMask
 from heptapod_fast.ops.operators import differentiable, once, operator
 
@@ -64,29 +64,13 @@ def add_layer_norm(
     "auto", "triton" (D up to MAX_WIDTH) or "reference". Raises ValueError if shapes, dtypes or the
     mask do not fit.
     """
-    check_rows(
-        "add_layer_norm",
-        x=x,
-        branch=branch,
-        branch_bias=branch_bias,
-        weight=weight,
-        bias=bias,
-        **({} if mask is None else mask.tensors()),
-    )
-    _check_parameters("add_layer_norm", x, weight, bias)
-    if branch.shape != x.shape or branch.dtype != x.dtype:
-        raise ValueError(
-            f"add_layer_norm takes a branch like x, {x.dtype} {tuple(x.shape)}, got "
-            f"{branch.dtype} {tuple(branch.shape)}"
-        )
-    if branch_bias is not None and branch_bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"add_layer_norm takes a branch_bias of shape {tuple(x.shape[-1:])}, got "
-            f"{tuple(branch_bias.shape)}"
-        )
-    mask = None if mask is None or mask.p == 0.0 else mask
-    if mask is not None:
-        mask.check("add_layer_norm", x.numel() // max(1, x.shape[-1]))
+    name = "add_layer_norm"
+    parameters = dict(branch_bias=branch_bias, weight=weight, bias=bias)
+    check_rows(name, x=x, branch=branch, **parameters, **DropoutMask.named(mask))
+    _check_parameters(name, x, weight, bias)
+    check_like(name, x, branch=branch)
+    check_shape(name, x.shape[-1:], branch_bias=branch_bias)
+    mask = DropoutMask.checked(mask, name, x)
     if _select(x, implementation) == "reference":
         branch = branch if branch_bias is None else branch + branch_bias.to(x.dtype)
         total = x + (branch if mask is None else mask.apply(branch))
@@ -106,15 +90,8 @@ def add_layer_norm(
 def _check_parameters(
     operation: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> None:
-    if weight is None and bias is None:
-        return
-    if weight is None or bias is None:
-        raise ValueError(f"{operation} takes weight and bias, or neither; one of them is None")
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{operation} takes weight and bias of shape {tuple(x.shape[-1:])}, got "
-            f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        )
+    check_together(operation, weight=weight, bias=bias)
+    check_shape(operation, x.shape[-1:], weight=weight, bias=bias)
 
 
 def _select(x: Tensor, implementation: str) -> str:
@@ -125,12 +102,16 @@ def _select(x: Tensor, implementation: str) -> str:
 
 def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     if weight is not None:
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        weight = weight.to(x.dtype)
+        bias = bias.to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _master(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.float().contiguous()
+
+
+# The operators and their gradients.
 
 
 def _forward(x, weight, bias, eps):
@@ -180,9 +161,10 @@ def _gradient(ctx, grad: Tensor | None, _):
         return None, None, None, None
     x, stats, weight = ctx.saved_tensors
     dx, _, sums = _backward_operator(
-        grad.contiguous(), None, x, stats, weight, None, None, 0.0, False
+        grad.contiguous(), None, x, stats, weight, *DropoutMask.parts(None), False
     )
-    return dx, *(sums.unbind() if weight is not None else (None, None)), None
+    dweight, dbias = (None, None) if weight is None else sums.unbind()
+    return dx, dweight, dbias, None
 
 
 def _add_setup(ctx, inputs, output) -> None:
@@ -202,10 +184,12 @@ def _add_gradient(ctx, grad_sum: Tensor | None, grad: Tensor | None, _):
     dx, dbranch, sums = _backward_operator(
         grad, grad_sum, total, stats, weight, key, counter, ctx.p, ctx.branch_bias
     )
+    if key is None:
+        dbranch = dx  # without dropout they are the same
     rows = list(sums.unbind())
     dbranch_bias = rows.pop() if ctx.branch_bias else None
     dweight, dbias = rows or (None, None)
-    return dx, dx if key is None else dbranch, dbranch_bias, dweight, dbias, None, None, None, None
+    return dx, dbranch, dbranch_bias, dweight, dbias, None, None, None, None
 
 
 _operator = operator(

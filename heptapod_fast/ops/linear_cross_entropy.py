@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import check_rows
+from heptapod_fast.ops.checks import check_rows, check_shape, refusal
 from heptapod_fast.ops.operators import differentiable, once, operator
 
 MOST_TARGETS = 16
@@ -45,25 +45,14 @@ def linear_cross_entropy(
 
     z (R, D) float32 or bfloat16; weight (V, D) and bias (V,), which follow the dtype of z; target
     (R,) or (R, K) int64, K <= 16, repeats allowed; row_weight (R,): numbers without a gradient,
-    None for 1. A row of weight 0 adds nothing, whatever it holds, and if it is finite it
-    has no gradient. chunk: rows whose logits are held at a time
-    (default: from the table), for the kernels alone. implementation: "auto", "triton" or
-    "reference". Raises ValueError on shapes, dtypes of targets or chunks that do not fit.
+    None for 1. A row of weight 0 adds nothing, whatever it holds, and if it is finite it has no
+    gradient. chunk: rows whose logits are held at a time (default: from the table), for the kernels
+    alone. implementation: "auto", "triton" or "reference". Raises ValueError on shapes, dtypes of
+    targets or chunks that do not fit.
     """
     _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk)
     row_weight_R = None if row_weight_R is None else row_weight_R.detach()
-    unsupported = None
-    if z_RD.shape[1] > MAX_WIDTH or len(weight_VD) > MAX_CODES:
-        unsupported = (
-            f"{len(weight_VD)} codes and width {z_RD.shape[1]}, where {MAX_CODES} and "
-            f"{MAX_WIDTH} are the most"
-        )
-    if (
-        dispatch.select(
-            "linear_cross_entropy", z_RD.device, z_RD.dtype, implementation, unsupported
-        )
-        == "reference"
-    ):
+    if _select(z_RD, weight_VD, implementation) == "reference":
         return _reference(z_RD, weight_VD, bias_V, target, row_weight_R)
     gradients = torch.is_grad_enabled() and (
         z_RD.requires_grad or weight_VD.requires_grad or bias_V.requires_grad
@@ -85,31 +74,28 @@ def _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk) -> None:
     check_rows(name, z=z_RD, weight=weight_VD, bias=bias_V, target=target, row_weight=row_weight_R)
     rows = len(z_RD)
     if z_RD.dim() != 2 or weight_VD.dim() != 2 or z_RD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"{name} takes z (R, D) and weight (V, D), got {tuple(z_RD.shape)} and "
-            f"{tuple(weight_VD.shape)}"
-        )
-    if bias_V.shape != weight_VD.shape[:1]:
-        raise ValueError(
-            f"{name} takes a bias of shape {tuple(weight_VD.shape[:1])}, got {tuple(bias_V.shape)}"
-        )
-    if (
-        target.dtype != torch.int64
-        or target.dim() not in (1, 2)
-        or len(target) != rows
-        or target.dim() == 2
-        and not 1 <= target.shape[1] <= MOST_TARGETS
-    ):
-        raise ValueError(
-            f"{name} takes int64 targets ({rows},) or ({rows}, K) with K from 1 to "
-            f"{MOST_TARGETS}, got {target.dtype} {tuple(target.shape)}"
-        )
-    if row_weight_R is not None and row_weight_R.shape != (rows,):
-        raise ValueError(
-            f"{name} takes row weights of shape ({rows},), got {tuple(row_weight_R.shape)}"
-        )
+        raise refusal(name, "z (R, D) and weight (V, D)", z_RD.shape, weight_VD.shape)
+    check_shape(name, weight_VD.shape[:1], bias=bias_V)
+    one_each = target.shape == (rows,)
+    several = target.dim() == 2 and len(target) == rows and 1 <= target.shape[1] <= MOST_TARGETS
+    if target.dtype != torch.int64 or not (one_each or several):
+        targets = f"int64 targets ({rows},) or ({rows}, K) with K from 1 to {MOST_TARGETS}"
+        raise refusal(name, targets, target)
+    check_shape(name, (rows,), **{"row weights": row_weight_R})
     if chunk is not None and chunk < 1:
         raise ValueError(f"{name} works on chunks of at least 1 row, got {chunk}")
+
+
+def _select(z_RD: Tensor, weight_VD: Tensor, implementation: str) -> str:
+    codes, width = weight_VD.shape
+    unsupported = None
+    if width > MAX_WIDTH or codes > MAX_CODES:
+        unsupported = (
+            f"{codes} codes and width {width}, where {MAX_CODES} and {MAX_WIDTH} are the most"
+        )
+    return dispatch.select(
+        "linear_cross_entropy", z_RD.device, z_RD.dtype, implementation, unsupported
+    )
 
 
 def _reference(z_RD, weight_VD, bias_V, target, row_weight_R) -> tuple[Tensor, Tensor]:
@@ -124,6 +110,9 @@ def _reference(z_RD, weight_VD, bias_V, target, row_weight_R) -> tuple[Tensor, T
     return weighted_R.sum(), loss_R.detach()
 
 
+# The operators: gradients are made with the loss and scaled when the total's own is known.
+
+
 def _forward(z, weight, bias, target, row_weight, chunk, gradients):
     from heptapod_fast.kernels import linear_cross_entropy as kernels
 
@@ -131,15 +120,13 @@ def _forward(z, weight, bias, target, row_weight, chunk, gradients):
 
 
 def _fake(z, weight, bias, target, row_weight, chunk, gradients):
-    single = dict(dtype=torch.float32, device=z.device)
-    made = [z.new_empty(0), torch.empty(0, **single), torch.empty(0, **single)]
-    if gradients:
-        made = [
-            torch.empty_like(z),
-            torch.empty(weight.shape, **single),
-            torch.empty(bias.shape, **single),
-        ]
-    return torch.empty((), **single), torch.empty(z.shape[0], **single), *made
+    float32 = dict(dtype=torch.float32, device=z.device)
+    total = torch.empty((), **float32)
+    loss = torch.empty(z.shape[0], **float32)
+    dz = torch.empty_like(z) if gradients else z.new_empty(0)
+    dweight = torch.empty(weight.shape if gradients else 0, **float32)
+    dbias = torch.empty(bias.shape if gradients else 0, **float32)
+    return total, loss, dz, dweight, dbias
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -157,16 +144,12 @@ def _gradient(ctx, grad_total: Tensor | None, *_):
     if grad_total is None:
         return (None,) * 7
     z, dz, dweight, dbias = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    return (
-        _scale_operator(dz, grad_total, z) if wanted[0] else None,
-        (dweight * grad_total).to(ctx.dtypes[0]) if wanted[1] else None,
-        (dbias * grad_total).to(ctx.dtypes[1]) if wanted[2] else None,
-        None,
-        None,
-        None,
-        None,
-    )
+    z_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
+    weight_dtype, bias_dtype = ctx.dtypes
+    dz = _scale_operator(dz, grad_total, z) if z_wanted else None
+    dweight = (dweight * grad_total).to(weight_dtype) if weight_wanted else None
+    dbias = (dbias * grad_total).to(bias_dtype) if bias_wanted else None
+    return dz, dweight, dbias, None, None, None, None
 
 
 def _scale(x: Tensor, factor: Tensor, z: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ def test_refusals():
     arguments, _ = draw()
     xt, t, time, condition, *flat = arguments
     call = run("auto")
-    with pytest.raises(ValueError, match=r"time \(T, W\)"):
+    with pytest.raises(ValueError, match=r"time \(T, F\)"):
         call(xt, t, time[:, :8], condition, *flat)
     with pytest.raises(ValueError, match="one dtype"):
         call(xt, t, time.bfloat16(), condition, *flat)
@@ -263,7 +263,7 @@ def test_refusals():
         call(xt, t, time, normal(5, 16), *flat)
     with pytest.raises(ValueError, match=r"got \(8,\), 12 and 3"):
         call(xt, t[:8], time, condition, *flat)
-    with pytest.raises(ValueError, match=r"an input weight \(W, C\).* W = 16; got \(12, 2\)"):
+    with pytest.raises(ValueError, match=r"an input weight \(F, C\).* F = 16, got \(12, 2\)"):
         call(xt[:, :2], t, time, condition, *flat)
     with pytest.raises(ValueError, match="dtype of its weights"):
         call(xt.bfloat16(), t, time, condition, *flat)

@@ -222,11 +222,11 @@ def test_large_and_odd_vocabularies_go_in_blocks():
     from heptapod_fast.kernels import linear_cross_entropy as kernels
 
     for codes, dtype, kernel in (
-        (16384, torch.bfloat16, kernels._rows),
-        (12, torch.bfloat16, kernels._rows),
-        (13, torch.bfloat16, kernels._blocks),
-        (40_000, torch.bfloat16, kernels._blocks),
-        (16384, torch.float32, kernels._blocks),
+        (16384, torch.bfloat16, kernels.cross_entropy_rows_kernel),
+        (12, torch.bfloat16, kernels.cross_entropy_rows_kernel),
+        (13, torch.bfloat16, kernels.cross_entropy_blocks_kernel),
+        (40_000, torch.bfloat16, kernels.cross_entropy_blocks_kernel),
+        (16384, torch.float32, kernels.cross_entropy_blocks_kernel),
     ):
         found, tile, programs = kernels._plan(torch.empty(3, codes, dtype=dtype, device=DEVICE))
         assert found is kernel and 1 <= programs <= 3 and "programs" not in tile
