@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heptapod_fast.kernels import offline, tuning
-from heptapod_fast.ops.masks import BLOCK, HEAD_WIDTHS, MAX_LENGTH, Operands
+from heptapod_fast.kernels import tuning
+from heptapod_fast.ops.masks import BLOCK, MAX_LENGTH, Operands
 
 # Who sees whom, as the kernels are compiled for it:
 #   full    every query sees every key
@@ -630,117 +630,3 @@ def forward(q: Tensor, k: Tensor, v: Tensor, visible: Operands) -> tuple[Tensor,
             **settings,
         )
     return out, lse
-
-
-# ------------------------------------------------------- compiled without a GPU: see offline.py
-
-# Pointers that are None at the launch unless the mask is of one of these kinds.
-_POINTERS_OF_KINDS = dict(
-    ends_ptr=("ends",),
-    schedule_ptr=("blocks",),
-    bits_ptr=("blocks",),
-)
-# The type of every argument that is no constant.
-_TYPES = dict(
-    q_ptr="*bf16",
-    k_ptr="*bf16",
-    v_ptr="*bf16",
-    out_ptr="*bf16",
-    lse_ptr="*fp32",
-    ends_ptr="*i32",
-    schedule_ptr="*i32",
-    bits_ptr="*i32",
-    queries="i32",
-    keys="i32",
-    heads="i32",
-    programs_per_head="i32",
-    chunk="i32",
-    bits_stride="i32",
-    q_batch_stride="i32",
-    q_row_stride="i32",
-    kv_batch_stride="i32",
-    kv_row_stride="i32",
-    scale_log2="fp32",
-)
-
-
-def offline_shapes(width: int) -> list[tuple[str, int]]:
-    """(kind, length) of what is compiled for heads of a width."""
-    is_width_of_a_model = width in (64, 80)
-    if not is_width_of_a_model:
-        return [("full", 257), ("causal", 255)]
-    return [
-        ("full", 256),
-        ("causal", 256),
-        ("full", 257),  # a tail
-        ("full", 321),  # a tail, and 320 is no multiple of 128
-        ("full", 255),  # blocks that are not filled
-        ("blocks", 512),
-        ("blocks", 514),
-        ("ends", 100),
-        ("chunk", 51),
-    ]
-
-
-def offline_settings(direction: str, arch: str, settings_of=constants):
-    """(kind, length, width, the kernel's constants and options) of everything that is compiled.
-
-    settings_of: makes the constants and options from (kind, queries, keys, width, config).
-    """
-    for width in HEAD_WIDTHS:
-        for kind, length in offline_shapes(width):
-            name = variant(direction, kind, length, length)
-            config = tuning.config("attention", name, width, arch)
-            yield kind, length, width, settings_of(kind, length, length, width, config)
-
-
-def offline_case(
-    direction: str,
-    kernel,
-    kind: str,
-    length: int,
-    width: int,
-    settings: dict,
-    types: dict[str, str],
-    pointers_of_kinds: dict[str, tuple[str, ...]],
-    **expected,
-) -> offline.Case:
-    """One case.
-
-    settings: the kernel's constants and options. types: of every argument that is no constant.
-    pointers_of_kinds: which kinds of masks pass a pointer that is None otherwise. expected: what
-    the compiled kernel may cost, as offline.Case takes it.
-    """
-    absent = {pointer: None for pointer, kinds in pointers_of_kinds.items() if kind not in kinds}
-    constexprs = absent | settings
-    num_warps = constexprs.pop("num_warps")
-    return offline.Case(
-        name=f"attention {direction}, {kind} {length}, D {width}",
-        kernel=kernel,
-        types={name: type for name, type in types.items() if name not in absent},
-        constexprs=constexprs,
-        options=dict(num_warps=num_warps),
-        tensor_cores=True,
-        **expected,
-    )
-
-
-def compile_cases(arch: str):
-    """The forward kernel for every width of heads; see offline.Case."""
-    for kind, length, width, settings in offline_settings("forward", arch):
-        # How many warps must fit on an SM at once, so that some work while others wait: more for
-        # lengths that fill their blocks, because these are what the models run.
-        wanted_warps = 4
-        if settings["EVEN"]:
-            wanted_warps = {64: 16, 80: 12}.get(width, 4)
-        yield offline_case(
-            "forward",
-            attention_forward_kernel,
-            kind,
-            length,
-            width,
-            settings,
-            _TYPES,
-            _POINTERS_OF_KINDS,
-            ctas=max(1, wanted_warps // settings["num_warps"]),
-        )

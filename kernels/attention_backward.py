@@ -50,8 +50,6 @@ from heptapod_fast.kernels.attention import (
     load_float_tile,
     load_tile,
     load_vector,
-    offline_case,
-    offline_settings,
     store_tile,
     variant,
 )
@@ -670,7 +668,7 @@ def backward(
         return
 
     config = tuning.lookup("attention", variant("backward", kind, queries, keys), width, q.device)
-    settings = _settings(kind, queries, keys, width, config)
+    settings = backward_constants(kind, queries, keys, width, config)
     span = triton.cdiv(queries, 128) * 128
     vectors = 3 if settings["TAIL"] else 1  # delta; P and dS of the last query
     delta = torch.empty(programs * vectors * span, dtype=torch.float32, device=q.device)
@@ -715,7 +713,7 @@ def backward(
     )
 
 
-def _settings(kind: str, queries: int, keys: int, width: int, config: dict) -> dict:
+def backward_constants(kind: str, queries: int, keys: int, width: int, config: dict) -> dict:
     """The kernel's constants and options: `attention.constants`, SWAP and ROWS."""
     config = dict(config)
     # A configuration may choose SWAP itself.
@@ -727,75 +725,3 @@ def _settings(kind: str, queries: int, keys: int, width: int, config: dict) -> d
     # takes a row for each thread.
     settings["ROWS"] = 32 if settings["TAIL"] else 32 * config["num_warps"]
     return settings
-
-
-# ------------------------------------------------------- compiled without a GPU: see offline.py
-
-# Pointers that are None at the launch unless the mask is of one of these kinds.
-_POINTERS_OF_KINDS = dict(
-    ends_or_schedule_ptr=("ends", "blocks"),
-    bits_ptr=("blocks",),
-)
-# The type of every argument that is no constant.
-_TYPES = dict(
-    grad_ptr="*bf16",
-    q_ptr="*bf16",
-    k_ptr="*bf16",
-    v_ptr="*bf16",
-    out_ptr="*bf16",
-    lse_ptr="*fp32",
-    dq_ptr="*bf16",
-    dk_ptr="*bf16",
-    dv_ptr="*bf16",
-    delta_ptr="*fp32",
-    ends_or_schedule_ptr="*i32",
-    bits_ptr="*i32",
-    queries="i32",
-    keys="i32",
-    heads="i32",
-    bits_stride="i32",
-    chunk="i32",
-    span="i32",
-    q_batch_stride="i32",
-    q_row_stride="i32",
-    kv_batch_stride="i32",
-    kv_row_stride="i32",
-    dq_batch_stride="i32",
-    dq_row_stride="i32",
-    dkv_batch_stride="i32",
-    dkv_row_stride="i32",
-    scale="fp32",
-    scale_log2="fp32",
-)
-# HMMA accepted on sm_90, by width: the last columns of dQ, transposed, are 16 or 32 rows, too few
-# for wgmma.
-_ACCEPTED_HMMA = {80: 8, 96: 16}
-# Bytes of stack accepted, by architecture and width, the most of Triton 3.6 and 3.7. Only for
-# lengths that do not fill their blocks, and for widths that no model has.
-_ACCEPTED_STACK = {
-    ("sm_80", 64): 24,
-    ("sm_80", 80): 80,
-    ("sm_80", 96): 376,
-    ("sm_80", 128): 8,
-    ("sm_90", 80): 40,
-}
-
-
-def compile_cases(arch: str):
-    """The backward kernel for every width of heads; see offline.Case."""
-    for kind, length, width, settings in offline_settings("backward", arch, _settings):
-        is_what_models_run = settings["EVEN"] and width <= 80
-        spill = 0 if is_what_models_run else _ACCEPTED_STACK.get((arch, width), 0)
-        yield offline_case(
-            "backward",
-            attention_backward_kernel,
-            kind,
-            length,
-            width,
-            settings,
-            _TYPES,
-            _POINTERS_OF_KINDS,
-            spill=spill,
-            hmma=_ACCEPTED_HMMA.get(width, 0),
-            why="dK, dV, S and dP fill the registers" if spill else "",
-        )

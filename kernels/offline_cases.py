@@ -28,6 +28,7 @@ from heptapod_fast.kernels import (
 )
 from heptapod_fast.kernels.offline import Case
 from heptapod_fast.kernels.randomness import noise_block
+from heptapod_fast.ops.masks import HEAD_WIDTHS
 
 # Of a configuration, what the compiler takes and what only the launcher does; the rest are
 # constants of the kernel.
@@ -122,6 +123,182 @@ def adaln_cases(arch: str) -> Iterator[Case]:
                     absent,
                     unaligned=("slab",),
                 )
+
+
+# Pointers of attention's kernels that are None unless the mask is of one of these kinds.
+ATTENTION_POINTERS = dict(
+    ends_ptr=("ends",),
+    schedule_ptr=("blocks",),
+    bits_ptr=("blocks",),
+)
+ATTENTION_BACKWARD_POINTERS = dict(
+    ends_or_schedule_ptr=("ends", "blocks"),
+    bits_ptr=("blocks",),
+)
+ATTENTION_TYPES = dict(
+    q_ptr="*bf16",
+    k_ptr="*bf16",
+    v_ptr="*bf16",
+    out_ptr="*bf16",
+    lse_ptr="*fp32",
+    ends_ptr="*i32",
+    schedule_ptr="*i32",
+    bits_ptr="*i32",
+    queries="i32",
+    keys="i32",
+    heads="i32",
+    programs_per_head="i32",
+    chunk="i32",
+    bits_stride="i32",
+    q_batch_stride="i32",
+    q_row_stride="i32",
+    kv_batch_stride="i32",
+    kv_row_stride="i32",
+    scale_log2="fp32",
+)
+ATTENTION_BACKWARD_TYPES = dict(
+    grad_ptr="*bf16",
+    q_ptr="*bf16",
+    k_ptr="*bf16",
+    v_ptr="*bf16",
+    out_ptr="*bf16",
+    lse_ptr="*fp32",
+    dq_ptr="*bf16",
+    dk_ptr="*bf16",
+    dv_ptr="*bf16",
+    delta_ptr="*fp32",
+    ends_or_schedule_ptr="*i32",
+    bits_ptr="*i32",
+    queries="i32",
+    keys="i32",
+    heads="i32",
+    bits_stride="i32",
+    chunk="i32",
+    span="i32",
+    q_batch_stride="i32",
+    q_row_stride="i32",
+    kv_batch_stride="i32",
+    kv_row_stride="i32",
+    dq_batch_stride="i32",
+    dq_row_stride="i32",
+    dkv_batch_stride="i32",
+    dkv_row_stride="i32",
+    scale="fp32",
+    scale_log2="fp32",
+)
+# HMMA accepted on sm_90, by width: the last columns of dQ, transposed, are 16 or 32 rows, too few
+# for wgmma.
+ATTENTION_HMMA = {80: 8, 96: 16}
+# Bytes of stack accepted, by architecture and width, the most of Triton 3.6 and 3.7. Only for
+# lengths that do not fill their blocks, and for widths that no model has.
+ATTENTION_STACK = {
+    ("sm_80", 64): 24,
+    ("sm_80", 80): 80,
+    ("sm_80", 96): 376,
+    ("sm_80", 128): 8,
+    ("sm_90", 80): 40,
+}
+
+
+def attention_shapes(width: int) -> list[tuple[str, int]]:
+    """(kind, length) of what is compiled for heads of a width."""
+    is_width_of_a_model = width in (64, 80)
+    if not is_width_of_a_model:
+        return [("full", 257), ("causal", 255)]
+    return [
+        ("full", 256),
+        ("causal", 256),
+        ("full", 257),  # a tail
+        ("full", 321),  # a tail, and 320 is no multiple of 128
+        ("full", 255),  # blocks that are not filled
+        ("blocks", 512),
+        ("blocks", 514),
+        ("ends", 100),
+        ("chunk", 51),
+    ]
+
+
+def attention_settings(
+    direction: str, arch: str, settings_of: Callable[[str, int, int, int, dict], dict]
+) -> Iterator[tuple[str, int, int, dict]]:
+    """(kind, length, width, the kernel's constants and options) of everything that is compiled.
+
+    settings_of: makes the constants and options from (kind, queries, keys, width, config).
+    """
+    for width in HEAD_WIDTHS:
+        for kind, length in attention_shapes(width):
+            name = attention.variant(direction, kind, length, length)
+            config = tuning.config("attention", name, width, arch)
+            yield kind, length, width, settings_of(kind, length, length, width, config)
+
+
+def attention_case(
+    direction: str,
+    kernel,
+    shape: tuple[str, int, int],
+    settings: dict,
+    types: dict[str, str],
+    pointers_of_kinds: dict[str, tuple[str, ...]],
+    **expected,
+) -> Case:
+    """One case.
+
+    shape: (kind, length, width). settings: the kernel's constants and options. types: of every
+    argument that is no constant. pointers_of_kinds: which kinds of masks pass a pointer that is
+    None otherwise. expected: what the compiled kernel may cost, as Case takes it.
+    """
+    kind, length, width = shape
+    absent = {pointer: None for pointer, kinds in pointers_of_kinds.items() if kind not in kinds}
+    constexprs = absent | settings
+    num_warps = constexprs.pop("num_warps")
+    return Case(
+        name=f"attention {direction}, {kind} {length}, E {width}",
+        kernel=kernel,
+        types={name: type for name, type in types.items() if name not in absent},
+        constexprs=constexprs,
+        options=dict(num_warps=num_warps),
+        tensor_cores=True,
+        **expected,
+    )
+
+
+def attention_cases(arch: str) -> Iterator[Case]:
+    """The forward kernel for every width of heads."""
+    found = attention_settings("forward", arch, attention.constants)
+    for kind, length, width, settings in found:
+        # How many warps must fit on an SM at once, so that some work while others wait: more for
+        # lengths that fill their blocks, because these are what the models run.
+        wanted_warps = 4
+        if settings["EVEN"]:
+            wanted_warps = {64: 16, 80: 12}.get(width, 4)
+        yield attention_case(
+            "forward",
+            attention.attention_forward_kernel,
+            (kind, length, width),
+            settings,
+            ATTENTION_TYPES,
+            ATTENTION_POINTERS,
+            ctas=max(1, wanted_warps // settings["num_warps"]),
+        )
+
+
+def attention_backward_cases(arch: str) -> Iterator[Case]:
+    """The backward kernel for every width of heads."""
+    found = attention_settings("backward", arch, attention_backward.backward_constants)
+    for kind, length, width, settings in found:
+        is_what_models_run = settings["EVEN"] and width <= 80
+        spill = 0 if is_what_models_run else ATTENTION_STACK.get((arch, width), 0)
+        yield attention_case(
+            "backward",
+            attention_backward.attention_backward_kernel,
+            (kind, length, width),
+            settings,
+            ATTENTION_BACKWARD_TYPES,
+            ATTENTION_BACKWARD_POINTERS,
+            spill=spill,
+            hmma=ATTENTION_HMMA.get(width, 0),
+            why="dK, dV, S and dP fill the registers" if spill else "",
+        )
 
 
 BIAS_GELU_TYPES = dict(
@@ -516,9 +693,8 @@ def linear_cross_entropy_cases(arch: str) -> Iterator[Case]:
 
 BY_MODULE: dict[str, Callable[[str], Iterator[Case]]] = {
     "adaln": adaln_cases,
-    # Attention's cases stand beside their kernels.
-    "attention": attention.compile_cases,
-    "attention_backward": attention_backward.compile_cases,
+    "attention": attention_cases,
+    "attention_backward": attention_backward_cases,
     "bias_gelu": bias_gelu_cases,
     "columns": columns_cases,
     "diffusion_loss": diffusion_loss_cases,
