@@ -26,11 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.bench_decode import PICTURES, as_row, describe, write_pictures  # noqa: E402
-from heptapod_fast.data.cache_check import problems  # noqa: E402
-from heptapod_fast.data.cache_format import open_cache  # noqa: E402
-from heptapod_fast.data.cache_plan import Plan  # noqa: E402
-from heptapod_fast.data.cache_site import claim  # noqa: E402
-from heptapod_fast.data.cache_writer import Builder  # noqa: E402
+from heptapod_fast.data.cache.builder import Builder  # noqa: E402
+from heptapod_fast.data.cache.check import find_damage  # noqa: E402
+from heptapod_fast.data.cache.format import open_cache  # noqa: E402
+from heptapod_fast.data.cache.plan import Plan  # noqa: E402
+from heptapod_fast.data.cache.site import Site, lock_cache  # noqa: E402
 from heptapod_fast.data.decoding import open_decoder  # noqa: E402
 from heptapod_fast.data.files import find_images  # noqa: E402
 from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
@@ -120,7 +120,7 @@ def verifying(samples: int) -> dict:
         write_cache(made, 8192)
         cache = open_cache(made.places["cache"])
         begin = time.perf_counter()
-        wrong = problems(cache)
+        wrong = find_damage(cache)
         seconds = time.perf_counter() - begin
         assert not wrong, wrong
         return {

@@ -34,7 +34,7 @@ from bench.harness import Missing  # noqa: E402
 from heptapod_fast.data.dali import DaliDecoder  # noqa: E402
 from heptapod_fast.data.decoding import PillowDecoder  # noqa: E402
 from heptapod_fast.data.logograms import Logograms, write_folder  # noqa: E402
-from heptapod_fast.train.parallel import choose_device, device_name  # noqa: E402
+from heptapod_fast.world import choose_device, device_name  # noqa: E402
 
 SIDE, FILES, ROUNDS, GATE = 256, 96, 9, 3.0
 ON_GPU = torch.cuda.is_available()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from heptapod_fast.config import Config
 from heptapod_fast.config.data import refuse_missing_data
-from heptapod_fast.data.cache import CacheTokens, choose_mode
-from heptapod_fast.data.cache_format import Cache, CacheError, open_cache, refuse_other
+from heptapod_fast.data.cache.format import Cache, CacheError, open_cache, refuse_other
+from heptapod_fast.data.cache.reader import CacheTokens, choose_mode
 from heptapod_fast.data.decoding import open_decoder
 from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.images import ImageFolder

@@ -8,7 +8,7 @@ from typing import Any
 
 from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.config import Config
-from heptapod_fast.data.cache_format import CODEBOOK, Cache
+from heptapod_fast.data.cache.format import CODEBOOK, Cache
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.storage import write_json

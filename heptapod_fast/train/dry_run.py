@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from heptapod_fast.config import BatchSplit, Config, flag
-from heptapod_fast.data.cache_format import open_cache
+from heptapod_fast.data.cache.format import open_cache
 from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.ops.dispatch import Unavailable
 from heptapod_fast.runs import RunDir
