@@ -19,6 +19,7 @@ width.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ from heptapod_fast.ops.masks import (
     Operands,
     Visible,
 )
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 
 def attention(qkv: Tensor, visible: Visible = FULL, implementation: str = "auto") -> Tensor:
@@ -80,7 +81,8 @@ def attention(qkv: Tensor, visible: Visible = FULL, implementation: str = "auto"
         return flash_attn_qkvpacked_func(
             qkv, causal=isinstance(visible, Causal), deterministic=True
         )
-    return _plain(chosen, *qkv.unbind(2), visible)
+    q, k, v = qkv.unbind(2)
+    return _plain(chosen, q, k, v, visible)
 
 
 def cross_attention(
@@ -142,7 +144,8 @@ def cross_attention(
         return flash_attn_kvpacked_func(
             q, kv, causal=isinstance(visible, Causal), deterministic=True
         )
-    return _plain(chosen, q, *kv.unbind(2), visible)
+    k, v = kv.unbind(2)
+    return _plain(chosen, q, k, v, visible)
 
 
 def attention_limits(head_width: int, keys: int, visible: Visible | type) -> dict[str, str | None]:
@@ -361,13 +364,13 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     qkv, ctx.causal, ctx.chunk, *operands = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, *operands)
 
 
-def _gradient(ctx, grad: Tensor | None, _):
+def _gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
     if grad is None:
         return (None,) * 6
     qkv, out, lse, *operands = ctx.saved_tensors
@@ -377,13 +380,13 @@ def _gradient(ctx, grad: Tensor | None, _):
     )
 
 
-def _cross_setup(ctx, inputs, output) -> None:
+def _cross_setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     q, kv, ctx.causal, *operands = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, kv, *output, *operands)
 
 
-def _cross_gradient(ctx, grad: Tensor | None, _):
+def _cross_gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
     if grad is None:
         return (None,) * 7
     q, kv, out, lse, *operands = ctx.saved_tensors
