@@ -1,5 +1,6 @@
 """Where records go: metrics.jsonl, sessions.jsonl, TensorBoard, Weights & Biases."""
 
+import dataclasses
 import errno
 import importlib.machinery
 import importlib.util
@@ -10,6 +11,7 @@ import types
 import pytest
 
 from heptapod_fast.train import records
+from heptapod_fast.train.loop import train
 from heptapod_fast.train.records import (
     JsonLines,
     Recorder,
@@ -19,7 +21,15 @@ from heptapod_fast.train.records import (
     read_metrics,
 )
 from heptapod_fast.train.session import Ending
-from tests.running import command, flags, refused, tiny_config, train_here
+from tests.running import (
+    Interrupting,
+    command,
+    flags,
+    refused,
+    start_here,
+    tiny_config,
+    train_here,
+)
 
 
 def written(folder, count):
@@ -235,6 +245,17 @@ def test_wandb_has_every_record_and_the_settings(tmp_path, wandb):
     assert run.arguments["config"]["recipe"]["batch"] == 8
     assert ("*", "images") in run.axes
     assert run.is_finished
+
+
+def test_a_run_that_gives_up_closes_its_sinks(tmp_path, wandb):
+    def fail():
+        raise RuntimeError("the data is gone")
+
+    session, state = start_here(tmp_path, log="wandb")
+    source = Interrupting(session.source, 16, fail)
+    with pytest.raises(RuntimeError, match="the data is gone"):
+        train(dataclasses.replace(session, source=source), state)
+    assert wandb.runs[0].is_finished
 
 
 def test_a_resumed_run_goes_on_as_the_same_one_wherever_it_was_moved(tmp_path, wandb):
