@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,7 +53,7 @@ def train(session: Session, state: State) -> Ending:
         """Whether the last step reached a multiple of `every` images."""
         return state.images // every > (state.images - batch) // every
 
-    with signals() as asked:
+    with signals() as asked, closing(recorder):
         while state.images < total:
             # 1. One optimizer step. `state.images` grows by the global batch.
             loss, norm = training_step(session, state, phase)
@@ -76,7 +76,6 @@ def train(session: Session, state: State) -> Ending:
             if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
                 save_failed = not try_save(session, state, meter, recorder, is_last)
             if wishes.stop and not finished:
-                recorder.close()
                 return Ending.OUT_OF_TIME if wishes.out_of_time else Ending.STOPPED
 
             # 5. A grid of samples.
@@ -87,7 +86,6 @@ def train(session: Session, state: State) -> Ending:
             # 6. What depends on the phase is read anew when another one begins.
             if phase_ends:
                 phase = begin_phase(session, state, meter)
-    recorder.close()
     return Ending.FINISHED
 
 
