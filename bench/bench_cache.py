@@ -35,7 +35,7 @@ from heptapod_fast.data.decoding import open_decoder  # noqa: E402
 from heptapod_fast.data.files import find_images  # noqa: E402
 from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
 from heptapod_fast.tokenizers.autoencoder import file_shapes  # noqa: E402
-from heptapod_fast.train.parallel import choose_device  # noqa: E402
+from heptapod_fast.world import choose_device  # noqa: E402
 
 SIDE = 256
 
@@ -70,13 +70,14 @@ def measure(
         shard_rows=8192,
         max_broken=0,
     )
-    with tempfile.TemporaryDirectory() as out, claim(Path(out) / "c.zarr"):
-        builder = Builder(Path(out) / "c.zarr", plan, threads)
+    with tempfile.TemporaryDirectory() as out, lock_cache(Path(out) / "c.zarr"):
+        site = Site(Path(out) / "c.zarr", plan)
+        builder = Builder(site, threads)
         begin = time.perf_counter()
-        builder.begin()
-        builder.build(builder.missing(), progress)
+        site.begin()
+        builder.build(site.missing(), progress)
         built = time.perf_counter() - begin
-        cache = builder.finish()
+        cache = site.finish()
         total = sum(builder.seconds.values())
         writing = builder.seconds["writing"]
         pixels = np.empty((count, 3, SIDE, SIDE), np.uint8)
