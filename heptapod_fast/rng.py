@@ -48,10 +48,9 @@ class Rng:
     def bits(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
         """index: (...) int64 global sample indices; slot: (...) int64 below 2**32, telling apart
         several draws of one sample. Returns (..., count) int64 in [0, 2**32)."""
-        if not torch.is_tensor(slot):
-            slot = torch.full_like(index, slot)
-        index, slot = torch.broadcast_tensors(index, slot.to(index.dtype))
-        return philox(index, slot, (count + 3) // 4, self.key(stream))[..., :count]
+        slots = slot if isinstance(slot, Tensor) else torch.full_like(index, slot)
+        index, slots = torch.broadcast_tensors(index, slots.to(index.dtype))
+        return philox(index, slots, (count + 3) // 4, self.key(stream))[..., :count]
 
     def uniform(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
         """(..., count) float32, uniform on the open interval (0, 1); arguments as `bits`."""

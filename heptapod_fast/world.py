@@ -7,6 +7,7 @@ index, so that nothing has to be broadcast or kept in step.
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -90,12 +91,33 @@ def device_name(device: torch.device) -> str:
     return f"{names[0] if names else 'CPU'}{amx}, {torch.get_num_threads()} threads"
 
 
+def processor_kind() -> str:
+    """The instruction sets that decide how PyTorch rounds on this CPU, such as "AVX512 + bf16" or
+    "AVX512 + bf16 + amx"; off x86 the architecture comes first: "aarch64 SVE256".
+
+    The same program may give other last bits where this differs: vectors of another length are
+    summed in another order, and libraries choose other algorithms. Equal kinds promise little more:
+    libraries also look at who made the processor.
+    """
+    machine = platform.machine()
+    kind = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY can lower it
+    if machine not in ("x86_64", "AMD64"):
+        kind = f"{machine} {kind}"
+    parts = [kind]
+    if torch.cpu._is_avx512_bf16_supported():
+        parts.append("bf16")
+    if torch.cpu._is_amx_tile_supported():
+        parts.append("amx")
+    return " + ".join(parts)
+
+
 def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> World:
     """The world that torchrun set up, or a world of one.
 
     patience: how long ranks wait for each other before they take one for lost.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)

@@ -45,7 +45,7 @@ def work() -> int:
             print(text, flush=True)
 
     try:
-        launch(config, world, say)
+        launch(config, world, say, ends_process=True)
     finally:
         worlds.stop(world)
     return 0

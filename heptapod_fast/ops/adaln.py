@@ -20,7 +20,7 @@ bias gradient at hand (`ops.diffusion_mlp` does).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_like, check_rows, check_shape, check_together, refusal
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 MAX_WIDTH = 4096  # columns that a program of the kernels holds in registers
 
@@ -100,24 +100,34 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition, in the dtype of x."""
     if branch is not None:
+        assert branch_bias is not None and gate is not None  # _check saw to it
         x = torch.addcmul(x, gate, branch + branch_bias.to(x.dtype))
-    if weight is not None:
+    if weight is not None and bias is not None:
         weight = weight.to(x.dtype)
         bias = bias.to(x.dtype)
     normal = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return x, torch.addcmul(shift, normal, 1 + scale)
 
 
-def _check(x, branch, branch_bias, gate, shift, scale, weight, bias) -> None:
+def _check(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
     name = "adaln"
-    rows = dict(x=x, branch=branch, gate=gate, shift=shift, scale=scale)
+    others = dict(branch=branch, gate=gate, shift=shift, scale=scale)
     vectors = dict(branch_bias=branch_bias, weight=weight, bias=bias)
-    check_rows(name, **rows, **vectors)
+    check_rows(name, x=x, **others, **vectors)
     check_together(name, branch=branch, branch_bias=branch_bias, gate=gate)
     check_together(name, weight=weight, bias=bias)
     if x.dim() != 2:
         raise refusal(name, "x of two dimensions", x.shape)
-    check_like(name, **rows)
+    check_like(name, x, **others)
     for vector_name, vector in vectors.items():
         check_shape(name, x.shape[1:], **{vector_name: vector})
 
@@ -185,7 +195,7 @@ def _backward_fake(dnew, dv, x, branch, *_):
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     x, branch, branch_bias, gate, _, scale, weight, bias, _ = inputs
     new, _, stats = output
     added = x if branch is None else new
@@ -194,7 +204,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(added, branch, branch_bias, gate, scale, weight, bias, stats)
 
 
-def _gradient(ctx, dnew, dv, _):
+def _gradient(ctx: Context, dnew: Tensor | None, dv: Tensor | None, _: None) -> Gradients:
     x, branch, branch_bias, gate, scale, weight, bias, stats = ctx.saved_tensors
     dv = torch.zeros_like(x) if dv is None else dv.contiguous()
     # Without a branch x' is x itself and not this operator's result: autograd adds its gradient.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,99 +57,126 @@ def adamw_ema(
     implementation: "auto", "cuda", "cpu" or "reference". Raises ValueError on anything else, saying
     what is supported.
     """
-    emas = [list(ema) for ema in emas]
-    copies = list(copies) if copies is not None else []
-    _validate_lengths(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight_decays)
-    kind = sharded.dtensor_class()
-    if kind is not None and _any_distributed(
-        kind, params, grads, exp_avgs, exp_avg_sqs, copies, *emas
-    ):
-        names = _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
-        params, grads, exp_avgs, exp_avg_sqs, *emas = sharded.local_lists(
-            names, "adamw_ema"
-        ).values()
-        copies = emas.pop() if copies else []
-    _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
-    _validate_scalars(params, len(emas), lr, step, grad_scale, ema_decays, beta1, beta2)
-    if not params:
+    state = _Lists(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [list(ema) for ema in emas],
+        list(copies) if copies is not None else [],
+    )
+    scalars = _Scalars(lr, step, grad_scale, ema_decays)
+    _check_lengths(state, weight_decays)
+    state = _local(state)
+    _check_tensors(state)
+    _check_scalars(state, scalars, beta1, beta2)
+    if not state.params:
         return
-    chosen = dispatch.choose("adamw_ema", params[0].device, params[0].dtype, implementation)
+    first = state.params[0]
+    chosen = dispatch.choose("adamw_ema", first.device, first.dtype, implementation)
     with torch.no_grad():
         if chosen.implementation == "reference":
-            _reference(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                emas,
-                copies,
-                lr,
-                step,
-                grad_scale,
-                ema_decays,
-                weight_decays,
-                beta1,
-                beta2,
-                eps,
+            _reference(state, scalars, weight_decays, beta1, beta2, eps)
+            return
+        averages = [average for ema in state.emas for average in ema]
+        torch.ops.heptapod_fast.adamw_ema.default(
+            state.params,
+            state.grads,
+            state.exp_avgs,
+            state.exp_avg_sqs,
+            averages,
+            state.copies,
+            lr,
+            step,
+            grad_scale,
+            ema_decays,
+            [float(decay) for decay in weight_decays],
+            beta1,
+            beta2,
+            eps,
+        )
+        if not torch.compiler.is_compiling():
+            # A graph that still needs the old values must find out.
+            torch.autograd.graph.increment_version(
+                [*state.params, *state.exp_avgs, *state.exp_avg_sqs, *averages, *state.copies]
             )
-        else:
-            flat = [average for ema in emas for average in ema]
-            torch.ops.heptapod_fast.adamw_ema.default(
-                list(params),
-                list(grads),
-                list(exp_avgs),
-                list(exp_avg_sqs),
-                flat,
-                copies,
-                lr,
-                step,
-                grad_scale,
-                ema_decays,
-                [float(decay) for decay in weight_decays],
-                beta1,
-                beta2,
-                eps,
-            )
-            if not torch.compiler.is_compiling():
-                # A graph that still needs the old values must find out.
-                torch.autograd.graph.increment_version(
-                    [*params, *exp_avgs, *exp_avg_sqs, *flat, *copies]
-                )
+
+
+class _Lists(NamedTuple):
+    """The tensors of an update: number i of every list belongs to parameter i."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    emas: list[list[Tensor]]
+    copies: list[Tensor]  # empty where none are kept
+
+    def named(self) -> dict[str, list[Tensor]]:
+        """Every list under the name that errors call it by."""
+        lists = {
+            "params": self.params,
+            "grads": self.grads,
+            "exp_avgs": self.exp_avgs,
+            "exp_avg_sqs": self.exp_avg_sqs,
+        }
+        lists |= {f"emas[{e}]": ema for e, ema in enumerate(self.emas)}
+        if self.copies:
+            lists["copies"] = self.copies
+        return lists
+
+
+class _Scalars(NamedTuple):
+    """What every parameter shares, on the device."""
+
+    lr: Tensor
+    step: Tensor
+    grad_scale: Tensor
+    ema_decays: Tensor  # (k,)
+
+
+def _local(state: _Lists) -> _Lists:
+    """This rank's parts of DTensors; other tensors as they are."""
+    kind = sharded.dtensor_class()
+    named = state.named()
+    if kind is None:
+        return state
+    if not any(isinstance(tensor, kind) for tensors in named.values() for tensor in tensors):
+        return state
+    params, grads, exp_avgs, exp_avg_sqs, *others = sharded.local_lists(named, "adamw_ema").values()
+    count = len(state.emas)
+    copies = others[count] if state.copies else []
+    return _Lists(params, grads, exp_avgs, exp_avg_sqs, others[:count], copies)
 
 
 def _reference(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    emas,
-    copies,
-    lr,
-    step,
-    grad_scale,
-    ema_decays,
-    weight_decays,
-    beta1,
-    beta2,
-    eps,
+    state: _Lists,
+    scalars: _Scalars,
+    weight_decays: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
 ) -> None:
     """The definition. Scalars in float64 until they meet a tensor: 1 - beta2^t loses five digits in
     float32 at the first step."""
+    lr, step, grad_scale, ema_decays = scalars
     skip = grad_scale == 0
     step_size = (lr.double() / _bias_correction(beta1, step)).float()
     root_correction = _bias_correction(beta2, step).sqrt().float()
-    for i, param in enumerate(params):
-        grad = grads[i].float() * grad_scale
-        mean = exp_avgs[i].lerp(grad, 1 - beta1)
-        square = (exp_avg_sqs[i] * beta2).addcmul_(grad, grad, value=1 - beta2)
+    for i, param in enumerate(state.params):
+        exp_avg = state.exp_avgs[i]
+        exp_avg_sq = state.exp_avg_sqs[i]
+        grad = state.grads[i].float() * grad_scale
+        mean = exp_avg.lerp(grad, 1 - beta1)
+        square = (exp_avg_sq * beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (square.sqrt() / root_correction).add_(eps)
         new = param * (1 - lr.double() * weight_decays[i]).float()
         new.addcdiv_(mean * step_size, denominator, value=-1)
-        updates = [(exp_avgs[i], mean), (exp_avg_sqs[i], square), (param, new)]
-        updates += [
-            (ema[i], ema[i].lerp(new, 1 - decay)) for ema, decay in zip(emas, ema_decays.unbind())
-        ]
-        updates += [(copies[i], new.to(torch.bfloat16))] if copies else []
+        updates = [(exp_avg, mean), (exp_avg_sq, square), (param, new)]
+        for ema, decay in zip(state.emas, ema_decays.unbind()):
+            updates.append((ema[i], ema[i].lerp(new, 1 - decay)))
+        if state.copies:
+            updates.append((state.copies[i], new.to(torch.bfloat16)))
         for old, value in updates:
             old.copy_(torch.where(skip, old, value))
 
@@ -158,35 +186,28 @@ def _bias_correction(beta: float, step: Tensor) -> Tensor:
     return -torch.expm1(step.double() * (math.log(beta) if beta > 0 else -math.inf))
 
 
-def _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies) -> dict[str, Sequence[Tensor]]:
-    """Every list of tensors under the name that error messages call it by."""
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lists |= {f"emas[{e}]": ema for e, ema in enumerate(emas)}
-    return lists | ({"copies": copies} if copies else {})
-
-
-def _any_distributed(kind: type, *lists: Sequence[Tensor]) -> bool:
-    return any(isinstance(tensor, kind) for tensors in lists for tensor in tensors)
-
-
-def _validate_lengths(params, grads, exp_avgs, exp_avg_sqs, emas, copies, weight_decays) -> None:
-    lists = _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies)
-    for name, tensors in (lists | {"weight_decays": weight_decays}).items():
-        if len(tensors) != len(params):
+def _check_lengths(state: _Lists, weight_decays: Sequence[float]) -> None:
+    count = len(state.params)
+    lengths = {name: len(tensors) for name, tensors in state.named().items()}
+    lengths["weight_decays"] = len(weight_decays)
+    for name, length in lengths.items():
+        if length != count:
             raise ValueError(
-                f"adamw_ema takes lists of one length: {len(params)} params, {len(tensors)} {name}"
+                f"adamw_ema takes lists of one length: {count} params, {length} {name}"
             )
 
 
-def _validate(params, grads, exp_avgs, exp_avg_sqs, emas, copies) -> None:
-    if not params:
+def _check_tensors(state: _Lists) -> None:
+    if not state.params:
         return
-    device = params[0].device
-    grad_dtype = grads[0].dtype if grads[0].dtype == torch.bfloat16 else torch.float32
+    device = state.params[0].device
+    grad_dtype = torch.float32
+    if state.grads[0].dtype == torch.bfloat16:
+        grad_dtype = torch.bfloat16
     dtypes = {"grads": grad_dtype, "copies": torch.bfloat16}
-    for name, tensors in _named(params, grads, exp_avgs, exp_avg_sqs, emas, copies).items():
+    for name, tensors in state.named().items():
         dtype = dtypes.get(name, torch.float32)
-        for i, (tensor, param) in enumerate(zip(tensors, params)):
+        for i, (tensor, param) in enumerate(zip(tensors, state.params)):
             if (
                 tensor.dtype != dtype
                 or tensor.device != device
@@ -207,21 +228,16 @@ def _refuse(name: str, i: int, tensor: Tensor, param: Tensor, device: torch.devi
     )
 
 
-def _validate_scalars(params, count, lr, step, grad_scale, ema_decays, beta1, beta2) -> None:
-    scalars = {
-        "lr": (lr, ()),
-        "step": (step, ()),
-        "grad_scale": (grad_scale, ()),
-        "ema_decays": (ema_decays, (count,)),
-    }
-    for name, (tensor, _) in scalars.items():
+def _check_scalars(state: _Lists, scalars: _Scalars, beta1: float, beta2: float) -> None:
+    for name, tensor in scalars._asdict().items():
         if not torch.is_tensor(tensor):
             raise ValueError(
                 f"adamw_ema takes {name} as a float32 tensor on the parameters' "
                 f"device, got {type(tensor).__name__}"
             )
-    device = params[0].device if params else lr.device
-    for name, (tensor, shape) in scalars.items():
+    device = state.params[0].device if state.params else scalars.lr.device
+    for name, tensor in scalars._asdict().items():
+        shape = (len(state.emas),) if name == "ema_decays" else ()
         if tensor.dtype != torch.float32 or tensor.device != device or tensor.shape != shape:
             raise ValueError(
                 f"adamw_ema takes {name} as float32 of shape {shape} on {device}, got "
@@ -238,20 +254,5 @@ dispatch.register("adamw_ema", "reference", lambda device, dtype: None)
 if library.available("cpu"):
 
     @torch.library.register_fake("heptapod_fast::adamw_ema")
-    def _fake(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        emas,
-        copies,
-        lr,
-        step,
-        grad_scale,
-        ema_decays,
-        weight_decays,
-        beta1,
-        beta2,
-        eps,
-    ) -> None:
+    def _fake(*arguments: object) -> None:
         return None

@@ -19,6 +19,7 @@ width.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ from heptapod_fast.ops.masks import (
     Operands,
     Visible,
 )
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 
 def attention(qkv: Tensor, visible: Visible = FULL, implementation: str = "auto") -> Tensor:
@@ -80,7 +81,8 @@ def attention(qkv: Tensor, visible: Visible = FULL, implementation: str = "auto"
         return flash_attn_qkvpacked_func(
             qkv, causal=isinstance(visible, Causal), deterministic=True
         )
-    return _plain(chosen, *qkv.unbind(2), visible)
+    q, k, v = qkv.unbind(2)
+    return _plain(chosen, q, k, v, visible)
 
 
 def cross_attention(
@@ -142,7 +144,8 @@ def cross_attention(
         return flash_attn_kvpacked_func(
             q, kv, causal=isinstance(visible, Causal), deterministic=True
         )
-    return _plain(chosen, q, *kv.unbind(2), visible)
+    k, v = kv.unbind(2)
+    return _plain(chosen, q, k, v, visible)
 
 
 def attention_limits(head_width: int, keys: int, visible: Visible | type) -> dict[str, str | None]:
@@ -245,7 +248,8 @@ def _dense(visible: Visible, queries: int, keys: int, device: torch.device) -> T
 def _plain(implementation: str, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """q (B, N, H, E), k and v (B, M, H, E) -> (B, N, H, E), by PyTorch's SDPA or the reference."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    queries, keys = q.shape[2], k.shape[2]
+    queries = q.shape[2]
+    keys = k.shape[2]
     if implementation == "sdpa":
         # is_causal aligns the first query with the first key: right for N = M alone.
         is_causal = isinstance(visible, Causal) and queries == keys
@@ -341,7 +345,8 @@ def _cross_forward(q, kv, causal, ends, schedule, row_bits, key_bits):
 def _cross_backward(grad, q, kv, out, lse, causal, ends, schedule, row_bits, key_bits):
     from heptapod_fast.kernels import attention_backward as kernels
 
-    dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape)
+    dq = q.new_empty(q.shape)
+    dkv = kv.new_empty(kv.shape)
     kernels.backward(
         grad,
         _with_heads(q),
@@ -361,13 +366,13 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     qkv, ctx.causal, ctx.chunk, *operands = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, *operands)
 
 
-def _gradient(ctx, grad: Tensor | None, _):
+def _gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
     if grad is None:
         return (None,) * 6
     qkv, out, lse, *operands = ctx.saved_tensors
@@ -377,13 +382,13 @@ def _gradient(ctx, grad: Tensor | None, _):
     )
 
 
-def _cross_setup(ctx, inputs, output) -> None:
+def _cross_setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     q, kv, ctx.causal, *operands = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, kv, *output, *operands)
 
 
-def _cross_gradient(ctx, grad: Tensor | None, _):
+def _cross_gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
     if grad is None:
         return (None,) * 7
     q, kv, out, lse, *operands = ctx.saved_tensors

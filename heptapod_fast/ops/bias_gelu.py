@@ -11,6 +11,9 @@ activation are computed again. cuBLASLt's fused GELU is the tanh form, which is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,10 +21,10 @@ from torch import Tensor
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows, check_shape
 from heptapod_fast.ops.dropout_mask import DropoutMask
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 MAX_WIDTH = 16_384  # kernels/configs/bias_gelu.json
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
 
 
 def bias_gelu(
@@ -67,12 +70,12 @@ def _backward(grad, x, bias, key, counter, p, activation):
     return kernels.backward(grad, x, bias, DropoutMask.of(key, counter, p), activation)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     x, bias, key, counter, ctx.p, ctx.activation = inputs
     ctx.save_for_backward(x, bias, key, counter)
 
 
-def _gradient(ctx, grad: Tensor):
+def _gradient(ctx: Context, grad: Tensor) -> Gradients:
     dx, dbias = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.p, ctx.activation)
     return dx, dbias, None, None, None, None
 

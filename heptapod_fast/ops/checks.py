@@ -21,7 +21,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def refusal(operation: str, wanted: str, *found) -> ValueError:
+def refusal(operation: str, wanted: str, *found: object) -> ValueError:
     """The error of an operation that takes `wanted` and was given `found`.
 
     found: tensors (shown by dtype and shape), shapes, dtypes, numbers or words.

@@ -27,14 +27,14 @@ steps.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import at_least_float32, refusal
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_integer
 
 STEPS = 1000
@@ -227,7 +227,9 @@ def _check(operation: str, x0_MC: Tensor, draws: Draws, tables: Tensor) -> None:
         raise refusal(operation, f"float32 tables of shape ({len(TABLES)}, T)", tables)
 
 
-def _check_rows(prediction_RK, x0_MC, xt_RC, t_R, draws) -> None:
+def _check_rows(
+    prediction_RK: Tensor, x0_MC: Tensor, xt_RC: Tensor, t_R: Tensor, draws: Draws
+) -> None:
     tokens, channels = x0_MC.shape
     rows = tokens * draws.repeat
     shapes = prediction_RK.shape, xt_RC.shape, t_R.shape
@@ -264,12 +266,12 @@ def _fake_inputs(x0, index, slot, tables, repeat, key):
     return x0.new_empty(rows, x0.shape[1]), index.new_empty(rows)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     *tensors, ctx.repeat, ctx.key, ctx.bound = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _gradient(ctx, grad: Tensor):
+def _gradient(ctx: Context, grad: Tensor) -> Gradients:
     dprediction = _backward_operator(
         grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key, ctx.bound
     )

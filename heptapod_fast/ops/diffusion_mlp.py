@@ -22,6 +22,8 @@ modulation. Shapes: R rows, M tokens, C channels, T steps, width F, nb blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,7 @@ from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.adaln import MAX_WIDTH, Sums
 from heptapod_fast.ops.checks import check_dtype, check_rows, check_shape, refusal
 from heptapod_fast.ops.diffusion_weights import BlockWeights, DiffusionWeights
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 
 def diffusion_mlp(
@@ -117,7 +119,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
-def _check(xt, t, time, condition, weights) -> None:
+def _check(
+    xt: Tensor, t: Tensor, time: Tensor, condition: Tensor, weights: DiffusionWeights
+) -> None:
     name = "diffusion_mlp"
     parameters = weights.named()
     check_rows(name, condition=condition, time=time, xt=xt, t=t, **parameters)
@@ -131,12 +135,14 @@ def _check(xt, t, time, condition, weights) -> None:
     if time.dtype != condition.dtype:
         raise refusal(name, "time and condition of one dtype", time.dtype, condition.dtype)
 
-    rows, tokens = len(xt), len(condition)
+    rows = len(xt)
+    tokens = len(condition)
     if t.shape != (rows,) or rows % max(1, tokens) or (rows and not tokens):
         wanted = "as many timesteps as rows of xt and a divisor of them of conditions"
         raise refusal(name, wanted, t.shape, rows, tokens)
 
-    first, last = weights.input_weight, weights.output_weight
+    first = weights.input_weight
+    last = weights.output_weight
     if xt.dim() != 2 or first.shape != (width, xt.shape[-1]) or last.shape[1:] != (width,):
         layers = "an input weight (F, C) and an output weight (2 C, F)"
         wanted = f"xt (R, C), {layers}, F = {width}"
@@ -166,7 +172,8 @@ def _forward_fake(xt, t, time, condition, weights, eps, keep):
     hidden = lambda: condition.new_empty(rows, width)
     norm = lambda: [hidden(), hidden(), xt.new_empty(2, rows)]  # x, v, stats
     mlp = lambda: [hidden(), hidden(), hidden()]  # a, g, h
-    total = sum(len(layer.modulation_bias) for layer in (*of.blocks, of))
+    biases = [block.modulation_bias for block in of.blocks] + [of.modulation_bias]
+    total = sum(len(bias) for bias in biases)
     saved = [hidden(), condition.new_empty(rows, total), condition.new_empty(total, width)]
     for _ in of.blocks:
         saved += [*norm(), *mlp()]
@@ -198,7 +205,7 @@ def _backward_fake(grad, xt, t, time, condition, weights, saved):
     ]
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     xt, t, time, condition, weights, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -206,7 +213,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.weights = len(weights)
 
 
-def _gradient(ctx, grads):
+def _gradient(ctx: Context, grads: list[Tensor]) -> Gradients:
     xt, t, time, condition, *others = ctx.saved_tensors
     weights = others[: ctx.weights]
     saved = others[ctx.weights :]

@@ -44,7 +44,8 @@ class DiffusionWeights(NamedTuple):
         per_block = len(BlockWeights._fields)
         starts = range(own, len(flat), per_block)
         blocks = tuple(BlockWeights(*flat[start : start + per_block]) for start in starts)
-        return cls(*flat[:own], blocks)
+        named = dict(zip(cls._fields, flat[:own], strict=False))
+        return cls(**named, blocks=blocks)
 
     def named(self) -> dict[str, Tensor]:
         """{"input_weight": ..., "blocks[0].norm_weight": ...} in the order of `flat`."""
@@ -58,13 +59,13 @@ class DiffusionWeights(NamedTuple):
         without input_weight and output_weight, which decide C."""
         vector = (width,)
         square = (width, width)
-        found = dict(
+        found: dict[str, Shape] = dict(
             input_bias=vector,
             modulation_weight=(2 * width, width),
             modulation_bias=(2 * width,),
             output_bias=self.output_weight.shape[:1],
         )
-        block = BlockWeights(
+        block: dict[str, Shape] = dict(
             norm_weight=vector,
             norm_bias=vector,
             fc1_weight=square,
@@ -75,5 +76,5 @@ class DiffusionWeights(NamedTuple):
             modulation_bias=(3 * width,),
         )
         for i in range(len(self.blocks)):
-            found |= {f"blocks[{i}].{name}": shape for name, shape in block._asdict().items()}
+            found |= {f"blocks[{i}].{name}": shape for name, shape in block.items()}
         return found

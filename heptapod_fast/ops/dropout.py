@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows
 from heptapod_fast.ops.dropout_mask import DropoutMask
-from heptapod_fast.ops.operators import differentiable, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, operator
 
 
 def dropout(x: Tensor, mask: DropoutMask | None, implementation: str = "auto") -> Tensor:
@@ -21,7 +23,7 @@ def dropout(x: Tensor, mask: DropoutMask | None, implementation: str = "auto") -
     if mask is None or mask.p == 0.0:
         return x
     check_rows("dropout", x=x, **DropoutMask.named(mask))
-    mask = DropoutMask.checked(mask, "dropout", x)
+    mask.check("dropout", x.numel() // max(1, x.shape[-1]))
     if dispatch.select("dropout", x.device, x.dtype, implementation) == "reference":
         return mask.apply(x)
     return _operator(x.contiguous(), *mask.arrays(), mask.p)
@@ -36,12 +38,12 @@ def _kernel(x: Tensor, key_P2: Tensor, counter_N: Tensor, p: float) -> Tensor:
     return run(x, DropoutMask(key_P2, counter_N, p))
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     _, key_P2, counter_N, ctx.p = inputs
     ctx.save_for_backward(key_P2, counter_N)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Context, grad: Tensor) -> Gradients:
     return _operator(grad.contiguous(), *ctx.saved_tensors, ctx.p), None, None, None
 
 

@@ -36,7 +36,9 @@ class DropoutMask(NamedTuple):
     @staticmethod
     def of(key_P2: Tensor | None, counter_N: Tensor | None, p: float) -> DropoutMask | None:
         """The inverse of `parts`."""
-        return None if key_P2 is None else DropoutMask(key_P2, counter_N, p)
+        if key_P2 is None or counter_N is None:
+            return None
+        return DropoutMask(key_P2, counter_N, p)
 
     @staticmethod
     def parts(mask: DropoutMask | None) -> tuple[Tensor | None, Tensor | None, float]:

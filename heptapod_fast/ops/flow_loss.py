@@ -12,13 +12,15 @@ tokens, R = M * repeat rows (row m * repeat + k is the k-th of token m), C chann
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import at_least_float32, refusal
 from heptapod_fast.ops.diffusion_loss import WIDEST
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_uniform
 
 
@@ -104,12 +106,12 @@ def _fake_inputs(x0, index, slot, repeat, key):
     return x0.new_empty(rows, x0.shape[1]), x0.new_empty(rows)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     *tensors, ctx.repeat, ctx.key = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _gradient(ctx, grad: Tensor):
+def _gradient(ctx: Context, grad: Tensor) -> Gradients:
     dprediction = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.repeat, ctx.key)
     return dprediction, *[None] * 5  # no other argument has a gradient
 

@@ -11,6 +11,7 @@ Bytes: each element is read once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -69,7 +70,7 @@ def _sharded_sum(grads: Sequence[Tensor], implementation: str) -> Tensor:
     for i, grad in enumerate(grads):
         part = sharded.local(grad, "global_norm", f"number {i}")
         groups.setdefault(sharded.shards(grad), []).append(part)
-    total = None
+    sums = []
     for (mesh, dimensions), parts in groups.items():
         if _select(parts, implementation) == "reference":
             value = _reference(parts).square()
@@ -77,11 +78,11 @@ def _sharded_sum(grads: Sequence[Tensor], implementation: str) -> Tensor:
             value = torch.ops.heptapod_fast.sum_of_squares.default([p.contiguous() for p in parts])
         for dimension in dimensions:
             torch.distributed.all_reduce(value, group=mesh.get_group(dimension))
-        total = value if total is None else total + value
-    return total
+        sums.append(value)
+    return functools.reduce(torch.add, sums)
 
 
-def _check(device_type: str):
+def _check(device_type: str) -> dispatch.Check:
     """`library.check`, and the dtypes that the kernels know."""
     usable = library.check(device_type)
 

@@ -15,6 +15,8 @@ dtype, the kernels compute in float32 and round once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_like, check_rows, check_shape, check_together
 from heptapod_fast.ops.dropout_mask import DropoutMask
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 MAX_WIDTH = 4096
 
@@ -101,7 +103,7 @@ def _select(x: Tensor, implementation: str) -> str:
 
 
 def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    if weight is not None:
+    if weight is not None and bias is not None:
         weight = weight.to(x.dtype)
         bias = bias.to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -150,13 +152,13 @@ def _fake_backward(grad, grad_sum, total, stats, weight, key, counter, p, branch
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     x, weight, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight)
 
 
-def _gradient(ctx, grad: Tensor | None, _):
+def _gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
     if grad is None:
         return None, None, None, None
     x, stats, weight = ctx.saved_tensors
@@ -167,14 +169,14 @@ def _gradient(ctx, grad: Tensor | None, _):
     return dx, dweight, dbias, None
 
 
-def _add_setup(ctx, inputs, output) -> None:
+def _add_setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     _, _, branch_bias, weight, _, key, counter, ctx.p, _ = inputs
     ctx.branch_bias = branch_bias is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], output[2], weight, key, counter)
 
 
-def _add_gradient(ctx, grad_sum: Tensor | None, grad: Tensor | None, _):
+def _add_gradient(ctx: Context, grad_sum: Tensor | None, grad: Tensor | None, _: None) -> Gradients:
     total, stats, weight, key, counter = ctx.saved_tensors
     if grad is None and grad_sum is None:
         return (None,) * 9

@@ -8,6 +8,7 @@ fails: `status` says why in one line and every operation keeps its plain-PyTorch
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def why_not(device_type: str) -> str | None:
     return f"the compiled operators know cpu and cuda, not {device_type}"
 
 
-def check(device_type: str):
+def check(device_type: str) -> Callable[[torch.device, torch.dtype], str | None]:
     """A check for `dispatch.register`: tensors on that device, operators for it loaded."""
 
     def usable(device: torch.device, dtype: torch.dtype) -> str | None:

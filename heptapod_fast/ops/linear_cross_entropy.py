@@ -19,17 +19,21 @@ would mean waiting for the device. There is no index to be ignored: give such ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows, check_shape, refusal
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 MOST_TARGETS = 16
 NO_INDEX = torch.iinfo(torch.int64).min  # -100 is out of range, not a target to be ignored
-MAX_WIDTH, MAX_CODES = 65_536, 1_000_000  # kernels/configs/linear_cross_entropy.json
+# kernels/configs/linear_cross_entropy.json
+MAX_WIDTH = 65_536
+MAX_CODES = 1_000_000
 
 
 def linear_cross_entropy(
@@ -69,7 +73,14 @@ def linear_cross_entropy(
     return total, loss_R
 
 
-def _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk) -> None:
+def _check(
+    z_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    target: Tensor,
+    row_weight_R: Tensor | None,
+    chunk: int | None,
+) -> None:
     name = "linear_cross_entropy"
     check_rows(name, z=z_RD, weight=weight_VD, bias=bias_V, target=target, row_weight=row_weight_R)
     rows = len(z_RD)
@@ -98,7 +109,9 @@ def _select(z_RD: Tensor, weight_VD: Tensor, implementation: str) -> str:
     )
 
 
-def _reference(z_RD, weight_VD, bias_V, target, row_weight_R) -> tuple[Tensor, Tensor]:
+def _reference(
+    z_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, target: Tensor, row_weight_R: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits_RV = F.linear(z_RD, weight_VD.to(z_RD.dtype), bias_V.to(z_RD.dtype)).float()
     if target.dim() == 1:
         loss_R = F.cross_entropy(logits_RV, target, reduction="none", ignore_index=NO_INDEX)
@@ -129,7 +142,7 @@ def _fake(z, weight, bias, target, row_weight, chunk, gradients):
     return total, loss, dz, dweight, dbias
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     z, weight, bias, *_, ctx.gradients = inputs
     ctx.dtypes = weight.dtype, bias.dtype
     # Only the total has a gradient; the others come as None instead of as zeros to be made.
@@ -138,7 +151,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(z, *output[2:])
 
 
-def _gradient(ctx, grad_total: Tensor | None, *_):
+def _gradient(ctx: Context, grad_total: Tensor | None, *_: None) -> Gradients:
     if not ctx.gradients:
         raise RuntimeError("linear_cross_entropy was told that no gradients are wanted")
     if grad_total is None:

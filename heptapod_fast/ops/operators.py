@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 _library = torch.library.Library("heptapod_fast", "FRAGMENT")
+
+Context = Any  # autograd's: takes attributes, saves tensors
+Inputs = tuple[Any, ...]
+Gradient = Tensor | list[Tensor] | None
+Gradients = tuple[Gradient, ...]  # one for every argument of an operator
 
 
 def operator(
@@ -76,7 +83,7 @@ def differentiable(op: OpOverload, backward: Callable, setup_context: Callable) 
 def once(backward_op: OpOverload, operation: str) -> None:
     """The gradient of a gradient is an error that says so, where PyTorch would pass over it."""
 
-    def refuse(ctx, *grads):
+    def refuse(ctx: Context, *grads: Gradient) -> None:
         raise RuntimeError(
             f"{operation}: the kernels are differentiable once; take "
             f"implementation='reference' for second derivatives"

@@ -7,7 +7,8 @@ cost one look into `sys.modules`, and builds of PyTorch without distributed work
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def layout(tensor: Tensor) -> tuple | None:
     kind = dtensor_class()
     if kind is None or not isinstance(tensor, kind):
         return None
-    return tensor.device_mesh, tuple(tensor.placements)
+    distributed: Any = tensor
+    return distributed.device_mesh, tuple(distributed.placements)
 
 
 def local(tensor: Tensor, operation: str, name: str) -> Tensor:
@@ -41,11 +43,12 @@ def local(tensor: Tensor, operation: str, name: str) -> Tensor:
             f"{operation} takes sharded and replicated tensors; {name} holds partial "
             f"sums, {found[1]}: reduce it first (redistribute)"
         )
+    distributed: Any = tensor
     with torch.no_grad():
-        return tensor.to_local()
+        return distributed.to_local()
 
 
-def local_lists(lists: dict[str, Sequence[Tensor]], operation: str) -> dict[str, list[Tensor]]:
+def local_lists(lists: Mapping[str, Sequence[Tensor]], operation: str) -> dict[str, list[Tensor]]:
     """Lists of tensors that belong together place by place -> their local parts.
 
     Raises ValueError unless the tensors at one place have the same mesh, placements and global

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-BLUE, GREY = "#1f5fa8", "#9aa5b1"
+BLUE = "#1f5fa8"
+GREY = "#9aa5b1"
 
 
-def _figure(title: str, width: float, height: float):
+def _figure(title: str, width: float, height: float) -> tuple[Any, Any]:
     """(figure, axes); no window system is needed."""
     from matplotlib.figure import Figure
 
@@ -19,7 +21,7 @@ def _figure(title: str, width: float, height: float):
     return figure, axes
 
 
-def _save(figure, path: str | Path) -> None:
+def _save(figure: Any, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the date and the version of matplotlib: equal data makes an equal file.

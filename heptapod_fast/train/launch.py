@@ -27,7 +27,7 @@ class Outcome:
     seconds: float
 
 
-def launch(config: Config, world: World, say: Say) -> Outcome:
+def launch(config: Config, world: World, say: Say, *, ends_process: bool = False) -> Outcome:
     """Claim the run directory, continue where it stands, train, say how it ended.
 
     What cannot run makes nothing: settings are checked before anything is written. Collective call.
@@ -36,6 +36,7 @@ def launch(config: Config, world: World, say: Say) -> Outcome:
         config: resolved.
         world: the ranks that train.
         say: takes the lines that a user reads; called on every rank.
+        ends_process: nothing comes after it: signals to stop are ignored once all is saved.
 
     Raises:
         ValueError, FileNotFoundError, RunError, CheckpointError, Unavailable: say what to change.
@@ -45,10 +46,21 @@ def launch(config: Config, world: World, say: Say) -> Outcome:
     choose_operators(config, world.device)
     check_sinks(config.run.sinks)
     directory = RunDir.of(config)
-    if world.main:
-        changed = directory.claim(config)
-        if changed:
-            say(f"continuing with {'; '.join(changed)}")
+    try:
+        if world.main:
+            changed = directory.claim(config)
+            if changed:
+                say(f"continuing with {'; '.join(changed)}")
+        return _run(config, world, say, directory, begin, ends_process)
+    finally:
+        # Also after an error: a process that goes on, as a notebook, may try again.
+        directory.release()
+
+
+def _run(
+    config: Config, world: World, say: Say, directory: RunDir, begin: float, ends_process: bool
+) -> Outcome:
+    """`launch`, the directory being claimed."""
     seen = directory.finished(config.recipe.images)
     if seen:
         say(
@@ -62,8 +74,9 @@ def launch(config: Config, world: World, say: Say) -> Outcome:
         say(f"resumed   at {state.images:,} images (step {step:,})")
     say(f"prepared  in {duration(time.monotonic() - begin)}")
     ending = train(session, state)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # all is saved: impatience must not look like failure
+    if ends_process:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # impatience must not look like failure
     seconds = time.monotonic() - begin
     say(_last_line(ending, config, directory, state, seconds))
     return Outcome(ending, directory.path, state.images, seconds)

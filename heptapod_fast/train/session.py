@@ -29,8 +29,9 @@ from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
 from heptapod_fast.train.memory import bytes_of_run
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
+from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.step import Buffers
-from heptapod_fast.world import World, choose_precision, device_name
+from heptapod_fast.world import World, choose_precision, device_name, processor_kind
 
 Say = Callable[[str], None]
 
@@ -125,18 +126,27 @@ def prepare(
         optimizer=Optimizer(system, config.recipe, operators),
         rng=Rng(config.recipe.seed),
         buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
-        environment={
-            "device": device_name(world.device),
-            "ranks": world.size,
-            "torch": torch.__version__,
-            "activations": str(dtype),
-        },
+        environment=environment_of(world, dtype),
         started=started,
     )
     state = resume(session)
     if cache is not None and world.main:
         keep_tokenizer(directory, cache, tokenizer)
     return session, state
+
+
+def environment_of(world: World, dtype: torch.dtype) -> dict[str, str | int]:
+    """What the last bits of a run depend on besides its settings, by name. On a GPU the processor
+    is left out: it computes nothing of the training."""
+    found: dict[str, str | int] = {
+        "device": device_name(world.device),
+        "ranks": world.size,
+        "torch": torch.__version__,
+        "activations": str(dtype),
+    }
+    if world.device.type == "cpu":
+        found["processor"] = processor_kind()
+    return found
 
 
 def _open_tokenizer(
@@ -187,7 +197,8 @@ def describe(
     directory: RunDir,
 ) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
-    data, recipe = config.data, config.recipe
+    data = config.data
+    recipe = config.recipe
     split = config.split_batch(world.size)
     name = str(dtype).removeprefix("torch.")
     epochs = recipe.images / source.num_images
@@ -261,7 +272,8 @@ def resume(session: Session) -> State:
         RunError: the data is not what it was, or the ranks see different directories.
         CheckpointError: no checkpoint verifies.
     """
-    world, folder = session.world, session.directory.checkpoints
+    world = session.world
+    folder = session.directory.checkpoints
     if not world.main:
         world.barrier()  # rank 0 sets damaged checkpoints aside before the others look
     found = checkpoints.load_newest(folder, session.say)
@@ -278,7 +290,33 @@ def resume(session: Session) -> State:
         return State()
     _refuse_other_data(session, found.state)
     session.optimizer.load(found.read, found.step)
+    if world.main:
+        for line in other_environment(session):
+            session.say(line)
     return State(found.state["images"])
+
+
+def other_environment(session: Session) -> list[str]:
+    """What to say where this session runs on something else than the one before: the run goes on,
+    but it is no longer the run that one machine would have made, bit for bit."""
+    try:
+        earlier = read_metrics(session.directory.sessions)
+    except (OSError, ValueError):
+        return []  # a lost note is no reason not to train
+    if not earlier:
+        return []
+    before = earlier[-1]
+    changes = [
+        f"{name} {now} (was {before[name]})"
+        for name, now in session.environment.items()
+        if name in before and before[name] != now
+    ]
+    if not changes:
+        return []
+    return [
+        f"moved     {'; '.join(changes)}: the run goes on exactly where it was, and from here on "
+        "equals one that never moved up to rounding, not bit for bit"
+    ]
 
 
 def _refuse_other_data(session: Session, before: dict) -> None:

@@ -6,12 +6,14 @@ import signal
 import pytest
 import torch
 
-from heptapod_fast.train.checkpoint import listed
-from heptapod_fast.train.metrics import read_metrics
-from heptapod_fast.train.parallel import World, choose_device
-from tests.running import final_tensors, finish, flags, start, torchrun, train_here, wait_for
+from heptapod_fast.checkpoints import listed
+from heptapod_fast.train.parallelize import gradients_of, sum_gradients
+from heptapod_fast.train.records import read_metrics
+from heptapod_fast.train.session import Ending
+from heptapod_fast.world import choose_device
+from tests.running import CPU, final_tensors, finish, flags, start, torchrun, train_here, wait_for
 
-FP32 = dict(precision="fp32", checkpoint_every=32, dropout=0.1)
+FP32 = {"precision": "fp32", "checkpoint_every": 32, "dropout": 0.1}
 
 
 def distance(a: dict, b: dict) -> float:
@@ -19,11 +21,45 @@ def distance(a: dict, b: dict) -> float:
 
 
 def test_a_world_of_one_needs_no_group():
-    world = World(0, 1, torch.device("cpu"))
     value = torch.ones(2)
-    assert world.main and world.any(True, False) == (True, False)
-    assert torch.equal(world.sum(value), torch.ones(2))
-    world.barrier()
+    assert CPU.main
+    assert CPU.any(True, False) == (True, False)
+    assert torch.equal(CPU.sum(value), torch.ones(2))
+    CPU.barrier()
+
+
+def test_a_parameter_that_a_step_did_not_use_has_a_gradient_of_zeros():
+    """As parts of a model that another phase uses: ranks would not add up the same list."""
+    used, unused = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    used.sum().backward()
+    first, second = gradients_of([used, unused])
+    assert torch.equal(first, torch.ones(2))
+    assert torch.equal(second, torch.zeros(3))
+    assert unused.grad is second
+
+
+def test_gradients_of_all_ranks_are_added_up_in_one_message():
+    """Two ranks, of which the other one has the same gradients."""
+    messages = []
+
+    class Twins:
+        """A world of this rank and its twin."""
+
+        size = 2
+
+        def sum(self, value):
+            messages.append(value.numel())
+            return value.mul_(2)
+
+    parameters = [torch.ones(shape, requires_grad=True) for shape in ((2, 3), (4,))]
+    for number, parameter in enumerate(parameters, 1):
+        parameter.grad = torch.full_like(parameter, float(number))
+    addresses = [parameter.grad.data_ptr() for parameter in parameters]
+    sum_gradients(Twins(), parameters)
+    assert messages == [10]
+    assert torch.equal(parameters[0].grad, torch.full((2, 3), 2.0))
+    assert torch.equal(parameters[1].grad, torch.full((4,), 4.0))
+    assert [parameter.grad.data_ptr() for parameter in parameters] == addresses
 
 
 def test_a_rank_without_a_gpu_is_refused(monkeypatch):
@@ -41,7 +77,8 @@ def test_a_rank_without_a_gpu_is_refused(monkeypatch):
 def test_two_ranks_give_what_one_gives_and_continue_each_other(tmp_path):
     train_here(tmp_path / "one", **FP32)
     result = finish(start("train", *flags(out=tmp_path / "two", **FP32), launcher=torchrun(2)))
-    assert result.code == 0 and "2 ranks" in result.out, result.out
+    assert result.code == 0, result.out
+    assert "2 ranks" in result.out
     first = tmp_path / "two" / "checkpoints" / "step-00000008"
     for path in first.iterdir():  # the second half again, with one rank
         path.unlink()
@@ -49,8 +86,8 @@ def test_two_ranks_give_what_one_gives_and_continue_each_other(tmp_path):
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
     assert [r["images"] for r in one] == [r["images"] for r in two]
-    run, outcome = train_here(tmp_path / "two", **FP32)
-    assert outcome == "finished"
+    _, _, ending = train_here(tmp_path / "two", **FP32)
+    assert ending is Ending.FINISHED
     ours, theirs = final_tensors(tmp_path / "one"), final_tensors(tmp_path / "two")
     train_here(tmp_path / "start", **FP32 | dict(images=8))
     moved = distance(ours, final_tensors(tmp_path / "start"))

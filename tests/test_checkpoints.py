@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from heptapod_fast.train import checkpoint
-from heptapod_fast.train.checkpoint import CheckpointError, listed, load_newest, load_step, problems
+from heptapod_fast import checkpoints
+from heptapod_fast.checkpoints import CheckpointError, damage, listed, load_newest, load_step
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["ema-0.9999.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
@@ -20,7 +20,7 @@ def save(folder, step, keep=2, size=4):
         name: {"a": torch.full((size,), float(step)), "b": torch.arange(size)}
         for name in ("model", "ema-0.9999", "optimizer")
     }
-    return checkpoint.save(folder, files, {"step": step, "images": 8 * step}, keep)
+    return checkpoints.save(folder, files, {"step": step, "images": 8 * step}, keep)
 
 
 def names(folder):
@@ -52,13 +52,13 @@ def test_manifest_lists_every_file_and_the_name_is_final(tmp_path):
     assert sorted(manifest) == NAMES and names(path) == ["MANIFEST.json", *NAMES]
     for name, entry in manifest.items():
         assert entry["bytes"] == (path / name).stat().st_size
-        assert entry["crc32c"] == checkpoint.checksum(path / name)
-    assert problems(path) == []
+        assert entry["crc32c"] == checkpoints.checksum(path / name)
+    assert damage(path) == []
 
 
 def test_checksum_is_crc32c(tmp_path):
     (tmp_path / "f").write_bytes(b"123456789")
-    assert checkpoint.checksum(tmp_path / "f") == "e3069283"
+    assert checkpoints.checksum(tmp_path / "f") == "e3069283"
 
 
 def test_tensors_come_back(tmp_path):
@@ -78,7 +78,7 @@ def test_unfinished_ones_are_never_listed_and_cleaned_away(tmp_path):
     (tmp_path / "step-00000002.tmp").mkdir()
     (tmp_path / "step-00000002.tmp" / "model.safetensors").write_bytes(b"half")
     assert steps(tmp_path) == [1] and load_newest(tmp_path, print).step == 1
-    checkpoint.clean(tmp_path)
+    checkpoints.clean(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -108,12 +108,12 @@ def test_killed_between_the_phases(tmp_path, monkeypatch, where, kept):
         if name == where:
             raise Killed
 
-    monkeypatch.setattr(checkpoint.faults, "point", die)
+    monkeypatch.setattr(checkpoints.faults, "point", die)
     with pytest.raises(Killed):
         save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == kept and load_newest(tmp_path, print).step == kept[-1]
     monkeypatch.undo()
-    checkpoint.clean(tmp_path)
+    checkpoints.clean(tmp_path)
     save(tmp_path, 2, keep=1)
     save(tmp_path, 3, keep=1)
     assert steps(tmp_path) == [3] and names(tmp_path) == ["step-00000003"]
@@ -140,7 +140,7 @@ def test_retention_comes_after_the_commit(tmp_path, monkeypatch):
     save(tmp_path, 1, keep=1)
     at_point = {}
     monkeypatch.setattr(
-        checkpoint.faults, "point", lambda name: at_point.update({name: steps(tmp_path)})
+        checkpoints.faults, "point", lambda name: at_point.update({name: steps(tmp_path)})
     )
     save(tmp_path, 2, keep=1)
     assert at_point == {"files=2": [1], "manifest=2": [1], "rename=2": [1, 2]}
@@ -163,19 +163,19 @@ def test_damage_is_found_set_aside_and_the_one_before_taken(tmp_path, file, how)
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, at):
     path = save(tmp_path, 1)
     flip(path / "model.safetensors", at)
-    assert any("model.safetensors: checksum" in line for line in problems(path))
+    assert any("model.safetensors: checksum" in line for line in damage(path))
 
 
 def test_a_file_too_many_is_found(tmp_path):
     path = save(tmp_path, 1)
     (path / "extra.safetensors").write_bytes(b"")
-    assert problems(path) == ["extra.safetensors: not part of the checkpoint"]
+    assert damage(path) == ["extra.safetensors: not part of the checkpoint"]
 
 
 def test_hidden_files_of_file_managers_do_not_count(tmp_path):
     save(tmp_path, 1)
     (listed(tmp_path)[-1] / ".DS_Store").write_text("x")
-    assert problems(listed(tmp_path)[-1]) == []
+    assert damage(listed(tmp_path)[-1]) == []
 
 
 def test_files_follow_the_umask(tmp_path):
@@ -187,13 +187,13 @@ def test_files_follow_the_umask(tmp_path):
 
 
 def test_a_peek_reads_the_state_alone(tmp_path):
-    assert checkpoint.peek(tmp_path) == {}
+    assert checkpoints.peek(tmp_path) == {}
     save(tmp_path, 1)
     newest = listed(tmp_path)[-1]
     flip(newest / "model.safetensors")
-    assert checkpoint.peek(tmp_path)["step"] == 1
+    assert checkpoints.peek(tmp_path)["step"] == 1
     flip(newest / "state.json")
-    assert checkpoint.peek(tmp_path) == {}
+    assert checkpoints.peek(tmp_path) == {}
 
 
 def test_all_damaged_is_an_error_now_and_later(tmp_path):
@@ -225,7 +225,7 @@ def test_a_failed_write_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", full)
+    monkeypatch.setattr(checkpoints, "sync", full)
     with pytest.raises(CheckpointError, match="could not write .*step-00000002.*No space left"):
         save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-00000001"] and load_newest(tmp_path, print).step == 1
