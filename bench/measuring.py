@@ -56,7 +56,11 @@ def measure(
     # Compiled functions keep the last case's tensors in cycles, and count recompilations.
     torch._dynamo.reset()
     gc.collect()
-    made = case.inputs()
+    try:
+        made = case.inputs()
+    except Exception as error:  # memory, say
+        check_device(device, error)
+        return [Result(name, None, f"inputs: {reason(error)}") for name in case.contenders]
     watches: dict[str, timer.Watch] = {}
     results: dict[str, Result] = {}
     for name, prepare in case.contenders.items():

@@ -24,7 +24,7 @@ import torch
 
 from bench import timer
 from bench.case import Case
-from bench.measuring import check_device
+from bench.measuring import DeviceLost, check_device
 from bench.sections import OPERATIONS
 from heptapod_fast.kernels import tuning
 
@@ -43,11 +43,14 @@ def main() -> None:
         raise SystemExit("bench/tune.py measures on a CUDA device and finds none")
     deadline = time.monotonic() + 60 * options.minutes
     for operation in options.operations:
-        for changed in sorted(tune(operation, deadline)):
-            path = options.out / f"{changed}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(render(tuning.table(changed) | {"tuned": about()}))
-            print(f"written: {path}", flush=True)
+        try:
+            changed = tune(operation, deadline)
+        except DeviceLost as error:
+            raise SystemExit(
+                f"{operation}: {error}. Tables written so far hold; start again with --operations "
+                "and those after it"
+            ) from error
+        write_tables(changed, options.out)
 
 
 def parse() -> argparse.Namespace:
@@ -173,6 +176,15 @@ def time_of(case: Case) -> float | None:
 
 
 # ----------------------------------------------------------------------------------------- writing
+
+
+def write_tables(changed: set[str], folder: Path) -> None:
+    """The tables that tuning has changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(changed):
+        path = folder / f"{name}.json"
+        path.write_text(render(tuning.table(name) | {"tuned": about()}))
+        print(f"written: {path}", flush=True)
 
 
 def about() -> dict[str, str]:
