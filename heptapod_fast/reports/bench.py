@@ -35,7 +35,7 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
     Raises:
         ValueError: a file that is no result, or a headline that none of them has.
     """
-    files = [path for path in sorted(folder.glob("*.json")) if path.name != HEADLINES]
+    files = [path for path in sorted(folder.glob("*.json")) if not is_something_else(path)]
     if not files:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
     parts = [BENCH_PAGE]
@@ -52,6 +52,13 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
         readme.write_text(f"{before}{MARKS[0]}\n{headlines(folder, root)}\n{MARKS[1]}{after}")
         written += [readme, root / CHART]
     return written
+
+
+def is_something_else(path: Path) -> bool:
+    """Whether a file beside the results holds an object of another kind: which rows the README
+    shows, figures from the compiler."""
+    data = json.loads(path.read_text())
+    return isinstance(data, dict) and "benchmarks" not in data
 
 
 def read_results(path: Path) -> dict[str, Any]:
