@@ -25,7 +25,8 @@ from heptapod_fast import faults
 from heptapod_fast.storage import checksum, readable, sync
 
 logger = logging.getLogger(__name__)
-MANIFEST, STATE = "MANIFEST.json", "state.json"
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})$")
 
 

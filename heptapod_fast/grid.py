@@ -69,7 +69,8 @@ def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: R
 def mar_ratio(uniform: Tensor) -> Tensor:
     """Masking ratio by inverse transform: truncnorm(loc=1, scale=0.25) on [0.7, 1]."""
     normal = torch.distributions.Normal(1.0, 0.25)
-    low, high = normal.cdf(torch.tensor(0.7)), normal.cdf(torch.tensor(1.0))
+    low = normal.cdf(torch.tensor(0.7))
+    high = normal.cdf(torch.tensor(1.0))
     return normal.icdf(low.to(uniform) + uniform * (high - low).to(uniform)).clamp_(0.7, 1.0)
 
 
@@ -170,7 +171,8 @@ def expected_rows(batch: int, num_tokens: int, density: int, mode: str) -> float
     if mode != "mar":
         return batch * density * (num_tokens + 1) / 2
     # E[ceil(N * ratio)] = sum over k = 0..N-1 of P(ratio > k / N)
-    low, high = _normal_cdf(-1.2), _normal_cdf(0.0)
+    low = _normal_cdf(-1.2)
+    high = _normal_cdf(0.0)
     masked = sum(
         (high - _normal_cdf(max(k / num_tokens - 1.0, -0.3) / 0.25)) / (high - low)
         for k in range(num_tokens)
@@ -208,7 +210,8 @@ def window_rows(position_SW: Tensor, rank_BN: Tensor, steps_Bn: Tensor, loss_wei
     of pair s.
     """
     num_tokens = rank_BN.shape[1]
-    density, window = steps_Bn.shape[1], position_SW.shape[1]
+    density = steps_Bn.shape[1]
+    window = position_SW.shape[1]
     rank_SN = rank_BN.repeat_interleave(density, dim=0)
     weight_SW = (rank_SN.gather(1, position_SW) >= steps_Bn.reshape(-1, 1)).float()
     if loss_weight == "step":

@@ -19,7 +19,8 @@ def grid_of(images: Tensor, columns: int, gap: int = 2, least_side: int = 96) ->
     factor = max(1, -(-least_side // pixels.shape[-1]))
     pixels = pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     rows = -(-len(pixels) // columns)
-    height, width = pixels.shape[-2] + gap, pixels.shape[-1] + gap
+    height = pixels.shape[-2] + gap
+    width = pixels.shape[-1] + gap
     sheet = torch.full((3, rows * height + gap, columns * width + gap), 255, dtype=torch.uint8)
     for number, image in enumerate(pixels):
         row, column = divmod(number, columns)

@@ -29,7 +29,9 @@ class Progress:
     """
 
     def __init__(self, what: str, unit: str = "images", seconds: float = 2.0):
-        self.what, self.unit, self.seconds = what, unit, seconds
+        self.what = what
+        self.unit = unit
+        self.seconds = seconds
         self.start = self.last = time.monotonic()
         self.shown = False
         # The core runs where nothing but torch is installed; lines serve there too.

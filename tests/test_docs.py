@@ -2,9 +2,12 @@
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+
+from heptapod_fast.reports.bench import CHART, report_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -72,3 +75,15 @@ def test_every_page_is_in_the_index():
     linked = {(index.parent / link).resolve() for link in LINK.findall(index.read_text())}
     for page in (ROOT / "docs").glob("*.md"):
         assert page == index or page.resolve() in linked, page.name
+
+
+def test_measured_figures_come_from_files(tmp_path):
+    """The README's rows and the page of results are what tools/report.py makes of bench/results."""
+    copy = tmp_path / "bench" / "results"
+    shutil.copytree(ROOT / "bench" / "results", copy)
+    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    report_bench(copy, tmp_path)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    page = "bench/results/README.md"
+    assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+    assert (tmp_path / CHART).stat().st_size > 0

@@ -134,7 +134,8 @@ def differences(before: Path, after: Path) -> Iterator[str]:
         elif (before / name).read_bytes() != (after / name).read_bytes():
             yield str(name)
     for path in sorted(before.glob("*.npz")):
-        old, new = np.load(path), np.load(after / path.name)
+        old = np.load(path)
+        new = np.load(after / path.name)
         if any(not np.array_equal(old[key], new[key]) for key in old):
             yield path.name
 

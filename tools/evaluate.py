@@ -10,7 +10,8 @@ from _cli import main
 from _sampling import SamplingArguments, images_of, parse_sampling
 from torch import Tensor
 
-GRID_CLASSES, GRID_COLUMNS = 8, 8
+GRID_CLASSES = 8
+GRID_COLUMNS = 8
 
 
 @dataclass(kw_only=True)

@@ -106,7 +106,8 @@ class Config:
             ValueError: it does not divide, or not into micro-batches as the system needs them;
                 names --batch or --micro-batch.
         """
-        batch, micro = self.recipe.batch, self.recipe.micro_batch
+        batch = self.recipe.batch
+        micro = self.recipe.micro_batch
         if batch % world_size:
             below = batch // world_size * world_size
             nearest = [n for n in (below, below + world_size) if n]
@@ -167,7 +168,8 @@ class Config:
     def differences(self, before: Config) -> Iterator[tuple[str, Any, Any, bool]]:
         """(setting, value now, value before, whether it may change) of settings that differ."""
         for name in ("size", "system"):
-            now, then = getattr(self, name), getattr(before, name)
+            now = getattr(self, name)
+            then = getattr(before, name)
             if now != then:
                 yield name, now, then, False
         if type(self.model) is not type(before.model):

@@ -113,7 +113,8 @@ class DataSettings(Settings):
 
     def _with_token_sizes(self) -> DataSettings:
         """patch_size and codes; refuses sizes that do not divide, with the nearest that do."""
-        patch_size, codes = self.patch_size, self.codes
+        patch_size = self.patch_size
+        codes = self.codes
         if patch_size is None:
             is_large = self.tokenizer in PRETRAINED or self.image_size >= 128
             patch_size = 16 if is_large else 4
@@ -126,7 +127,8 @@ class DataSettings(Settings):
 
     def _with_counts(self) -> DataSettings:
         """logogram_count, and the classes of synthetic tokens."""
-        count, classes = self.logogram_count, self.num_classes
+        count = self.logogram_count
+        classes = self.num_classes
         if self.data != "logograms":
             self.refuse(("logogram_count",), "needs --data logograms")
         elif count is None:

@@ -93,7 +93,8 @@ def from_version_1(registry: Registry, flat: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting that version 1 did not have.
     """
-    size, system = flat.pop("size"), flat.pop("system")
+    size = flat.pop("size")
+    system = flat.pop("system")
     classes = GROUPS | {"model": settings_class(system, registry)}
     plain: dict[str, Any] = {"size": size, "system": system}
     for group, settings in classes.items():

@@ -157,7 +157,8 @@ class Settings:
     def differences(self, before: Self) -> Iterator[tuple[str, Any, Any, bool]]:
         """(name, value now, value before, whether it may change) of settings that differ."""
         for field in dataclasses.fields(self):
-            now, then = getattr(self, field.name), getattr(before, field.name)
+            now = getattr(self, field.name)
+            then = getattr(before, field.name)
             if now != then:
                 yield field.name, now, then, field.metadata["may_change"]
 

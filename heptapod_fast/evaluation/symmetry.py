@@ -18,7 +18,8 @@ from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.evaluation import MetricContext
 from heptapod_fast.tokenizers.base import Tokenizer, to_unit
 
-ANGLES, RADII = 96, 64
+ANGLES = 96
+RADII = 64
 MAX_WAVES = 12
 COPY_SAMPLES = 2000
 COPY_SIDE = 64
@@ -80,14 +81,11 @@ def rayleigh_p(angles: Tensor) -> float:
 def combine_p(values: list[float]) -> float:
     """Fisher's method: the p-value of several independent tests; 1.0 for none."""
     half = -sum(math.log(max(value, 1e-300)) for value in values)
+    if half <= 0:  # no values, or all of them 1
+        return 1.0
     # Upper tail of chi^2 with 2 k degrees of freedom at 2 * half, a finite sum; in logarithms, as
     # the terms of a very small p-value overflow.
-    logs = [
-        k * math.log(half) - math.lgamma(k + 1) if half > 0 else (0.0 if k == 0 else -math.inf)
-        for k in range(len(values))
-    ]
-    if not logs:
-        return 1.0
+    logs = [k * math.log(half) - math.lgamma(k + 1) for k in range(len(values))]
     top = max(logs)
     return min(1.0, math.exp(top - half) * sum(math.exp(value - top) for value in logs))
 
@@ -175,7 +173,8 @@ class SymmetryAccuracy:
                 f"--metrics symmetry reads logograms, found {found}: use --data "
                 "logograms or leave symmetry out"
             )
-        self.source, self.tokenizer = context.source, context.tokenizer
+        self.source = context.source
+        self.tokenizer = context.tokenizer
         self._images: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._folds: list[Tensor] = []
@@ -199,8 +198,10 @@ class SymmetryAccuracy:
         """The numbers listed above; ValueError without samples."""
         if sum(len(labels) for labels in self._labels) == 0:
             raise ValueError("symmetry: no samples to measure; raise --count")
-        labels, folds = torch.cat(self._labels), torch.cat(self._folds)
-        turns, right = torch.cat(self._turns), torch.cat(self._folds) == labels + 2
+        labels = torch.cat(self._labels)
+        folds = torch.cat(self._folds)
+        turns = torch.cat(self._turns)
+        right = torch.cat(self._folds) == labels + 2
         result = {"symmetry_accuracy": right.double().mean().item()}
         p_values = []
         for label in labels.unique().tolist():

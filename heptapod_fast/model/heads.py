@@ -107,14 +107,16 @@ class GlobalHead(nn.Module):
 
     def flops(self, num_tokens: int, density: int, rows: float) -> float:
         """Forward FLOPs per image; rows: supervised positions of a step, on average."""
-        width, length = self.mask_token.shape[1], num_tokens + 1
+        width = self.mask_token.shape[1]
+        length = num_tokens + 1
         full = block_flops(width, length, length)
         last = block_flops(width, length, length, rows=rows)
         return density * ((len(self.blocks) - 1) * full + last)
 
     def saved_values(self, num_tokens: int, density: int) -> float:
         """Values per image that are kept for the backward pass."""
-        width, heads = self.mask_token.shape[1], self.blocks[0].heads
+        width = self.mask_token.shape[1]
+        heads = self.blocks[0].heads
         length = num_tokens + 1
         return density * len(self.blocks) * block_values(width, heads, length, length)
 
@@ -124,7 +126,8 @@ class LocalBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, operators: Operators = AUTO):
         super().__init__()
-        self.heads, self.operators = heads, operators
+        self.heads = heads
+        self.operators = operators
         self.norm = LayerNorm(width, operators=operators)
         self.q = Linear(width, width)
         self.kv = Linear(width, 2 * width)
@@ -233,7 +236,8 @@ class LocalHead(nn.Module):
 
     def saved_values(self, num_tokens: int, density: int) -> float:
         """Values per image that are kept for the backward pass."""
-        (window, width), heads = self.query.shape, self.blocks[0].block.heads
+        window, width = self.query.shape
+        heads = self.blocks[0].block.heads
         queries = density * window
         cross = queries * (4 * width + heads * num_tokens) + 2 * num_tokens * width
         block = block_values(width, heads, window, window)

@@ -175,7 +175,10 @@ class Diffusion(TokenLoss):
     ):
         super().__init__()
         self.operators = operators
-        self.channels, self.repeat, self.bound, self.limit = channels, repeat, bound, limit
+        self.channels = channels
+        self.repeat = repeat
+        self.bound = bound
+        self.limit = limit
         self.time1 = Linear(256, mlp_width, init="normal")
         self.time2 = Linear(mlp_width, mlp_width, init="normal")
         self.condition = Linear(width, mlp_width)

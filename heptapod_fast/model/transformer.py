@@ -81,7 +81,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, operators: Operators = AUTO):
         super().__init__()
-        self.heads, self.operators = heads, operators
+        self.heads = heads
+        self.operators = operators
         self.norm1 = LayerNorm(width, operators=operators)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
@@ -110,7 +111,8 @@ class Block(nn.Module):
         attended = self.attend(y_BND, visible, cache)
         if packing is not None:
             row_R = packing.sequence_R * x.shape[1] + packing.element_R
-            x, attended = self._gather(x, row_R), self._gather(attended, row_R)
+            x = self._gather(x, row_R)
+            attended = self._gather(attended, row_R)
         return self.finish(x, attended, masks)
 
     def attend(self, y_BND: Tensor, visible: Visible, cache: LayerCache | None = None) -> Tensor:

@@ -248,7 +248,8 @@ def _dense(visible: Visible, queries: int, keys: int, device: torch.device) -> T
 def _plain(implementation: str, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """q (B, N, H, E), k and v (B, M, H, E) -> (B, N, H, E), by PyTorch's SDPA or the reference."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    queries, keys = q.shape[2], k.shape[2]
+    queries = q.shape[2]
+    keys = k.shape[2]
     if implementation == "sdpa":
         # is_causal aligns the first query with the first key: right for N = M alone.
         is_causal = isinstance(visible, Causal) and queries == keys
@@ -344,7 +345,8 @@ def _cross_forward(q, kv, causal, ends, schedule, row_bits, key_bits):
 def _cross_backward(grad, q, kv, out, lse, causal, ends, schedule, row_bits, key_bits):
     from heptapod_fast.kernels import attention_backward as kernels
 
-    dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape)
+    dq = q.new_empty(q.shape)
+    dkv = kv.new_empty(kv.shape)
     kernels.backward(
         grad,
         _with_heads(q),

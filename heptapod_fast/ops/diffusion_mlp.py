@@ -135,12 +135,14 @@ def _check(
     if time.dtype != condition.dtype:
         raise refusal(name, "time and condition of one dtype", time.dtype, condition.dtype)
 
-    rows, tokens = len(xt), len(condition)
+    rows = len(xt)
+    tokens = len(condition)
     if t.shape != (rows,) or rows % max(1, tokens) or (rows and not tokens):
         wanted = "as many timesteps as rows of xt and a divisor of them of conditions"
         raise refusal(name, wanted, t.shape, rows, tokens)
 
-    first, last = weights.input_weight, weights.output_weight
+    first = weights.input_weight
+    last = weights.output_weight
     if xt.dim() != 2 or first.shape != (width, xt.shape[-1]) or last.shape[1:] != (width,):
         layers = "an input weight (F, C) and an output weight (2 C, F)"
         wanted = f"xt (R, C), {layers}, F = {width}"

@@ -84,7 +84,8 @@ def choose(
     with "auto" every one, cannot run (with the reasons).
     """
     device = torch.device(device)
-    names, unsupported = implementations(operation), unsupported or {}
+    names = implementations(operation)
+    unsupported = unsupported or {}
     if forced != "auto":
         if forced not in names:
             raise ValueError(

@@ -31,7 +31,9 @@ from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiab
 
 MOST_TARGETS = 16
 NO_INDEX = torch.iinfo(torch.int64).min  # -100 is out of range, not a target to be ignored
-MAX_WIDTH, MAX_CODES = 65_536, 1_000_000  # kernels/configs/linear_cross_entropy.json
+# kernels/configs/linear_cross_entropy.json
+MAX_WIDTH = 65_536
+MAX_CODES = 1_000_000
 
 
 def linear_cross_entropy(

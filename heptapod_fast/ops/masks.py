@@ -24,7 +24,9 @@ HEAD_WIDTHS = (32, 64, 80, 96, 128)  # that there are kernels for
 MAX_LENGTH = 1024  # keys that the kernels take
 BLOCK = 64  # what masks are described in, and the smallest tile of queries
 
-EMPTY_BLOCK, PARTIAL_BLOCK, FULL_BLOCK = 0, 1, 2
+EMPTY_BLOCK = 0
+PARTIAL_BLOCK = 1
+FULL_BLOCK = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Causal:
     """Query i of N sees key j of M where j <= i + M - N."""
 
 
-FULL, CAUSAL = Full(), Causal()
+FULL = Full()
+CAUSAL = Causal()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,8 @@ class AttentionMask:
             "blocks", blocks, _grid_of_blocks(num_queries, num_keys), FULL_BLOCK
         )
         ranges_N22 = _check_integers("ranges", ranges_N22, (num_queries, 2, 2), num_keys)
-        self.num_queries, self.num_keys = num_queries, num_keys
+        self.num_queries = num_queries
+        self.num_keys = num_keys
         self.blocks = blocks.to(torch.uint8)
         self.ranges_N22 = ranges_N22.to(torch.int32)
         self.dense_NM = _dense(self.blocks, self.ranges_N22, num_keys)
@@ -261,7 +265,8 @@ def _grid_of_blocks(queries: int, keys: int) -> tuple[int, int]:
 def _dense(blocks: Tensor, ranges_N22: Tensor, num_keys: int) -> Tensor:
     """(N, M) booleans."""
     key = torch.arange(num_keys, device=ranges_N22.device)
-    first_N2, end_N2 = ranges_N22[..., :1], ranges_N22[..., 1:]
+    first_N2 = ranges_N22[..., :1]
+    end_N2 = ranges_N22[..., 1:]
     inside_NM = ((key >= first_N2) & (key < end_N2)).any(1)
     flag_NM = blocks.repeat_interleave(BLOCK, 0)[: len(ranges_N22)]
     flag_NM = flag_NM.repeat_interleave(BLOCK, 1)[:, :num_keys]

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from heptapod_fast.ops import dispatch, library
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_M0 = 0xD2511F53
+_M1 = 0xCD9E8D57
+_W0 = 0x9E3779B9
+_W1 = 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 
@@ -37,14 +39,14 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tenso
     k0, k1 = key
     for _ in range(10):
         # The product wraps modulo 2**64; the arithmetic shift plus the mask give its upper word.
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+        p0 = c0 * _M0
+        p1 = c2 * _M1
+        c0 = ((p1 >> 32) & _MASK) ^ c1 ^ k0
+        c1 = p1 & _MASK
+        c2 = ((p0 >> 32) & _MASK) ^ c3 ^ k1
+        c3 = p0 & _MASK
+        k0 = (k0 + _W0) & _MASK
+        k1 = (k1 + _W1) & _MASK
     return c0, c1, c2, c3
 
 
@@ -138,7 +140,8 @@ class Draws(NamedTuple):
 
     def check(self, operation: str, x0_MC: Tensor) -> None:
         """ValueError unless these are draws for the tokens x0_MC."""
-        index, slot = self.index_M, self.slot_M
+        index = self.index_M
+        slot = self.slot_M
         if x0_MC.dim() != 2 or not x0_MC.shape[1]:
             raise ValueError(
                 f"{operation} takes x0 of shape (M, C), C > 0, got {tuple(x0_MC.shape)}"

@@ -113,38 +113,49 @@ def headlines(folder: Path, root: Path) -> str:
     """What ROOT/README.md shows of the results in `folder`: a few rows and a chart."""
     chosen = json.loads((folder / HEADLINES).read_text())
     rows = [_headline(folder, row) for row in chosen["rows"]]
-    head = ["what", "measured", "beside", "machine", "file"]
     chart = chosen["chart"]
     _draw(folder, chart, root / CHART)
-    where = f"bench/results/{chart['file']}"
+    files = list(dict.fromkeys([*(row["file"] for row in chosen["rows"]), chart["file"]]))
     return "\n\n".join(
         [
-            table(head, rows),
-            f"[![{chart['title']}]({CHART})]({where})",
-            f"*{chart['title']}: {machine_of(read_results(folder / chart['file']))} "
-            f"([{chart['file']}]({where})).*",
+            table(["what", "measured", "beside", "file"], rows),
+            f"[![{chart['title']}]({CHART})](bench/results/{chart['file']})",
+            *_machines(folder, files),
         ]
     )
 
 
 def _headline(folder: Path, row: dict[str, Any]) -> tuple[str, ...]:
-    data = _read(folder, row["file"])
-    link = f"[{row['file']}](bench/results/{row['file']})"
-    value = show(_value(folder, row["file"], data, row["benchmark"], row["value"]))
+    file = row["file"]
+    value = show(_value(folder, file, row["benchmark"], row["value"]))
     beside = ""
     if "beside" in row:
-        other = _value(folder, row["file"], data, row.get("peer", row["benchmark"]), row["beside"])
+        other = _value(folder, file, row.get("peer", row["benchmark"]), row["beside"])
         beside = row["beside_says"].format(show(other))
-    machine = machine_of(data) if "benchmarks" in data else f"{data['device']}, {data['torch']}"
-    return (row["says"], row["value_says"].format(value), beside, machine, link)
+    link = f"[{file}](bench/results/{file})"
+    return (row["says"], row["value_says"].format(value), beside, link)
+
+
+def _machines(folder: Path, files: list[str]) -> list[str]:
+    """A line for each machine: what it is, and which files are from it."""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        data = _read(folder, file)
+        about = data.get("machine_info", data)  # a run's report has no part of its own for it
+        machine = f"{about.get('device', 'unknown device')}, torch {about.get('torch', '?')}"
+        found.setdefault(machine, []).append(file)
+    if len(found) == 1:
+        return [f"*Measured on {machine}.*" for machine in found]
+    return [f"*{', '.join(names)}: {machine}.*" for machine, names in found.items()]
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / name).read_text())
 
 
-def _value(folder: Path, file: str, data: dict[str, Any], benchmark: str, path: str) -> Any:
-    """A figure of a file. path: "extra_info/images/s" of a benchmark; of a run's report, keys."""
+def _value(folder: Path, file: str, benchmark: str, path: str) -> Any:
+    """A figure of a file: path names one of a benchmark's notes, or keys of a run's report."""
+    data = _read(folder, file)
     found: Any = data
     if "benchmarks" in data:
         named = [entry for entry in data["benchmarks"] if entry["name"] == benchmark]
@@ -162,10 +173,9 @@ def _value(folder: Path, file: str, data: dict[str, Any], benchmark: str, path: 
 
 
 def _draw(folder: Path, chart: dict[str, Any], path: Path) -> None:
-    data = read_results(folder / chart["file"])
     names = list(chart["benchmarks"])
     values = [
-        _value(folder, chart["file"], data, benchmark, chart["value"])
+        _value(folder, chart["file"], benchmark, chart["value"])
         for benchmark in chart["benchmarks"].values()
     ]
     save_bars(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BLUE, GREY = "#1f5fa8", "#9aa5b1"
+BLUE = "#1f5fa8"
+GREY = "#9aa5b1"
 
 
 def _figure(title: str, width: float, height: float) -> tuple[Any, Any]:

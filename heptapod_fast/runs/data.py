@@ -107,7 +107,8 @@ def open_tokens(
 
     reserved: bytes of a GPU's memory that training needs beside a cache.
     """
-    data, seed = config.data, config.recipe.seed
+    data = config.data
+    seed = config.recipe.seed
     if cache is not None:
         return _open_cached(config, world, cache, reserved)
     if images is None:
@@ -130,7 +131,8 @@ def _open_cached(config: Config, world: World, cache: Cache, reserved: int) -> C
     # Ranks that share the reading must do it the same way.
     (streamed,) = world.any(mode == "stream")
     if streamed and mode != "stream":
-        mode, why = "stream", "another rank has no room for it"
+        mode = "stream"
+        why = "another rank has no room for it"
     try:
         source = CacheTokens(
             cache,

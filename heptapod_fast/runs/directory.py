@@ -120,7 +120,8 @@ class RunDir:
         before = self.read_config()
         # Checkpoints know the contents of a cache, so that it may lie somewhere else by now.
         cache_moved = before.data.is_cache and config.data.is_cache
-        fatal, harmless = [], []
+        fatal = []
+        harmless = []
         for name, now, then, may_change in config.differences(before):
             text = f"{flag(name)} {now} (was {then})"
             if may_change or (cache_moved and name == "data"):

@@ -20,7 +20,8 @@ def respaced(steps: int) -> Tensor:
         return torch.tensor([ops.STEPS - 1])
     # Adding the stride up and rounding gives upstream's list; round(i * stride) may differ by one.
     stride = (ops.STEPS - 1) / (steps - 1)
-    current, chosen = 0.0, []
+    current = 0.0
+    chosen = []
     for _ in range(steps):
         chosen.append(round(current))
         current += stride

@@ -39,7 +39,8 @@ class LayerCache:
         Raises:
             ValueError: the cache is full, or the elements are of another kind than before.
         """
-        first, length = self._cache.filled, self._cache.length
+        first = self._cache.filled
+        length = self._cache.length
         end = first + kv_BM2HE.shape[1]
         if end > length:
             raise ValueError(f"KV cache of {length} elements cannot take {end}")

@@ -135,7 +135,8 @@ class NextToken(MarSystem):
 
     def flops_per_image(self, phase: Phase | None = None) -> dict[str, float]:
         """See System.flops_per_image."""
-        width, tokens = self.settings.width, self.num_tokens
+        width = self.settings.width
+        tokens = self.num_tokens
         return {
             "embedding": 2 * width * self.spec.channels * (tokens - 1),
             "backbone": self.settings.depth * block_flops(width, tokens, (tokens + 1) / 2),
@@ -144,7 +145,8 @@ class NextToken(MarSystem):
 
     def saved_values(self, phase: Phase | None = None) -> float:
         """See System.saved_values."""
-        settings, tokens = self.settings, self.num_tokens
+        settings = self.settings
+        tokens = self.num_tokens
         block = block_values(settings.width, settings.heads, tokens, tokens)
         return settings.depth * block + self.token_loss.saved_values(tokens)
 

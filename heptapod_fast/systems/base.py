@@ -89,7 +89,9 @@ class System(nn.Module, ABC):
         operators: Operators = AUTO,
     ):
         super().__init__()
-        self.settings, self.spec, self.num_classes = settings, spec, num_classes
+        self.settings = settings
+        self.spec = spec
+        self.num_classes = num_classes
         self.num_tokens = spec.num_tokens
         self.operators = operators
 

@@ -88,8 +88,10 @@ class HeptapodSettings(MarSettings):
 
     def _with_window(self, spec: TokenSpec) -> Self:
         """head and window, which follow from each other."""
-        head, window = self.head, self.window
-        whole, grid = spec.num_tokens, spec.grid
+        head = self.head
+        window = self.window
+        whole = spec.num_tokens
+        grid = spec.grid
         if head is None:
             head = "global" if window in (None, whole) else "local"
         if head == "global":
@@ -229,7 +231,8 @@ class Heptapod(MarSystem):
 
     def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
         """Sum of the token loss over the supervised positions; see System.forward."""
-        settings, index_B = self.settings, batch.index
+        settings = self.settings
+        index_B = batch.index
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
         steps_Bn = gridlib.draw_steps(
             index_B, self.num_tokens, settings.density, settings.steps, rng
@@ -256,7 +259,8 @@ class Heptapod(MarSystem):
         self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
     ) -> tuple[gridlib.Rows, Tensor]:
         """Supervised rows over the whole grid and their vectors (R, D)."""
-        settings, head = self.settings, cast(GlobalHead, self.head)
+        settings = self.settings
+        head = cast(GlobalHead, self.head)
         if settings.steps == "antithetic":
             rows = gridlib.packed_rows(order_BN, steps_Bn, settings.loss_weight)
         else:
@@ -271,7 +275,8 @@ class Heptapod(MarSystem):
         self, h_BND: Tensor, order_BN: Tensor, steps_Bn: Tensor, index_B: Tensor, rng: Rng
     ) -> tuple[gridlib.Rows, Tensor]:
         """Rows of the windows that hold the next tokens, and their vectors (R, D)."""
-        settings, head = self.settings, cast(LocalHead, self.head)
+        settings = self.settings
+        head = cast(LocalHead, self.head)
         next_S = order_BN.gather(1, steps_Bn).flatten()
         position_SW = head.window_positions(next_S)
         rows = gridlib.window_rows(
@@ -437,7 +442,9 @@ class Heptapod(MarSystem):
 
     def flops_per_image(self, phase: Phase | None = None) -> dict[str, float]:
         """See System.flops_per_image."""
-        settings, width, tokens = self.settings, self.settings.width, self.num_tokens
+        settings = self.settings
+        width = self.settings.width
+        tokens = self.num_tokens
         supervised = self.expected_rows(2) / 2
         if isinstance(self.head, GlobalHead):
             head = self.head.flops(tokens, settings.density, supervised / settings.density)
@@ -453,7 +460,8 @@ class Heptapod(MarSystem):
 
     def saved_values(self, phase: Phase | None = None) -> float:
         """See System.saved_values. Antithetic rows are packed, others padded to capacity."""
-        settings, tokens = self.settings, self.num_tokens
+        settings = self.settings
+        tokens = self.num_tokens
         backbone = settings.depth * block_values(settings.width, settings.heads, tokens, tokens)
         head = self.head.saved_values(tokens, settings.density)
         if settings.head == "local":

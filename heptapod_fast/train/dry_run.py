@@ -61,7 +61,9 @@ def derived(
     config: Config, split: BatchSplit, world_size: int, classes: str
 ) -> Iterator[tuple[str, str]]:
     """(name, value with its formula) pairs."""
-    data, recipe, spec = config.data, config.recipe, config.spec
+    data = config.data
+    recipe = config.recipe
+    spec = config.spec
     yield "tokens", f"{spec.num_tokens} = ({data.image_size} / {data.patch_size})^2"
     kind = f"{spec.channels} channels" if spec.channels else f"{spec.vocabulary} codes"
     yield "token", f"{spec.kind}, {kind}"

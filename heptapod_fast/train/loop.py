@@ -25,8 +25,10 @@ from heptapod_fast.train.schedule import learning_rate
 from heptapod_fast.train.session import Ending, Session, State, save
 from heptapod_fast.train.step import forward_backward, load, update
 
-GRID_CLASSES, GRID_COLUMNS = 8, 8
-LAST_SAVE_ATTEMPTS, SECONDS_BETWEEN_ATTEMPTS = 3, 5
+GRID_CLASSES = 8
+GRID_COLUMNS = 8
+LAST_SAVE_ATTEMPTS = 3
+SECONDS_BETWEEN_ATTEMPTS = 5
 
 
 def train(session: Session, state: State) -> Ending:
@@ -37,8 +39,10 @@ def train(session: Session, state: State) -> Ending:
         CheckpointError: the last checkpoint cannot be written.
         RunError: too many steps with a non-finite gradient.
     """
-    config, world = session.config, session.world
-    total, batch = config.recipe.images, config.recipe.batch
+    config = session.config
+    world = session.world
+    total = config.recipe.images
+    batch = config.recipe.batch
     recorder = open_recorder(session, state)
     meter = Meter(total, peak_flops(world.device), world.size)
     phase = begin_phase(session, state, meter)
@@ -91,7 +95,9 @@ def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor,
     A rank holds a contiguous block of the batch, cut into micro-batches; step.py says how they add
     up.
     """
-    config, world, split = session.config, session.world, session.split
+    config = session.config
+    world = session.world
+    split = session.split
     buffers = session.buffers
     expected = session.system.expected_count(config.recipe.batch, phase)
     buffers.sums.zero_()
@@ -122,7 +128,8 @@ def begin_phase(session: Session, state: State, meter: Meter) -> Phase:
 def open_recorder(session: Session, state: State) -> Recorder:
     """metrics.jsonl and the sinks of --log, on the rank that writes; what a session that ended
     before it could save has recorded is dropped."""
-    directory, run = session.directory, session.config.run
+    directory = session.directory
+    run = session.config.run
     metrics = JsonLines(directory.metrics)
     recorder = Recorder(metrics, session.say)
     if not session.world.main:
@@ -159,7 +166,8 @@ def log(session: Session, state: State, phase: Phase, meter: Meter, recorder: Re
 
 def check_skips(session: Session, state: State) -> None:
     """Give up after --max-skips steps whose gradient was not finite (they change nothing)."""
-    skipped, most = int(session.optimizer.skipped), session.config.run.max_skips
+    skipped = int(session.optimizer.skipped)
+    most = session.config.run.max_skips
     if skipped > most:
         raise RunError(
             f"{skipped} steps had a non-finite gradient and were skipped (--max-skips {most}): the "
@@ -261,7 +269,8 @@ def agree(session: Session, asked: Asked) -> Wishes:
     minutes = session.config.run.minutes
     elapsed = time.monotonic() - session.started
     out_of_time = minutes is not None and elapsed > 60 * minutes
-    wants_save, asked.save = asked.save, False
+    wants_save = asked.save
+    asked.save = False
     stop, save_now, out_of_time = session.world.any(
         asked.stop or out_of_time, wants_save, out_of_time
     )

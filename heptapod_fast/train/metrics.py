@@ -51,7 +51,9 @@ class Meter:
     """
 
     def __init__(self, total_images: int, peak: float | None, ranks: int):
-        self.total, self.peak, self.ranks = total_images, peak, ranks
+        self.total = total_images
+        self.peak = peak
+        self.ranks = ranks
         self.flops = 0.0
         self.loss: Tensor | float = 0.0
         self.norm: Tensor | float = 0.0

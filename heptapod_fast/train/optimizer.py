@@ -32,7 +32,8 @@ class Optimizer:
     """
 
     def __init__(self, system: System, recipe: RecipeSettings, operators: Operators = AUTO):
-        self.recipe, self.operators = recipe, operators
+        self.recipe = recipe
+        self.operators = operators
         named = list(system.named_parameters())
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]

@@ -159,7 +159,8 @@ class Recorder:
     """
 
     def __init__(self, metrics: JsonLines, say: Say):
-        self.metrics, self.say = metrics, say
+        self.metrics = metrics
+        self.say = say
         self._others: list[Sink] = []
         self._failing = False
 

@@ -197,7 +197,8 @@ def describe(
     directory: RunDir,
 ) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
-    data, recipe = config.data, config.recipe
+    data = config.data
+    recipe = config.recipe
     split = config.split_batch(world.size)
     name = str(dtype).removeprefix("torch.")
     epochs = recipe.images / source.num_images
@@ -271,7 +272,8 @@ def resume(session: Session) -> State:
         RunError: the data is not what it was, or the ranks see different directories.
         CheckpointError: no checkpoint verifies.
     """
-    world, folder = session.world, session.directory.checkpoints
+    world = session.world
+    folder = session.directory.checkpoints
     if not world.main:
         world.barrier()  # rank 0 sets damaged checkpoints aside before the others look
     found = checkpoints.load_newest(folder, session.say)

@@ -47,7 +47,8 @@ class Buffers:
         shape: tuple[int, ...] = (micro_batch, spec.num_tokens)
         dtype = torch.int64
         if spec.kind == "continuous":
-            shape, dtype = (*shape, spec.channels), torch.float32
+            shape = (*shape, spec.channels)
+            dtype = torch.float32
         tokens = torch.zeros(shape, dtype=dtype, device=device)
         labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
