@@ -206,6 +206,13 @@ def test_the_projects_readme_shows_some_rows_and_a_chart(project):
     assert (root / CHART).read_bytes() == chart
 
 
+def test_files_beside_the_results_are_no_results(project):
+    root, folder = project
+    (folder / "offline.json").write_text('{"sm_80; some kernel": {"registers": 56}}')
+    report_bench(folder, root)
+    assert "offline" not in (folder / "README.md").read_text()
+
+
 def test_a_headline_that_no_result_has_is_named(project):
     root, folder = project
     row = HEADLINES["rows"][0] | {"benchmark": "gone"}
