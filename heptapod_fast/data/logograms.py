@@ -82,7 +82,7 @@ class Logograms:
         if not 1 <= num_classes <= most:
             raise ValueError(
                 f"logograms of {image_size} pixels can show 1..{most} classes, found "
-                f"num_classes={num_classes}: use fewer or raise --image-size"
+                f"num_classes={num_classes}: use fewer (--num-classes) or raise --image-size"
             )
         if count < 1:
             raise ValueError(f"logograms need at least 1 image, found count={count}")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from heptapod_fast.train.checkpoint import listed, problems
+from heptapod_fast.checkpoints import damage, listed
 from tests.running import (
     ROOT,
     command,
@@ -75,7 +75,7 @@ def test_a_full_disk_is_survived(small_disk, tmp_path):
     assert "WARNING: could not write" in result.out and "error: could not write" in result.out
     assert "Traceback" not in result.out
     kept = listed(small_disk / "run" / "checkpoints")
-    assert all(problems(path) == [] for path in kept)
+    assert all(damage(path) == [] for path in kept)
     assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     again = finish(start("train", *flags(out=small_disk / "run", **settings)))

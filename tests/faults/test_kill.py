@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from heptapod_fast.train.checkpoint import listed, problems
-from heptapod_fast.train.metrics import read_metrics
+from heptapod_fast.checkpoints import damage, listed
+from heptapod_fast.train.records import read_metrics
 from tests.running import final_files, finish, flags, start, wait_for
 
 LONG = dict(images=2048, checkpoint_every=512, log_every=64)
@@ -43,7 +43,7 @@ def test_killed_in_a_step(tmp_path, undisturbed):
 @pytest.mark.parametrize("where, resumed", [("files=4", 16), ("manifest=4", 16), ("rename=4", 32)])
 def test_killed_while_a_checkpoint_is_written(tmp_path, undisturbed, where, resumed):
     killed(tmp_path, f"kill9@{where}")
-    assert all(problems(path) == [] for path in listed(tmp_path / "checkpoints"))
+    assert all(damage(path) == [] for path in listed(tmp_path / "checkpoints"))
     assert f"resumed   at {resumed} images" in same_end(tmp_path, undisturbed)
 
 
@@ -127,7 +127,7 @@ def test_sigusr1_saves_and_continues(tmp_path):
     result = finish(process)
     assert result.code == 0 and "finished" in result.out, result.out
     first, last = listed(tmp_path / "checkpoints")
-    assert problems(first) == [] and last.name == "step-00000256"
+    assert damage(first) == [] and last.name == "step-00000256"
 
 
 @pytest.mark.slow
