@@ -1,5 +1,6 @@
 """attention: packed self-attention, SAR's two streams, the local head, decoding, against peers.
 
+    python bench/bench_attention.py
     pytest bench/bench_attention.py --benchmark-only
 
 Ours reads the packed projection and writes packed gradients. PyTorch's peers get q, k and v as
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import harness
+from bench.case import BACKWARD, BOTH, FORWARD, Case, Missing, compiled, fastest, one_pass
 from heptapod_fast.ops import (
     CAUSAL,
     FULL,
@@ -48,12 +50,17 @@ BACKENDS = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 GATES = {
-    "forward": (">= 1.2x best peer", ">= 1.45x best peer"),
-    "backward": (
+    FORWARD: (">= 1.2x best peer", ">= 1.45x best peer"),
+    BACKWARD: (
         ">= 1.5x best peer, 50% of copy bandwidth",
         ">= 2.2x best peer, 65% of copy bandwidth",
     ),
 }
+# Passes over q, k, v and out; FLOPs of a pair, over the head width; reads or writes of statistics.
+COSTS = {FORWARD: (1, 4, 1), BACKWARD: (2, 10, 1), BOTH: (3, 14, 2)}
+
+
+# ------------------------------------------------------------------------------------------ inputs
 
 
 class Shape(NamedTuple):
@@ -71,6 +78,11 @@ class Shape(NamedTuple):
         """Whether the queries come from somewhere else than keys and values."""
         return self.visible in ("local head", "decoding")
 
+    @property
+    def masked(self) -> bool:
+        """Whether it takes a mask beyond causal."""
+        return self.visible in ("two streams", "local head")
+
 
 class Inputs(NamedTuple):
     """packed: (qkv,) or (q, kv); grad (B, N, H, D); ends: of the local head."""
@@ -81,36 +93,39 @@ class Inputs(NamedTuple):
 
 
 def inputs(shape: Shape) -> Inputs:
-    """Random data. The local head's steps are antithetic, as in training."""
+    """Random data."""
     heads, width = HEADS[shape.size]
-    leaf = shape.visible != "decoding"
 
-    def make(*middle):
-        return torch.randn(
-            shape.batch, *middle, heads, width, device=shape.device, dtype=torch.bfloat16
-        )
+    def draw(*middle):
+        form = (shape.batch, *middle, heads, width)
+        return torch.randn(form, device=shape.device, dtype=torch.bfloat16)
 
+    grad = draw(shape.queries)
     if not shape.crossed:
-        return Inputs((make(shape.queries, 3).requires_grad_(),), make(shape.queries))
-    given = tuple(x.requires_grad_(leaf) for x in (make(shape.queries), make(shape.keys, 2)))
-    ends = None
-    if shape.visible == "local head":
-        window = min(WINDOW, shape.queries // 4)
-        half = torch.randint(
-            1,
-            shape.keys + 1,
-            (shape.batch // 2, shape.queries // window),
-            device=shape.device,
-            dtype=torch.int32,
-        )
-        ends = torch.cat((half, shape.keys + 1 - half)).repeat_interleave(window, dim=1)
-    return Inputs(given, make(shape.queries), ends)
+        return Inputs((draw(shape.queries, 3).requires_grad_(),), grad)
+    is_trained = shape.visible != "decoding"
+    q = draw(shape.queries).requires_grad_(is_trained)
+    kv = draw(shape.keys, 2).requires_grad_(is_trained)
+    ends = local_ends(shape) if shape.visible == "local head" else None
+    return Inputs((q, kv), grad, ends)
+
+
+def local_ends(shape: Shape) -> Tensor:
+    """How many keys each query of the local head sees, (B, N): the same for all of a window, and
+    antithetic, as in training."""
+    window = min(WINDOW, shape.queries // 4)
+    form = (shape.batch // 2, shape.queries // window)
+    half = torch.randint(1, shape.keys + 1, form, device=shape.device, dtype=torch.int32)
+    return torch.cat((half, shape.keys + 1 - half)).repeat_interleave(window, dim=1)
 
 
 @functools.cache
 def streams(device: str) -> AttentionMask:
     """SAR's mask, without a class element: 512 elements on a 16 x 16 grid."""
     return two_stream_mask(GROUPS[device], prefix=0).to(device)
+
+
+# --------------------------------------------------------------------------------- ours, flash-attn
 
 
 def visible_of(shape: Shape, made: Inputs) -> Visible:
@@ -122,73 +137,59 @@ def visible_of(shape: Shape, made: Inputs) -> Visible:
     return FULL if shape.visible == "full" else CAUSAL
 
 
-# --------------------------------------------------------------------------------------- contenders
-
-
-def timed(function, arguments, grad, direction):
-    """The call to be timed: "forward", "backward" alone, or "forward and backward"."""
-    if direction == "forward":
-        return functools.partial(function, *arguments)
-    return harness.gradients(function, arguments, (grad,), both=direction != "backward")
-
-
-def packed(shape, direction, implementation):
+def own(shape: Shape, direction: str, implementation: str, made: Inputs):
     """heptapod_fast's own operation."""
-
-    def prepare(made):
-        function = functools.partial(
-            cross_attention if shape.crossed else attention,
-            visible=visible_of(shape, made),
-            implementation=implementation,
-        )
-        return timed(function, made.packed, made.grad, direction)
-
-    return prepare
+    operation = cross_attention if shape.crossed else attention
+    visible = visible_of(shape, made)
+    function = functools.partial(operation, visible=visible, implementation=implementation)
+    return one_pass(function, direction, (made.packed, (made.grad,)))
 
 
-def flash_attn(shape, direction):
+def flash_attn(shape: Shape, direction: str, made: Inputs):
     """The package; it has no masks."""
-
-    def prepare(made):
-        try:
-            import flash_attn as package
-        except ImportError:
-            raise harness.Missing(
-                "flash-attn is not installed: pip install flash-attn --no-build-isolation"
-            ) from None
-        if shape.visible == "decoding":
-            q, kv = made.packed
-            return functools.partial(package.flash_attn_with_kvcache, q, *kv.unbind(2))
-        function = functools.partial(
-            package.flash_attn_qkvpacked_func, causal=shape.visible == "causal"
-        )
-        return timed(function, made.packed, made.grad, direction)
-
-    return prepare
+    try:
+        import flash_attn as package
+    except ImportError:
+        raise Missing(
+            "flash-attn is not installed: pip install flash-attn --no-build-isolation"
+        ) from None
+    if shape.visible == "decoding":
+        q, kv = made.packed
+        return functools.partial(package.flash_attn_with_kvcache, q, *kv.unbind(2))
+    is_causal = shape.visible == "causal"
+    function = functools.partial(package.flash_attn_qkvpacked_func, causal=is_causal)
+    return one_pass(function, direction, (made.packed, (made.grad,)))
 
 
-def split(shape, direction, make):
-    """A peer that takes q, k, v (B, H, N, D); make(shape, made) returns its function."""
-
-    def prepare(made):
-        first, *rest = made.packed
-        parts = (first, *rest[0].unbind(2)) if rest else first.unbind(2)
-        heads = tuple(
-            x.detach().transpose(1, 2).contiguous().requires_grad_(first.requires_grad)
-            for x in parts
-        )
-        function = make(shape, made)
-        with refusals():
-            # The gradient in the layout that the peer gave its output, or it would copy.
-            grad = torch.empty_like(function(*heads)).copy_(made.grad.transpose(1, 2))
-            call = timed(function, heads, grad, direction)
-            call()
-        return call
-
-    return prepare
+# ------------------------------------------------------------------- peers that take q, k, v apart
 
 
-def dense(shape, made) -> Tensor | None:
+def apart(shape: Shape, direction: str, make, made: Inputs):
+    """make(shape, made): a function of q, k, v, each (B, H, N, D)."""
+    heads = split_heads(made.packed)
+    function = make(shape, made)
+    with refusals():
+        # The gradient in the layout that the peer gave its output, or it would copy.
+        grad = torch.empty_like(function(*heads)).copy_(made.grad.transpose(1, 2))
+        call = one_pass(function, direction, (heads, (grad,)))
+        call()
+    return call
+
+
+def split_heads(packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(qkv,) or (q, kv) -> contiguous q, k, v (B, H, N, D), leaves of their own."""
+    if len(packed) == 1:
+        parts = packed[0].unbind(2)
+    else:
+        q, kv = packed
+        parts = (q, *kv.unbind(2))
+    is_trained = packed[0].requires_grad
+    return tuple(
+        part.detach().transpose(1, 2).contiguous().requires_grad_(is_trained) for part in parts
+    )
+
+
+def dense(shape: Shape, made: Inputs) -> Tensor | None:
     """Booleans that broadcast to (B, H, N, M), or None."""
     if shape.visible == "two streams":
         return streams(shape.device).dense_NM[None, None]
@@ -197,23 +198,20 @@ def dense(shape, made) -> Tensor | None:
     return None
 
 
-def sdpa(backend):
-    def make(shape, made):
-        seen = dense(shape, made)
-        bias = None
-        if seen is not None:
-            bias = torch.zeros(seen.shape, device=shape.device, dtype=torch.bfloat16)
-            bias.masked_fill_(~seen, float("-inf"))
+def sdpa(backend: SDPBackend, shape: Shape, made: Inputs):
+    """PyTorch's scaled_dot_product_attention by one backend."""
+    seen = dense(shape, made)
+    bias = None
+    if seen is not None:
+        bias = torch.zeros(seen.shape, device=shape.device, dtype=torch.bfloat16)
+        bias.masked_fill_(~seen, float("-inf"))
+    is_causal = shape.visible == "causal"
 
-        def function(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=bias, is_causal=shape.visible == "causal"
-                )
+    def function(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal)
 
-        return function
-
-    return make
+    return function
 
 
 REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
@@ -221,7 +219,7 @@ REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
 
 @contextlib.contextmanager
 def refusals():
-    """harness.Missing with PyTorch's reasons where a forced backend does not take the inputs."""
+    """Missing with PyTorch's reasons where a forced backend does not take the inputs."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -230,7 +228,15 @@ def refusals():
             if not any(text in str(error) for text in REFUSALS):
                 raise
             reasons = dict.fromkeys(str(each.message).split(" (Triggered")[0] for each in said)
-            raise harness.Missing(f"refuses this: {' '.join(reasons) or error}"[:500]) from None
+            raise Missing(f"refuses this: {' '.join(reasons) or error}"[:500]) from None
+
+
+def flex(shape: Shape, made: Inputs):
+    """torch.compile of FlexAttention, as its users call it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = block_mask(shape.visible, shape.queries, shape.device)
+    return functools.partial(compiled(flex_attention), block_mask=mask)
 
 
 @functools.cache
@@ -240,50 +246,55 @@ def block_mask(visible: str, length: int, device: str):
 
     if visible == "full":
         return None
-    if visible == "causal":
-
-        def seen(b, h, i, j):
-            return j <= i
-    else:
-        ranges = streams(device).ranges_N22.permute(1, 2, 0).contiguous()
-        (first, end), (own_first, own_end) = ranges
-
-        def seen(b, h, i, j):
-            return ((j >= first[i]) & (j < end[i])) | ((j >= own_first[i]) & (j < own_end[i]))
-
+    seen = flex_causal if visible == "causal" else flex_streams(device)
     return create_block_mask(seen, None, None, length, length, device=device)
 
 
-def flex(shape, made):
-    """torch.compile of FlexAttention, as its users call it."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return functools.partial(
-        harness.compiled(flex_attention),
-        block_mask=block_mask(shape.visible, shape.queries, shape.device),
-    )
+def flex_causal(b, h, i, j):
+    """Whether query i sees key j."""
+    return j <= i
 
 
-def contenders(shape, direction):
+def flex_streams(device: str):
+    """The same for SAR's mask."""
+    ranges = streams(device).ranges_N22.permute(1, 2, 0).contiguous()
+    (first, end), (own_first, own_end) = ranges
+
+    def seen(b, h, i, j):
+        in_context = (j >= first[i]) & (j < end[i])
+        in_own = (j >= own_first[i]) & (j < own_end[i])
+        return in_context | in_own
+
+    return seen
+
+
+# ------------------------------------------------------------------------------------------- cases
+
+
+def takes(backend: str, shape: Shape) -> bool:
+    """Whether an SDPA backend is worth listing: flash has no masks, the others are CUDA's."""
+    if backend == "sdpa flash":
+        return not shape.masked
+    return shape.device == "cuda"
+
+
+def contenders(shape: Shape, direction: str):
     """Ours first; peers that a mask or the device rules out are not listed."""
-    masked = shape.visible in ("two streams", "local head")
-    found = {"ours": packed(shape, direction, harness.fastest(shape.device))}
+    found = {"ours": functools.partial(own, shape, direction, fastest(shape.device))}
     if shape.batch <= 128:
-        found["eager"] = packed(shape, direction, "reference")
+        found["eager"] = functools.partial(own, shape, direction, "reference")
     for name, backend in BACKENDS.items():
-        if not masked if name == "sdpa flash" else shape.device == "cuda":
-            found[name] = split(shape, direction, sdpa(backend))
+        if takes(name, shape):
+            make = functools.partial(sdpa, backend)
+            found[name] = functools.partial(apart, shape, direction, make)
     if shape.device == "cuda" and not shape.crossed:
-        found["flex"] = split(shape, direction, flex)
-    if not masked:
-        found["flash-attn"] = flash_attn(shape, direction)
+        found["flex"] = functools.partial(apart, shape, direction, flex)
+    if not shape.masked:
+        found["flash-attn"] = functools.partial(flash_attn, shape, direction)
     return found
 
 
-# -------------------------------------------------------------------------------------------- cases
-
-
-def pairs(shape) -> float:
+def pairs(shape: Shape) -> float:
     """How many keys the queries of a sequence see together (of the local head: on average)."""
     if shape.visible == "causal":
         return shape.queries * (shape.queries + 1) / 2
@@ -294,68 +305,74 @@ def pairs(shape) -> float:
     return shape.queries * shape.keys
 
 
-def case(shape, direction, gate="", aim=""):
+def case(shape: Shape, direction: str, gate: str = "", aim: str = "") -> Case:
+    """One shape, one way."""
     heads, width = HEADS[shape.size]
-    passes = {"forward": (1, 4), "backward": (2, 10), "forward and backward": (3, 14)}
-    moves, multiplies = passes[direction]
-    elements = moves * 2 * (shape.queries + shape.keys) * heads * width
-    statistics = (2 if moves == 3 else 1) * heads * shape.queries
+    passes, multiplies, statistics = COSTS[direction]
+    elements = passes * 2 * (shape.queries + shape.keys) * heads * width
+    log_sums = statistics * heads * shape.queries
     length = f"{shape.queries} of {shape.keys}" if shape.crossed else shape.queries
-    return harness.Case(
+    return Case(
         "attention",
         f"{shape.visible} {direction}, {shape.size}, {shape.batch} x {length}, {heads} heads x "
         f"{width}",
         functools.partial(inputs, shape),
         contenders(shape, direction),
-        bytes=shape.batch * (2 * elements + 4 * statistics),
+        bytes=shape.batch * (2 * elements + 4 * log_sums),
         flops=multiplies * shape.batch * heads * width * pairs(shape),
         gate=gate,
         aim=aim,
     )
 
 
-def cases(device):
-    def plain(size, batch):
-        lengths = (
-            (("causal", 256), ("full", 257)) if device == "cuda" else (("causal", 16), ("full", 17))
-        )
-        return [
-            case(Shape(visible, device, size, batch, length, length), direction, *gates)
-            for visible, length in lengths
-            for direction, gates in GATES.items()
-        ]
+def plain(device: str, size: str, batch: int) -> list[Case]:
+    """Self-attention, causal and full, both ways."""
+    length = 256 if device == "cuda" else 16
+    shapes = [
+        Shape("causal", device, size, batch, length, length),
+        Shape("full", device, size, batch, length + 1, length + 1),
+    ]
+    return [case(shape, way, *gates) for shape in shapes for way, gates in GATES.items()]
 
+
+def cases(device: str) -> list[Case]:
+    """All kinds at the first size, self-attention at the others."""
     size, batch, length = ("B", 128, 256) if device == "cuda" else ("tiny", 2, 16)
     elements = 2 * sum(GROUPS[device])
+    two_streams = Shape("two streams", device, size, batch, elements, elements)
     local = Shape("local head", device, size, batch, length, length)
     decoding = Shape("decoding", device, size, max(batch // 2, 2), 1, length + 1)
-    found = plain(size, batch) + [
-        case(
-            Shape("two streams", device, size, batch, elements, elements),
-            "forward and backward",
-            ">= 2x flex",
-            ">= 3x flex",
-        ),
-        case(local, "forward"),
-        case(local, "backward"),
-        case(decoding, "forward"),
+    found = [
+        *plain(device, size, batch),
+        case(two_streams, BOTH, ">= 2x flex", ">= 3x flex"),
+        case(local, FORWARD),
+        case(local, BACKWARD),
+        case(decoding, FORWARD),
     ]
     if device == "cuda":
-        found += [*plain("B", 256), *plain("H", 128), *plain("H", 256), *plain("L", 128)]
+        for size, batch in (("B", 256), ("H", 128), ("H", 256), ("L", 128)):
+            found += plain(device, size, batch)
     return found
 
 
 def tunable(kernel: str, config: dict[str, int]) -> bool:
     """Whether a kernel is right with such tiles; bench/tune.py leaves all others out.
 
-    Masks are scheduled in blocks of 64 keys forward, and of 64 queries backward.
+    Masks are scheduled in blocks of 64 keys forward, and of 64 queries backward: a kernel that
+    reads the schedule takes no larger tile.
     """
-    apart = kernel.endswith(("_masked", "_tail"))
+    is_scheduled = kernel.endswith(("_masked", "_tail"))
     if kernel.startswith("backward"):
-        tiles = config["BLOCK_Q"] in (32, 64) + (128,) * (not apart), config["BLOCK_K"] in (64, 128)
+        queries = (32, 64) if is_scheduled else (32, 64, 128)
+        keys = (64, 128)
     else:
-        tiles = config["BLOCK_Q"] in (64, 128), config["BLOCK_K"] in (64,) + (128,) * (not apart)
-    return all(tiles) and config["STAGES"] <= 4 and config["num_warps"] in (2, 4, 8)
+        queries = (64, 128)
+        keys = (64,) if is_scheduled else (64, 128)
+    fits = config["BLOCK_Q"] in queries and config["BLOCK_K"] in keys
+    return fits and config["STAGES"] <= 4 and config["num_warps"] in (2, 4, 8)
 
 
-bench_attention = harness.benchmark_of(cases)
+bench_attention = harness.bench(cases)
+
+if __name__ == "__main__":
+    harness.main(cases)

@@ -26,16 +26,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.bench_decode import PICTURES, as_row, describe, write_pictures  # noqa: E402
-from heptapod_fast.data.cache_check import problems  # noqa: E402
-from heptapod_fast.data.cache_format import open_cache  # noqa: E402
-from heptapod_fast.data.cache_plan import Plan  # noqa: E402
-from heptapod_fast.data.cache_site import claim  # noqa: E402
-from heptapod_fast.data.cache_writer import Builder  # noqa: E402
+from heptapod_fast.data.cache.builder import Builder  # noqa: E402
+from heptapod_fast.data.cache.check import find_damage  # noqa: E402
+from heptapod_fast.data.cache.format import open_cache  # noqa: E402
+from heptapod_fast.data.cache.plan import Plan  # noqa: E402
+from heptapod_fast.data.cache.site import Site, lock_cache  # noqa: E402
 from heptapod_fast.data.decoding import open_decoder  # noqa: E402
 from heptapod_fast.data.files import find_images  # noqa: E402
 from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
 from heptapod_fast.tokenizers.autoencoder import file_shapes  # noqa: E402
-from heptapod_fast.train.parallel import choose_device  # noqa: E402
+from heptapod_fast.world import choose_device  # noqa: E402
 
 SIDE = 256
 
@@ -70,13 +70,14 @@ def measure(
         shard_rows=8192,
         max_broken=0,
     )
-    with tempfile.TemporaryDirectory() as out, claim(Path(out) / "c.zarr"):
-        builder = Builder(Path(out) / "c.zarr", plan, threads)
+    with tempfile.TemporaryDirectory() as out, lock_cache(Path(out) / "c.zarr"):
+        site = Site(Path(out) / "c.zarr", plan)
+        builder = Builder(site, threads)
         begin = time.perf_counter()
-        builder.begin()
-        builder.build(builder.missing(), progress)
+        site.begin()
+        builder.build(site.missing(), progress)
         built = time.perf_counter() - begin
-        cache = builder.finish()
+        cache = site.finish()
         total = sum(builder.seconds.values())
         writing = builder.seconds["writing"]
         pixels = np.empty((count, 3, SIDE, SIDE), np.uint8)
@@ -120,7 +121,7 @@ def verifying(samples: int) -> dict:
         write_cache(made, 8192)
         cache = open_cache(made.places["cache"])
         begin = time.perf_counter()
-        wrong = problems(cache)
+        wrong = find_damage(cache)
         seconds = time.perf_counter() - begin
         assert not wrong, wrong
         return {

@@ -1,7 +1,7 @@
 """Image files to pixels: DALI against Pillow, and torchvision where it is installed.
 
+    python bench/bench_decode.py [--full] [--out FILE.json]
     pytest bench/bench_decode.py --benchmark-only
-    python bench/bench_decode.py --out FILE.json
 
 All decoders have the same number of threads and take turns in every round; a ratio is that of the
 median rates. Files are read from the page cache.
@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
+import functools
 import importlib.metadata
-import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,19 +24,23 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import harness, timer
+from bench.case import Missing
+from heptapod_fast.data.dali import DaliDecoder
+from heptapod_fast.data.decoding import PillowDecoder
+from heptapod_fast.data.logograms import Logograms, write_folder
 
-from bench.harness import Missing  # noqa: E402
-from heptapod_fast.data.dali import DaliDecoder  # noqa: E402
-from heptapod_fast.data.decoding import PillowDecoder  # noqa: E402
-from heptapod_fast.data.logograms import Logograms, write_folder  # noqa: E402
-from heptapod_fast.train.parallel import choose_device, device_name  # noqa: E402
-
-SIDE, FILES, ROUNDS, GATE = 256, 96, 9, 3.0
+SIDE, GATE, LEAST_PSNR = 256, 3.0, 40.0
+SMALL, FULL = dict(files=24, rounds=5), dict(files=96, rounds=9)
 ON_GPU = torch.cuda.is_available()
 THREADS = [1, 2, 16] if ON_GPU else [1, 2]
-PICTURES = ["photographs, 500 x 375", "logograms, 256 x 256"]
+PHOTOGRAPHS, LOGOGRAMS = "photographs, 500 x 375", "logograms, 256 x 256"
+PICTURES = [PHOTOGRAPHS, LOGOGRAMS]
 CONTENDERS = ["dali cpu", "dali cuda", "torchvision cpu"]
+PACKAGES = ("torch", "numpy", "pillow", "zarr", "nvidia-dali-cuda130", "torchvision")
+
+
+# ---------------------------------------------------------------------------------------- pictures
 
 
 def photograph(
@@ -69,16 +69,19 @@ def photograph(
     return image
 
 
-def write_pictures(name: str, folder: Path) -> list[Path]:
-    """`FILES` JPEG files: photographs of both orientations and qualities 90..95, or logograms."""
-    if name == PICTURES[1]:
-        write_folder(Logograms(SIDE, FILES), folder / "set")
+def write_pictures(name: str, folder: Path, files: int = FULL["files"]) -> list[Path]:
+    """JPEG files: photographs of both orientations and qualities 90..95, or logograms."""
+    if name == LOGOGRAMS:
+        write_folder(Logograms(SIDE, files), folder / "set")
         return sorted(folder.rglob("*.jpg"))
-    paths = [folder / f"{k}.jpg" for k in range(FILES)]
+    paths = [folder / f"{k}.jpg" for k in range(files)]
     for k, path in enumerate(paths):
         size = (500, 375) if k % 3 else (375, 500)
         photograph(*size, k).save(path, quality=90 + k % 6)
     return paths
+
+
+# ---------------------------------------------------------------------------------------- decoders
 
 
 class TorchvisionDecoder:
@@ -93,19 +96,22 @@ class TorchvisionDecoder:
             from torchvision.transforms.v2 import InterpolationMode, functional
         except ImportError as error:
             raise Missing("torchvision is not installed: pip install torchvision") from error
-        self.io, self.v2, self.mode = io, functional, InterpolationMode.BICUBIC
+        self.io, self.v2 = io, functional
+        self.mode = InterpolationMode.BICUBIC
         self.pool = ThreadPoolExecutor(workers)
 
     def decode(self, paths, out):
-        def one(path, row):
-            image = self.io.decode_jpeg(self.io.read_file(str(path)), self.io.ImageReadMode.RGB)
-            image = self.v2.resize(image, [row.shape[-1]], self.mode, antialias=True)
-            row[...] = self.v2.center_crop(image, [row.shape[-1]] * 2)
+        """Fill `out`; a reason for every file that is broken (None here: they would raise)."""
+        return list(self.pool.map(self._decode_one, paths, out))
 
-        return list(self.pool.map(one, paths, out))
+    def _decode_one(self, path, row):
+        side = row.shape[-1]
+        image = self.io.decode_jpeg(self.io.read_file(str(path)), self.io.ImageReadMode.RGB)
+        image = self.v2.resize(image, [side], self.mode, antialias=True)
+        row[...] = self.v2.center_crop(image, [side, side])
 
 
-def make(contender: str, threads: int):
+def open_contender(contender: str, threads: int):
     """A decoder; Missing where it cannot run."""
     kind, device = contender.split()
     if device == "cuda" and not ON_GPU:
@@ -118,111 +124,54 @@ def make(contender: str, threads: int):
         raise Missing(str(error)) from error
 
 
-def compare(paths: list[Path], threads: int, names: list[str], rounds: int = ROUNDS) -> dict:
-    """{decoder: images/s with quartiles and against Pillow, CPU time, least PSNR of a file}."""
+# --------------------------------------------------------------------------------------- measuring
+
+
+def decode_all(decoder, paths, pixels) -> None:
+    """The call to be timed."""
+    reasons = decoder.decode(paths, pixels)
+    assert not any(reasons), reasons
+
+
+def compare(paths: list[Path], threads: int, names: list[str], rounds: int) -> dict[str, dict]:
+    """{decoder: seconds per image and their quartiles, and what a results file says of it}."""
     torch.set_num_threads(1)  # the threads are the decoders' own
-    decoders = {"pillow": PillowDecoder(threads)} | {name: make(name, threads) for name in names}
-    out = {name: np.zeros((len(paths), 3, SIDE, SIDE), np.uint8) for name in decoders}
-    rates: dict[str, list[float]] = {name: [] for name in decoders}
-    used: dict[str, list[float]] = {name: [] for name in decoders}
-    for turn in range(rounds + 1):
-        for name, decoder in decoders.items():
-            begin, busy = time.perf_counter(), time.process_time()
-            reasons = decoder.decode(paths, out[name])
-            if turn:  # the first one warms up
-                used[name].append((time.process_time() - busy) / len(paths))
-                rates[name].append(len(paths) / (time.perf_counter() - begin))
-            assert not any(reasons), reasons
-    reference, result = statistics.median(rates["pillow"]), {}
-    for name, found in rates.items():
-        low, middle, high = statistics.quantiles(found, n=4)
-        result[name] = {
-            "images/s": round(middle, 1),
-            "quartiles": [round(low, 1), round(high, 1)],
-            "against pillow": round(middle / reference, 3),
-            "CPU ms per image": round(1e3 * statistics.median(used[name]), 3),
-        }
-        errors = np.square(out[name].astype(np.float32) - out["pillow"]).mean((1, 2, 3))
-        if name != "pillow":
-            least = 10 * np.log10(255**2 / errors.max()) if errors.any() else np.inf
-            result[name]["PSNR, dB"] = str(np.round(least, 1))
-        if name == "dali cuda":
-            result[name]["gate"] = f"{GATE:g}x: {'yes' if middle >= GATE * reference else 'no'}"
-    return result
-
-
-@pytest.fixture(scope="module", params=PICTURES)
-def paths(request, tmp_path_factory):
-    """One set of pictures."""
-    return request.param, write_pictures(request.param, tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("threads", THREADS)
-def bench_decode(benchmark, paths, threads, contender):
-    name, files = paths
-    benchmark.group = f"decode: {name}, {threads} threads"
-    try:
-        decoder = make(contender, threads)
-    except Missing as error:
-        pytest.skip(str(error))
-    found = compare(files, threads, [contender], rounds=5)
-    benchmark.extra_info |= found[contender] | {"pillow images/s": found["pillow"]["images/s"]}
-    assert float(found[contender]["PSNR, dB"]) >= 40 or contender.startswith("torchvision")
-    out = np.zeros((len(files), 3, SIDE, SIDE), np.uint8)
-    benchmark.pedantic(decoder.decode, (files, out), rounds=3, iterations=1, warmup_rounds=1)
-
-
-def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(description="Measure decoding.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    options = parser.parse_args()
-    names, missing = [], {}
-    for name in CONTENDERS:
-        try:
-            make(name, 1)
-            names.append(name)
-        except Missing as error:
-            missing[name] = str(error)
-    about = describe({"files": FILES, "side": SIDE, "rounds": ROUNDS, "missing": missing})
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for k, pictures in enumerate(PICTURES):
-            Path(folder, str(k)).mkdir()
-            paths = write_pictures(pictures, Path(folder, str(k)))
-            for threads in THREADS:
-                for name, entry in compare(paths, threads, names).items():
-                    rows.append(as_row(f"{pictures}, {threads} threads, {name}", entry))
-                    print(rows[-1]["name"], json.dumps(entry))
-    options.out.write_text(
-        json.dumps(
-            {
-                "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
-                "machine_info": about,
-                "benchmarks": rows,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-
-
-def describe(settings: dict) -> dict:
-    """The machine, the versions, the command and what it was told, as pytest-benchmark has it."""
-    versions = {}
-    for name in ("torch", "numpy", "pillow", "zarr", "nvidia-dali-cuda130", "torchvision"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "device": device_name(choose_device("auto")),
-        "cpus": os.cpu_count(),
-        "load before": round(os.getloadavg()[0], 2),
-        "python_version": platform.python_version(),
-        **versions,
-        "command": " ".join(["python", *sys.argv]),
-        **settings,
+    decoders = {"pillow": PillowDecoder(threads)}
+    decoders |= {name: open_contender(name, threads) for name in names}
+    pixels = {name: np.zeros((len(paths), 3, SIDE, SIDE), np.uint8) for name in decoders}
+    watches = {
+        name: timer.WallWatch(functools.partial(decode_all, decoder, paths, pixels[name]))
+        for name, decoder in decoders.items()
     }
+    timings = timer.in_turns(watches, rounds)
+    pillow = timings["pillow"]
+    found = {}
+    for name, timing in timings.items():
+        extra = rates(timing, pillow, len(paths))
+        if name != "pillow":
+            extra["PSNR, dB"] = str(np.round(psnr(pixels[name], pixels["pillow"]), 1))
+        if name == "dali cuda":
+            is_met = "yes" if timer.ratio(pillow, timing)[0] >= GATE else "no"
+            extra["gate"] = f"{GATE:g}x: {is_met}"
+        found[name] = extra
+    return found
+
+
+def rates(timing: timer.Timing, pillow: timer.Timing, files: int) -> dict:
+    """Images per second with quartiles, against Pillow, and CPU time."""
+    low, high = timing.quartiles
+    return {
+        "images/s": round(files / timing.median, 1),
+        "quartiles": [round(files / high, 1), round(files / low, 1)],
+        "against pillow": round(timer.ratio(pillow, timing)[0], 3),
+        "CPU ms per image": round(1e3 * timing.cpu / files, 3),
+    }
+
+
+def psnr(found: np.ndarray, reference: np.ndarray) -> float:
+    """Of the file that differs most, in dB."""
+    errors = np.square(found.astype(np.float32) - reference).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / errors.max()) if errors.any() else np.inf
 
 
 def as_row(name: str, entry: dict) -> dict:
@@ -233,6 +182,109 @@ def as_row(name: str, entry: dict) -> dict:
         "name": name,
         "extra_info": kept,
         "stats": {"median": 1 / entry["images/s"], "q1": 1 / high, "q3": 1 / low},
+    }
+
+
+# ----------------------------------------------------------------------------- two ways to run it
+
+
+@pytest.fixture(scope="module", params=PICTURES)
+def paths(request, tmp_path_factory):
+    """One set of pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    return request.param, write_pictures(request.param, folder, SMALL["files"])
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("threads", THREADS)
+def bench_decode(benchmark, paths, threads, contender):
+    name, files = paths
+    benchmark.group = f"decode: {name}, {threads} threads"
+    try:
+        decoder = open_contender(contender, threads)
+    except Missing as error:
+        pytest.skip(str(error))
+    found = compare(files, threads, [contender], SMALL["rounds"])
+    benchmark.extra_info |= found[contender] | {"pillow images/s": found["pillow"]["images/s"]}
+    is_ours = not contender.startswith("torchvision")
+    assert not is_ours or float(found[contender]["PSNR, dB"]) >= LEAST_PSNR
+    pixels = np.zeros((len(files), 3, SIDE, SIDE), np.uint8)
+    benchmark.pedantic(decoder.decode, (files, pixels), rounds=3, iterations=1, warmup_rounds=1)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = data_parser(__doc__)
+    options = parser.parse_args()
+    sizes = FULL if options.full else SMALL
+    names, missing = available()
+    rows = []
+    print(f"{'':44}{'images/s':>10}{'quartiles':>18}{'pillow x':>10}{'CPU ms':>8}{'PSNR':>7}")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, pictures in enumerate(PICTURES):
+            place = Path(folder, str(number))
+            place.mkdir()
+            paths = write_pictures(pictures, place, sizes["files"])
+            for threads in THREADS:
+                for name, entry in compare(paths, threads, names, sizes["rounds"]).items():
+                    rows.append(as_row(f"{pictures}, {threads} threads, {name}", entry))
+                    print(line(rows[-1]["name"], entry), flush=True)
+    for name, why in missing.items():
+        print(f"not here: {name}: {why}")
+    if options.out:
+        about = describe({**sizes, "side": SIDE, "missing": missing})
+        harness.write_results(options.out, rows, about)
+
+
+def available() -> tuple[list[str], dict[str, str]]:
+    """(contenders that run here, {the others: why not})."""
+    names, missing = [], {}
+    for name in CONTENDERS:
+        try:
+            open_contender(name, 1)
+            names.append(name)
+        except Missing as error:
+            missing[name] = str(error)
+    return names, missing
+
+
+def line(name: str, entry: dict) -> str:
+    """A row of the printed table."""
+    low, high = entry["quartiles"]
+    return (
+        f"{name:44}{entry['images/s']:>10,.1f}{f'{low:,.1f}-{high:,.1f}':>18}"
+        f"{entry['against pillow']:>10.2f}{entry['CPU ms per image']:>8.2f}"
+        f"{entry.get('PSNR, dB', ''):>7}"
+    )
+
+
+def data_parser(described: str | None) -> argparse.ArgumentParser:
+    """The flags that the benchmarks of data share."""
+    parser = argparse.ArgumentParser(
+        description=described, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="the sizes that bench/results has, for minutes"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="write a file that tools/report.py reads"
+    )
+    return parser
+
+
+def describe(settings: dict) -> dict:
+    """The machine, the versions, the command and what it was told, as pytest-benchmark has it."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        **harness.machine(harness.device_here()),
+        "cpus": os.cpu_count(),
+        "load before": round(os.getloadavg()[0], 2),
+        **versions,
+        "command": " ".join(["python", *sys.argv]),
+        **settings,
     }
 
 

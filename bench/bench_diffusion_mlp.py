@@ -1,10 +1,11 @@
 """diffusion_mlp, the whole MLP of the diffusion loss, forward and backward, against its peers.
 
+    python bench/bench_diffusion_mlp.py
     pytest bench/bench_diffusion_mlp.py --benchmark-only
 
-Flops: per row and block 10 W^2 (modulation 6, fc1 2, fc2 2), 4 W^2 of the last modulation and 6 C W
-of the first and last layer (2C results), twice as much again for the gradients. Rows are those of
-32 images, so that graphs of many calls by three contenders fit into the memory of one GPU.
+FLOPs: per row and block 10 W^2 (modulation 6, fc1 2, fc2 2), 4 W^2 of the last modulation and 6 C W
+of the first and last layer (2C results), twice as much again for the gradients. Bytes: what a block
+keeps for its backward pass, written and read once. Rows are those of 32 images.
 """
 
 import functools
@@ -12,9 +13,11 @@ import functools
 import torch
 
 from bench import harness
+from bench.case import BOTH, Case, compiled, fastest, timed
 from heptapod_fast.ops.diffusion_mlp import BlockWeights, DiffusionWeights, diffusion_mlp
 
 CHANNELS, STEPS, REPEAT = 16, 1000, 4
+EPS = 1e-6
 # Rows, width, blocks.
 SHAPES = {
     "cuda": {
@@ -27,84 +30,70 @@ SHAPES = {
 
 
 def inputs(device, rows, width, blocks):
+    """(arguments of `mlp`, gradients of its output)."""
+
     def normal(*shape, dtype=torch.float32, scale=1.0):
         return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
     def layer(outputs, fan_in):
         return normal(outputs, fan_in, scale=fan_in**-0.5), normal(outputs)
 
+    def block():
+        norm = normal(width), normal(width)
+        products = layer(width, width) + layer(width, width) + layer(3 * width, width)
+        return BlockWeights(*norm, *products)
+
     weights = DiffusionWeights(
         *layer(width, CHANNELS),
         *layer(2 * width, width),
         *layer(2 * CHANNELS, width),
-        tuple(
-            BlockWeights(
-                normal(width),
-                normal(width),
-                *layer(width, width),
-                *layer(width, width),
-                *layer(3 * width, width),
-            )
-            for _ in range(blocks)
-        ),
+        tuple(block() for _ in range(blocks)),
     )
-    arguments = (
-        normal(STEPS, width, dtype=torch.bfloat16),
-        normal(rows // REPEAT, width, dtype=torch.bfloat16),
-        *weights.flat(),
-    )
-    return (
-        torch.randn(rows, CHANNELS, device=device),
-        torch.randint(STEPS, (rows,), device=device),
-        arguments,
-        torch.randn(rows, 2 * CHANNELS, device=device),
-    )
+    xt = torch.randn(rows, CHANNELS, device=device)
+    t = torch.randint(STEPS, (rows,), device=device)
+    time = normal(STEPS, width, dtype=torch.bfloat16)
+    condition = normal(rows // REPEAT, width, dtype=torch.bfloat16)
+    upstream = torch.randn(rows, 2 * CHANNELS, device=device)
+    return (xt, t, time, condition, *weights.flat()), (upstream,)
 
 
-def contender(implementation, wrap=lambda f: f):
-    def prepare(made):
-        xt, t, arguments, upstream = made
-        function = wrap(
-            lambda time, condition, *flat: diffusion_mlp(
-                xt, t, time, condition, DiffusionWeights.of(flat), 1e-6, implementation
-            )
-        )
-        return harness.gradients(function, arguments, (upstream,), both=True)
+def mlp(xt, t, time, condition, *flat, implementation):
+    """diffusion_mlp, its weights one by one, so that autograd sees them."""
+    weights = DiffusionWeights.of(flat)
+    return diffusion_mlp(xt, t, time, condition, weights, EPS, implementation)
 
-    return prepare
+
+def candidates(device):
+    """{name: function of the arguments}."""
+    eager = functools.partial(mlp, implementation="reference")
+    ours = functools.partial(mlp, implementation=fastest(device))
+    return {"ours": ours, "eager": eager, "compiled": compiled(eager)}
 
 
 def mlp_case(operation, name, device, rows, width, blocks, **goals):
     """Forward and backward of an MLP of so many blocks."""
-    flops = 3 * rows * ((10 * blocks + 4) * width**2 + 6 * CHANNELS * width)
-    return harness.Case(
+    plural = "s" if blocks > 1 else ""
+    return Case(
         operation,
-        f"{name}, {rows} x {width}, {blocks} block{'s' * (blocks > 1)}",
+        f"{name}, {rows} x {width}, {blocks} block{plural}",
         functools.partial(inputs, device, rows, width, blocks),
-        {
-            "ours": contender(harness.fastest(device)),
-            "eager": contender("reference"),
-            "compiled": contender("reference", harness.compiled),
-        },
-        # What a block keeps is written and read once: it says when inputs exceed the L2 cache.
+        timed(candidates(device), BOTH),
         bytes=blocks * 16 * rows * width * 2,
-        flops=flops,
+        flops=3 * rows * ((10 * blocks + 4) * width**2 + 6 * CHANNELS * width),
         **goals,
     )
 
 
 def cases(device):
+    """Every size."""
+    goals = dict(gate=">= 1.15x compiled", aim=">= 1.3x compiled")
     return [
-        mlp_case(
-            "diffusion_mlp",
-            f"forward and backward, {size}",
-            device,
-            *shape,
-            gate=">= 1.15x compiled",
-            aim=">= 1.3x compiled",
-        )
+        mlp_case("diffusion_mlp", f"forward and backward, {size}", device, *shape, **goals)
         for size, shape in SHAPES[device].items()
     ]
 
 
-bench_diffusion_mlp = harness.benchmark_of(cases)
+bench_diffusion_mlp = harness.bench(cases)
+
+if __name__ == "__main__":
+    harness.main(cases)

@@ -1,5 +1,6 @@
 """linear_cross_entropy (the output layer of discrete tokens, V = 16384) against its peers.
 
+    python bench/bench_linear_cross_entropy.py
     pytest bench/bench_linear_cross_entropy.py --benchmark-only
 
 Forward and backward pass, float32 masters and bf16 activations as in training, all rows of weight
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import harness
+from bench.case import BOTH, Case, Missing, compiled, fastest, timed
 from heptapod_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 VOCABULARY = {"cuda": 16384, "cpu": 128}
@@ -27,79 +29,75 @@ SHAPES = {
 
 
 def inputs(device, rows, width, targets=1):
-    """Logits of unit size, as at the start of training, where no softmax is sharp."""
+    """(z, weight, bias, target), the gradient of the loss.
+
+    Logits are of unit size, as at the start of training, where no softmax is sharp.
+    """
     codes = VOCABULARY[device]
     z = torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(codes, width, device=device) * width**-0.5).requires_grad_()
     bias = torch.zeros(codes, device=device, requires_grad=True)
     shape = (rows,) if targets == 1 else (rows, targets)
-    return z, weight, bias, torch.randint(codes, shape, device=device)
+    target = torch.randint(codes, shape, device=device)
+    return (z, weight, bias, target), (torch.tensor(1.0 / rows, device=device),)
 
 
-def ours(implementation):
-    def total(z, weight, bias, target):
-        return linear_cross_entropy(z, weight, bias, target, implementation=implementation)[0]
-
-    return total
+def total(z, weight, bias, target, implementation):
+    """Our operation's sum over rows."""
+    return linear_cross_entropy(z, weight, bias, target, implementation=implementation)[0]
 
 
-def import_or_say(package, load):
-    """load(), or harness.Missing with what to install."""
+def without_gradient(function, *arguments):
+    """As an evaluation calls it."""
+    with torch.no_grad():
+        return function(*arguments)
+
+
+# ------------------------------------------------------------------------------------------ peers
+
+
+def liger(z, weight, bias, target):
+    """Liger's chunked loss."""
     try:
-        return load()
-    except ImportError as error:
-        raise harness.Missing(f"{package} is not installed: pip install {package}") from error
-
-
-def liger():
-    def load():
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-        return LigerFusedLinearCrossEntropyFunction
-
-    function = import_or_say("liger-kernel", load)
-
-    def total(z, weight, bias, target):
-        found = function.apply(
-            z, weight.to(z.dtype), target, bias.to(z.dtype), None, -100, 0.0, 0.0, "sum"
-        )
-        return found[0] if isinstance(found, tuple) else found
-
-    return total
+    except ImportError as error:
+        raise Missing("liger-kernel is not installed: pip install liger-kernel") from error
+    found = LigerFusedLinearCrossEntropyFunction.apply(
+        z, weight.to(z.dtype), target, bias.to(z.dtype), None, -100, 0.0, 0.0, "sum"
+    )
+    return found[0] if isinstance(found, tuple) else found
 
 
-def cut():
-    def load():
+def cut(z, weight, bias, target):
+    """Apple's, which makes the logits twice."""
+    try:
         from cut_cross_entropy import linear_cross_entropy as function
-
-        return function
-
-    function = import_or_say("cut-cross-entropy", load)
-    return lambda z, weight, bias, target: function(
-        z, weight.to(z.dtype), target, bias=bias.to(z.dtype), reduction="sum"
-    )
+    except ImportError as error:
+        raise Missing(
+            "cut-cross-entropy is not installed: pip install cut-cross-entropy"
+        ) from error
+    return function(z, weight.to(z.dtype), target, bias=bias.to(z.dtype), reduction="sum")
 
 
-def quack():
-    def load():
+def quack(z, weight, bias, target):
+    """quack's chunked loss, which has no bias: it gets the gradient of a zero."""
+    try:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy as function
-
-        return function
-
-    function = import_or_say("quack-kernels", load)
-    return lambda z, weight, bias, target: function(
-        z, weight.to(z.dtype), target, chunk_size=4096, reduction="sum"
-    )
+    except ImportError as error:
+        raise Missing("quack-kernels is not installed: pip install quack-kernels") from error
+    found = function(z, weight.to(z.dtype), target, chunk_size=4096, reduction="sum")
+    return found + 0.0 * bias[0]
 
 
-def chunked():
+def torch_chunked(z, weight, bias, target):
+    """PyTorch's own."""
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise harness.Missing(
+        raise Missing(
             f"PyTorch {torch.__version__} has no chunked linear_cross_entropy: "
             "pip install 'torch>=2.13'"
         )
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-    return lambda z, weight, bias, target: F.linear_cross_entropy(
+    return F.linear_cross_entropy(
         z,
         weight.to(z.dtype),
         target,
@@ -109,86 +107,73 @@ def chunked():
     )
 
 
-def contender(make, leaves=3):
-    """leaves: how many of z, weight and bias the peer has gradients for."""
+PEERS = {
+    "liger": liger,
+    "cut-cross-entropy": cut,
+    "quack (no bias)": quack,
+    "torch chunked": torch_chunked,
+}
 
-    def prepare(made):
-        function, (*tensors, target) = make(), made
-        upstream = torch.tensor(1.0 / len(target), device=target.device)
-
-        def total(*wanted):
-            return function(*wanted, *tensors[leaves:], target)
-
-        return harness.gradients(total, tuple(tensors[:leaves]), (upstream,), both=True)
-
-    return prepare
+# ------------------------------------------------------------------------------------------ cases
 
 
-def evaluation(make):
-    def prepare(made):
-        function = make()
+def candidates(device):
+    """{name: function of the arguments}; packages are in PEERS."""
+    eager = functools.partial(total, implementation="reference")
+    ours = functools.partial(total, implementation=fastest(device))
+    return {"ours": ours, "eager": eager, "compiled": compiled(eager)}
 
-        def call():
-            with torch.no_grad():
-                return function(*made)
 
-        return call
+def evaluated(functions):
+    """The same without gradients."""
+    return {
+        name: functools.partial(without_gradient, function) for name, function in functions.items()
+    }
 
-    return prepare
+
+def training(device, size, rows, name, targets=1, peers=None, **goals):
+    """Forward and backward pass. peers: functions beside `candidates`."""
+    width, codes = SHAPES[device][size][1], VOCABULARY[device]
+    return Case(
+        "linear_cross_entropy",
+        f"{name}, {size}, {rows} x {width} x {codes}",
+        functools.partial(inputs, device, rows, width, targets),
+        timed(candidates(device) | (peers or {}), BOTH),
+        bytes=2 * rows * width * 2 + 2 * codes * width * 4,
+        flops=6.0 * rows * codes * width,
+        gate=">= 1.1x best peer",
+        **goals,
+    )
+
+
+def evaluation(device, size):
+    """The loss alone."""
+    rows, width = SHAPES[device][size]
+    codes = VOCABULARY[device]
+    return Case(
+        "linear_cross_entropy",
+        f"loss alone, {size}, {rows} x {width} x {codes}",
+        functools.partial(inputs, device, rows, width),
+        timed(evaluated(candidates(device)), "forward"),
+        bytes=rows * width * 2 + codes * width * 4,
+        flops=2.0 * rows * codes * width,
+    )
 
 
 def cases(device):
-    implementations = {
-        "ours": lambda: ours("triton" if device == "cuda" else "auto"),
-        "eager": lambda: ours("reference"),
-        "compiled": lambda: harness.compiled(ours("reference")),
-    }
+    """Training and the loss alone at every size; four targets per row at the first one."""
     found = []
-    for size, (rows, width) in SHAPES[device].items():
-        codes = VOCABULARY[device]
-        moved = 2 * rows * width * 2 + 2 * codes * width * 4
-        peers = {
-            "liger": contender(liger),
-            "cut-cross-entropy": contender(cut),
-            "quack (no bias)": contender(quack, 2),
-            "torch chunked": contender(chunked),
-        }
-        found.append(
-            harness.Case(
-                "linear_cross_entropy",
-                f"forward and backward, {size}, {rows} x {width} x {codes}",
-                functools.partial(inputs, device, rows, width),
-                {name: contender(make) for name, make in implementations.items()} | peers,
-                bytes=moved,
-                flops=6.0 * rows * codes * width,
-                gate=">= 1.1x best peer",
-                aim=">= 1.25x best peer",
-            )
-        )
-        found.append(
-            harness.Case(
-                "linear_cross_entropy",
-                f"loss alone, {size}, {rows} x {width} x {codes}",
-                functools.partial(inputs, device, rows, width),
-                {name: evaluation(make) for name, make in implementations.items()},
-                bytes=rows * width * 2 + codes * width * 4,
-                flops=2.0 * rows * codes * width,
-            )
-        )
-    size, (rows, width) = next(iter(SHAPES[device].items()))
-    rows = rows // 4
-    found.append(
-        harness.Case(
-            "linear_cross_entropy",
-            f"4 targets, forward and backward, {size}, {rows} x {width} x {codes}",
-            functools.partial(inputs, device, rows, width, 4),
-            {name: contender(make) for name, make in implementations.items()},
-            bytes=2 * rows * width * 2 + 2 * codes * width * 4,
-            flops=6.0 * rows * codes * width,
-            gate=">= 1.1x best peer",
-        )
-    )
+    aim = ">= 1.25x best peer"
+    for size, (rows, _) in SHAPES[device].items():
+        found.append(training(device, size, rows, "forward and backward", peers=PEERS, aim=aim))
+        found.append(evaluation(device, size))
+    first, (rows, _) = next(iter(SHAPES[device].items()))
+    name = "4 targets, forward and backward"
+    found.append(training(device, first, rows // 4, name, targets=4))
     return found
 
 
-bench_linear_cross_entropy = harness.benchmark_of(cases)
+bench_linear_cross_entropy = harness.bench(cases)
+
+if __name__ == "__main__":
+    harness.main(cases)

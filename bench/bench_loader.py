@@ -57,7 +57,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from bench.loaders import BATCH, CONTENDERS, PEER, Made, make  # noqa: E402
-from heptapod_fast.train.parallel import device_name  # noqa: E402
+from heptapod_fast.world import device_name  # noqa: E402
 
 SMALL = dict(samples=4096, shard_rows=256)
 # contender, what is compared, how many times better than PEER it has to be

@@ -4,65 +4,65 @@
     python bench/gpu.py --list
     python bench/gpu.py --merge [FILE.json ...] [--out bench/results]
 
-Needs one CUDA device, torch, triton, numpy, pytest and nvcc; it installs the project first if that
-has not happened. Sections run by worth, each in a process of its own, and are skipped or cut off
-when the minutes are over. Rows that the result files hold for the same GPU, versions and code are
-not measured again, so that several runs add up. It writes DIR/gpu/GPU-DATE.json, DIR/GPU.md and
-DIR/PENDING.md. `--merge` takes files measured elsewhere.
+Needs one CUDA device, torch, triton, numpy and nvcc; tests need pytest and hypothesis. It installs
+the project first if that has not happened. Sections (bench/sections) run by worth, each in a
+process of its own, and are skipped or cut off when the minutes are over. Rows that the result files
+hold for the same GPU, versions and code are not measured again, so that several runs add up. It
+writes DIR/gpu/GPU-DATE.json, DIR/GPU.md and DIR/PENDING.md. `--merge` takes files measured
+elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
 import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-from bench import gpu_report  # noqa: E402
-from bench.gpu_sections import RESTART, SECTIONS, Work, run  # noqa: E402
+from bench import gpu_files
+from bench.gpu_files import DONE, FAILED, PARTIAL, Result
+from bench.pages.gpu_page import gpu_page
+from bench.pages.pending_page import pending_page
+from bench.process import CUT_OFF, ROOT, run
+from bench.sections import SECTIONS
+from bench.sections.work import OutOfTime, Row, Section, Unavailable, Work
 
-LEAST = 40  # seconds; less goes into importing torch
+LEAST = 40.0  # seconds that are worth a process: importing torch takes some of them
+MARGIN = 15.0  # seconds before the deadline at which a section stops by itself
+OUT_OF_TIME, UNAVAILABLE = 75, 69  # exit codes of a section's process
+TEXT_KEPT = 3000  # characters of what a process has said
 
 
 def main() -> int:
     """See the module's docstring."""
     options = parse()
     if options.worker:
-        state = json.loads(options.state.read_text())
-        SECTIONS[options.worker](
-            Work(
-                options.rows,
-                time.monotonic() + options.seconds,
-                set(state["done"]),
-                state["failed"],
-            )
-        )
-        return 0
+        return work(options)
     if options.list:
-        for name, section in SECTIONS.items():
-            print(f"{name:28}{section.__doc__.splitlines()[0]}")
+        for section in SECTIONS.values():
+            print(f"{section.name:28}{section.about}")
         return 0
     if options.merge is not None:
         for path in options.merge:
-            merge(read(path), options.out)
+            gpu_files.merge(gpu_files.read(path), options.out)
     else:
         measure(options)
-    gpu_report.write(options.out)
-    print(f"written: {options.out / 'GPU.md'} and {options.out / 'PENDING.md'}")
+    write_pages(options.out)
     return 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure on a GPU.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="DIR")
     parser.add_argument(
         "--sections",
@@ -80,49 +80,52 @@ def parse() -> argparse.Namespace:
         metavar="FILE",
         help="add result files measured elsewhere (none: write the pages anew); no GPU needed",
     )
-    for name, kind in (
-        ("--worker", str),
-        ("--rows", Path),
-        ("--state", Path),
-        ("--seconds", float),
-    ):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    # A section's own process: bench/gpu.py calls itself.
+    parser.add_argument("--worker", choices=list(SECTIONS), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-# -------------------------------------------------------------------------------------------- runs
+def write_pages(out: Path) -> None:
+    """DIR/GPU.md and DIR/PENDING.md."""
+    results = gpu_files.read_all(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "GPU.md").write_text(gpu_page(results))
+    (out / "PENDING.md").write_text(pending_page(results))
+    print(f"written: {out / 'GPU.md'} and {out / 'PENDING.md'}")
+
+
+# ------------------------------------------------------------------------------------ all sections
 
 
 def measure(options: argparse.Namespace) -> None:
     """Run sections until they or the minutes are over, keeping what each has written."""
     deadline = time.monotonic() + 60 * options.minutes
-    import torch
-
     if not torch.cuda.is_available():
         raise SystemExit(
-            "bench/gpu.py measures on a CUDA device and finds none. Without one: "
-            "--list, --merge FILE, `pytest bench/ --benchmark-only`"
+            "bench/gpu.py measures on a CUDA device and finds none. Without one: --list, --merge "
+            "FILE, `python bench/bench_NAME.py`"
         )
     install(deadline)
-    about = describe(torch)
+    about = describe()
     for name in options.sections or SECTIONS:
-        known = {}
+        section = SECTIONS[name]
+        known: Result = {}
         if not options.sections:
-            known = stored(name, about, (options.out, ROOT / "bench/results"))
-        if known.get("status") == "done":
+            known = gpu_files.stored(section, about, (options.out, ROOT / "bench/results"))
+        if known.get("status") == DONE:
             print(f"{name}: measured already with this code, left out", flush=True)
             continue
         left = deadline - time.monotonic()
         if left < LEAST:
             print(f"{name}: no time left", flush=True)
             continue
-        section = run_section(name, left, known.get("rows", []))
-        merge({**about, "sections": {name: section}}, options.out)
-        print(
-            f"{name}: {section['status']}, {len(section['rows'])} rows in "
-            f"{section['seconds']:.0f} s{section['why'] and ': ' + section['why'][-1500:]}",
-            flush=True,
-        )
+        found = run_section(section, left, known.get("rows", []))
+        gpu_files.merge({**about, "sections": {name: found}}, options.out)
+        print(f"{name}: {found['status']}, {len(found['rows'])} rows, {found['seconds']:.0f} s")
+        print(found["why"][-1500:], end="\n" if found["why"] else "", flush=True)
 
 
 # What has to hold before anything is measured, in a process that has not imported it yet.
@@ -131,108 +134,26 @@ READY = (
     "print(library.status())\n"
     "assert u.find_spec('heptapod_fast.kernels') and library.available('cuda')"
 )
+INSTALL = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-e", ".")
 
 
 def install(deadline: float) -> None:
     """Build and install this checkout unless it is; SystemExit says why it cannot be."""
-    code, output = run([sys.executable, "-c", READY], deadline)
-    if code:
+    code, said = run([sys.executable, "-c", READY], deadline)
+    if code != 0:
         begin = time.monotonic()
-        _, built = run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--no-build-isolation",
-                "--no-deps",
-                "-q",
-                "-e",
-                ".",
-            ],
-            deadline,
-        )
-        code, output = run([sys.executable, "-c", READY], deadline)
+        _, built = run([sys.executable, *INSTALL], deadline)
+        code, said = run([sys.executable, "-c", READY], deadline)
         print(f"pip install -e .: {time.monotonic() - begin:.0f} s", flush=True)
-        if code:
+        if code != 0:
             raise SystemExit(
-                f"the project cannot be installed here, so nothing is measured:\n"
-                f"{built[-3000:]}\n{output[-2000:]}"
+                "the project cannot be installed here, so nothing is measured:\n"
+                f"{built[-TEXT_KEPT:]}\n{said[-TEXT_KEPT:]}"
             )
-    print(output.strip(), flush=True)
+    print(said.strip(), flush=True)
 
 
-def run_section(name: str, seconds: float, rows: list[dict]) -> dict:
-    """One section in processes of its own: {"status", "seconds", "rows", "why", "code"}.
-
-    rows: those that earlier runs have measured and this one need not.
-    """
-    begin, deadline = time.monotonic(), time.monotonic() + seconds
-    failed: dict[str, dict[str, str]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        written, state = Path(folder) / "rows.jsonl", Path(folder) / "state.json"
-        written.touch()
-        while True:
-            state.write_text(
-                json.dumps({"done": [r["case"] for r in rows if whole(r)], "failed": failed})
-            )
-            left = deadline - time.monotonic()
-            code, output = run(
-                [
-                    sys.executable,
-                    __file__,
-                    "--worker",
-                    name,
-                    "--rows",
-                    str(written),
-                    "--state",
-                    str(state),
-                    "--seconds",
-                    str(max(5.0, left - 15)),
-                ],
-                deadline,
-            )
-            found = [row for line in written.read_text().splitlines() if (row := parsed(line))]
-            written.write_text("")
-            rows = joined(rows, [row for row in found if "case" in row])
-            broken = [row["failed"] for row in found if "failed" in row and "case" not in row]
-            for case, contender, why in broken:
-                failed.setdefault(case, {})[contender] = why
-            if code != RESTART or not broken or deadline - time.monotonic() < LEAST:
-                break
-    status = "done" if code == 0 else "partial" if rows else "failed"
-    return {
-        "status": status,
-        "seconds": round(time.monotonic() - begin, 1),
-        "rows": rows,
-        "why": "" if code == 0 else output.strip()[-3000:],
-        "code": digest(name),
-    }
-
-
-def parsed(line: str) -> dict | None:
-    """A row, or None for one that was torn off."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def whole(row: dict) -> bool:
-    """Whether a row need not be measured again: no contender was left out for want of time."""
-    return not any(c["why"] == "no time left" for c in row.get("contenders", {}).values())
-
-
-def joined(older: list[dict], newer: list[dict]) -> list[dict]:
-    """Rows of two runs of one section; of two of the same case the newer one, a whole one first."""
-    rows = {row["case"]: row for row in older}
-    for row in newer:
-        if row["case"] not in rows or whole(row) or not whole(rows[row["case"]]):
-            rows[row["case"]] = row
-    return list(rows.values())
-
-
-def describe(torch) -> dict:
+def describe() -> Result:
     """The machine and the versions that a result belongs to."""
     import triton
 
@@ -250,92 +171,97 @@ def describe(torch) -> dict:
     }
 
 
-COMMON = (
-    "heptapod_fast",
-    "kernels",
-    "csrc",
-    "CMakeLists.txt",
-    "setup.py",
-    "bench/harness.py",
-    "bench/gpu_sections.py",
-)
-BESIDE = {"adaln": ["diffusion_mlp"], "flow_loss": ["diffusion_loss"]}
+# ------------------------------------------------------------------------------------- one section
 
 
-def digest(section: str) -> str:
-    """What identifies the code that a section measures."""
-    paths = list(COMMON)
-    if section.startswith("op-"):
-        name = section[3:].removesuffix("-LH").removesuffix("-compiled")
-        paths += [f"bench/bench_{each}.py" for each in [name, *BESIDE.get(name, [])]]
-    elif section == "smoke" or section.startswith("tests"):
-        paths += ["tests"]
-    total = hashlib.sha256()
-    for path in paths:
-        for file in sorted((ROOT / path).rglob("*")) if (ROOT / path).is_dir() else [ROOT / path]:
-            if file.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".json", ".txt"):
-                total.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return total.hexdigest()[:12]
+class Attempt(NamedTuple):
+    """What a section's process left behind. trying: the (case, contender) at which it died, None
+    if it ended by itself or ran out of time."""
+
+    code: int
+    rows: list[Row]
+    trying: tuple[str, str] | None
+    output: str
 
 
-# ------------------------------------------------------------------------------------------- files
+def run_section(section: Section, seconds: float, rows: list[Row]) -> Result:
+    """One section, as a result file holds it.
+
+    A contender that ends the process (a broken CUDA context, a crash) is left out, and another
+    process goes on.
+
+    rows: those that earlier runs have measured and this one need not.
+    """
+    begin = time.monotonic()
+    deadline = begin + seconds
+    failed: dict[str, dict[str, str]] = {}
+    while True:
+        attempt = one_process(section, rows, failed, deadline)
+        rows = gpu_files.joined(rows, attempt.rows)
+        if attempt.trying is None or deadline - time.monotonic() < LEAST:
+            break
+        case, contender = attempt.trying
+        failed.setdefault(case, {})[contender] = last_line(attempt.output)
+    is_done = attempt.code == 0
+    incomplete = PARTIAL if rows else FAILED
+    return {
+        "status": DONE if is_done else incomplete,
+        "seconds": round(time.monotonic() - begin, 1),
+        "rows": rows,
+        "why": "" if is_done else attempt.output.strip()[-TEXT_KEPT:],
+        "code": gpu_files.digest(section),
+    }
 
 
-def read(path: Path) -> dict:
-    """A result file; SystemExit says what is wrong with it."""
+def one_process(
+    section: Section, rows: list[Row], failed: dict[str, dict[str, str]], deadline: float
+) -> Attempt:
+    """Run a section's process; it is killed at the deadline and should stop before."""
+    done = [row["case"] for row in rows if gpu_files.is_whole(row)]
+    left = max(5.0, deadline - time.monotonic() - MARGIN)
+    with tempfile.TemporaryDirectory() as folder:
+        written, state = Path(folder) / "rows.jsonl", Path(folder) / "state.json"
+        written.touch()
+        state.write_text(json.dumps({"done": done, "failed": failed}))
+        command = [sys.executable, __file__, "--worker", section.name, "--seconds", str(left)]
+        command += ["--rows", str(written), "--state", str(state)]
+        code, output = run(command, deadline)
+        lines = [parsed(line) for line in written.read_text().splitlines()]
+    found = [line for line in lines if line is not None]
+    trying = None
+    if found and "trying" in found[-1] and code not in (0, OUT_OF_TIME, CUT_OFF):
+        trying = tuple(found[-1]["trying"])
+    return Attempt(code, [line for line in found if "case" in line], trying, output)
+
+
+def parsed(line: str) -> Row | None:
+    """A row, or None for one that was torn off."""
     try:
-        result = json.loads(path.read_text())
-        missing = {"gpu", "date", "versions", "sections"} - result.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise SystemExit(f"--merge {path}: not a result of bench/gpu.py: {error}") from None
-    if missing:
-        raise SystemExit(
-            f"--merge {path}: not a result of bench/gpu.py, it lacks {', '.join(sorted(missing))}"
-        )
-    return result
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
-def file_name(about: dict) -> str:
-    """gpu/nvidia-h200-2026-11-22.json"""
-    return f"gpu/{about['gpu'].lower().replace(' ', '-')}-{about['date']}.json"
+def last_line(output: str) -> str:
+    """How a process ended."""
+    lines = output.strip().splitlines()
+    return lines[-1][:500] if lines else "the process ended without a word"
 
 
-def stored(name: str, about: dict, folders) -> dict:
-    """A section as measured before with this code on this kind of GPU, the best there is."""
-    found: dict = {}
-    for folder in folders:
-        for path in sorted((folder / "gpu").glob("*.json")):
-            result = json.loads(path.read_text())
-            section = result["sections"].get(name)
-            if (
-                section
-                and section["code"] == digest(name)
-                and result["gpu"] == about["gpu"]
-                and result["versions"] == about["versions"]
-                and found.get("status") != "done"
-            ):
-                found = {**section, "rows": joined(found.get("rows", []), section["rows"])}
-    return found
-
-
-def merge(result: dict, out: Path) -> None:
-    """Add sections to DIR/gpu/GPU-DATE.json. Rows of the same code add up, other code replaces."""
-    path = out / file_name(result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    all_ = json.loads(path.read_text()) if path.exists() else {**result, "sections": {}}
-    for name, section in result["sections"].items():
-        before = all_["sections"].get(name)
-        if before and before["code"] == section["code"]:
-            status = "done" if "done" in (before["status"], section["status"]) else "partial"
-            rows = joined(before["rows"], section["rows"])
-            section = {
-                **section,
-                "rows": rows,
-                "status": status if rows else section["status"],
-                "why": "" if status == "done" else section["why"],
-            }
-        all_["sections"][name] = section
-    path.write_text(json.dumps(all_, indent=1) + "\n")
+def work(options: argparse.Namespace) -> int:
+    """The section's own process. Returns its exit code."""
+    state = json.loads(options.state.read_text())
+    deadline = time.monotonic() + options.seconds
+    given = Work(options.rows, deadline, set(state["done"]), state["failed"])
+    try:
+        SECTIONS[options.worker].measure(given)
+    except OutOfTime:
+        print("out of time")
+        return OUT_OF_TIME
+    except Unavailable as error:
+        print(error)
+        return UNAVAILABLE
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,140 +16,178 @@ import argparse
 import datetime
 import importlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-from bench import harness  # noqa: E402
-from bench.gpu_sections import OPERATIONS  # noqa: E402
+from bench import timer
+from bench.case import Case
+from bench.measuring import DeviceLost, check_device
+from bench.sections import OPERATIONS
+from heptapod_fast.kernels import tuning
 
 GAIN = 0.98  # a change must save 2%, or noise would walk through the table
+ROUNDS = 9
+MOST_WARPS = 32
+
+Config = dict[str, int]
+Tunable = Callable[[str, Config], bool]
 
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description="Tune the kernels' configurations.")
-    parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    import torch
-
+    options = parse()
     if not torch.cuda.is_available():
         raise SystemExit("bench/tune.py measures on a CUDA device and finds none")
-    from heptapod_fast.kernels import tuning
-
     deadline = time.monotonic() + 60 * options.minutes
     for operation in options.operations:
-        for changed in sorted(tune(operation, deadline)):
-            path = (options.out or tuning.FOLDER) / f"{changed}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(render(tuning.table(changed) | {"tuned": about(torch)}))
-            print(f"written: {path}", flush=True)
+        try:
+            changed = tune(operation, deadline)
+        except DeviceLost as error:
+            raise SystemExit(
+                f"{operation}: {error}. Tables written so far hold; start again with --operations "
+                "and those after it"
+            ) from error
+        write_tables(changed, options.out)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--out", type=Path, default=tuning.FOLDER, metavar="FOLDER")
+    return parser.parse_args()
+
+
+# --------------------------------------------------------------------------------------- searching
 
 
 def tune(operation: str, deadline: float) -> set[str]:
     """Improve every configuration that the cases of one operation use; names of changed tables."""
-    from heptapod_fast.kernels import tuning
-
     module = importlib.import_module(f"bench.bench_{operation}")
-    users: dict[tuple, list] = {}
-    for case in module.cases("cuda"):
+    tunable = getattr(module, "tunable", anything_goes)
+    changed = set()
+    for key, cases in users_of(module.cases("cuda"), deadline).items():
         if time.monotonic() > deadline:
             break
-        with tuning.recording() as used:
-            if time_of(case) is not None:
-                for key in used:
-                    users.setdefault(key, []).append(case)
-    changed = set()
-    for key, cases in users.items():
-        if time.monotonic() < deadline:
-            improve(key, cases, deadline, getattr(module, "tunable", lambda kernel, config: True))
-            changed.add(key[0])
+        improve(key, cases, deadline, tunable)
+        changed.add(key[0])
     return changed
 
 
-def improve(
-    key: tuple, cases: list, deadline: float, tunable: Callable[[str, dict[str, int]], bool]
-) -> None:
-    """Descent on one configuration, in place in the loaded table, one move at a time."""
-    from heptapod_fast.kernels import tuning
+def anything_goes(kernel: str, config: Config) -> bool:
+    """Of benchmarks that have no `tunable`."""
+    return True
 
+
+def users_of(cases: list[Case], deadline: float) -> dict[tuple, list[Case]]:
+    """{(operation, kernel, architecture, bucket): the cases that look it up}"""
+    users: dict[tuple, list[Case]] = {}
+    for case in cases:
+        if time.monotonic() > deadline:
+            break
+        with tuning.recording() as used:
+            seconds = time_of(case)
+        if seconds is not None:
+            for key in used:
+                users.setdefault(key, []).append(case)
+    return users
+
+
+def improve(key: tuple, cases: list[Case], deadline: float, tunable: Tunable) -> None:
+    """Descent on one configuration, in place in the loaded table, one move at a time."""
     config = tuning.row(*key)
-    best = before = total(cases)
-    if best is None:
+    before = total(cases)
+    if before is None:
         return
+    best = before
     for move in moves(config):
         while time.monotonic() < deadline:
-            old, new = dict(config), changed_by(move, config)
+            new = changed_by(move, config)
             if new is None or not tunable(key[1], new):
                 break
-            config.update(new)
-            tuning.lookup.cache_clear()
-            seconds = total(cases)
+            seconds = total_with(new, config, cases)
             if seconds is None or seconds > GAIN * best:
-                config.update(old)
-                tuning.lookup.cache_clear()
                 break
+            config.update(new)
             best = seconds
-    print(
-        f"{'/'.join(map(str, key))}: {config}, {before * 1e6:.1f} -> {best * 1e6:.1f} us",
-        flush=True,
-    )
+    tuning.lookup.cache_clear()
+    name = "/".join(map(str, key))
+    print(f"{name}: {config}, {before * 1e6:.1f} -> {best * 1e6:.1f} us", flush=True)
 
 
-def moves(config: dict[str, int]) -> list[dict[str, float]]:
+def moves(config: Config) -> list[dict[str, float]]:
     """{name: factor}, of STAGES what is added."""
     found = []
-    for name in (name for name, value in config.items() if not isinstance(value, bool)):
-        for up in (True, False):
-            factor = 2 if up else 0.5
-            found.append({name: 1 if up else -1} if name == "STAGES" else {name: factor})
+    names = [name for name, value in config.items() if not isinstance(value, bool)]
+    for name in names:
+        for factor, stages in ((2, 1), (0.5, -1)):
+            found.append({name: stages if name == "STAGES" else factor})
             if name in ("BLOCK_Q", "BLOCK_K"):
                 found.append({name: factor, "num_warps": factor})
     return found
 
 
-def changed_by(move: dict[str, float], config: dict[str, int]) -> dict[str, int] | None:
+def changed_by(move: dict[str, float], config: Config) -> Config | None:
     """The configuration after a move; None if nothing launches with it."""
     new = dict(config)
     for name, step in move.items():
-        new[name] = int(config[name] + step if name == "STAGES" else config[name] * step)
-    if min(new[name] for name in move) < 1 or new.get("num_warps", 1) > 32:
+        value = config[name] + step if name == "STAGES" else config[name] * step
+        new[name] = int(value)
+    if min(new[name] for name in move) < 1 or new.get("num_warps", 1) > MOST_WARPS:
         return None
     return new
 
 
-def total(cases: list) -> float | None:
+# --------------------------------------------------------------------------------------- measuring
+
+
+def total_with(new: Config, config: Config, cases: list[Case]) -> float | None:
+    """`total` with another configuration in the table, which is put back."""
+    old = dict(config)
+    config.update(new)
+    tuning.lookup.cache_clear()
+    try:
+        return total(cases)
+    finally:
+        config.update(old)
+        tuning.lookup.cache_clear()
+
+
+def total(cases: list[Case]) -> float | None:
     """Seconds of all cases together; None if one of them fails."""
     times = [time_of(case) for case in cases]
     return None if None in times else sum(times)
 
 
-def time_of(case) -> float | None:
+def time_of(case: Case) -> float | None:
     """Seconds of our contender in a case; None if it fails (shared memory, registers, ...)."""
-    ours = harness.Case(
-        case.operation,
-        case.name,
-        case.inputs,
-        {"ours": case.contenders["ours"]},
-        case.bytes,
-        case.flops,
-    )
     try:
-        return harness.measure(ours, rounds=7)[0].seconds
-    except harness.CaptureFailed:
-        raise SystemExit(
-            f"{case.name}: a launch failed inside a CUDA graph; tables written so far "
-            "hold, start again with the operations after it"
-        ) from None
+        ready = timer.watch(case.contenders["ours"](case.inputs()), "cuda")
+    except Exception as error:
+        check_device("cuda", error)
+        return None
+    return timer.in_turns({"ours": ready}, ROUNDS)["ours"].median
 
 
-def about(torch) -> dict:
+# ----------------------------------------------------------------------------------------- writing
+
+
+def write_tables(changed: set[str], folder: Path) -> None:
+    """The tables that tuning has changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(changed):
+        path = folder / f"{name}.json"
+        path.write_text(render(tuning.table(name) | {"tuned": about()}))
+        print(f"written: {path}", flush=True)
+
+
+def about() -> dict[str, str]:
     """Where the table comes from."""
     import triton
 
@@ -163,18 +201,19 @@ def about(torch) -> dict:
 
 def render(table: dict) -> str:
     """JSON with one configuration a line."""
-    lines = [f' "tuned": {json.dumps(table["tuned"])}']
-    for arch in sorted(k for k in table if k != "tuned"):
-        kernels = [
-            f"  {json.dumps(kernel)}: {{\n"
-            + ",\n".join(
-                f"   {json.dumps(size)}: {json.dumps(config)}" for size, config in rows.items()
-            )
-            + "\n  }"
-            for kernel, rows in table[arch].items()
-        ]
-        lines.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(kernels) + "\n }")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    parts = [f' "tuned": {json.dumps(table["tuned"])}']
+    for arch in sorted(table.keys() - {"tuned"}):
+        kernels = [render_kernel(name, rows) for name, rows in table[arch].items()]
+        joined = ",\n".join(kernels)
+        parts.append(f" {json.dumps(arch)}: {{\n{joined}\n }}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def render_kernel(name: str, rows: dict[str, Config]) -> str:
+    """The configurations of a kernel."""
+    lines = [f"   {json.dumps(size)}: {json.dumps(config)}" for size, config in rows.items()]
+    joined = ",\n".join(lines)
+    return f"  {json.dumps(name)}: {{\n{joined}\n  }}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from heptapod_fast.config.settings import Settings, at_least, between, flag, setting
-from heptapod_fast.data.cache_format import Cache, open_cache, refuse_other
+from heptapod_fast.data.cache.format import Cache, open_cache, refuse_other
 from heptapod_fast.tokenizers import DEFAULT_CODES, PRETRAINED, TokenSpec, token_spec
 
 EMBEDDED = ("logograms", "synthetic")

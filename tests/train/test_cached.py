@@ -9,7 +9,7 @@ import torch
 import zarr
 
 from heptapod_fast import Config, load_run
-from heptapod_fast.data.cache_format import CacheError, open_cache
+from heptapod_fast.data.cache.format import CacheError, open_cache
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunError
 from heptapod_fast.tokenizers import KL16, load_tokenizer

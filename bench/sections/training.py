@@ -1,0 +1,207 @@
+"""Whole training steps on synthetic tokens: with the kernels, and by plain PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench import timer
+from bench.measuring import reason
+from bench.roofline import Ceilings
+from bench.sections.work import Row, Work
+from heptapod_fast.train import memory
+from heptapod_fast.train.metrics import peak_flops
+
+if TYPE_CHECKING:
+    from bench.steps import Step
+
+BATCH = {"B": 128, "L": 128, "H": 64}
+ROUNDS = 12
+PROFILED_STEPS = 3
+KERNELS_KEPT, KERNELS_SHOWN = 40, 25
+OURS = dict(kernels="triton", attention="triton")
+PLAIN = dict(kernels="reference", attention="sdpa", adamw_ema="reference")
+LATENTS = dict(tokenizer="kl16", dropout=0.0)
+HEAD = ["configuration", "batch", "images/s", "quartiles", "TFLOP/s", "MFU", "GB", "estimated"]
+
+
+class Training:
+    """Sections of training steps have the same code and the same table."""
+
+    code = ("bench/steps.py", "bench/sections/training.py")
+
+    def table(self, rows: list[Row], ceilings: Ceilings) -> list[str]:
+        """See Section.table."""
+        found = ["| " + " | ".join(HEAD) + " |", "|---|---:|---:|---|---:|---:|---:|---:|"]
+        found += [line(row) for row in rows]
+        for row in rows:
+            if row.get("kernels"):
+                found += kernel_table(row)
+        return found
+
+
+@dataclass(frozen=True)
+class Steps(Training):
+    """With the kernels. size: "B", "L" or "H"."""
+
+    size: str
+
+    @property
+    def name(self) -> str:
+        """step-B."""
+        return f"step-{self.size}"
+
+    @property
+    def about(self) -> str:
+        """One line."""
+        return f"Training steps of size {self.size}, kernels on."
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """{name: flags}"""
+        found = {
+            "latents, dropout 0.1": LATENTS | dict(dropout=0.1),
+            "latents, dropout 0": LATENTS,
+        }
+        if self.size == "B":
+            found["codes, dropout 0.1"] = dict(tokenizer="vq16", dropout=0.1)
+        return found
+
+    def measure(self, work: Work) -> None:
+        """See Section.measure."""
+        for name, settings in self.variants().items():
+            case = f"{self.size}, {name}"
+            if work.wants(case):
+                is_profiled = settings["dropout"] > 0
+                step = synthetic_step(self.size, "cuda", BATCH[self.size], settings | OURS)
+                work.emit(measured(case, step, is_profiled))
+
+
+@dataclass(frozen=True)
+class Baseline(Training):
+    """The same step by plain PyTorch: eager, and torch.compile of backbone, head and MLP."""
+
+    size: str
+
+    @property
+    def name(self) -> str:
+        """baseline-B."""
+        return f"baseline-{self.size}"
+
+    @property
+    def about(self) -> str:
+        """One line."""
+        return f"The step of size {self.size} by plain PyTorch, eager and compiled."
+
+    def measure(self, work: Work) -> None:
+        """See Section.measure. Memory, or a graph that cannot be compiled, is a row too."""
+        for how in ("eager", "compiled"):
+            case = f"{self.size}, reference, {how}, latents, dropout 0"
+            if not work.wants(case):
+                continue
+            try:
+                step = synthetic_step(self.size, "cuda", BATCH[self.size], LATENTS | PLAIN)
+                if how == "compiled":
+                    compile_parts(step)
+                work.emit(measured(case, step))
+            except Exception as error:
+                work.emit({"case": case, "failed": reason(error)})
+
+
+def synthetic_step(size: str, device: str, batch: int, settings: dict[str, Any]) -> Step:
+    """A step of one micro-batch."""
+    # Training needs more packages than operations do: where one is missing, only steps must fail.
+    from bench.steps import prepared_step
+
+    gc.collect()  # the last step's tensors
+    return prepared_step(size, device, data="synthetic", batch=batch, micro_batch=batch, **settings)
+
+
+def compile_parts(step: Step) -> None:
+    """torch.compile with static shapes of what is worth it."""
+    system = step.session.system
+    for part in (system.backbone, system.head):
+        part.compile(dynamic=False)
+    system.token_loss.net = torch.compile(system.token_loss.net, dynamic=False)
+
+
+def measured(case: str, step: Step, is_profiled: bool = False) -> Row:
+    """images/s, TFLOP/s, MFU and memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.monotonic()
+    step.call()
+    torch.cuda.synchronize()
+    first = time.monotonic() - begin
+    watches = {case: timer.WallWatch(step.call, "cuda")}
+    timing = timer.in_turns(watches, ROUNDS)[case]
+    low, high = timing.quartiles
+    config, system = step.session.config, step.session.system
+    peak = peak_flops(step.session.world.device)
+    estimate = memory.estimate(config, system, step.session.split.micro_batch)
+    row = {
+        "case": case,
+        "batch": step.batch,
+        "images_per_second": round(step.batch / timing.median, 1),
+        "quartiles": [round(step.batch / high, 1), round(step.batch / low, 1)],
+        "tflops": round(step.flops / timing.median / 1e12, 1),
+        "mfu": round(step.flops / timing.median / peak, 4) if peak else None,
+        "memory_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "estimated_GB": round(estimate.total / 1e9, 2),
+        "first_step_seconds": round(first, 1),
+        "operators": [text for text in step.lines if text.startswith("operator")],
+    }
+    if is_profiled:
+        row["kernels"] = kernel_times(step.call)
+    return row
+
+
+def kernel_times(call: timer.Call) -> list[Row]:
+    """Device time per step of everything together, and of the longest kernels."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(PROFILED_STEPS):
+            call()
+        torch.cuda.synchronize()
+    # The loop's own ranges appear on the device too and would count everything twice.
+    cuda = torch.autograd.DeviceType.CUDA
+    found = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == cuda and not event.is_user_annotation
+    ]
+    found.sort(key=lambda event: event.self_device_time_total, reverse=True)
+    total = sum(event.self_device_time_total for event in found)
+    rows = [{"kernel": "all", "us": round(total / PROFILED_STEPS, 1), "calls": 0}]
+    for event in found[:KERNELS_KEPT]:
+        rows.append(
+            {
+                "kernel": event.key[:120],
+                "us": round(event.self_device_time_total / PROFILED_STEPS, 1),
+                "calls": round(event.count / PROFILED_STEPS, 1),
+            }
+        )
+    return rows
+
+
+def line(row: Row) -> str:
+    """One configuration."""
+    if "failed" in row:
+        return f"| {row['case']} | | failed: {row['failed'][:120]} | | | | | |"
+    mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+    low, high = row["quartiles"]
+    return (
+        f"| {row['case']} | {row['batch']} | {row['images_per_second']} | {low} to {high} | "
+        f"{row['tflops']} | {mfu} | {row['memory_GB']} | {row['estimated_GB']} |"
+    )
+
+
+def kernel_table(row: Row) -> list[str]:
+    """The kernels of a step that was profiled."""
+    head = ["", f"Device time of one step, {row['case']}:", ""]
+    head += ["| kernel | us | calls |", "|---|---:|---:|"]
+    shown = row["kernels"][:KERNELS_SHOWN]
+    return head + [f"| `{k['kernel'][:90]}` | {k['us']} | {k['calls']} |" for k in shown]
