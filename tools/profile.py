@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,21 @@ PHASES = ("data", "forward", "backward", "optimizer")
 OPERATORS_SHOWN = 25
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Own:
-    """Flags of this tool alone."""
+    """Profile training steps; takes every flag of tools/train.py."""
 
-    profile_steps: int = field(
-        default=10, metadata={"help": "Steps that are measured, after as many unmeasured ones."}
-    )
-    op: str | None = field(
-        default=None,
-        metadata={
-            "help": "Profile one operation at the shapes of its benchmark, not training steps."
-        },
-    )
-    profile_out: str = field(
-        default="profile", metadata={"help": "Folder for trace.json and profile.md."}
-    )
+    profile_steps: int = 10
+    """Steps that are measured, after as many unmeasured ones."""
+    op: str | None = None
+    """Profile one operation at the shapes of its benchmark, not training steps."""
+    profile_out: str = "profile"
+    """Folder for trace.json and profile.md."""
 
 
 def work() -> int:
     """Build the run without resuming anything, warm up, measure."""
-    arguments, config = parse_training(
-        Own, "Profile training steps; takes every flag of tools/train.py."
-    )
+    arguments, config = parse_training(Own)
     if arguments.profile_steps < 1:
         raise ValueError(f"--profile-steps {arguments.profile_steps}: expected at least 1")
     out = Path(arguments.profile_out)
