@@ -58,7 +58,7 @@ def test_files_that_cannot_grow_fail_clearly_and_keep_what_is_there(tmp_path):
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=120,
+        timeout=600,
         preexec_fn=limit_files(100_000),
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
