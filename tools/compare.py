@@ -139,14 +139,15 @@ def differences(before: Path, after: Path) -> Iterator[str]:
         elif (before / name).read_bytes() != (after / name).read_bytes():
             yield str(name)
     arrays = {path.name for folder in (before, after) for path in folder.glob("*.npz")}
-    for name in sorted(arrays):
-        if not (before / name).exists() or not (after / name).exists():
-            yield f"{name} is missing"
+    for array in sorted(arrays):
+        if not (before / array).exists() or not (after / array).exists():
+            yield f"{array} is missing"
             continue
-        old, new = np.load(before / name), np.load(after / name)
+        old = np.load(before / array)
+        new = np.load(after / array)
         same_names = sorted(old) == sorted(new)
         if not same_names or any(not np.array_equal(old[key], new[key]) for key in old):
-            yield name
+            yield array
 
 
 def records(path: Path) -> list[dict]:

@@ -88,7 +88,7 @@ def _check_cache(config: Config, cache: Cache) -> None:
             f"--flip: {cache.path} was made without --flip, it has no mirrored images: train with "
             "--no-flip, or build it anew with --flip"
         )
-    if data.tokenizer == "patch-vq" and data.tokenizer_weights is not None:
+    if cache.tokenizer.has_codebook and data.tokenizer_weights is not None:
         raise CacheError(
             f"--tokenizer-weights {data.tokenizer_weights}: {cache.path} has its own codebook; "
             "leave --tokenizer-weights out"

@@ -12,7 +12,7 @@ from heptapod_fast.data.cache.format import CODEBOOK, Cache
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.storage import write_json
-from heptapod_fast.tokenizers import PRETRAINED, PatchVQ, Pretrained, Tokenizer, load_tokenizer
+from heptapod_fast.tokenizers import FITTED, PRETRAINED, Pretrained, Tokenizer, load_tokenizer
 
 
 def open_tokenizer(
@@ -44,8 +44,8 @@ def open_tokenizer(
         if cache is not None:
             return _pretrained_of_cache(config, cache, sizes)
         return _pretrained_of_run(config, run, sizes, is_new=images is not None)
-    if data.tokenizer == "patch":
-        return load_tokenizer("patch", **sizes)
+    if data.tokenizer not in FITTED:
+        return load_tokenizer(data.tokenizer, **sizes)
     return _fitted(config, run, sizes | {"codes": data.codes}, images, progress, cache)
 
 
@@ -69,7 +69,7 @@ def _fitted(
     elif images is None:
         return None
     else:
-        tokenizer = PatchVQ.fit(
+        tokenizer = FITTED[data.tokenizer].fit(
             images,
             data.image_size,
             data.patch_size,
