@@ -73,7 +73,9 @@ def cut(z, weight, bias, target):
     try:
         from cut_cross_entropy import linear_cross_entropy as function
     except ImportError as error:
-        raise Missing("cut-cross-entropy is not installed: pip install cut-cross-entropy") from error
+        raise Missing(
+            "cut-cross-entropy is not installed: pip install cut-cross-entropy"
+        ) from error
     return function(z, weight.to(z.dtype), target, bias=bias.to(z.dtype), reduction="sum")
 
 

@@ -9,7 +9,6 @@ synthetic tokens. `bench/gpu.py` measures more on a GPU: sizes L and H, plain Py
 
 import functools
 
-
 from bench import harness
 from bench.case import Case
 from bench.steps import prepared_step

@@ -12,9 +12,7 @@ def pytest_generate_tests(metafunc):
     if cases is None:
         return
     listed = [
-        (case, contender)
-        for case in cases(harness.device_here())
-        for contender in case.contenders
+        (case, contender) for case in cases(harness.device_here()) for contender in case.contenders
     ]
     names = [harness.entry_name(case, contender) for case, contender in listed]
     metafunc.parametrize(("case", "contender"), listed, ids=names)

@@ -108,7 +108,9 @@ def rows_of(case: Case, results: list[Result]) -> list[dict]:
     """The contenders of a case that ran, as a results file stores them."""
     ours = figures.timing_of_ours(results)
     return [
-        figures.row(f"{case.operation}: {entry_name(case, each.contender)}", case, each.timing, ours)
+        figures.row(
+            f"{case.operation}: {entry_name(case, each.contender)}", case, each.timing, ours
+        )
         for each in results
         if each.timing is not None
     ]

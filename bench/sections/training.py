@@ -117,9 +117,7 @@ def synthetic_step(size: str, device: str, batch: int, settings: dict[str, Any])
     from bench.steps import prepared_step
 
     gc.collect()  # the last step's tensors
-    return prepared_step(
-        size, device, data="synthetic", batch=batch, micro_batch=batch, **settings
-    )
+    return prepared_step(size, device, data="synthetic", batch=batch, micro_batch=batch, **settings)
 
 
 def compile_parts(step: Step) -> None:
