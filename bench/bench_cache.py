@@ -33,11 +33,11 @@ from bench.bench_decode import (  # noqa: E402
     describe,
     write_pictures,
 )
-from heptapod_fast.data.cache_check import problems  # noqa: E402
-from heptapod_fast.data.cache_format import open_cache  # noqa: E402
-from heptapod_fast.data.cache_plan import Plan  # noqa: E402
-from heptapod_fast.data.cache_site import claim  # noqa: E402
-from heptapod_fast.data.cache_writer import Builder  # noqa: E402
+from heptapod_fast.data.cache.builder import Builder  # noqa: E402
+from heptapod_fast.data.cache.check import find_damage  # noqa: E402
+from heptapod_fast.data.cache.format import open_cache  # noqa: E402
+from heptapod_fast.data.cache.plan import Plan  # noqa: E402
+from heptapod_fast.data.cache.site import Site, lock_cache  # noqa: E402
 from heptapod_fast.data.decoding import open_decoder  # noqa: E402
 from heptapod_fast.data.files import find_images  # noqa: E402
 from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
@@ -79,14 +79,15 @@ def measure(
         shard_rows=8192,
         max_broken=0,
     )
-    with tempfile.TemporaryDirectory() as out, claim(Path(out) / "c.zarr"):
-        builder = Builder(Path(out) / "c.zarr", plan, threads)
+    with tempfile.TemporaryDirectory() as out, lock_cache(Path(out) / "c.zarr"):
+        site = Site(Path(out) / "c.zarr", plan)
+        builder = Builder(site, threads)
         # Once, and no call of the timer: a cache can be built only once.
         begin = time.perf_counter()
-        builder.begin()
-        builder.build(builder.missing(), progress)
+        site.begin()
+        builder.build(site.missing(), progress)
         built = time.perf_counter() - begin
-        stored = builder.finish().nbytes
+        stored = site.finish().nbytes
     total = sum(builder.seconds.values())
     waited = {
         f"waited for {part}": f"{seconds / total:.1%}" for part, seconds in builder.seconds.items()
@@ -126,9 +127,9 @@ def verifying(samples: int) -> dict:
         made = Made(Path(folder), values, np.arange(samples) % CLASSES)
         write_cache(made, 8192)
         cache = open_cache(made.places["cache"])
-        wrong = problems(cache)
+        wrong = find_damage(cache)
         assert not wrong, wrong
-        watches = {"verifying": timer.WallWatch(functools.partial(problems, cache))}
+        watches = {"verifying": timer.WallWatch(functools.partial(find_damage, cache))}
         seconds = timer.in_turns(watches, rounds=3)["verifying"].median
         return {
             "images/s": round(samples / seconds, 1),

@@ -21,15 +21,8 @@ import torch
 from bench import harness
 from bench.case import Case, compiled, fastest
 from heptapod_fast.ops import philox
-from heptapod_fast.ops.diffusion_loss import (
-    STEPS,
-    add_noise,
-    cosine_betas,
-    diffusion_inputs,
-    diffusion_loss,
-    row_losses,
-    schedule_tables,
-)
+from heptapod_fast.ops.diffusion_loss import diffusion_inputs, diffusion_loss, row_losses
+from heptapod_fast.ops.diffusion_schedule import STEPS, add_noise, cosine_betas, schedule_tables
 
 # Tokens of a micro-batch with a loss, channels of a token, repeats.
 SHAPES = {

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from heptapod_fast.data import cache as reading
-from heptapod_fast.data.cache import CacheTokens
-from heptapod_fast.data.cache_format import open_cache
-from heptapod_fast.data.cache_plan import Plan
-from heptapod_fast.data.cache_site import claim
-from heptapod_fast.data.cache_writer import Builder
-from heptapod_fast.tokenizers import token_spec
+from heptapod_fast.data.cache import reader as reading
+from heptapod_fast.data.cache.builder import Builder
+from heptapod_fast.data.cache.format import open_cache
+from heptapod_fast.data.cache.plan import Plan
+from heptapod_fast.data.cache.reader import CacheTokens
+from heptapod_fast.data.cache.site import Site, lock_cache
+from heptapod_fast.tokenizers import KL16, token_spec
 
 WINDOW = 8  # shards
 BATCH, CLASSES, SEED = 256, 100, 0
@@ -63,16 +63,16 @@ class Made:
 class _Given(Builder):
     """Writes a cache as tools/cache.py does, but of moments that are there already."""
 
-    def __init__(self, path: Path, plan: Plan, values: np.ndarray) -> None:
-        super().__init__(path, plan)
+    def __init__(self, site: Site, values: np.ndarray) -> None:
+        super().__init__(site)
         self._values = values
 
     def _decoded(self, sources):
-        yield 0, sources, [None] * len(sources)
+        yield SimpleNamespace(at=0, reasons=[None] * len(sources))
 
-    def _encode(self, images, good, arrays, at, sources):
+    def _encode(self, batch, shard):
         for number, name in enumerate(("mean", "std")):
-            arrays[name][:] = self._values[sources, :, number]
+            shard.arrays[name][:] = self._values[shard.sources, :, number]
 
 
 def write_cache(made: Made, shard_rows: int) -> None:
@@ -87,6 +87,8 @@ def write_cache(made: Made, shard_rows: int) -> None:
         image_size=256,
         device=torch.device("cpu"),
         describe=lambda: about,
+        stored_arrays=KL16.stored_arrays,
+        has_codebook=False,
     )
     plan = Plan(
         made.folder,
@@ -100,11 +102,11 @@ def write_cache(made: Made, shard_rows: int) -> None:
         shard_rows=shard_rows,
         max_broken=0,
     )
-    with claim(made.places["cache"]):
-        builder = _Given(made.places["cache"], plan, made.values)
-        builder.begin()
-        builder.build(builder.missing())
-        builder.finish()
+    with lock_cache(made.places["cache"]):
+        site = Site(made.places["cache"], plan)
+        site.begin()
+        _Given(site, made.values).build(site.missing())
+        site.finish()
 
 
 def write_npz(made: Made) -> None:

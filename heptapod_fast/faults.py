@@ -1,7 +1,8 @@
 """Faults on request, so that tests can show what survives them. Nothing happens by default.
 
 HEPTAPOD_FAULT="ACTION@POINT" acts once, where the program passes POINT:
-    actions  kill9: the process dies at once; sleep: it waits for a minute (or to be killed)
+    actions  kill9: the process dies at once; sleep: it waits for a minute (or to be killed); wait:
+             it waits for a signal, and goes on when its handler has run
     points   step=N: gradients of step N are there, the update is not; and while the checkpoint of
              step N is written: files=N: tensors written, manifest=N: all but the new name,
              rename=N: committed, older ones not yet removed; while a cache is built: shard=N: the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 
@@ -25,3 +27,17 @@ def point(name: str) -> None:
     elif action == "sleep":
         print(f"sleeping at {name}", flush=True)
         time.sleep(60)
+    elif action == "wait":
+        _wait_for_a_signal(f"waiting at {name}")
+
+
+def _wait_for_a_signal(announcement: str) -> None:
+    """Whichever thread of the process gets it, and also if it comes at once."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno())
+    print(announcement, flush=True)
+    reader.recv(1)
+    signal.set_wakeup_fd(before)
+    reader.close()
+    writer.close()

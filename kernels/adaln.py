@@ -20,7 +20,7 @@ from torch import Tensor
 from heptapod_fast.kernels import tuning
 from heptapod_fast.kernels.columns import column_sum
 from heptapod_fast.kernels.memory import load_float32, store_rounded
-from heptapod_fast.ops.adaln import Sums
+from heptapod_fast.ops.adaln_sums import Sums
 
 SUMS = Sums._fields  # the order in which the backward pass writes its sums over rows
 

@@ -30,7 +30,7 @@ from heptapod_fast.kernels.randomness import (
     signed,
     sum_repeats,
 )
-from heptapod_fast.ops.diffusion_loss import TABLES
+from heptapod_fast.ops.diffusion_schedule import TABLES
 
 # Keys and T may change without another compilation.
 FREE = ["time0", "time1", "noise0", "noise1", "steps"]

@@ -21,53 +21,23 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from heptapod_fast.kernels import offline_figures
+from heptapod_fast.kernels import offline_cases, offline_figures
+from heptapod_fast.kernels.offline_case import ARCHITECTURES, Case
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel in one configuration, as the launcher would call it.
-
-    types: argument -> "*bf16", "i32", "fp32"...; arguments that are None at the launch belong into
-    constexprs. unaligned: pointers and integers that are not divisible by 16. tensor_cores: whether
-    matrix instructions must appear, on sm_90 HGMMA and no more than `hmma` of the older HMMA.
-    spill: bytes of stack that are accepted, with the reason in `why`. ctas: how many programs must
-    fit on an SM of sm_90 at once.
-    """
-
-    name: str
-    kernel: object
-    types: dict[str, str]
-    constexprs: dict
-    options: dict[str, int]
-    unaligned: tuple[str, ...] = ()
-    tensor_cores: bool = False
-    spill: int = 0
-    why: str = ""
-    hmma: int = 0
-    ctas: int = 1
-    only: tuple[str, ...] = field(default=ARCHITECTURES)
 
 
 def modules() -> tuple[str, ...]:
     """Names of the kernel modules, in the order of the table."""
-    from heptapod_fast.kernels.offline_cases import BY_MODULE
-
-    return tuple(sorted(BY_MODULE))
+    return tuple(sorted(offline_cases.BY_MODULE))
 
 
 def cases(arch: str, chosen: Sequence[str] = ()) -> Iterator[Case]:
     """Every case of the chosen kernel modules (none: of all), for one architecture."""
-    from heptapod_fast.kernels.offline_cases import BY_MODULE
-
     for module in chosen or modules():
-        for case in BY_MODULE[module](arch):
+        for case in offline_cases.BY_MODULE[module](arch):
             if arch in case.only:
                 yield case
 

@@ -26,7 +26,7 @@ from heptapod_fast.kernels import (
     linear_cross_entropy,
     tuning,
 )
-from heptapod_fast.kernels.offline import Case
+from heptapod_fast.kernels.offline_case import Case
 from heptapod_fast.kernels.randomness import noise_block
 from heptapod_fast.ops.masks import HEAD_WIDTHS
 

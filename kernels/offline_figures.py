@@ -20,7 +20,7 @@ def key(case, arch: str) -> str:
     """Architecture, name and Triton's version in words; the rest as a hash.
 
     The rest: options, types, constexprs, what is unaligned, and the source of the kernel. case: an
-    `offline.Case`.
+    `offline_case.Case`.
     """
     import triton
 

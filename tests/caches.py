@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from heptapod_fast.data.cache_format import MANIFEST, seal
-from heptapod_fast.data.cache_plan import Plan
-from heptapod_fast.data.cache_writer import build_cache
+from heptapod_fast.data.cache.builder import build_cache
+from heptapod_fast.data.cache.format import MANIFEST, seal
+from heptapod_fast.data.cache.plan import Plan
 from heptapod_fast.data.decoding import PillowDecoder
 from heptapod_fast.data.files import find_images
 from heptapod_fast.storage import checksum

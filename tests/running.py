@@ -178,7 +178,7 @@ def start(tool: str, *words, launcher=(sys.executable,), **extra) -> subprocess.
     )
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> Result:
+def finish(process: subprocess.Popen, seconds: float = 600) -> Result:
     """Wait for a process of `start`."""
     out, _ = process.communicate(timeout=seconds)
     return Result(process.returncode, out, out)

@@ -124,8 +124,10 @@ def test_never_zero_valid_checkpoints(tmp_path):
     done, seen = threading.Event(), []
 
     def watch():
-        while not done.is_set():
+        while True:
             seen.append(len(listed(tmp_path)))
+            if done.is_set():
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -133,7 +135,7 @@ def test_never_zero_valid_checkpoints(tmp_path):
         save(tmp_path, step, keep=1, size=1000)
     done.set()
     watcher.join()
-    assert len(seen) > 10 and min(seen) >= 1
+    assert min(seen) >= 1
 
 
 def test_retention_comes_after_the_commit(tmp_path, monkeypatch):
@@ -232,8 +234,8 @@ def test_a_failed_write_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
 
 
 def test_saving_a_step_again_keeps_what_is_there(tmp_path):
-    before = (save(tmp_path, 1) / "MANIFEST.json").stat().st_mtime_ns
-    assert (save(tmp_path, 1) / "MANIFEST.json").stat().st_mtime_ns == before
+    manifest = (save(tmp_path, 1, size=4) / "MANIFEST.json").read_bytes()
+    assert (save(tmp_path, 1, size=5) / "MANIFEST.json").read_bytes() == manifest
 
 
 def test_there_is_no_pickle_anywhere():

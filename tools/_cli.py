@@ -159,9 +159,10 @@ def main(work: Callable[[], int | None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
+        why = str(error).split("\n")[0][:200] or type(error).__name__
         print(
-            f"error: out of memory ({str(error).splitlines()[0][:200]}): lower --micro-batch or "
-            "--batch, or choose a smaller --size",
+            f"error: out of memory ({why}): lower --micro-batch or --batch, or choose a smaller "
+            "--size",
             file=sys.stderr,
         )
         code = 1

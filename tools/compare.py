@@ -94,7 +94,12 @@ def run(checkout: Path, python: Path, arguments: list[str], ranks: int = 1) -> N
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
     # One thread each: how a sum is spread over threads changes its rounding.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        # The checkout's own code, whichever one the interpreter has installed.
+        "PYTHONPATH": str(checkout),
+    }
     done = subprocess.run(
         [*command, *arguments],
         cwd=checkout,
@@ -133,11 +138,16 @@ def differences(before: Path, after: Path) -> Iterator[str]:
             yield f"{name} is missing"
         elif (before / name).read_bytes() != (after / name).read_bytes():
             yield str(name)
-    for path in sorted(before.glob("*.npz")):
-        old = np.load(path)
-        new = np.load(after / path.name)
-        if any(not np.array_equal(old[key], new[key]) for key in old):
-            yield path.name
+    arrays = {path.name for folder in (before, after) for path in folder.glob("*.npz")}
+    for array in sorted(arrays):
+        if not (before / array).exists() or not (after / array).exists():
+            yield f"{array} is missing"
+            continue
+        old = np.load(before / array)
+        new = np.load(after / array)
+        same_names = sorted(old) == sorted(new)
+        if not same_names or any(not np.array_equal(old[key], new[key]) for key in old):
+            yield array
 
 
 def records(path: Path) -> list[dict]:

@@ -5,9 +5,20 @@ Exit code 1 on damage.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from _cli import main, parse, tyro
+
+from heptapod_fast import checkpoints
+from heptapod_fast.checkpoints import Checkpoint
+from heptapod_fast.config import Config, is_cache
+from heptapod_fast.data.cache import Cache, open_cache
+from heptapod_fast.data.cache.check import find_damage
+from heptapod_fast.progress import Progress
+from heptapod_fast.runs import RunDir
+from heptapod_fast.runs.tokenizer import saved_tokenizer
+from heptapod_fast.train.records import read_metrics
 
 
 @dataclass(frozen=True)
@@ -22,72 +33,83 @@ class Arguments:
 def work() -> int:
     """Say what was checked and what is wrong."""
     path = parse(Arguments).path
-    from heptapod_fast.config import is_cache
+    is_whole = verify_cache(path) if is_cache(path) else verify_run(path)
+    return 0 if is_whole else 1
 
-    return cache(path) if is_cache(path) else run(path)
+
+# ----------------------------------------------------------------------------------------- a cache
 
 
-def cache(path: str) -> int:
-    """Check a cache of tokens."""
-    from heptapod_fast.data.cache_check import problems
-    from heptapod_fast.data.cache_format import open_cache
-    from heptapod_fast.progress import Progress
-
-    opened = open_cache(path, look=False)
-    about, left_out = opened.manifest, opened.manifest["quarantine"]
-    print(
-        f"manifest.json: {opened.rows - len(left_out):,} images, {opened.views} view"
-        f"{'s' * (opened.views > 1)}, "
-        f"{len(opened.class_names)} classes, {about['tokenizer']['tokenizer']} at "
-        f"{about['tokenizer']['image_size']} px, {opened.nbytes / 1e6:,.1f} MB, "
-        f"shards: {opened.shards}"
-    )
-    for entry in left_out:
-        print(f"left out: {entry['path']}: {entry['reason']}")
-    wrong = problems(opened, Progress("verifying", "shards"))
+def verify_cache(path: str) -> bool:
+    """Check a cache of tokens; says whether it is whole."""
+    cache = open_cache(path, look=False)
+    describe_cache(cache)
+    wrong = find_damage(cache, Progress("verifying", "shards"))
     for text in wrong:
         print(f"damaged: {text}")
+    if wrong:
+        print(f"{path}: {len(wrong)} problems")
+    else:
+        print(f"{path}: whole, {len(cache.manifest['files'])} files as they were written")
+    return not wrong
+
+
+def describe_cache(cache: Cache) -> None:
+    """What a manifest says of its cache."""
+    about = cache.manifest["tokenizer"]
+    left_out = cache.manifest["quarantine"]
     print(
-        f"{path}: "
-        + (
-            f"{len(wrong)} problems"
-            if wrong
-            else f"whole, {len(about['files'])} files as they were written"
-        )
+        f"manifest.json: {cache.rows - len(left_out):,} images, {cache.views} view"
+        f"{'s' * (cache.views > 1)}, {len(cache.class_names)} classes, {about['tokenizer']} at "
+        f"{about['image_size']} px, {cache.nbytes / 1e6:,.1f} MB, shards: {cache.shards}"
     )
-    return int(bool(wrong))
+    for hardware, shards in Counter(cache.hardware).items():
+        print(f"encoded on: {hardware or 'not recorded'}, shards: {shards}")
+    for entry in left_out:
+        print(f"left out: {entry['path']}: {entry['reason']}")
 
 
-def run(path: str) -> int:
-    """Check a run directory."""
-    from heptapod_fast.runs import RunDir, saved_tokenizer
-    from heptapod_fast.train.checkpoint import listed, load, problems
-    from heptapod_fast.train.metrics import read_metrics
+# ------------------------------------------------------------------------------------------- a run
 
-    directory = RunDir(path)
-    config, bad = directory.read_config(), 0
-    print(f"config.json: {config.system} {config.size} on {config.data}")
-    if directory.metrics.exists():
-        print(f"metrics.jsonl: {len(read_metrics(directory.metrics)):,} records")
-    found, good = listed(directory.checkpoints), []
-    for path in found:
-        wrong = problems(path)
-        bad += bool(wrong)
-        good += [] if wrong else [path]
-        print(
-            f"{path.name}: "
-            + ("; ".join(wrong) if wrong else f"whole, {load(path).state['images']:,} images")
-        )
+
+def verify_run(path: str) -> bool:
+    """Check a run directory; says whether it is whole."""
+    run = RunDir(path)
+    config = run.read_config()
+    print(f"config.json: {config.system} {config.size} on {config.data.data}")
+    if run.metrics.exists():
+        print(f"metrics.jsonl: {len(read_metrics(run.metrics)):,} records")
+    found = checkpoints.listed(run.checkpoints)
     if not found:
         print("no checkpoints")
-    if good:
-        try:
-            tokenizer = saved_tokenizer(config, directory, load(good[-1]))
-            name = "none" if tokenizer is None else tokenizer.spec.name
-            print(f"tokenizer: {name}, as in {good[-1].name}")
-        except FileNotFoundError as error:  # of kl16 and vq16, which lie outside of the run
-            print(f"tokenizer: not checked, {error}")
-    return int(bad > 0 or not found)
+        return False
+    whole = []
+    for folder in found:
+        wrong = checkpoints.damage(folder)
+        if wrong:
+            print(f"{folder.name}: {'; '.join(wrong)}")
+            continue
+        checkpoint = checkpoints.load(folder)
+        print(f"{folder.name}: whole, {checkpoint.state['images']:,} images")
+        whole.append(checkpoint)
+    if whole:
+        verify_tokenizer(config, run, whole[-1])
+    return len(whole) == len(found)
+
+
+def verify_tokenizer(config: Config, run: RunDir, checkpoint: Checkpoint) -> None:
+    """Check that the tokenizer is the one that a checkpoint was trained with.
+
+    Raises:
+        RunError: it is another one.
+    """
+    try:
+        tokenizer = saved_tokenizer(config, run, checkpoint)
+    except FileNotFoundError as error:  # of kl16 and vq16, whose weights lie outside of the run
+        print(f"tokenizer: not checked, {error}")
+        return
+    name = "none" if tokenizer is None else tokenizer.spec.name
+    print(f"tokenizer: {name}, as in {checkpoint.path.name}")
 
 
 if __name__ == "__main__":

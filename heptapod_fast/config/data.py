@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from heptapod_fast.config.settings import Settings, at_least, between, flag, setting
-from heptapod_fast.data.cache_format import Cache, open_cache, refuse_other
-from heptapod_fast.tokenizers import DEFAULT_CODES, PRETRAINED, TokenSpec, token_spec
+from heptapod_fast.data.cache.format import Cache, open_cache, refuse_other
+from heptapod_fast.tokenizers import DEFAULT_CODES, FITTED, PRETRAINED, TokenSpec, token_spec
 
 EMBEDDED = ("logograms", "synthetic")
 LOGOGRAM_COUNT = 50_000
@@ -101,7 +101,7 @@ class DataSettings(Settings):
     def _following_cache(self) -> DataSettings:
         """What a cache was made with is not asked again; whether it fits is checked in the end."""
         follows = ["tokenizer", "image_size", "patch_size", "flip"]
-        if self.tokenizer in (None, "patch-vq"):
+        if self.tokenizer is None or self.tokenizer in FITTED:
             follows.append("codes")
         missing = [name for name in follows if getattr(self, name) is None]
         if not missing:
@@ -118,10 +118,11 @@ class DataSettings(Settings):
         if patch_size is None:
             is_large = self.tokenizer in PRETRAINED or self.image_size >= 128
             patch_size = 16 if is_large else 4
-        if codes is None and self.tokenizer == "patch-vq":
+        if codes is None and self.tokenizer in FITTED:
             codes = DEFAULT_CODES
-        if self.tokenizer == "patch":
-            self.refuse(("tokenizer_weights",), "given, but --tokenizer patch has no weights")
+        if self.tokenizer not in PRETRAINED and self.tokenizer not in FITTED:
+            why = f"given, but --tokenizer {self.tokenizer} has no weights"
+            self.refuse(("tokenizer_weights",), why)
         token_spec(self.tokenizer, self.image_size, patch_size, codes)
         return replace(self, patch_size=patch_size, codes=codes)
 

@@ -15,7 +15,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ def setting(
     return dataclasses.field(
         default=default, metadata={"help": help, "rule": rule, "may_change": may_change}
     )
+
+
+def given(value: Given | None, name: str) -> Given:
+    """A setting that `resolve` fills, for those who need it there; ValueError names its flag where
+    nobody has resolved the configuration."""
+    if value is None:
+        raise ValueError(f"{flag(name)} is not decided: resolve the configuration first")
+    return value
 
 
 def flag(name: str) -> str:

@@ -1,37 +1,24 @@
 """Images and tokens: where training samples come from and in which order.
 
-Names are imported when they are asked for: training on tokens needs no image library.
+Caches of tokens are in `heptapod_fast.data.cache`. Image libraries are imported where they are
+used: training on tokens needs none.
 """
 
-from __future__ import annotations
+from heptapod_fast.data.images import ImageFolder
+from heptapod_fast.data.logograms import Logograms, logogram_classes, write_folder
+from heptapod_fast.data.order import sample_ids
+from heptapod_fast.data.sources import ImageSource
+from heptapod_fast.data.tokens import Batch, SyntheticTokens, TokenizedImages, TokenSource
 
-import importlib
-from typing import Any
-
-_WHERE = {
-    "Batch": "tokens",
-    "Cache": "cache_format",
-    "CacheError": "cache_format",
-    "CacheTokens": "cache",
-    "ImageFolder": "images",
-    "ImageSource": "sources",
-    "Logograms": "logograms",
-    "SyntheticTokens": "tokens",
-    "TokenSource": "tokens",
-    "TokenizedImages": "tokens",
-    "logogram_classes": "logograms",
-    "open_cache": "cache_format",
-    "sample_ids": "order",
-    "write_folder": "logograms",
-}
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = [
+    "Batch",
+    "ImageFolder",
+    "ImageSource",
+    "Logograms",
+    "SyntheticTokens",
+    "TokenSource",
+    "TokenizedImages",
+    "logogram_classes",
+    "sample_ids",
+    "write_folder",
+]

@@ -2,7 +2,7 @@
 
 DALI decodes JPEG and PNG files, JPEG on a GPU if asked to; on the CPU bit for bit as Pillow does
 (both use libjpeg-turbo). Its resize has no box filter, and other borders, so that `centre_crop` is
-done here with filters equal to Pillow's.
+done here with filters equal to Pillow's. Pillow and DALI are imported where they are used.
 
 Each worker has a pipeline of its own that decodes one file at a time. In DALI 2.4.0 a file that
 cannot be decoded fails its whole batch, and within tens of such batches the process ends with a
@@ -23,23 +23,28 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from heptapod_fast.data.decoding import crop_pixels, read
 from heptapod_fast.data.files import PREPROCESSING
+from heptapod_fast.data.pixels import crop_pixels, decode_with_pillow, read
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.ImageFile import ImageFile
 
 # One file in each worker is held decoded: 50 MB.
 MOST_PIXELS = 2**24
-_SCAN, _END = 0xDA, 0xD9
+# JPEG markers: the start of a scan, and the end of the image.
+_SCAN = 0xDA
+_END = 0xD9
 # Inside the data of a scan 0xFF stands before 0 or a restart marker.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
 INSTALL = 'pip install "heptapod_fast[dali]"'
@@ -92,7 +97,7 @@ class DaliDecoder:
             try:
                 image = _run(pipeline, data)
             except Exception as error:
-                reason = _pillow(path, row)
+                reason = decode_with_pillow(path, row)
                 if reason is None:
                     self._check_alive(pipeline, error)
                     logger.warning("%s: Pillow has read it, DALI cannot: %s", path, _first(error))
@@ -140,11 +145,15 @@ def _build(device: torch.device) -> tuple[str, Any]:
             f"decoding with DALI was asked for and DALI cannot be imported "
             f"({error}): {INSTALL}, or decode with Pillow"
         ) from error
-    version, on_gpu = nvidia.dali.__version__, device.type == "cuda"
-    # The hardware decoder takes a share of the files, and rounds differently: every file's pixels
-    # would depend on chance. Fancy upsampling and the slow IDCT are what Pillow decodes with.
-    gpu = {"hw_decoder_load": 0.0} if on_gpu else {}
-    number = (device.index or 0) if on_gpu else None
+    version = nvidia.dali.__version__
+    # Fancy upsampling and the slow IDCT are what Pillow decodes with.
+    options: dict[str, Any] = {"jpeg_fancy_upsampling": True, "use_fast_idct": False}
+    number = None
+    if device.type == "cuda":
+        # The hardware decoder takes a share of the files, and rounds differently: every file's
+        # pixels would depend on chance.
+        options |= {"device": "mixed", "hw_decoder_load": 0.0}
+        number = device.index or 0
     try:
         # Only the dynamic executor survives a file that cannot be decoded; the rest of the line
         # keeps the work on this pipeline's own thread.
@@ -160,15 +169,7 @@ def _build(device: torch.device) -> tuple[str, Any]:
         with pipeline:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=True)
             pipeline.set_outputs(
-                fn.decoders.image(
-                    files,
-                    device="mixed" if on_gpu else "cpu",
-                    output_type=types.RGB,
-                    adjust_orientation=False,
-                    jpeg_fancy_upsampling=True,
-                    use_fast_idct=False,
-                    **gpu,
-                )
+                fn.decoders.image(files, output_type=types.RGB, adjust_orientation=False, **options)
             )
         pipeline.build()
     except Exception as error:
@@ -192,6 +193,8 @@ def _first(error: Exception) -> str:
 
 def _picture() -> np.ndarray:
     """A small JPEG file."""
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), "white").save(buffer, "JPEG")
     return np.frombuffer(buffer.getvalue(), np.uint8)
@@ -199,18 +202,27 @@ def _picture() -> np.ndarray:
 
 def _load(path: Path, row: np.ndarray, on_cpu: bool) -> np.ndarray | str | None:
     """The file's bytes if it is one for DALI; else Pillow fills the row: None, or why it cannot."""
+    size = row.shape[-1]
 
-    def use(image: Image.Image) -> np.ndarray | None:
-        if not (on_cpu and _fits(image, row.shape[-1])) and _suits(image, row.shape[-1]):
+    def use(image: ImageFile) -> np.ndarray | None:
+        is_faster_with_pillow = on_cpu and _fits(image, size)
+        if _suits(image, size) and not is_faster_with_pillow:
+            assert image.fp is not None  # an image that was opened from a file has one
             image.fp.seek(0)
             data = image.fp.read()
-            # A PNG's byte 24 is its depth, which the mode hides.
-            if data[24] == 8 if image.format == "PNG" else _is_whole(data):
+            if _is_for_dali(data, image.format):
                 return np.frombuffer(data, np.uint8)
-        row[...] = crop_pixels(image, row.shape[-1])
+        row[...] = crop_pixels(image, size)
         return None
 
     return read(path, use)
+
+
+def _is_for_dali(data: bytes, format: str | None) -> bool:
+    """Whether DALI reads the bytes of a PNG or JPEG file as Pillow does."""
+    if format == "PNG":
+        return data[24] == 8  # its depth in bits, which Pillow's mode does not tell
+    return _is_whole(data)
 
 
 def _is_whole(data: bytes) -> bool:
@@ -232,15 +244,6 @@ def _is_whole(data: bytes) -> bool:
     return False
 
 
-def _pillow(path: Path, row: np.ndarray) -> str | None:
-    """Fills the row with Pillow; None, or why it cannot."""
-    pixels = read(path, partial(crop_pixels, size=row.shape[-1]))
-    if isinstance(pixels, str):
-        return pixels
-    row[...] = pixels
-    return None
-
-
 def _fits(image: Image.Image, size: int) -> bool:
     """Whether nothing is to be resized: Pillow is faster then, and on a CPU the pixels are equal
     whoever decodes them."""
@@ -258,21 +261,26 @@ def _suits(image: Image.Image, size: int) -> bool:
         return False
     if image.format == "JPEG":
         return image.info.get("adobe_transform") != 0  # not YCbCr
-    return image.format == "PNG" and not image.is_animated
+    return image.format == "PNG" and not getattr(image, "is_animated", False)
 
 
 @lru_cache(maxsize=4096)
 def sizes(width: int, height: int, size: int) -> tuple[tuple[int, int], ...]:
     """(width, height) of an image in `centre_crop`: as it is, halved ..., resized."""
     found = [(width, height)]
-    while min(found[-1]) >= 2 * size:
-        found.append((found[-1][0] // 2, found[-1][1] // 2))
-    scale = size / min(found[-1])
-    return (*found, (round(found[-1][0] * scale), round(found[-1][1] * scale)))
+    while min(width, height) >= 2 * size:
+        width = width // 2
+        height = height // 2
+        found.append((width, height))
+    scale = size / min(width, height)
+    found.append((round(width * scale), round(height * scale)))
+    return tuple(found)
 
 
 def _crop_on_cpu(image: Tensor, row: np.ndarray) -> None:
     """(h, w, 3) uint8 -> row, (3, size, size): `centre_crop`, the bicubic resize by PyTorch."""
+    from PIL import Image
+
     size = row.shape[-1]
     *steps, (width, height) = sizes(image.shape[1], image.shape[0], size)
     if len(steps) > 1:
@@ -284,7 +292,8 @@ def _crop_on_cpu(image: Tensor, row: np.ndarray) -> None:
     if steps[-1] != (width, height):
         # On uint8 this is a port of Pillow's: integer weights, rounding between the passes.
         image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
-    left, top = (width - size) // 2, (height - size) // 2
+    left = (width - size) // 2
+    top = (height - size) // 2
     row[...] = image[:, top : top + size, left : left + size]
 
 

@@ -49,22 +49,24 @@ def find_images(folder: Path) -> tuple[tuple[str, ...], Files]:
             f"{folder}: {len(bare)} class folders of --data hold no images; "
             "fill or remove them" + listing(bare, len(bare), 20)
         )
-    return (
-        tuple(entry.name for entry, _ in classes),
-        [(path, label) for label, (_, paths) in enumerate(classes) for path in paths],
-    )
+    names = tuple(entry.name for entry, _ in classes)
+    files = [(path, label) for label, (_, paths) in enumerate(classes) for path in paths]
+    return names, files
 
 
 def _walk(folder: Path) -> list[Path]:
     """Image files below a folder at any depth; links are followed, each real folder once."""
-    paths, seen = [], set()
+    paths = []
+    seen = set()
     for base, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(base)
-        # Pruned in place, which is how os.walk is told not to descend.
-        folders[:] = [] if real in seen else sorted(n for n in folders if not n.startswith("."))
-        if real not in seen:
-            paths += [Path(base, name) for name in names if _is_image(name)]
+        # The list is changed in place, which is how os.walk is told where not to descend.
+        if real in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [Path(base, name) for name in names if _is_image(name)]
     return sorted(paths)
 
 

@@ -65,15 +65,16 @@ class ImageFolder:
     ) -> None:
         if image_size < 1:
             raise ValueError(f"expected an --image-size of 1 or more, found {image_size}")
-        self.folder, self.image_size = Path(folder), image_size
+        self.folder = Path(folder)
+        self.image_size = image_size
         self.name = self.folder.resolve().name or str(self.folder)
         self.class_names, files = find_images(self.folder)
         check_memory(len(files) * 3 * image_size**2, image_size, self.folder)
-        decoder = decoder or PillowDecoder()
         sizes = read_sizes([path for path, _ in files])
         refuse_broken(self.folder, files, sizes, max_broken)
         refuse_small(self.folder, files, sizes, image_size, allow_upscale)
-        found = self._decode(decoder, files, progress)
+        self._pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+        found = self._decode(decoder or PillowDecoder(), files, progress)
         self.broken = refuse_broken(self.folder, files, found, max_broken)
         kept = [k for k, reason in enumerate(found) if not isinstance(reason, str)]
         if not kept:
@@ -114,8 +115,7 @@ class ImageFolder:
         self, decoder: Decoder, files: Files, progress: Progress | None
     ) -> list[str | None]:
         """Fills the pixels; returns for every file None or the reason why it cannot be read."""
-        side, reasons = self.image_size, []
-        self._pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+        reasons: list[str | None] = []
         for start in range(0, len(files), DECODE_BATCH):
             paths = [path for path, _ in files[start : start + DECODE_BATCH]]
             reasons += decoder.decode(paths, self._pixels[start : start + DECODE_BATCH].numpy())
@@ -129,7 +129,7 @@ class ImageFolder:
         for path, label in files:
             digest.update(os.fsencode(path.relative_to(self.folder).as_posix()))
             digest.update(f"\0{label}\n".encode())
-        digest.update(self._pixels.numpy())
+        digest.update(self._pixels.numpy().data)
         return digest.hexdigest()
 
 

@@ -27,7 +27,10 @@ from torch import Tensor
 from heptapod_fast.data.sources import ImageSource, check_ids
 from heptapod_fast.rng import Rng
 
-RADIUS, AMPLITUDE, STROKE = (0.5, 0.7), (0.05, 0.15), (0.08, 0.13)
+# Ranges in units of half the image side.
+RADIUS = (0.5, 0.7)
+AMPLITUDE = (0.05, 0.15)
+STROKE = (0.08, 0.13)
 PIXELS_PER_WAVE = 6.0
 STROKES_PER_WAVE = 2.5
 FORMATS = {"jpeg": ".jpg", "png": ".png", "webp": ".webp"}
@@ -82,11 +85,13 @@ class Logograms:
         if not 1 <= num_classes <= most:
             raise ValueError(
                 f"logograms of {image_size} pixels can show 1..{most} classes, found "
-                f"num_classes={num_classes}: use fewer or raise --image-size"
+                f"num_classes={num_classes}: use fewer (--num-classes) or raise --image-size"
             )
         if count < 1:
             raise ValueError(f"logograms need at least 1 image, found count={count}")
-        self.image_size, self.seed, self._count = image_size, seed, count
+        self.image_size = image_size
+        self.seed = seed
+        self._count = count
         self.class_names = tuple(f"{c + 2}-fold" for c in range(num_classes))
         self.labels = torch.arange(count) % num_classes
         recipe = (
@@ -111,12 +116,18 @@ class Logograms:
         ids = check_ids(ids, self._count, self.name)
         unit = Rng(self.seed).uniform("logograms.form", ids, 4).double()
         fold = self.labels[ids] + 2
-        ranges = {"radius": RADIUS, "amplitude": AMPLITUDE, "stroke": STROKE}
-        form = {
-            name: low + (high - low) * unit[:, k]
-            for k, (name, (low, high)) in enumerate(ranges.items())
+
+        def between(bounds: tuple[float, float], unit_B: Tensor) -> Tensor:
+            low, high = bounds
+            return low + (high - low) * unit_B
+
+        return {
+            "fold": fold,
+            "radius": between(RADIUS, unit[:, 0]),
+            "amplitude": between(AMPLITUDE, unit[:, 1]),
+            "stroke": between(STROKE, unit[:, 2]),
+            "phase": unit[:, 3] * (2.0 * math.pi) / fold,
         }
-        return {"fold": fold, **form, "phase": unit[:, 3] * (2.0 * math.pi) / fold}
 
     def images(self, ids: Tensor) -> Tensor:
         """(B,) int64 -> (B, 3, H, W) uint8; IndexError for an id outside the set."""
@@ -133,9 +144,10 @@ class Logograms:
     def _render(self, ids: Tensor) -> Tensor:
         """(B,) -> (B, P) uint8, P pixels in row-major order."""
         form = self.parameters(ids)
-        angle = form["fold"] * form["phase"]
-        cos_B, sin_B = form["amplitude"] * angle.cos(), form["amplitude"] * angle.sin()
         # cos(fold (theta - phase)) by the angle sum: the cosines of the pixels are tabulated.
+        angle_B = form["fold"] * form["phase"]
+        cos_B = form["amplitude"] * angle_B.cos()
+        sin_B = form["amplitude"] * angle_B.sin()
         waves_B2P = self._waves_C2P[form["fold"] - 2]
         offset_BP = self._distance_P - form["radius"][:, None]
         offset_BP.sub_(waves_B2P[:, 0] * cos_B[:, None]).sub_(waves_B2P[:, 1] * sin_B[:, None])

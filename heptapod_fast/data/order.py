@@ -49,7 +49,8 @@ def sample_ids(index: Tensor, num_images: int, seed: int) -> Tensor:
     index = index.detach().to("cpu").long()
     if index.numel() and int(index.min()) < 0:
         raise ValueError(f"expected global sample indices of 0 or more, found {int(index.min())}")
-    epochs, ids = index // num_images, torch.empty_like(index)
+    epochs = index // num_images
+    ids = torch.empty_like(index)
     for epoch in epochs.unique().tolist():
         rows = epochs == epoch
         ids[rows] = _permutation(num_images, seed, epoch)[index[rows] % num_images]
@@ -70,10 +71,12 @@ class WindowedOrder:
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, window: int) -> None:
-        self.seed, self.count = seed, sum(sizes)
+        self.seed = seed
+        self.count = sum(sizes)
         if self.count < 1:
             raise ValueError("expected a set of at least 1 image, found none: check --data")
-        self._window, self._sizes = window, np.asarray(sizes, dtype=np.int64)
+        self._window = window
+        self._sizes = np.asarray(sizes, dtype=np.int64)
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self._epoch = lru_cache(maxsize=2)(self._windows)
         self._ids = lru_cache(maxsize=3)(self._in_window)
@@ -83,11 +86,12 @@ class WindowedOrder:
         wanted = index.detach().to("cpu").long().numpy()
         if not wanted.size:
             return torch.empty(0, dtype=torch.int64)
-        at, last = int(wanted.min()), int(wanted.max())
+        at = int(wanted.min())
+        last = int(wanted.max())
         if at < 0:
             raise ValueError(f"expected global sample indices of 0 or more, found {at}")
         epoch, number, first, end = self._find(at)
-        if last < end:  # as most batches are
+        if last < end:  # all in one window, as most batches are
             return torch.from_numpy(self._ids(epoch, number)[wanted - first])
         found = np.empty_like(wanted)
         while True:
@@ -97,7 +101,7 @@ class WindowedOrder:
             found[here] = ids[wanted[here] - first]
             if last < end:
                 return torch.from_numpy(found)
-            at = int(wanted[wanted >= end].min())
+            at = int(wanted[wanted >= end].min())  # the next window that some sample is in
 
     def shards_at(self, index: int) -> tuple[tuple[int, ...], int]:
         """Shards of the window that holds a global sample index, and the first index behind it."""
@@ -119,8 +123,10 @@ class WindowedOrder:
         if len(order) > self._window:
             order = _permutation(len(order), self.seed, epoch, _SHARDS).numpy()
         windows = [order[k : k + self._window] for k in range(0, len(order), self._window)]
+        # Shards of broken images alone hold none.
         windows = [shards for shards in windows if self._sizes[shards].sum()]
-        return windows, [0, *np.cumsum([self._sizes[shards].sum() for shards in windows]).tolist()]
+        images = [self._sizes[shards].sum() for shards in windows]
+        return windows, [0, *np.cumsum(images).tolist()]
 
     def _in_window(self, epoch: int, number: int) -> np.ndarray:
         """Image ids of a window in their order."""

@@ -19,8 +19,8 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.tokenizers import Tokenizer, TokenSpec, to_unit
 
 ENCODE_BATCH = 256
-POOL = 4096
-POOL_VALUES = 2**22
+POOL = 4096  # sequences of synthetic tokens
+POOL_VALUES = 2**22  # at most in all of them: 16 MB in float32
 
 
 @dataclass
@@ -40,10 +40,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies do not block where the memory allows it."""
         return Batch(
-            *(
-                tensor.to(device, non_blocking=True)
-                for tensor in (self.tokens, self.labels, self.index)
-            )
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.index.to(device, non_blocking=True),
         )
 
     def __len__(self) -> int:
@@ -110,9 +109,13 @@ class TokenizedImages:
                 f"tokenizer {tokenizer.spec.name} takes {tokenizer.image_size}: "
                 "change --image-size or --tokenizer-weights"
             )
-        self.source, self.tokenizer = source, tokenizer.to(device)
-        self.seed, self.flip, self.device = seed, flip, torch.device(device)
-        self.num_images, self.class_names = len(source), source.class_names
+        self.source = source
+        self.tokenizer = tokenizer.to(device)
+        self.seed = seed
+        self.flip = flip
+        self.device = torch.device(device)
+        self.num_images = len(source)
+        self.class_names = source.class_names
         self.num_classes = len(source.class_names)
         identity = f"{source.fingerprint}/{tokenizer.fingerprint}/flip={int(flip)}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -149,7 +152,8 @@ class TokenizedImages:
 
     def _encode_all(self, progress: Callable[[int, int], None] | None) -> Tensor:
         """(views * n, N) codes: all images, then all mirror images."""
-        spec, count = self.tokenizer.spec, self.num_images
+        spec = self.tokenizer.spec
+        count = self.num_images
         compact = torch.int16 if spec.vocabulary <= 2**15 else torch.int32
         views = 2 if self.flip else 1
         codes = torch.empty(views * count, spec.num_tokens, dtype=compact, device=self.device)
@@ -192,8 +196,11 @@ class SyntheticTokens:
                 f"synthetic data needs at least 1 class and 1 image, found "
                 f"{num_classes} and {num_images}"
             )
-        spec, self.device = tokenizer_spec, torch.device(device)
-        self.num_images, self.num_classes, self._rng = num_images, num_classes, Rng(seed)
+        spec = tokenizer_spec
+        self.device = torch.device(device)
+        self.num_images = num_images
+        self.num_classes = num_classes
+        self._rng = Rng(seed)
         self.class_names = tuple(str(c) for c in range(num_classes))
         self.fingerprint = hashlib.sha256(
             f"synthetic-1/{spec}/{num_classes}/{seed}/{num_images}".encode()

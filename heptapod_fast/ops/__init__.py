@@ -13,15 +13,9 @@ from heptapod_fast.ops.attention import (
     cross_attention,
 )
 from heptapod_fast.ops.bias_gelu import bias_gelu
-from heptapod_fast.ops.diffusion_loss import (
-    STEPS,
-    add_noise,
-    cosine_betas,
-    diffusion_inputs,
-    diffusion_loss,
-    schedule_tables,
-)
+from heptapod_fast.ops.diffusion_loss import diffusion_inputs, diffusion_loss
 from heptapod_fast.ops.diffusion_mlp import diffusion_mlp
+from heptapod_fast.ops.diffusion_schedule import STEPS, add_noise, cosine_betas, schedule_tables
 from heptapod_fast.ops.diffusion_weights import BlockWeights, DiffusionWeights
 from heptapod_fast.ops.dropout import dropout
 from heptapod_fast.ops.dropout_mask import DropoutMask

@@ -20,31 +20,18 @@ bias gradient at hand (`ops.diffusion_mlp` does).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
+from heptapod_fast.ops.adaln_sums import Sums
 from heptapod_fast.ops.checks import check_like, check_rows, check_shape, check_together, refusal
 from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 MAX_WIDTH = 4096  # columns that a program of the kernels holds in registers
-
-
-class Sums(NamedTuple):
-    """Of these gradients the sums over rows, (F,) float32 each; 0 where there is no such gradient.
-
-    In the order in which the backward pass writes them, as rows of a (6, F) tensor.
-    """
-
-    gate: Tensor
-    branch_bias: Tensor
-    weight: Tensor
-    bias: Tensor
-    shift: Tensor
-    scale: Tensor
 
 
 def adaln(

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.adaln import MAX_WIDTH, Sums
+from heptapod_fast.ops.adaln import MAX_WIDTH
+from heptapod_fast.ops.adaln_sums import Sums
 from heptapod_fast.ops.checks import check_dtype, check_rows, check_shape, refusal
 from heptapod_fast.ops.diffusion_weights import BlockWeights, DiffusionWeights
 from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator

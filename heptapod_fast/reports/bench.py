@@ -14,6 +14,8 @@ from heptapod_fast.reports.charts import save_bars
 from heptapod_fast.reports.tables import show, table
 
 HEADLINES = "headlines.json"
+# Files beside the results that are none: what to show of them, and what kernels/offline.py keeps.
+NO_RESULTS = (HEADLINES, "offline.json")
 BENCH_PAGE = """# Measured
 
 Made by `python tools/report.py bench/results` from the JSON files here. Single operations on CPU
@@ -35,7 +37,7 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
     Raises:
         ValueError: a file that is no result, or a headline that none of them has.
     """
-    files = [path for path in sorted(folder.glob("*.json")) if not is_something_else(path)]
+    files = [path for path in sorted(folder.glob("*.json")) if path.name not in NO_RESULTS]
     if not files:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
     parts = [BENCH_PAGE]
@@ -52,13 +54,6 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
         readme.write_text(f"{before}{MARKS[0]}\n{headlines(folder, root)}\n{MARKS[1]}{after}")
         written += [readme, root / CHART]
     return written
-
-
-def is_something_else(path: Path) -> bool:
-    """Whether a file beside the results holds an object of another kind: which rows the README
-    shows, figures from the compiler."""
-    data = json.loads(path.read_text())
-    return isinstance(data, dict) and "benchmarks" not in data
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def show(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " to ".join(show(part) for part in value)
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        rounded = float(f"{value:.4g}")
+        is_large = abs(rounded) >= 10_000  # where the format would turn to powers of ten
+        return f"{rounded:,.0f}" if is_large else f"{rounded:,.4g}"
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)

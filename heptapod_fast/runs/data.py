@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from heptapod_fast.config import Config
+from heptapod_fast.config import Config, given
 from heptapod_fast.config.data import refuse_missing_data
-from heptapod_fast.data.cache import CacheTokens, choose_mode
-from heptapod_fast.data.cache_format import Cache, CacheError, open_cache, refuse_other
+from heptapod_fast.data.cache.format import Cache, CacheError, open_cache, refuse_other
+from heptapod_fast.data.cache.reader import CacheTokens, choose_mode
 from heptapod_fast.data.decoding import open_decoder
 from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.images import ImageFolder
@@ -34,13 +34,13 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
     if data.data == "logograms":
         return Logograms(
             data.image_size,
-            data.logogram_count,
+            given(data.logogram_count, "logogram_count"),
             config.recipe.seed,
             num_classes=data.num_classes,
         )
     refuse_missing_data(data)
     return ImageFolder(
-        data.data,
+        given(data.data, "data"),
         data.image_size,
         max_broken=data.max_broken,
         decoder=open_decoder(data.decoder),
@@ -65,7 +65,7 @@ def open_run_cache(config: Config) -> Cache | None:
     """
     if not config.data.is_cache:
         return None
-    cache = open_cache(config.data.data)
+    cache = open_cache(given(config.data.data, "data"))
     _check_cache(config, cache)
     return cache
 
@@ -88,7 +88,7 @@ def _check_cache(config: Config, cache: Cache) -> None:
             f"--flip: {cache.path} was made without --flip, it has no mirrored images: train with "
             "--no-flip, or build it anew with --flip"
         )
-    if data.tokenizer == "patch-vq" and data.tokenizer_weights is not None:
+    if cache.tokenizer.has_codebook and data.tokenizer_weights is not None:
         raise CacheError(
             f"--tokenizer-weights {data.tokenizer_weights}: {cache.path} has its own codebook; "
             "leave --tokenizer-weights out"
@@ -112,7 +112,9 @@ def open_tokens(
     if cache is not None:
         return _open_cached(config, world, cache, reserved)
     if images is None:
-        return SyntheticTokens(config.spec, data.num_classes, seed, device=world.device)
+        classes = given(data.num_classes, "num_classes")
+        return SyntheticTokens(config.spec, classes, seed, device=world.device)
+    assert tokenizer is not None  # images never come without one
     return TokenizedImages(
         images,
         tokenizer,
@@ -126,7 +128,8 @@ def open_tokens(
 def _open_cached(config: Config, world: World, cache: Cache, reserved: int) -> CacheTokens:
     """Tokens of a cache; all ranks fail together where one finds damage. Collective call: every
     rank must reach each question, whatever it has found so far."""
-    source = error = None
+    source: CacheTokens | None = None
+    error: CacheError | OSError | None = None
     mode, why = choose_mode(cache, world.device, config.data.cache_mode, reserved)
     # Ranks that share the reading must do it the same way.
     (streamed,) = world.any(mode == "stream")
@@ -146,6 +149,7 @@ def _open_cached(config: Config, world: World, cache: Cache, reserved: int) -> C
         )
     except (CacheError, OSError) as caught:
         error = caught
-    if any(world.any(error is not None)):
+    (failed,) = world.any(error is not None)
+    if failed or source is None:
         raise error or CacheError(f"another rank could not read {cache.path}")
     return source

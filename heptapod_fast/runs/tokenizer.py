@@ -8,11 +8,11 @@ from typing import Any
 
 from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.config import Config
-from heptapod_fast.data.cache_format import CODEBOOK, Cache
+from heptapod_fast.data.cache.format import CODEBOOK, Cache
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.storage import write_json
-from heptapod_fast.tokenizers import PRETRAINED, PatchVQ, Tokenizer, load_tokenizer
+from heptapod_fast.tokenizers import FITTED, PRETRAINED, Pretrained, Tokenizer, load_tokenizer
 
 
 def open_tokenizer(
@@ -37,15 +37,15 @@ def open_tokenizer(
         RunError: weights that the cache was not made with.
     """
     data = config.data
-    sizes = {"image_size": data.image_size, "patch_size": data.patch_size}
+    sizes: dict[str, Any] = {"image_size": data.image_size, "patch_size": data.patch_size}
     if data.tokenizer in PRETRAINED:
         if data.data == "synthetic":
             return None
         if cache is not None:
             return _pretrained_of_cache(config, cache, sizes)
         return _pretrained_of_run(config, run, sizes, is_new=images is not None)
-    if data.tokenizer == "patch":
-        return load_tokenizer("patch", **sizes)
+    if data.tokenizer not in FITTED:
+        return load_tokenizer(data.tokenizer, **sizes)
     return _fitted(config, run, sizes | {"codes": data.codes}, images, progress, cache)
 
 
@@ -69,11 +69,11 @@ def _fitted(
     elif images is None:
         return None
     else:
-        tokenizer = PatchVQ.fit(
+        tokenizer = FITTED[data.tokenizer].fit(
             images,
             data.image_size,
             data.patch_size,
-            codes=data.codes,
+            codes=config.spec.vocabulary,
             seed=config.recipe.seed,
             progress=progress,
         )
@@ -123,7 +123,7 @@ def keep_tokenizer(run: RunDir, cache: Cache, tokenizer: Tokenizer | None) -> No
     if name in PRETRAINED:
         about = cache.manifest["tokenizer"] if tokenizer is None else tokenizer.describe()
         write_json(run.tokenizer_record, about)
-    elif name == "patch-vq":
+    elif tokenizer is not None and tokenizer.has_codebook:
         tokenizer.save(run.codebook)
 
 
@@ -144,7 +144,7 @@ def saved_tokenizer(config: Config, run: RunDir, checkpoint: Checkpoint) -> Toke
         )
     if tokenizer.fingerprint == expected:
         return tokenizer
-    if config.data.tokenizer in PRETRAINED:
+    if isinstance(tokenizer, Pretrained):
         raise RunError(
             f"{tokenizer.source} are not the weights that {checkpoint.path} was trained with: name "
             "those with --tokenizer-weights"

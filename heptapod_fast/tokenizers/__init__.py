@@ -9,12 +9,16 @@ patch-vq   discrete, k-means codebook over patches  fitted on the data in second
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from heptapod_fast.tokenizers.base import (
     DEFAULT_CODES,
     NAMES,
+    NO_CODE,
+    Description,
+    StoredArray,
     Tokenizer,
     TokenSpec,
     read_header,
@@ -22,7 +26,6 @@ from heptapod_fast.tokenizers.base import (
     to_unit,
     token_spec,
 )
-from heptapod_fast.tokenizers.cached import NO_CODE, from_stored, stored_arrays, to_stored
 from heptapod_fast.tokenizers.kl16 import KL16
 from heptapod_fast.tokenizers.patch import Patch
 from heptapod_fast.tokenizers.patch_vq import PatchVQ
@@ -32,6 +35,8 @@ from heptapod_fast.tokenizers.weights import hint
 
 __all__ = [
     "DEFAULT_CODES",
+    "Description",
+    "FITTED",
     "KL16",
     "NAMES",
     "NO_CODE",
@@ -39,22 +44,23 @@ __all__ = [
     "Patch",
     "PatchVQ",
     "Pretrained",
+    "StoredArray",
+    "TOKENIZERS",
     "TokenSpec",
     "Tokenizer",
     "VQ16",
     "convert_weights",
-    "from_stored",
     "hint",
     "load_tokenizer",
-    "stored_arrays",
-    "to_stored",
     "to_uint8",
     "to_unit",
     "token_spec",
 ]
 
+# By what they need: published weights, a codebook fitted on the data, nothing.
 PRETRAINED: dict[str, type[Pretrained]] = {"kl16": KL16, "vq16": VQ16}
-_SMALL = {"patch": Patch, "patch-vq": PatchVQ}
+FITTED: dict[str, type[PatchVQ]] = {"patch-vq": PatchVQ}
+TOKENIZERS: dict[str, type[Tokenizer]] = {**PRETRAINED, "patch": Patch, **FITTED}
 
 
 def load_tokenizer(
@@ -79,25 +85,40 @@ def load_tokenizer(
         ValueError: unknown or missing tokenizer, settings that are missing or contradict the file,
             or a file that is damaged or of another tokenizer.
     """
+    if name not in TOKENIZERS:
+        raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(NAMES)}")
     if name in PRETRAINED:
         return _load_pretrained(name, weights, dtype, settings)
-    if name not in _SMALL:
-        raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(NAMES)}")
+    if weights is not None:
+        return _load_saved(name, Path(weights), settings)
+    if name in FITTED:
+        raise ValueError(
+            f"--tokenizer {name} needs --tokenizer-weights, a fitted codebook; "
+            f"{FITTED[name].__name__}.fit makes one from images in seconds"
+        )
+    return _patch_of(settings)
+
+
+def _load_pretrained(
+    name: str, weights: str | Path | None, dtype: torch.dtype, settings: dict[str, int | None]
+) -> Pretrained:
+    """kl16 or vq16 from a published file."""
+    unknown = sorted(settings.keys() - {"image_size", "patch_size"})
+    if unknown:
+        raise ValueError(f"--tokenizer {name} takes image_size and patch_size: unknown {unknown}")
+    image_size = settings.get("image_size")
+    if image_size is None:
+        image_size = 256
+    if not isinstance(image_size, int):
+        raise ValueError(f"--image-size {image_size!r}: expected a whole number of pixels")
+    token_spec(name, image_size, settings.get("patch_size"))
     if weights is None:
-        if name == "patch-vq":
-            raise ValueError(
-                "--tokenizer patch-vq needs --tokenizer-weights, a fitted codebook; "
-                "PatchVQ.fit makes one from images in seconds"
-            )
-        missing = {"image_size", "patch_size"} - settings.keys()
-        unknown = settings.keys() - {"image_size", "patch_size"}
-        if missing or unknown:
-            raise ValueError(
-                f"--tokenizer {name} takes image_size and patch_size: missing "
-                f"{sorted(missing)}, unknown {sorted(unknown)}"
-            )
-        return Patch(**settings)
-    weights = Path(weights)
+        raise ValueError(hint(name))
+    return PRETRAINED[name].load(weights, image_size, dtype)
+
+
+def _load_saved(name: str, weights: Path, settings: dict[str, int | None]) -> Tokenizer:
+    """From a file that `Tokenizer.save` wrote; settings that are given must be those in it."""
     stored, tensors = read_header(weights, name)
     for key, value in settings.items():
         if value is not None and stored.get(key) != value:
@@ -106,22 +127,19 @@ def load_tokenizer(
                 f"{weights}: the tokenizer in it has {key} {stored.get(key)}, asked "
                 f"for {flag} {value}: change {flag} or --tokenizer-weights"
             )
-    return _SMALL[name].restore(stored, tensors)
+    return TOKENIZERS[name].restore(stored, tensors)
 
 
-def _load_pretrained(
-    name: str, weights: str | Path | None, dtype: torch.dtype, settings: dict[str, int | None]
-) -> Pretrained:
-    unknown = sorted(settings.keys() - {"image_size", "patch_size"})
-    if unknown:
-        raise ValueError(f"--tokenizer {name} takes image_size and patch_size: unknown {unknown}")
-    image_size = 256 if settings.get("image_size") is None else settings["image_size"]
-    if not isinstance(image_size, int):
-        raise ValueError(f"--image-size {image_size!r}: expected a whole number of pixels")
-    token_spec(name, image_size, settings.get("patch_size"))
-    if weights is None:
-        raise ValueError(hint(name))
-    return PRETRAINED[name].load(weights, image_size, dtype)
+def _patch_of(settings: dict[str, Any]) -> Patch:
+    """patch, which has nothing but its sizes."""
+    missing = {"image_size", "patch_size"} - settings.keys()
+    unknown = settings.keys() - {"image_size", "patch_size"}
+    if missing or unknown:
+        raise ValueError(
+            f"--tokenizer patch takes image_size and patch_size: missing "
+            f"{sorted(missing)}, unknown {sorted(unknown)}"
+        )
+    return Patch(**settings)
 
 
 def convert_weights(name: str, source: str | Path, target: str | Path) -> str:
@@ -144,6 +162,6 @@ def convert_weights(name: str, source: str | Path, target: str | Path) -> str:
         raise ValueError(
             f"--tokenizer {name} has no published weights: choose one of {', '.join(PRETRAINED)}"
         )
-    tokenizer = load_tokenizer(name, source)
+    tokenizer = _load_pretrained(name, source, torch.float32, {})
     tokenizer.save(target)
     return tokenizer.weights_sha256

@@ -187,6 +187,7 @@ class _Coder(nn.Module):
     """What encoder and decoder run; `stages`: in which order."""
 
     stages: ClassVar[tuple[str, str]]
+    conv_in: nn.Conv2d
 
     def _middle(self, channels: int) -> None:
         self.mid = nn.ModuleList(
@@ -332,4 +333,4 @@ def build(name: str, weights: dict[str, Tensor], dtype: torch.dtype) -> Autoenco
     )
     network.requires_grad_(False).eval()
     network.set_dtype(dtype)
-    return network.to(memory_format=torch.channels_last)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -11,15 +11,20 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
+from heptapod_fast.storage import readable
 
 NAMES = ("kl16", "vq16", "patch", "patch-vq")
 DEFAULT_CODES = 128
+FIXED_PATCH = 16  # pixels: the area of one token of kl16 and vq16
+NO_CODE = 2**16 - 1  # what a cache holds where there is no image; no code may be equal to it
+# What a cache and a run record of a tokenizer; goes into JSON.
+Description: TypeAlias = dict[str, str | int | float | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,23 @@ class TokenSpec:
         return self.grid**2
 
 
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of a cache of tokens, and what must be true of its values.
+
+    Attributes:
+        dtype: float16, or uint16 for codes.
+        shape: of one view of one image.
+        varies: an image whose values are all the same is damage: no encoder gives that.
+        is_deviation: values below zero are damage.
+    """
+
+    dtype: Literal["float16", "uint16"]
+    shape: tuple[int, ...]
+    varies: bool = False
+    is_deviation: bool = False
+
+
 def token_spec(
     name: str, image_size: int, patch_size: int | None = None, codes: int | None = None
 ) -> TokenSpec:
@@ -64,13 +86,15 @@ def token_spec(
     """
     if name not in NAMES:
         raise ValueError(f"unknown --tokenizer {name!r}: choose one of {', '.join(NAMES)}")
-    fixed = name in ("kl16", "vq16")
-    if fixed and patch_size not in (None, 16):
+    is_fixed = name in ("kl16", "vq16")
+    if is_fixed and patch_size not in (None, FIXED_PATCH):
         raise ValueError(
-            f"--tokenizer {name} has a fixed patch size of 16, found --patch-size "
+            f"--tokenizer {name} has a fixed patch size of {FIXED_PATCH}, found --patch-size "
             f"{patch_size}: leave --patch-size out, or use patch or patch-vq"
         )
-    if patch_size is None and not fixed:
+    if is_fixed:
+        patch_size = FIXED_PATCH
+    if patch_size is None:
         raise ValueError(f"--tokenizer {name} needs --patch-size (4 is usual up to 32 pixels)")
     if codes is not None and name != "patch-vq":
         raise ValueError(
@@ -80,7 +104,7 @@ def token_spec(
     codes = DEFAULT_CODES if codes is None else codes
     if name == "patch-vq" and codes < 2:
         raise ValueError(f"--codes must be 2 or more, found {codes}")
-    grid = _grid(image_size, 16 if fixed else patch_size, fixed)
+    grid = _grid(image_size, patch_size, is_fixed)
     if name == "kl16":
         return TokenSpec(name, "continuous", grid, 16, 0)
     if name == "vq16":
@@ -90,7 +114,7 @@ def token_spec(
     return TokenSpec(name, "discrete", grid, 0, codes)
 
 
-def _grid(image_size: int, patch_size: int, fixed: bool) -> int:
+def _grid(image_size: int, patch_size: int, is_fixed: bool) -> int:
     """Patches per side, or ValueError with the nearest sizes that divide."""
     if image_size < 1 or patch_size < 1:
         raise ValueError(
@@ -101,9 +125,10 @@ def _grid(image_size: int, patch_size: int, fixed: bool) -> int:
         return grid
     sizes = [str(s * patch_size) for s in (grid, grid + 1) if s > 0]
     divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
-    lower, upper = [p for p in divisors if p < patch_size], [p for p in divisors if p > patch_size]
-    patches = " or ".join(str(p) for p in lower[-1:] + upper[:1])
-    advice = "another --tokenizer" if fixed else f"--patch-size {patches}"
+    below = [p for p in divisors if p < patch_size]
+    above = [p for p in divisors if p > patch_size]
+    patches = " or ".join(str(p) for p in below[-1:] + above[:1])
+    advice = "another --tokenizer" if is_fixed else f"--patch-size {patches}"
     raise ValueError(
         f"--image-size {image_size} is not a multiple of the patch size {patch_size} "
         f"(--patch-size): use --image-size {' or '.join(sizes)}, or {advice}"
@@ -127,12 +152,20 @@ class Tokenizer(ABC):
     Tokens are in row-major order over the grid. A tokenizer is frozen: it is fitted or loaded, then
     only used.
 
+    What a cache stores of it (`stored_arrays`, `from_stored`, `has_codebook`) is asked of the
+    class, so that a cache is read without weights. Here: codes of discrete tokenizers, and the
+    tokens themselves of continuous ones, as a map with the channels first.
+
     Attributes:
+        name: on the command line and in files.
+        has_codebook: it is fitted on the data, and its codebook travels with caches and runs.
         spec: shape and kind of the tokens.
         image_size, patch_size: sides in pixels of an image and of the area of one token.
         device: where tokens are made; `to` moves it.
     """
 
+    name: ClassVar[str]
+    has_codebook: ClassVar[bool] = False
     spec: TokenSpec
     image_size: int
     patch_size: int
@@ -169,6 +202,48 @@ class Tokenizer(ABC):
     def restore(cls, settings: dict[str, int], state: dict[str, Tensor]) -> Tokenizer:
         """The inverse of `settings` and `state`."""
 
+    @classmethod
+    def stored_arrays(cls, spec: TokenSpec) -> dict[str, StoredArray]:
+        """What a cache stores, by the name of the array.
+
+        Raises:
+            ValueError: more codes than 16 bits can tell apart.
+        """
+        if spec.kind == "continuous":
+            return {"mean": StoredArray("float16", (spec.channels, spec.grid, spec.grid))}
+        if spec.vocabulary > NO_CODE:
+            raise ValueError(
+                f"a cache holds codes of up to {NO_CODE - 1}, {spec.name} has "
+                f"{spec.vocabulary} (--codes)"
+            )
+        return {"codes": StoredArray("uint16", (spec.num_tokens,))}
+
+    def to_stored(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) float in [-1, 1] -> for every stored array (B, *shape), float32 or int64."""
+        tokens = self.encode(images)
+        if self.spec.kind == "discrete":
+            return {"codes": tokens}
+        grid = self.spec.grid
+        return {"mean": tokens.transpose(1, 2).unflatten(2, (grid, grid))}
+
+    @classmethod
+    def from_stored(
+        cls,
+        spec: TokenSpec,
+        stored: dict[str, Tensor],
+        rng: Rng | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Stored rows (B, *shape) of every array -> tokens, (B, N) int64 or (B, N, C) float32.
+
+        `rng` asks tokenizers with a posterior for a sample instead of its mean, keyed by `index`,
+        (B,) global sample indices; the others ignore both.
+        """
+        if spec.kind == "discrete":
+            # int16 holds the same bits as uint16: the mask makes its negative numbers codes again.
+            return stored["codes"].long() & NO_CODE
+        return stored["mean"].flatten(2).transpose(1, 2).to(torch.float32).contiguous()
+
     def to(self, device: torch.device | str) -> Tokenizer:
         """Moves the tokenizer and returns it."""
         self.device = torch.device(device)
@@ -187,15 +262,13 @@ class Tokenizer(ABC):
         tensors = {key: value.cpu().contiguous() for key, value in self.state().items()}
         try:
             save_file(tensors, partial, metadata=metadata)
-            umask = os.umask(0)  # safetensors makes private files
-            os.umask(umask)
-            partial.chmod(0o666 & ~umask)
+            readable(partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def describe(self) -> dict[str, str | int | float | None]:
-        """What a cache records of the tokenizer; goes into JSON."""
+    def describe(self) -> Description:
+        """What a cache records of the tokenizer."""
         return {"tokenizer": self.spec.name, **self.settings(), "fingerprint": self.fingerprint}
 
     @property
@@ -227,7 +300,9 @@ class Tokenizer(ABC):
     def check_tokens(self, tokens: Tensor) -> Tensor:
         """Returns the tokens on `device`; ValueError for another shape."""
         spec = self.spec
-        shape = (spec.num_tokens,) + ((spec.channels,) if spec.kind == "continuous" else ())
+        shape: tuple[int, ...] = (spec.num_tokens,)
+        if spec.kind == "continuous":
+            shape = (spec.num_tokens, spec.channels)
         if tokens.shape[1:] != shape:
             wanted = ", ".join(str(n) for n in ("B", *shape))
             raise ValueError(
@@ -267,8 +342,10 @@ def read_header(path: Path, name: str) -> tuple[dict[str, int], dict[str, Tensor
 def saved_as(metadata: dict[str, str]) -> tuple[str | None, dict[str, int] | None]:
     """Name and settings that `Tokenizer.save` wrote into a file; None where they are not."""
     stored = metadata.get("tokenizer")
+    if stored is None:
+        return None, None
     try:
         name, settings = json.loads(stored)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # an earlier version wrote the name alone
         return stored, None
     return str(name), settings if isinstance(settings, dict) else None

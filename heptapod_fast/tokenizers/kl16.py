@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
+from heptapod_fast.tokenizers.base import Description, StoredArray, TokenSpec
 from heptapod_fast.tokenizers.pretrained import Pretrained
 
 SCALE = 0.2325
@@ -106,6 +107,32 @@ class KL16(Pretrained):
         grid = self.spec.grid
         return self._decoded(latents_BNC.transpose(1, 2).unflatten(2, (grid, grid)))
 
-    def describe(self) -> dict[str, str | int | float | None]:
+    @classmethod
+    def stored_arrays(cls, spec: TokenSpec) -> dict[str, StoredArray]:
+        """The unscaled moments of the posterior, from which every visit of an image draws anew."""
+        shape = (spec.channels, spec.grid, spec.grid)
+        return {
+            "mean": StoredArray("float16", shape, varies=True),
+            "std": StoredArray("float16", shape, varies=True, is_deviation=True),
+        }
+
+    def to_stored(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) float in [-1, 1] -> mean and std, each (B, 16, H / 16, W / 16) float32."""
+        mean_BCHW, std_BCHW = self.encode_moments(images)
+        return {"mean": mean_BCHW, "std": std_BCHW}
+
+    @classmethod
+    def from_stored(
+        cls,
+        spec: TokenSpec,
+        stored: dict[str, Tensor],
+        rng: Rng | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Stored moments -> (B, N, 16) float32: a sample of the posterior with `rng`, keyed by
+        `index`, else its mean (`posterior_tokens`)."""
+        return posterior_tokens(stored["mean"], stored["std"], rng, index)
+
+    def describe(self) -> Description:
         """As `Pretrained.describe`, with the scale of the tokens."""
         return super().describe() | {"scale": SCALE}

@@ -24,7 +24,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     """(B, N, 3 * p * p), N a square -> (B, 3, H, W); the inverse of `patchify`."""
     batch, count, _ = tokens.shape
-    p, grid = patch_size, round(count**0.5)
+    p = patch_size
+    grid = round(count**0.5)
     cut = tokens.reshape(batch, grid, grid, 3, p, p)
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, 3, grid * p, grid * p)
 
@@ -37,9 +38,12 @@ class Patch(Tokenizer):
         ValueError: patch_size does not divide image_size.
     """
 
+    name = "patch"
+
     def __init__(self, image_size: int, patch_size: int) -> None:
-        self.spec = token_spec("patch", image_size, patch_size)
-        self.image_size, self.patch_size = image_size, patch_size
+        self.spec = token_spec(self.name, image_size, patch_size)
+        self.image_size = image_size
+        self.patch_size = patch_size
 
     def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, N, 3 * p * p) float32; `rng` is ignored."""

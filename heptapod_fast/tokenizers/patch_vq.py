@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
-from heptapod_fast.tokenizers.base import DEFAULT_CODES, Tokenizer, to_unit, token_spec
+from heptapod_fast.tokenizers.base import DEFAULT_CODES, Tokenizer, TokenSpec, to_unit, token_spec
 from heptapod_fast.tokenizers.patch import patchify, unpatchify
 
 if TYPE_CHECKING:  # data builds on tokenizers, not the other way round
@@ -41,6 +41,9 @@ class PatchVQ(Tokenizer):
         ValueError: sizes that do not divide, or a codebook of another shape or not finite.
     """
 
+    name = "patch-vq"
+    has_codebook = True
+
     def __init__(self, codebook: Tensor, image_size: int, patch_size: int) -> None:
         codes = codebook.shape[0] if codebook.ndim == 2 else 0
         if codes < 2 or codebook.shape[1] != 3 * patch_size**2 or not codebook.isfinite().all():
@@ -48,8 +51,9 @@ class PatchVQ(Tokenizer):
                 f"patch-vq: expected a finite codebook (V, {3 * patch_size**2}) for "
                 f"--patch-size {patch_size}, found {tuple(codebook.shape)}"
             )
-        self.spec = token_spec("patch-vq", image_size, patch_size, codes)
-        self.image_size, self.patch_size = image_size, patch_size
+        self.spec = token_spec(self.name, image_size, patch_size, codes)
+        self.image_size = image_size
+        self.patch_size = patch_size
         self.codebook_VE = codebook.float().contiguous()
         self.device = codebook.device
 
@@ -81,8 +85,8 @@ class PatchVQ(Tokenizer):
         Images with fewer distinct patches than codes are coded without loss; the codes left over
         lie outside [-1, 1], so that no patch is ever nearest to them.
         """
-        spec = token_spec("patch-vq", image_size, patch_size, codes)
-        chosen = _choose_images(images, math.ceil(FIT_PATCHES / spec.num_tokens), seed)
+        spec = token_spec(cls.name, image_size, patch_size, codes)
+        chosen = _choose_images(images, cls.images_to_fit(spec), seed)
         if chosen.dtype != torch.uint8 or chosen.shape[1:] != (3, image_size, image_size):
             raise ValueError(
                 f"patch-vq: expected uint8 images (n, 3, {image_size}, {image_size}), "
@@ -102,6 +106,11 @@ class PatchVQ(Tokenizer):
         codebook_VE = _seed_codes(points_ME, codes, seed)
         codebook_VE = _lloyd(points_ME, counts_M, codebook_VE, progress)
         return cls(codebook_VE, image_size, patch_size)
+
+    @staticmethod
+    def images_to_fit(spec: TokenSpec) -> int:
+        """How many images `fit` looks at, if there are as many."""
+        return math.ceil(FIT_PATCHES / spec.num_tokens)
 
     def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, N) int64, the nearest code of every patch; `rng` is ignored."""
@@ -145,14 +154,17 @@ def _choose_images(images: Tensor | ImageSource, most: int, seed: int) -> Tensor
     if count > most:
         ids = Rng(seed).bits("patch_vq.images", ids, 1)[:, 0].argsort(stable=True)[:most]
         ids = ids.sort().values
-    return images[ids] if torch.is_tensor(images) else images.images(ids)
+    if isinstance(images, Tensor):
+        return images[ids]
+    return images.images(ids)
 
 
 def _distinct(patches_PE: Tensor) -> tuple[Tensor, Tensor]:
     """(P, E) uint8 -> the distinct rows (M, E) uint8 and how often each occurs, (M,) float32."""
     rows = np.ascontiguousarray(patches_PE.numpy())
     # Rows are told apart by a random 64-bit linear hash, which is far faster than sorting them.
-    factors = np.random.Philox(key=0).random_raw(rows.shape[1]) | np.uint64(1)
+    words = np.asarray(np.random.Philox(key=0).random_raw(rows.shape[1]))
+    factors = words | np.uint64(1)
     hashes = np.zeros(len(rows), dtype=np.uint64)
     for column, factor in enumerate(factors):
         hashes += rows[:, column] * factor
@@ -209,7 +221,8 @@ def _lloyd(
 
     A code without points moves to the point with the largest counted error.
     """
-    codes, last = len(codebook_VE), None
+    codes = len(codebook_VE)
+    last = None
     weighted_ME = torch.cat((points_ME * counts_M[:, None], counts_M[:, None]), dim=1)
     for step in range(ITERATIONS):
         index_M, square_M = _nearest(points_ME, codebook_VE)

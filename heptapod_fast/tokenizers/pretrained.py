@@ -11,14 +11,13 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from heptapod_fast.tokenizers import weights as files
 from heptapod_fast.tokenizers.autoencoder import build, file_key
-from heptapod_fast.tokenizers.base import Tokenizer, token_spec
+from heptapod_fast.tokenizers.base import FIXED_PATCH, Description, Tokenizer, token_spec
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Pixels worked on at once. Activations take about 2 KB per pixel: 8 images of 256 pixels and 1 GB
@@ -33,8 +32,9 @@ class _ExactFloat32:
     them and the last one to leave puts them back."""
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._before: ExitStack | None = None
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = ExitStack()  # what puts PyTorch's switches back
 
     def __enter__(self) -> None:
         with self._lock:
@@ -90,8 +90,7 @@ class Pretrained(Tokenizer):
         ValueError: sizes that do not divide, another dtype, or weights of another architecture.
     """
 
-    name: ClassVar[str]
-    patch_size = 16
+    patch_size = FIXED_PATCH
 
     def __init__(
         self,
@@ -106,7 +105,8 @@ class Pretrained(Tokenizer):
                 f"{self.name}: dtype must be torch.float32 or torch.bfloat16, found {dtype}"
             )
         weights = files.check(self.name, weights, source)
-        self.image_size, self.dtype = image_size, dtype
+        self.image_size = image_size
+        self.dtype = dtype
         self.source = None if source is None else Path(source).absolute()
         self.weights_sha256 = files.digest(weights)
         self.chunk_pixels: int | None = None
@@ -150,7 +150,7 @@ class Pretrained(Tokenizer):
     @classmethod
     def restore(cls, settings: dict[str, int], state: dict[str, Tensor]) -> Pretrained:
         """The inverse of `settings` and `state`."""
-        return cls(state, **settings)
+        return cls(state, settings["image_size"])
 
     @property
     def fingerprint(self) -> str:
@@ -159,7 +159,7 @@ class Pretrained(Tokenizer):
         identity = [self.name, self.settings(), self.weights_sha256]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def describe(self) -> dict[str, str | int | None]:
+    def describe(self) -> Description:
         """What a run or a cache records instead of a copy of the weights; goes into JSON."""
         return {
             "tokenizer": self.name,
@@ -187,10 +187,10 @@ class Pretrained(Tokenizer):
 
     def _encoded(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> what `quant_conv` gives, (B, C, H / 16, W / 16) float32."""
-        grid, channels = self.spec.grid, self.network.quant_conv.out_channels
-        return self._in_chunks(
-            self.network.encode, self.check_images(images), (channels, grid, grid)
-        )
+        grid = self.spec.grid
+        channels = self.network.quant_conv.out_channels
+        shape = (channels, grid, grid)
+        return self._in_chunks(self.network.encode, self.check_images(images), shape)
 
     def _decoded(self, latents_BCHW: Tensor) -> Tensor:
         """(B, C, H / 16, W / 16) -> (B, 3, H, W) float32, not clipped."""

@@ -77,7 +77,7 @@ class VQ16(Pretrained):
     @property
     def codebook_VC(self) -> Tensor:
         """(16384, 8) float32: the codebook as stored, before it is normalised."""
-        return self.network.quantize.embedding.weight
+        return self.network.get_parameter("quantize.embedding.weight")
 
     def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) float in [-1, 1] -> (B, N) int64, the nearest codes; `rng` is ignored.
@@ -95,7 +95,8 @@ class VQ16(Pretrained):
         Raises:
             ValueError: tokens of another shape, floats, or codes out of range.
         """
-        codes_BN, vocabulary = self.check_tokens(tokens), self.spec.vocabulary
+        codes_BN = self.check_tokens(tokens)
+        vocabulary = self.spec.vocabulary
         if codes_BN.is_floating_point() or codes_BN.dtype == torch.bool:
             raise ValueError(f"vq16: expected integer codes, found {codes_BN.dtype}")
         codes_BN = codes_BN.long()

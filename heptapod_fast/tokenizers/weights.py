@@ -266,5 +266,5 @@ def digest(tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         total.update(f"\n{key}/{tuple(value.shape)}\n".encode())
-        total.update(value.detach().cpu().float().contiguous().numpy())
+        total.update(value.detach().cpu().float().contiguous().numpy().data)
     return total.hexdigest()

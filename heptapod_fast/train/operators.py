@@ -31,7 +31,7 @@ def choose_operators(config: Config, device: torch.device) -> Operators:
     run = config.run
     dtype = choose_precision(run.precision, device)
     wishes = [
-        _Wish("--attention", run.attention, "attention", dtype, attention_limits(config)),
+        _Wish("--attention", run.attention, "attention", dtype, _limits_of_all_uses(config)),
         _Wish("--adamw-ema", run.adamw_ema, "adamw_ema", torch.float32),
         _Wish("--adamw-ema", run.adamw_ema, "global_norm", torch.float32),
         _Wish("--kernels", "auto", "philox", torch.int64),
@@ -52,7 +52,7 @@ def choose_operators(config: Config, device: torch.device) -> Operators:
     return Operators({wish.operation: wish.asked for wish in wishes}, choices)
 
 
-def attention_limits(config: Config) -> dict[str, str | None]:
+def _limits_of_all_uses(config: Config) -> dict[str, str | None]:
     """{implementation: what keeps it from some attention of this model, or None}."""
     limits: dict[str, str | None] = {}
     for use in config.model.attention_uses(config.spec):

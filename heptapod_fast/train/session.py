@@ -14,8 +14,8 @@ import torch
 from heptapod_fast import checkpoints, ops
 from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.config import BatchSplit, Config
-from heptapod_fast.data.cache import CacheTokens
-from heptapod_fast.data.cache_format import Cache
+from heptapod_fast.data.cache.format import Cache
+from heptapod_fast.data.cache.reader import CacheTokens
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import TokenSource
 from heptapod_fast.ops.dispatch import Operators

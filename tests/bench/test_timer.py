@@ -78,6 +78,54 @@ def test_cpu_seconds_are_those_of_one_call(monkeypatch):
     assert timing.calls == 4
 
 
+class Event:
+    """Stands in for torch.cuda.Event; elapsed_time is in milliseconds."""
+
+    def __init__(self, queue):
+        self.queue = queue
+
+    def record(self):
+        self.queue.append("event")
+
+    def synchronize(self):
+        self.queue.append("wait")
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+class Flush:
+    """Stands in for the memory that is read."""
+
+    def __init__(self, queue):
+        self.queue = queue
+
+    def sum(self):
+        self.queue.append("read")
+
+
+def test_on_a_gpu_a_call_stands_between_two_events_behind_a_full_queue(monkeypatch):
+    queue = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(queue))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append(cycles))
+    monkeypatch.setattr(timer, "_flush", Flush(queue))
+    clock = Clock(monkeypatch)
+    busy = clock.call_of(1e-3)  # the host's work
+
+    def call():
+        queue.append("call")
+        busy()
+
+    ready = timer.watch(call, "cuda")
+    assert ready.launched == pytest.approx(1e-3)
+    queue.clear()
+    assert ready.sample() == pytest.approx(2e-3)
+    hold, *rest = queue
+    assert rest == ["read", "event", "call", "event", "wait"]
+    assert hold / timer.FASTEST_CLOCK > 1e-3  # the host is done before the device goes on
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_device_is_timed_without_launches_and_without_its_cache():

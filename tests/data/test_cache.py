@@ -9,15 +9,15 @@ import pytest
 import torch
 import zarr
 
-import heptapod_fast.data.cache as reader
-from heptapod_fast.data.cache import CacheTokens, choose_mode
-from heptapod_fast.data.cache_check import problems
-from heptapod_fast.data.cache_format import CacheError, open_cache
+import heptapod_fast.data.cache.reader as reader
+from heptapod_fast.data.cache.check import find_damage
+from heptapod_fast.data.cache.format import CacheError, open_cache
+from heptapod_fast.data.cache.reader import CacheTokens, choose_mode
 from heptapod_fast.data.files import find_images
 from heptapod_fast.data.images import ImageFolder
 from heptapod_fast.data.order import WindowedOrder
 from heptapod_fast.rng import Rng
-from heptapod_fast.tokenizers import KL16, from_stored, stored_arrays, to_unit, token_spec
+from heptapod_fast.tokenizers import KL16, PatchVQ, to_unit, token_spec
 from tests.caches import CLASSES, contents, edit_manifest, sign, small_cache, small_tokenizer
 from tests.tokenizers.reference import random_weights
 
@@ -71,7 +71,7 @@ def test_shards_of_8192_rows_in_chunks_of_64(tmp_path):
     cache = small_cache(tmp_path, shard_rows=8192)
     array = zarr.open_group(cache.path, mode="r")["codes"]
     assert array.shards[0] == 8192 and array.chunks[0] == 64 and cache.shards == 1
-    assert problems(cache) == []
+    assert find_damage(cache) == []
     assert CacheTokens(cache, 0).batch(torch.arange(COUNT)).tokens.shape == (COUNT, 16)
 
 
@@ -96,15 +96,15 @@ def test_posterior_samples_are_drawn_for_every_visit(kl16):
     source, index = CacheTokens(cache, seed=4), torch.arange(20, 40)
     stored, labels = source.rows(index)
     batch = source.batch(index)
-    expected = from_stored(cache.spec, stored, Rng(4), index)
+    expected = KL16.from_stored(cache.spec, stored, Rng(4), index)
     assert torch.equal(batch.tokens, expected) and batch.tokens.shape == (20, 4, 16)
-    mean = from_stored(cache.spec, stored)
+    mean = KL16.from_stored(cache.spec, stored)
     assert (batch.tokens - mean).std() > 0.5 * 0.2325 * stored["std"].float().mean()
     # The same image an epoch earlier has the same moments and another sample.
     ids = source.sources(index)
     earlier = torch.arange(20)
     again = torch.tensor([source.sources(earlier).index(k) for k in ids])
-    assert torch.equal(from_stored(cache.spec, source.rows(again)[0]), mean)
+    assert torch.equal(KL16.from_stored(cache.spec, source.rows(again)[0]), mean)
     assert not torch.equal(source.batch(again).tokens, batch.tokens)
 
 
@@ -122,9 +122,9 @@ def test_codes_use_all_sixteen_bits():
     spec = token_spec("patch-vq", 8, 4, 65_000)
     codes = torch.tensor([[0, 32_768, 64_999, 40_000]])
     stored = torch.from_numpy(codes.numpy().astype("<u2").view(np.int16))
-    assert torch.equal(from_stored(spec, {"codes": stored}), codes)
+    assert torch.equal(PatchVQ.from_stored(spec, {"codes": stored}), codes)
     with pytest.raises(ValueError, match="--codes"):
-        stored_arrays(token_spec("patch-vq", 8, 4, 65_536))
+        PatchVQ.stored_arrays(token_spec("patch-vq", 8, 4, 65_536))
 
 
 def batches(source, first=0, count=2 * COUNT, size=10):
@@ -228,7 +228,7 @@ def test_shards_in_another_order_of_chunks(tmp_path):
     sign(cache.path)
     again = open_cache(cache.path)
     assert not again.in_row_order("codes", 0) and again.in_row_order("codes", 1)
-    assert problems(again) == []
+    assert find_damage(again) == []
     for got, wanted in zip(batches(CacheTokens(again, 0), count=300), expected, strict=True):
         assert torch.equal(got, wanted)
 
@@ -279,7 +279,7 @@ def test_damaged_shards_are_refused(copy, kind, words, mode):
     spoil(copy, kind)
     with pytest.raises(CacheError, match=f"{SHARD}: .*{words}.*builds damaged shards again"):
         batches(CacheTokens(open_cache(copy), 0, mode=mode))
-    found = problems(open_cache(copy, look=False))
+    found = find_damage(open_cache(copy, look=False))
     assert any(SHARD in text and words in text for text in found), found
 
 
@@ -324,7 +324,7 @@ def test_a_damaged_shard_stops_a_stream_where_it_comes(tmp_path, window, monkeyp
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "index"])
 def test_mapped_shards(tmp_path, mode, kind):
     cache = page_cache(tmp_path)
-    assert CacheTokens(cache, 0, mode=mode)._hosts["mean"]._mapped
+    assert CacheTokens(cache, 0, mode=mode)._hosts["mean"].is_mapped
     file = cache.path / cache.shard_file("mean", 2)
     raw = bytearray(file.read_bytes())
     raw[{"flipped": 50, "index": -10, "truncated": 0}[kind]] ^= 4
@@ -428,7 +428,7 @@ def test_labels_out_of_range(copy):
     sign(copy)
     with pytest.raises(CacheError, match="labels are 0..3, expected 0..2"):
         CacheTokens(open_cache(copy), 0)
-    assert problems(open_cache(copy)) == ["labels: 1 are outside 0..2, first that of row 5"]
+    assert find_damage(open_cache(copy)) == ["labels: 1 are outside 0..2, first that of row 5"]
 
 
 def edit_shard(path, array, shard, change):
@@ -462,7 +462,7 @@ def set_row(row, value):
 def test_values_that_cannot_be(kl16, tmp_path, array, value, words):
     shutil.copytree(kl16[1].path, tmp_path / "c.zarr")
     edit_shard(tmp_path / "c.zarr", array, 1, set_row(2, value))
-    found = problems(open_cache(tmp_path / "c.zarr"))
+    found = find_damage(open_cache(tmp_path / "c.zarr"))
     assert len(found) == 1 and re.search(words, found[0]), found
 
 
@@ -485,7 +485,7 @@ def test_tokens_that_are_not_finite_are_named_in_training(kl16, tmp_path):
 
 def test_codes_that_cannot_be(copy):
     edit_shard(copy, "codes", 1, set_row(3, 300))
-    assert problems(open_cache(copy)) == [f"{SHARD}: rows 19 (1) codes outside 0..299"]
+    assert find_damage(open_cache(copy)) == [f"{SHARD}: rows 19 (1) codes outside 0..299"]
 
 
 def test_an_order_that_is_none(copy):
@@ -493,17 +493,17 @@ def test_an_order_that_is_none(copy):
     order[0] = order[1]
     order.tofile(copy / "source_index/c/0")
     sign(copy)
-    assert problems(open_cache(copy)) == ["source_index: not every image occurs once"]
+    assert find_damage(open_cache(copy)) == ["source_index: not every image occurs once"]
 
 
 def test_foreign_files_are_named(copy):
     (copy / "codes/c/9").mkdir()
     (copy / "codes/c/9/x").write_text("")
-    assert problems(open_cache(copy)) == ["codes/c/9/x: not part of the cache"]
+    assert find_damage(open_cache(copy)) == ["codes/c/9/x: not part of the cache"]
 
 
-def test_a_whole_cache_has_no_problems(made, kl16):
-    assert problems(made) == [] and problems(kl16[1]) == []
+def test_a_whole_cache_has_no_find_damage(made, kl16):
+    assert find_damage(made) == [] and find_damage(kl16[1]) == []
     assert not (made.path / ".building").exists()
     assert set(contents(made.path)) == {*made.manifest["files"], "manifest.json"}
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import zarr
 
-from heptapod_fast.data.cache import CacheTokens
-from heptapod_fast.data.cache_check import problems
-from heptapod_fast.data.cache_format import BUILDING, CacheError, open_cache
-from heptapod_fast.data.cache_plan import fit_codebook
-from heptapod_fast.data.cache_site import claim
-from heptapod_fast.data.cache_writer import Builder, build_cache
+from heptapod_fast.data.cache.builder import Builder, build_cache
+from heptapod_fast.data.cache.check import find_damage
+from heptapod_fast.data.cache.format import BUILDING, CacheError, open_cache
+from heptapod_fast.data.cache.making import CacheSettings, fit_codebook
+from heptapod_fast.data.cache.reader import CacheTokens
+from heptapod_fast.data.cache.site import Site, SiteState, lock_cache
 from heptapod_fast.data.decoding import PillowDecoder
 from heptapod_fast.data.files import find_images
 from heptapod_fast.tokenizers import KL16
@@ -39,8 +39,10 @@ def undisturbed(folder, tmp_path_factory):
 
 
 def stop_after(monkeypatch, name, count):
-    """The builder's method `name` fails at its call number `count`."""
-    real, calls = getattr(Builder, name), []
+    """The method `name` of the builder, or of the site, fails at its call number `count`."""
+    owner = Builder if hasattr(Builder, name) else Site
+    real = getattr(owner, name)
+    calls = []
 
     def method(*arguments):
         calls.append(1)
@@ -48,7 +50,17 @@ def stop_after(monkeypatch, name, count):
             raise Stop
         return real(*arguments)
 
-    monkeypatch.setattr(Builder, name, method)
+    monkeypatch.setattr(owner, name, method)
+
+
+def shards_built(monkeypatch):
+    """The shards that are built from now on, in order."""
+    built = []
+    real = Builder._empty_shard
+    monkeypatch.setattr(
+        Builder, "_empty_shard", lambda self, shard: built.append(shard) or real(self, shard)
+    )
+    return built
 
 
 def begin(monkeypatch, path, plan, name="_write", count=3):
@@ -73,11 +85,7 @@ def begin(monkeypatch, path, plan, name="_write", count=3):
 def test_a_build_goes_on_where_it_stopped(folder, tmp_path, undisturbed, where, count, monkeypatch):
     begin(monkeypatch, tmp_path / "c.zarr", small_plan(folder), where, count)
     (tmp_path / "c.zarr" / ".x.0a.partial").write_text("half a file")
-    encoded = []
-    real = Builder._build_shard
-    monkeypatch.setattr(
-        Builder, "_build_shard", lambda self, shard: encoded.append(shard) or real(self, shard)
-    )
+    encoded = shards_built(monkeypatch)
     build_cache(tmp_path / "c.zarr", small_plan(folder))
     assert contents(tmp_path / "c.zarr") == undisturbed
     done = {"_write": count - 1, "_encode": 2, "_write_frame": 0}.get(where, 5)
@@ -86,14 +94,32 @@ def test_a_build_goes_on_where_it_stopped(folder, tmp_path, undisturbed, where, 
 
 def test_several_builders_share_the_shards(folder, tmp_path, undisturbed):
     path = tmp_path / "c.zarr"
-    builders = [Builder(path, small_plan(folder)) for _ in range(3)]
-    with claim(path):
-        assert builders[0].begin()
-        missing = builders[0].missing()
-        for k, builder in enumerate(builders):
-            builder.build(missing[k::3])
-        builders[0].finish()
+    sites = [Site(path, small_plan(folder)) for _ in range(3)]
+    with lock_cache(path):
+        sites[0].begin()
+        missing = sites[0].missing()
+        for k, site in enumerate(sites):
+            Builder(site).build(missing[k::3])
+        sites[0].finish()
     assert contents(path) == undisturbed
+
+
+def test_a_site_says_how_far_it_is(folder, tmp_path, monkeypatch):
+    path = tmp_path / "c.zarr"
+    plan = small_plan(folder)
+
+    def state():
+        with lock_cache(path):
+            return Site(path, plan).begin()
+
+    assert state() is SiteState.NEW
+    assert state() is SiteState.UNFINISHED
+    build_cache(path, plan)
+    assert state() is SiteState.COMPLETE
+    (path / "codes/c/2/0/0").unlink()
+    assert state() is SiteState.DAMAGED
+    assert state() is SiteState.UNFINISHED
+    assert Site(path, plan).missing() == [2]
 
 
 def test_a_finished_cache_is_left_alone(folder, tmp_path, undisturbed):
@@ -155,9 +181,12 @@ def test_a_folder_that_is_something_else(folder, tmp_path):
 
 
 def test_one_process_at_a_time(folder, tmp_path):
-    with claim(tmp_path / "c.zarr"), pytest.raises(CacheError, match="built by another process"):
-        claim(tmp_path / "c.zarr")
-    claim(tmp_path / "c.zarr").close()
+    with (
+        lock_cache(tmp_path / "c.zarr"),
+        pytest.raises(CacheError, match="built by another process"),
+    ):
+        lock_cache(tmp_path / "c.zarr")
+    lock_cache(tmp_path / "c.zarr").close()
 
 
 def test_a_disk_that_is_too_small(folder, tmp_path, monkeypatch):
@@ -192,7 +221,7 @@ def test_broken_images_are_left_out_one_by_one(tmp_path):
     assert (codes[rows] == 65535).all() and rows == sorted(rows)
     # Their neighbours lose nothing.
     assert np.array_equal(np.delete(codes, rows, 0), np.delete(before, rows, 0))
-    assert problems(cache) == []
+    assert find_damage(cache) == []
     source = CacheTokens(cache, 0)
     assert source.num_images == 37
     seen = source.sources(torch.arange(37))
@@ -209,7 +238,7 @@ def test_rows_of_broken_images_must_hold_nothing(tmp_path):
     from tests.caches import sign
 
     sign(cache.path)
-    assert "hold codes" in problems(open_cache(cache.path))[0]
+    assert "hold codes" in find_damage(open_cache(cache.path))[0]
 
 
 def test_a_chunk_of_broken_images_is_written(tmp_path):
@@ -219,7 +248,7 @@ def test_a_chunk_of_broken_images_is_written(tmp_path):
     for k in plan.order[64:128]:
         spoil(folder, k)
     cache = build_cache(tmp_path / "c.zarr", small_plan(folder, shard_rows=128, max_broken=64))
-    assert cache.in_row_order("codes", 0) and problems(cache) == []
+    assert cache.in_row_order("codes", 0) and find_damage(cache) == []
     assert CacheTokens(cache, 0).batch(torch.arange(76)).tokens.max() < 300
 
 
@@ -247,10 +276,10 @@ class Broken:
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
-    def encode(self, images):
-        tokens = self.tokenizer.encode(images)
-        tokens[images.mean((1, 2, 3)) > 0] = self.value
-        return tokens
+    def to_stored(self, images):
+        stored = self.tokenizer.to_stored(images)
+        stored["mean"][images.mean((1, 2, 3)) > 0] = self.value
+        return stored
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
@@ -290,11 +319,7 @@ def test_damaged_shards_of_a_finished_cache_are_built_again(
     raw[40] ^= 8
     (shards / f"1{tail}").write_bytes(raw)
     (shards / f"3{tail}").unlink()
-    built = []
-    real = Builder._build_shard
-    monkeypatch.setattr(
-        Builder, "_build_shard", lambda self, shard: built.append(shard) or real(self, shard)
-    )
+    built = shards_built(monkeypatch)
     begin(monkeypatch, path, plan, "_write", 2)  # killed once more on the way
     with pytest.raises(CacheError, match="was interrupted: repeat the command"):
         open_cache(path)
@@ -338,7 +363,16 @@ def test_codebooks(tmp_path):
     folder = image_folder(tmp_path / "images", 12)
     _, files = find_images(folder)
     spoil(folder, 3)
-    codebook = fit_codebook(files, PillowDecoder(), 16, 4, 20, seed=1)
+    settings = CacheSettings(
+        data=str(folder),
+        out="c.zarr",
+        tokenizer="patch-vq",
+        image_size=16,
+        patch_size=4,
+        codes=20,
+        seed=1,
+    )
+    codebook = fit_codebook(settings, files, PillowDecoder())
     assert codebook.spec.vocabulary == 20
     cache = build_cache(tmp_path / "c.zarr", small_plan(folder, codebook, max_broken=1))
     assert "tokenizer.safetensors" in cache.manifest["files"]
@@ -346,7 +380,7 @@ def test_codebooks(tmp_path):
         if k != 3:
             spoil(folder, k)
     with pytest.raises(ValueError, match="none of 12 images can be read .*check --data"):
-        fit_codebook(files, PillowDecoder(), 16, 4, 20, seed=1)
+        fit_codebook(settings, files, PillowDecoder())
 
 
 @pytest.mark.parametrize(

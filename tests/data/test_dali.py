@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFile
 import heptapod_fast.data.dali as dali
 from bench import bench_decode
 from heptapod_fast.data import ImageFolder, Logograms, write_folder
-from heptapod_fast.data.decoding import PREPROCESSING, PillowDecoder, crop_pixels
+from heptapod_fast.data.decoding import PREPROCESSING, PillowDecoder
+from heptapod_fast.data.pixels import crop_pixels
 
 SIDE = 64
 # 0, 1, 2 and 3 halvings; odd and even; exact; smaller than SIDE; both orientations.

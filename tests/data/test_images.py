@@ -11,7 +11,8 @@ from PIL import Image
 
 import heptapod_fast.data.images as images_module
 from heptapod_fast.data import ImageFolder, ImageSource
-from heptapod_fast.data.decoding import PillowDecoder, centre_crop
+from heptapod_fast.data.decoding import PillowDecoder
+from heptapod_fast.data.pixels import centre_crop
 
 
 def picture(width=16, height=16, seed=0):

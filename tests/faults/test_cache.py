@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from heptapod_fast.data.cache_check import problems
-from heptapod_fast.data.cache_format import BUILDING, open_cache
+from heptapod_fast.data.cache.check import find_damage
+from heptapod_fast.data.cache.format import BUILDING, open_cache
 from heptapod_fast.storage import available_memory
 from tests.caches import contents, image_folder
 from tests.faults.test_disk import limit_files, small_disk  # noqa: F401  (a fixture)
@@ -49,7 +49,7 @@ def words(folder, out, **settings):
 def undisturbed(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "c.zarr"
     assert command("cache", *words(folder, out)).code == 0
-    assert problems(open_cache(out)) == []
+    assert find_damage(open_cache(out)) == []
     return contents(out)
 
 
@@ -122,7 +122,7 @@ def test_files_that_cannot_grow(folder, tmp_path, undisturbed):
         line, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120
     )
     assert again.returncode == 0, again.stderr
-    assert problems(open_cache(out)) == [] and not list(out.rglob("*.partial"))
+    assert find_damage(open_cache(out)) == [] and not list(out.rglob("*.partial"))
 
 
 def test_a_full_disk(folder, small_disk):  # noqa: F811

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from heptapod_fast.train.checkpoint import listed, problems
+from heptapod_fast.checkpoints import damage, listed
 from tests.running import (
     ROOT,
     command,
@@ -58,7 +58,7 @@ def test_files_that_cannot_grow_fail_clearly_and_keep_what_is_there(tmp_path):
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=120,
+        timeout=600,
         preexec_fn=limit_files(100_000),
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -75,7 +75,7 @@ def test_a_full_disk_is_survived(small_disk, tmp_path):
     assert "WARNING: could not write" in result.out and "error: could not write" in result.out
     assert "Traceback" not in result.out
     kept = listed(small_disk / "run" / "checkpoints")
-    assert all(problems(path) == [] for path in kept)
+    assert all(damage(path) == [] for path in kept)
     assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     again = finish(start("train", *flags(out=small_disk / "run", **settings)))

@@ -27,7 +27,7 @@ def cache(request, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["gpu", "ram", "stream"])
 def test_batches_are_those_of_the_cpu(cache, mode):
-    from heptapod_fast.data import CacheTokens
+    from heptapod_fast.data.cache import CacheTokens
 
     index = torch.arange(7, 27)
     expected = CacheTokens(cache, 3, flip=True).batch(index)
@@ -45,7 +45,7 @@ def test_batches_are_those_of_the_cpu(cache, mode):
 
 
 def test_auto_takes_the_gpu(cache):
-    from heptapod_fast.data.cache import choose_mode
+    from heptapod_fast.data.cache.reader import choose_mode
 
     assert choose_mode(cache, torch.device("cuda"), "auto")[0] == "gpu"
     assert choose_mode(cache, torch.device("cuda"), "auto", reserved=2**50)[0] == "ram"

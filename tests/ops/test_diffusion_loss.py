@@ -9,7 +9,6 @@ from torch.distributions import Normal, kl_divergence
 
 from heptapod_fast.ops import STEPS, add_noise, cosine_betas, schedule_tables
 from heptapod_fast.ops.diffusion_loss import (
-    TABLES,
     WIDEST,
     _backward_operator,
     _inputs_operator,
@@ -19,6 +18,7 @@ from heptapod_fast.ops.diffusion_loss import (
     discretised_log_likelihood,
     row_losses,
 )
+from heptapod_fast.ops.diffusion_schedule import TABLES
 from heptapod_fast.ops.dispatch import Unavailable
 from heptapod_fast.ops.philox import Draws
 from heptapod_fast.rng import Rng

@@ -161,7 +161,7 @@ def begun(folder):
 
 def test_another_configuration_is_refused_naming_the_flags(tmp_path):
     begun(tmp_path)
-    with pytest.raises(RunError, match=r"--width 64 \(was 32\); --seed 3 \(was 0\).*--out"):
+    with pytest.raises(RunError, match=r"--seed 3 \(was 0\); --width 64 \(was 32\).*--out"):
         RunDir(tmp_path).claim(tiny_config(tmp_path, width=64, seed=3))
     assert RunDir(tmp_path).read_config() == tiny_config(tmp_path)
 

@@ -9,7 +9,7 @@ import zarr
 from PIL import Image
 
 from heptapod_fast.data import Logograms, write_folder
-from heptapod_fast.data.cache_format import open_cache
+from heptapod_fast.data.cache.format import open_cache
 from tests.caches import CLASSES, image_folder
 from tests.running import ROOT, command, environment, refused
 

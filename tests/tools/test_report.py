@@ -1,20 +1,166 @@
-"""tools/report.py on a folder of benchmark results."""
+"""tools/report.py: of a run, and of a folder of benchmark results."""
 
 import json
+from pathlib import Path
 
-from tests.running import ROOT, command, refused
+import numpy as np
+import pytest
+from PIL import Image
+
+from heptapod_fast.reports.bench import CHART, MARKS, report_bench
+from heptapod_fast.reports.charts import save_bars, save_line
+from heptapod_fast.reports.run import report_run
+from heptapod_fast.reports.tables import properties, show, table
+from tests.running import ROOT, command, refused, train_here
+
+MACHINE = {"device": "CPU of the test", "python_version": "3.11", "torch": "2.13"}
+
+
+def benchmark(name, rate):
+    return {
+        "name": name,
+        "extra_info": {"samples/s": rate, "shape": [2, 3]},
+        "stats": {"median": 0.0015, "q1": 0.001, "q3": 0.002},
+    }
+
 
 RESULT = {
-    "machine_info": {"device": "CPU of the test", "python_version": "3.11", "torch": "2.13"},
+    "machine_info": MACHINE,
     "datetime": "2026-01-02T03:04:05",
-    "benchmarks": [
+    "benchmarks": [benchmark("fast case", 12345.6), benchmark("slow case", 61.72)],
+}
+HEADLINES = {
+    "rows": [
         {
-            "name": "bench_one",
-            "extra_info": {"GB/s": 12.345, "shape": [2, 3]},
-            "stats": {"median": 0.0015, "q1": 0.001, "q3": 0.002},
+            "file": "ops.json",
+            "benchmark": "fast case",
+            "value": "samples/s",
+            "says": "Reading",
+            "value_says": "{} samples/s",
+            "peer": "slow case",
+            "beside": "samples/s",
+            "beside_says": "the slow one: {}",
         }
     ],
+    "chart": {
+        "file": "ops.json",
+        "value": "samples/s",
+        "title": "Samples per second",
+        "benchmarks": {"ours, fast": "fast case", "theirs": "slow case"},
+    },
 }
+
+
+def is_a_chart(path) -> bool:
+    """An image in which something is drawn: more than paper and text in black."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    is_coloured = pixels.max(axis=2) - pixels.min(axis=2) > 60
+    return min(pixels.shape[:2]) > 100 and bool(is_coloured.sum() > 200)
+
+
+# ------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run that was measured and reported."""
+    out = tmp_path_factory.mktemp("run")
+    train_here(out, images=32)
+    assert command("evaluate", out, "--count", 10).code == 0
+    result = command("report", out)
+    assert result.code == 0, result.err
+    assert f"written: {out / 'report.md'}" in result.out
+    return out
+
+
+def test_a_report_has_the_figures_of_the_run(trained):
+    numbers = json.loads((trained / "report.json").read_text())
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rates = sorted(record["images_per_second"] for record in records)
+    assert numbers["images"] == 32
+    assert numbers["steps"] == 4
+    assert numbers["loss"] == records[-1]["loss"]
+    assert numbers["images_per_second_range"] == [rates[0], rates[-1]]
+    assert numbers["images_per_second_median"] == pytest.approx((rates[1] + rates[2]) / 2)
+    assert numbers["evaluation"]["samples"] == 10
+    assert numbers["system"] == "heptapod"
+    assert "mfu_median" not in numbers
+
+
+def test_a_report_has_a_table_a_chart_and_the_evaluation(trained):
+    text = (trained / "report.md").read_text()
+    for part in (
+        "# heptapod tiny on logograms",
+        "32 of 32 images",
+        "| steps | 4 |",
+        "FLOPs: forward + backward",
+        "![loss](loss.png)",
+        "## Evaluation",
+        "| symmetry accuracy |",
+        "evaluation.png",
+    ):
+        assert part in text
+    assert is_a_chart(trained / "loss.png")
+
+
+def test_the_same_records_make_the_same_files(trained):
+    before = {name: (trained / name).read_bytes() for name in ("loss.png", "report.md")}
+    report_run(trained)
+    assert before == {name: (trained / name).read_bytes() for name in before}
+
+
+def test_records_without_a_loss_do_not_stop_a_report(tmp_path):
+    train_here(tmp_path, images=32)
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"images": 40, "checkpoint_failed": "full"}\n')
+        stream.write('{"images": 40, "loss": null}\n')
+        stream.write('{"images": 48, "lo')
+    assert command("report", tmp_path).code == 0
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert numbers["images"] == 32
+    assert "Evaluation" not in (tmp_path / "report.md").read_text()
+
+
+def test_one_record_makes_a_report_without_a_chart(tmp_path):
+    train_here(tmp_path, images=8)
+    assert command("report", tmp_path).code == 0
+    assert "loss.png" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_devices_of_all_sessions_are_named(tmp_path):
+    train_here(tmp_path, images=16)
+    sessions = tmp_path / "sessions.jsonl"
+    first = json.loads(sessions.read_text())
+    other = first | {"device": "another device"}
+    sessions.write_text(json.dumps(first) + "\n" + json.dumps(other) + "\n")
+    report_run(tmp_path)
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert numbers["device"] == ", ".join(sorted([first["device"], "another device"]))
+
+
+def test_a_run_that_logged_nothing_has_no_report(tmp_path):
+    train_here(tmp_path, images=16)
+    (tmp_path / "metrics.jsonl").write_text("")
+    refused(command("report", tmp_path), "metrics.jsonl has no record")
+    (tmp_path / "metrics.jsonl").unlink()
+    refused(command("report", tmp_path), "metrics.jsonl does not exist")
+    refused(command("report", tmp_path / "none"), "is not a directory")
+
+
+# -------------------------------------------------------------------------------------- benchmarks
+
+
+@pytest.fixture
+def project(tmp_path):
+    """(root of a project with results and a README that shows some, its folder of results)."""
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    (folder / "ops.json").write_text(json.dumps(RESULT))
+    (folder / "headlines.json").write_text(json.dumps(HEADLINES))
+    (tmp_path / "README.md").write_text(f"before\n{MARKS[0]}\nold rows\n{MARKS[1]}\nafter\n")
+    return tmp_path, folder
 
 
 def test_tables_are_made_of_measurements(tmp_path):
@@ -22,8 +168,59 @@ def test_tables_are_made_of_measurements(tmp_path):
     result = command("report", tmp_path)
     assert result.code == 0, result.err
     text = (tmp_path / "README.md").read_text()
-    for part in ("**ops**: CPU of the test", "2026-01-02", "bench_one | 1.500 | 1.000 to 2.000"):
+    for part in (
+        "**ops**: CPU of the test",
+        "2026-01-02",
+        "| fast case | 1.500 | 1.000 to 2.000 | samples/s 12,350, shape 2 to 3 |",
+    ):
         assert part in text
+
+
+def test_training_runs_have_a_table_of_their_own(tmp_path):
+    (tmp_path / "ops.json").write_text(json.dumps(RESULT))
+    (tmp_path / "runs").mkdir()
+    train_here(tmp_path / "run", images=16)
+    report_run(tmp_path / "run")
+    report = (tmp_path / "run" / "report.json").read_text()
+    (tmp_path / "runs" / "demo.json").write_text(report)
+    report_bench(tmp_path, tmp_path / "elsewhere")
+    text = (tmp_path / "README.md").read_text()
+    assert "| heptapod tiny, logograms 24 px, patch-vq | 16 |" in text
+
+
+def test_the_projects_readme_shows_some_rows_and_a_chart(project):
+    root, folder = project
+    written = report_bench(folder, root)
+    assert written == [folder / "README.md", root / "README.md", root / CHART]
+    text = (root / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old rows" not in text
+    assert "| Reading | 12,350 samples/s | the slow one: 61.72 | " in text
+    assert f"]({CHART})" in text
+    assert is_a_chart(root / CHART)
+    # Made again, nothing grows or moves.
+    chart = (root / CHART).read_bytes()
+    report_bench(folder, root)
+    assert (root / "README.md").read_text() == text
+    assert (root / CHART).read_bytes() == chart
+
+
+def test_files_beside_the_results_are_no_results(project):
+    root, folder = project
+    (folder / "offline.json").write_text('{"sm_80; some kernel": {"registers": 56}}')
+    report_bench(folder, root)
+    assert "offline" not in (folder / "README.md").read_text()
+
+
+def test_a_headline_that_no_result_has_is_named(project):
+    root, folder = project
+    row = HEADLINES["rows"][0] | {"benchmark": "gone"}
+    (folder / "headlines.json").write_text(json.dumps(HEADLINES | {"rows": [row]}))
+    before = (root / "README.md").read_text()
+    with pytest.raises(ValueError, match="headlines.json: ops.json has no benchmark 'gone'"):
+        report_bench(folder, root)
+    assert (root / "README.md").read_text() == before
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
@@ -39,20 +236,46 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     refused(command("report", tmp_path), "other.json is not a result")
 
 
-def test_the_short_form_leaves_single_operations_out(tmp_path):
-    from heptapod_fast.reports import bench_table
+def test_other_folders_leave_the_projects_readme_alone(project, tmp_path):
+    root, folder = project
+    before = (root / "README.md").read_bytes()
+    other = root / "other results"
+    folder.rename(other)
+    assert report_bench(other, root) == [other / "README.md"]
+    assert (root / "README.md").read_bytes() == before
+    assert (ROOT / "README.md").exists()
 
-    single = {**RESULT["benchmarks"][0], "name": "bench_op", "extra_info": {"us": 3.0}}
-    (tmp_path / "ops.json").write_text(
-        json.dumps(RESULT | {"benchmarks": [*RESULT["benchmarks"], single]})
-    )
-    assert "bench_op" in bench_table(tmp_path / "ops.json")
-    assert "bench_op" not in bench_table(tmp_path / "ops.json", brief=True)
+
+# ---------------------------------------------------------------------------------- their elements
 
 
-def test_other_folders_leave_the_projects_readme_alone(tmp_path):
-    readme = ROOT / "README.md"
-    before = readme.read_bytes() if readme.exists() else None
-    (tmp_path / "ops.json").write_text(json.dumps(RESULT))
-    assert command("report", tmp_path).code == 0
-    assert (readme.read_bytes() if readme.exists() else None) == before
+def test_numbers_are_shown_with_the_digits_that_count():
+    assert show(123467.8) == "123,500"
+    assert show(9999.6) == "10,000"
+    assert show(1234.4) == "1,234"
+    assert show(0.000123456) == "0.0001235"
+    assert show(12345) == "12,345"
+    assert show([1, 2.5]) == "1 to 2.5"
+    assert show(None) == ""
+    assert show("text") == "text"
+
+
+def test_tables_are_markdown():
+    text = table(["name", "value"], [("a", 1000), ("b", None)], numbers=[1])
+    assert text.splitlines() == ["| name | value |", "|---|---:|", "| a | 1,000 |", "| b |  |"]
+    assert "| two words | 2 |" in properties({"two_words": 2, "left": 3}, leave_out=["left"])
+    assert "left" not in properties({"two_words": 2, "left": 3}, leave_out=["left"])
+
+
+def test_a_line_needs_two_points(tmp_path):
+    with pytest.raises(ValueError, match="two points, got 1"):
+        save_line([1], [1], tmp_path / "chart.png", "title", "x", "y")
+    save_line([1, 2], [1, 2], tmp_path / "chart.png", "title", "x", "y")
+    assert is_a_chart(tmp_path / "chart.png")
+
+
+@pytest.mark.parametrize("logarithmic", [True, False])
+def test_bars_are_drawn(tmp_path, logarithmic):
+    path = Path(tmp_path) / "new folder" / "bars.png"
+    save_bars(["a", "b"], [10.0, 1.0], path, "title", "label", [True, False], logarithmic)
+    assert is_a_chart(path)

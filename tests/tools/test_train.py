@@ -1,16 +1,12 @@
 """tools/train.py: help, dry run, refusals, a whole run, running again."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
-from heptapod_fast import ops
-from heptapod_fast.config import Config
 from heptapod_fast.data import Logograms, write_folder
-from heptapod_fast.train.metrics import read_metrics
-from heptapod_fast.train.setup import choose_operators
+from heptapod_fast.train.records import read_metrics
 from tests.running import command, flags, refused
 
 CONTRACT = (
@@ -29,21 +25,17 @@ def pictures(tmp_path):
     return folder
 
 
-def test_the_choice_of_kernels_holds_for_this_run_alone(monkeypatch):
-    monkeypatch.setattr(ops.dispatch, "_forced", {})
-    device, dtype = torch.device("cpu"), torch.float32
-    for name, reason in (("reference", "asked for"), ("auto", "not triton: ")):
-        config = Config(size="tiny", device="cpu", kernels=name).resolve()
-        found = {c.operation: c for c in choose_operators(config, device)}
-        assert {"attention", "adamw_ema", "global_norm", "layer_norm"} <= found.keys()
-        assert found["layer_norm"].reason.startswith(reason)
-        # What the operation itself will be told when it asks.
-        assert ops.dispatch.choose("layer_norm", device, dtype).reason.startswith(reason)
+def files_of(folder):
+    """{file: (its number on the disk, its bytes)}: a file that is written anew gets another."""
+    return {
+        path: (path.stat().st_ino, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(ops.dispatch, "_forced", {})
     out = tmp_path / "run"
     result = command("train", *flags(out=out, device="cpu"), "--kernels", "triton")
     refused(result, "--kernels triton", "runs on cuda tensors", "Leave --kernels away")
@@ -64,41 +56,6 @@ def test_an_attention_that_cannot_run_is_refused_and_a_dry_run_says_so(
     assert not out.exists()
     result = command("train", *flags(out=out, device="cpu"), "--attention", name, "--dry-run")
     assert result.code == 0 and "refused" in result.out and why in result.out
-
-
-@pytest.mark.parametrize(
-    "settings, name, why",
-    [
-        (dict(width=96, heads=2), "triton", "heads are 48 wide"),
-        (dict(image_size=128, patch_size=4), "triton", "1025 keys, at most 1024 fit"),
-        (dict(head="local", window=4, density=2), "flash", "it has no such mask"),
-        (dict(head="local", window=4, density=2), "triton", None),
-        (dict(), "flash", None),
-    ],
-)
-def test_attention_is_chosen_by_what_the_model_asks_of_it(monkeypatch, settings, name, why):
-    """As where the kernels and flash-attn can run."""
-    monkeypatch.setitem(
-        ops.dispatch._registry,
-        "attention",
-        {
-            each: (lambda *_: None, lambda *_, avoid=avoid: avoid)
-            for each, avoid in (
-                ("triton", None),
-                ("flash", "only when asked for"),
-                ("reference", None),
-            )
-        },
-    )
-    config = Config(size="tiny", device="cpu", attention=name, **settings).resolve()
-    if why:
-        with pytest.raises(ops.dispatch.Unavailable, match=f"--attention {name}: .*{why}"):
-            choose_operators(config, torch.device("cpu"))
-        config = replace(config, attention="auto")
-    choice = choose_operators(config, torch.device("cpu"))[0]
-    # Kernels first; where they cannot, the next that can.
-    first = "triton" if why is None or name == "flash" else "reference"
-    assert choice.implementation == (first if config.attention == "auto" else name)
 
 
 def test_help_lists_the_contract():
@@ -126,17 +83,18 @@ def test_a_run_writes_what_it_promises_and_a_finished_one_says_so(tmp_path):
     assert {"config.json", "metrics.jsonl", "samples", "checkpoints"} <= {
         p.name for p in out.iterdir()
     }
-    assert json.loads((out / "config.json").read_text())["images"] == 64
+    assert json.loads((out / "config.json").read_text())["recipe"]["images"] == 64
     fields = {"images", "loss", "lr", "images_per_second", "eta_seconds", "step", "epoch"}
     assert all(fields <= record.keys() for record in read_metrics(out / "metrics.jsonl"))
     assert sorted(p.name for p in (out / "samples").iterdir()) == [
         "images-000000000032.png",
         "images-000000000064.png",
     ]
-    before = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").rglob("*")}
+    before = files_of(out / "checkpoints")
     again = command("train", *flags(out=out, sample_every=32, images=64))
-    assert again.code == 0 and "is finished: 64 images" in again.out
-    assert before == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").rglob("*")}
+    assert again.code == 0
+    assert "is finished: 64 images" in again.out
+    assert files_of(out / "checkpoints") == before
 
 
 def test_more_images_train_on(tmp_path):
@@ -167,13 +125,16 @@ def test_words_that_are_not_understood_are_named(words, named):
         (dict(head="global", window=9), ("--window 9", "--head global")),
         (dict(batch=9), ("odd", "--batch")),
         (dict(micro_batch=3), ("--micro-batch 3", "2 and 4")),
-        (dict(system="1d-raster"), ("--head-depth 1", "1d-raster")),
+        (
+            dict(system="1d-raster"),
+            ("--head-depth 1 belongs to --system heptapod", "--system 1d-raster has no such"),
+        ),
         (dict(tokenizer="patch"), ("--codes 16", "patch")),
         (dict(data="synthetic"), ("--logogram-count",)),
         (dict(data="/no/such/folder", logogram_count=None), ("/no/such/folder", "--data")),
         (dict(data="cache.zarr", logogram_count=None), ("cache.zarr", "--data", "tools/cache.py")),
         (dict(size="B", head_depth=None, codes=None, logogram_count=None), ("--data is missing",)),
-        (dict(num_classes=99), ("num_classes=99",)),
+        (dict(num_classes=99), ("num_classes=99", "--num-classes")),
         (dict(adamw_ema="cuda"), ("cuda",)),
     ],
 )

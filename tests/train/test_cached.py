@@ -8,13 +8,14 @@ import pytest
 import torch
 import zarr
 
-from heptapod_fast import Config, load_run
-from heptapod_fast.data.cache_format import CacheError, open_cache
+from heptapod_fast import configure, load_run
+from heptapod_fast.data.cache.format import CacheError, open_cache
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunError
+from heptapod_fast.runs.data import open_tokens
 from heptapod_fast.tokenizers import KL16, load_tokenizer
-from heptapod_fast.train.parallel import World
-from heptapod_fast.train.setup import open_cached
+from heptapod_fast.train.session import Ending
+from heptapod_fast.world import World
 from tests.caches import CLASSES, edit_manifest, sign, small_cache, small_tokenizer
 from tests.running import (
     command,
@@ -51,31 +52,29 @@ def moments(tmp_path_factory):
 
 
 def test_settings_follow_the_cache(made):
-    config = Config(size="tiny", data=str(made)).resolve()
-    assert (config.tokenizer, config.image_size, config.patch_size, config.codes, config.flip) == (
-        "patch-vq",
-        16,
-        4,
-        300,
-        True,
-    )
+    config = configure("tiny", data=str(made))
+    data = config.data
+    assert (data.tokenizer, data.image_size, data.patch_size) == ("patch-vq", 16, 4)
+    assert data.codes == 300 and data.flip
     assert config.resolve() == config
-    assert not Config(size="tiny", data=str(made), flip=False).resolve().flip
+    assert not configure("tiny", data=str(made), flip=False).data.flip
     with pytest.raises(FileNotFoundError, match="tools/cache.py"):
-        Config(size="B", data="nothing.zarr").resolve()
+        configure("B", data="nothing.zarr")
 
 
 def test_a_run_from_a_cache(made, tmp_path):
     lines = []
-    run, outcome = train_here(tmp_path, data=str(made), sample_every=64, say=lines.append, **CACHED)
-    assert outcome == "finished" and run.source.num_images == 70
+    session, _, ending = train_here(
+        tmp_path, data=str(made), sample_every=64, say=lines.append, **CACHED
+    )
+    assert ending is Ending.FINISHED and session.source.num_images == 70
     assert any("cache     ram:" in line for line in lines), lines
     assert any("70 images, 3 classes, flip on" in line for line in lines), lines
     assert list((tmp_path / "samples").glob("*.png"))
-    system = load_run(tmp_path)
-    assert system.class_names == CLASSES
-    tokens = system.sample(torch.tensor([0, 1]), Rng(0))
-    assert system.tokenizer.decode(tokens).shape == (2, 3, 16, 16)
+    loaded = load_run(tmp_path)
+    assert loaded.class_names == CLASSES
+    tokens = loaded.sample(torch.tensor([0, 1]), Rng(0))
+    assert loaded.decode(tokens).shape == (2, 3, 16, 16)
     assert command("verify", tmp_path).code == 0
 
 
@@ -120,7 +119,8 @@ def test_no_mirrored_view(tmp_path):
     values = dict(data=str(cache.path), **CACHED)
     with pytest.raises(CacheError, match="--no-flip"):
         start_here(tmp_path / "run", flip=True, **values)
-    assert not start_here(tmp_path / "run", **values).config.flip
+    session, _ = start_here(tmp_path / "run", **values)
+    assert not session.config.data.flip
 
 
 def edit(path, row, value):
@@ -134,8 +134,8 @@ def test_a_cache_that_changed_since_the_checkpoint(copy, tmp_path):
     edit(copy, 3, 7)
     with pytest.raises(RunError, match="trained on other data: --data .* --allow-data-change"):
         start_here(out, data=str(copy), images=32, **CACHED)
-    run = start_here(out, data=str(copy), images=32, allow_data_change=True, **CACHED)
-    assert run.images == 16
+    _, state = start_here(out, data=str(copy), images=32, allow_data_change=True, **CACHED)
+    assert state.images == 16
 
 
 def test_classes_that_changed_since_the_checkpoint(copy, tmp_path):
@@ -201,9 +201,9 @@ def test_a_cache_that_moved(copy, tmp_path, monkeypatch):
     copy.rename(tmp_path / "moved.zarr")
     monkeypatch.chdir(tmp_path)
     for images, data in ((32, "moved.zarr/"), (48, "./moved.zarr")):
-        run, _ = train_here(out, data=data, images=images, **CACHED)
-        assert run.images == images
-    one, two = (Config(size="tiny", data=d).resolve() for d in ("moved.zarr", "./moved.zarr/"))
+        _, state, _ = train_here(out, data=data, images=images, **CACHED)
+        assert state.images == images
+    one, two = (configure("tiny", data=d) for d in ("moved.zarr", "./moved.zarr/"))
     assert one.run_dir() == two.run_dir()
     (tmp_path / "images").mkdir()
     with pytest.raises(RunError, match="other settings: --data"):
@@ -232,7 +232,8 @@ def test_ranks_agree_on_the_mode(made, tmp_path, ours, theirs, mode):
             return tuple(flag or theirs and len(asked) == 1 for flag in flags)
 
     config = tiny_config(tmp_path, data=str(made), cache_mode=ours, **CACHED)
-    source = open_cached(config, Two(0, 1, torch.device("cpu")), open_cache(made))
+    world = Two(0, 1, torch.device("cpu"))
+    source = open_tokens(config, world, None, None, open_cache(made), reserved=0)
     assert source.mode == mode and len(asked) == 2
 
 
@@ -269,8 +270,8 @@ def test_moments_train_without_their_weights(moments, tmp_path):
     )
     values = dict(data=str(tmp_path / "c.zarr"), images=16, sample_every=16, **SMALL)
     lines = []
-    run, outcome = train_here(tmp_path / "run", say=lines.append, **values)
-    assert outcome == "finished" and run.tokenizer is None
+    session, _, ending = train_here(tmp_path / "run", say=lines.append, **values)
+    assert ending is Ending.FINISHED and session.tokenizer is None
     assert any("no sample grids" in line and "--tokenizer-weights" in line for line in lines), lines
     assert not list((tmp_path / "run" / "samples").iterdir())
     sample = (
@@ -308,16 +309,17 @@ def test_moments_train_without_their_weights(moments, tmp_path):
             tmp_path / "c.zarr",
             lambda m, name=name: m["tokenizer"].update(weights=str(tmp_path / name)),
         )
-        assert start_here(tmp_path / name.removesuffix(".ckpt"), **values).tokenizer is None
+        session, _ = start_here(tmp_path / name.removesuffix(".ckpt"), **values)
+        assert session.tokenizer is None
 
 
 def test_moments_find_their_weights(moments, tmp_path):
     cache, weights = moments
-    run = start_here(tmp_path / "run", data=str(cache), images=16, **SMALL)
-    assert isinstance(run.tokenizer, KL16) and run.tokenizer.source == weights
+    session, _ = start_here(tmp_path / "run", data=str(cache), images=16, **SMALL)
+    assert isinstance(session.tokenizer, KL16) and session.tokenizer.source == weights
     about = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
-    assert about["weights"] == str(weights) and about["fingerprint"] == run.tokenizer_id
-    batch = run.source.batch(torch.arange(12))
+    assert about["weights"] == str(weights) and about["fingerprint"] == session.tokenizer_id
+    batch = session.source.batch(torch.arange(12))
     assert batch.tokens.shape == (12, 4, 16) and batch.tokens.isfinite().all()
 
 

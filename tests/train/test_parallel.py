@@ -96,30 +96,33 @@ def test_two_ranks_give_what_one_gives_and_continue_each_other(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
-    settings = dict(images=4096, checkpoint_every=10**6, log_every=64)
-    words = flags(out=tmp_path, **settings)
-    process = start("train", *words, launcher=torchrun(2))
-    wait_for(process, "images   512/")
+    words = flags(out=tmp_path, checkpoint_every=10**6)
+    process = start("train", *words, launcher=torchrun(2), HEPTAPOD_FAULT="wait@step=3")
+    for _ in range(2):  # both ranks
+        wait_for(process, "waiting at step=3")
     process.send_signal(signal.SIGTERM)
     result = finish(process)
     assert "stopped by a signal" in result.out, result.out
-    stopped = int(listed(tmp_path / "checkpoints")[-1].name.removeprefix("step-"))
-    assert 64 <= stopped < 512
+    assert listed(tmp_path / "checkpoints")[-1].name == "step-00000003"
     result = finish(start("train", *words, launcher=torchrun(2)))
-    assert result.code == 0 and f"(step {stopped:,})" in result.out, result.out
+    assert result.code == 0, result.out
+    assert "resumed   at 24 images (step 3)" in result.out
 
 
 @pytest.mark.slow
 def test_sigusr1_to_one_rank_saves_on_all(tmp_path):
-    words = flags(
-        out=tmp_path, images=4096, checkpoint_every=10**6, log_every=64, keep_checkpoints=9
-    )
+    # More images than will be trained on: it is ended by the test.
+    words = flags(out=tmp_path, images=10**7, checkpoint_every=10**7, keep_checkpoints=9)
     process = start("train", *words, launcher=torchrun(2))
-    wait_for(process, "images   512/")
+    wait_for(process, "images         64/")
     holder = int((tmp_path / ".lock").read_text().split()[1])
     os.kill(holder, signal.SIGUSR1)
+    while not listed(tmp_path / "checkpoints"):
+        assert process.poll() is None
+        wait_for(process, "images")
+    process.send_signal(signal.SIGTERM)
     result = finish(process)
-    assert result.code == 0, result.out
+    assert "stopped by a signal" in result.out, result.out
     assert len(listed(tmp_path / "checkpoints")) == 2
 
 

@@ -223,7 +223,7 @@ CHECKS = {
 
 def work():
     """One process: {name of a check: "" or how it failed} as JSON."""
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=600))
     outcome = {}
     for name, check in CHECKS.items():
         try:
@@ -260,7 +260,7 @@ def outcomes(ranks):
     ]
     found = []
     for process in processes:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, out + err
         found.append(json.loads(out.splitlines()[-1]))
     return found

@@ -1,7 +1,7 @@
 """Caches of tokens: a Zarr v3 group, a manifest, and shards that can be read without a library.
 
     CACHE.zarr/   mean, std   (N, V, C, H, W) float16     continuous tokens
-                  codes       (N, V, T) uint16            discrete ones (see tokenizers/cached.py)
+                  codes       (N, V, T) uint16            discrete ones (`Tokenizer.stored_arrays`)
                   labels, source_index   (N,) int32
                   manifest.json           written last: a folder without it is no cache
                   tokenizer.safetensors   a fitted codebook (patch-vq)
@@ -24,19 +24,32 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from heptapod_fast.storage import checksum
-from heptapod_fast.tokenizers import TokenSpec, stored_arrays, token_spec
+from heptapod_fast.tokenizers import (
+    NO_CODE,
+    TOKENIZERS,
+    StoredArray,
+    Tokenizer,
+    TokenSpec,
+    token_spec,
+)
 
 FORMAT = 1
-MANIFEST, CODEBOOK, BUILDING = "manifest.json", "tokenizer.safetensors", ".building"
-SHARD_ROWS, CHUNK_ROWS = 8192, 64
+MANIFEST = "manifest.json"
+CODEBOOK = "tokenizer.safetensors"
+BUILDING = ".building"  # the folder of a build that is not finished
+SHARD_ROWS = 8192
+CHUNK_ROWS = 64
 INDEX = ("labels", "source_index")  # of all rows, one chunk each
-FILLS = {"float16": float("nan"), "uint16": 65535, "int32": -1}
-SHOWN = 8
+FILLS = {"float16": float("nan"), "uint16": NO_CODE, "int32": -1}
+SHOWN = 8  # damaged files that an error names
+# After the chunks of a shard: offset and length of each as uint64, then a crc32c.
+_PLACE_BYTES = 16
+_INDEX_CRC_BYTES = 4
 
 
 class CacheError(ValueError):
@@ -64,6 +77,22 @@ class Cache:
         )
 
     @property
+    def tokenizer(self) -> type[Tokenizer]:
+        """The class of the tokenizer, which knows what is stored and makes tokens of it; no
+        weights."""
+        return TOKENIZERS[self.spec.name]
+
+    @cached_property
+    def stored(self) -> dict[str, StoredArray]:
+        """The sharded arrays by name, one view of one image of each."""
+        return self.tokenizer.stored_arrays(self.spec)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the sharded arrays."""
+        return tuple(self.stored)
+
+    @property
     def rows(self) -> int:
         """N, rows of every array, those of images that could not be read among them."""
         return self.manifest["rows"]
@@ -84,9 +113,16 @@ class Cache:
         return tuple(self.manifest["dataset"]["class_names"])
 
     @property
-    def arrays(self) -> tuple[str, ...]:
-        """Names of the sharded arrays."""
-        return tuple(stored_arrays(self.spec))
+    def broken_rows(self) -> list[int]:
+        """Rows of images that could not be read, ascending."""
+        return [entry["row"] for entry in self.manifest["quarantine"]]
+
+    @property
+    def hardware(self) -> list[str | None]:
+        """What every shard was encoded on (see `Builder`); None for shards of before this was
+        recorded."""
+        recorded = self.manifest.get("encoding", {}).get("hardware")
+        return [None] * self.shards if recorded is None else recorded
 
     @property
     def nbytes(self) -> int:
@@ -98,12 +134,11 @@ class Cache:
     def fingerprint(self) -> str:
         """sha256 over all that decides what is read: contents, rows left out, classes, tokenizer;
         not where it lies."""
-        about = self.manifest
         identity = [
-            about["files"],
-            [entry["row"] for entry in about["quarantine"]],
-            about["dataset"]["class_names"],
-            about["tokenizer"]["fingerprint"],
+            self.manifest["files"],
+            self.broken_rows,
+            self.manifest["dataset"]["class_names"],
+            self.manifest["tokenizer"]["fingerprint"],
         ]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -114,15 +149,19 @@ class Cache:
 
     def shard_file(self, array: str, shard: int) -> str:
         """Path of a shard inside the cache."""
-        return f"{array}/c/{shard}" + "/0" * (len(self.row_shape(array)))
+        return f"{array}/c/{shard}" + "/0" * len(self.row_shape(array))
+
+    def shard_files(self, shard: int) -> list[str]:
+        """Files of one shard."""
+        return [self.shard_file(array, shard) for array in self.arrays]
 
     def row_shape(self, array: str) -> tuple[int, ...]:
         """(V, ...), one row of an array."""
-        return (self.views, *stored_arrays(self.spec)[array][1])
+        return (self.views, *self.stored[array].shape)
 
     def dtype(self, array: str) -> np.dtype:
         """Of a sharded array, as it lies in its files."""
-        return np.dtype(stored_arrays(self.spec)[array][0]).newbyteorder("<")
+        return np.dtype(self.stored[array].dtype).newbyteorder("<")
 
     def row_bytes(self, array: str) -> int:
         """Bytes of one row of an array, all views."""
@@ -139,25 +178,26 @@ class Cache:
 
     def in_row_order(self, array: str, shard: int) -> bool:
         """Whether the chunks of a shard lie in the order of their rows without gaps."""
-        about, (first, stop) = self.manifest, self.extent(shard)
-        chunk_bytes = about["chunk_rows"] * self.row_bytes(array)
-        chunks = about["shard_rows"] // about["chunk_rows"]
-        used = -(-(stop - first) // about["chunk_rows"])
+        chunk_rows = self.manifest["chunk_rows"]
+        chunks = self.manifest["shard_rows"] // chunk_rows
+        first, stop = self.extent(shard)
+        used = -(-(stop - first) // chunk_rows)
+        index_bytes = _PLACE_BYTES * chunks
         with open(self.path / self.shard_file(array, shard), "rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - 16 * chunks - 4))
-            places = np.frombuffer(stream.read(16 * chunks), "<u8").reshape(-1, 2)[:used]
-        return bool(
-            len(places) == used
-            and (places[:, 0] == np.arange(used) * np.uint64(chunk_bytes)).all()
-            and (places[:, 1] == chunk_bytes).all()
-        )
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - index_bytes - _INDEX_CRC_BYTES))
+            places = np.frombuffer(stream.read(index_bytes), "<u8").reshape(-1, 2)[:used]
+        if len(places) < used:
+            return False
+        offsets, lengths = places.T
+        chunk_bytes = chunk_rows * self.row_bytes(array)
+        expected = np.arange(used, dtype=np.uint64) * np.uint64(chunk_bytes)
+        return bool((offsets == expected).all() and (lengths == chunk_bytes).all())
 
     def read_shard(self, array: str, shard: int) -> np.ndarray:
         """(rows, V, ...) of one shard, read through zarr."""
-        import zarr
-
         first, stop = self.extent(shard)
-        return zarr.open_group(self.path, mode="r")[array][first:stop]
+        return np.asarray(open_array(self.path / array, "r")[first:stop])
 
     def verify(self, names: list[str]) -> None:
         """Reads files whole and compares them with the manifest (which also brings them into the
@@ -166,11 +206,11 @@ class Cache:
         Raises:
             CacheError: names every file that is missing or differs.
         """
-        wrong = [text for name in names if (text := self.problem(name))]
+        wrong = [text for name in names if (text := self.file_damage(name))]
         if wrong:
-            raise CacheError(self.damage(wrong))
+            raise CacheError(self.damage_message(wrong))
 
-    def damage(self, wrong: list[str]) -> str:
+    def damage_message(self, wrong: list[str]) -> str:
         """What to say of damaged files."""
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         return (
@@ -179,38 +219,36 @@ class Cache:
             "shards again"
         )
 
-    def problem(self, name: str) -> str:
+    def file_damage(self, name: str) -> str:
         """What is wrong with one file, by its bytes; empty if nothing is."""
-        wrong = size_problem(self.path, name, self.manifest["files"][name]["bytes"])
-        if not wrong and checksum(self.path / name) != self.manifest["files"][name]["crc32c"]:
+        expected = self.manifest["files"][name]
+        wrong = size_damage(self.path, name, expected["bytes"])
+        if wrong:
+            return wrong
+        if checksum(self.path / name) != expected["crc32c"]:
             return f"{name}: checksum does not match, the file was changed or damaged"
-        return wrong
-
-    def shard_files(self, shard: int) -> list[str]:
-        """Files of one shard."""
-        return [self.shard_file(array, shard) for array in self.arrays]
+        return ""
 
 
-def refuse_other(cache: Cache, asked: dict[str, Any]) -> None:
-    """CacheError if a setting in `asked` (None: not asked for) is not what the cache has."""
-    about = cache.manifest["tokenizer"]
-    for name in ("tokenizer", "image_size", "patch_size", "codes"):
-        wanted, flag = asked[name], "--" + name.replace("_", "-")
-        if wanted is not None and name in about and about[name] != wanted:
-            raise CacheError(
-                f"{cache.path} was made with {flag} {about[name]}, this run asks for "
-                f"{flag} {wanted}: leave {flag} out, or build another cache with "
-                "tools/cache.py"
-            )
-
-
-def size_problem(path: Path, name: str, expected: int) -> str:
+def size_damage(path: Path, name: str, expected: int) -> str:
     """What is wrong with the size of a file; empty if nothing is."""
     try:
         found = (path / name).stat().st_size
     except FileNotFoundError:
         return f"{name}: missing"
-    return "" if found == expected else f"{name}: {found:,} bytes, expected {expected:,}"
+    if found == expected:
+        return ""
+    return f"{name}: {found:,} bytes, expected {expected:,}"
+
+
+def open_array(path: Path, mode: Literal["r", "r+"]) -> Any:
+    """A zarr array, to be read or written by rows."""
+    import zarr
+
+    return zarr.open_array(path, mode=mode)
+
+
+# --------------------------------------------------------------------------------------- opening
 
 
 def open_cache(path: str | Path, look: bool = True) -> Cache:
@@ -237,47 +275,54 @@ def open_cache(path: str | Path, look: bool = True) -> Cache:
     wrong = [
         text
         for name, entry in cache.manifest["files"].items()
-        if (text := size_problem(path, name, entry["bytes"]))
+        if (text := size_damage(path, name, entry["bytes"]))
     ]
     if wrong:
-        raise CacheError(cache.damage(wrong))
+        raise CacheError(cache.damage_message(wrong))
     for array in (*cache.arrays, *INDEX):
         check_metadata(cache, array)
     return cache
 
 
+def refuse_other(cache: Cache, asked: dict[str, Any]) -> None:
+    """CacheError if a setting in `asked` (None: not asked for) is not what the cache has."""
+    about = cache.manifest["tokenizer"]
+    for name in ("tokenizer", "image_size", "patch_size", "codes"):
+        wanted = asked[name]
+        if wanted is None or name not in about or about[name] == wanted:
+            continue
+        flag = "--" + name.replace("_", "-")
+        raise CacheError(
+            f"{cache.path} was made with {flag} {about[name]}, this run asks for "
+            f"{flag} {wanted}: leave {flag} out, or build another cache with "
+            "tools/cache.py"
+        )
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, checked against itself."""
     file = path / MANIFEST
     if not file.exists():
-        what = (
-            "its construction was interrupted: repeat the command that builds it, it goes on"
-            if (path / BUILDING).exists()
-            else "build one with tools/cache.py"
-        )
+        what = "build one with tools/cache.py"
+        if (path / BUILDING).exists():
+            what = "its construction was interrupted: repeat the command that builds it, it goes on"
         raise CacheError(f"{path} is no finished cache, it has no {MANIFEST}; {what}")
+    again = "restore it from a copy, or build the cache anew"
     try:
         manifest = json.loads(file.read_text())
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"{file} is damaged ({error}): restore it from a copy, or build the cache anew"
-        ) from error
+        raise CacheError(f"{file} is damaged ({error}): {again}") from error
     if found != FORMAT:
-        what = (
-            "update heptapod_fast"
-            if isinstance(found, int) and found > FORMAT
-            else "build it anew with tools/cache.py"
-        )
+        is_newer = isinstance(found, int) and found > FORMAT
+        what = "update heptapod_fast" if is_newer else "build it anew with tools/cache.py"
         raise CacheError(f"{path} has cache format {found}, this version reads {FORMAT}: {what}")
-    wrong = (
-        manifest_problems(manifest)
-        if seal(manifest)["seal"] == manifest.get("seal")
-        else "it is not what was written"
-    )
+    if seal(manifest)["seal"] != manifest.get("seal"):
+        wrong = "it is not what was written"
+    else:
+        wrong = manifest_damage(manifest)
     if wrong:
-        raise CacheError(
-            f"{file} is damaged ({wrong}): restore it from a copy, or build the cache anew"
-        )
+        raise CacheError(f"{file} is damaged ({wrong}): {again}")
     return manifest
 
 
@@ -290,39 +335,55 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
     return rest | {"seal": f"{google_crc32c.value(text):08x}"}
 
 
-def manifest_problems(manifest: dict[str, Any]) -> str:
-    """Whether the manifest speaks of one cache; empty if it does."""
+def manifest_damage(manifest: dict[str, Any]) -> str:
+    """Why the manifest does not speak of one cache; empty if it does."""
     try:
-        about = Cache(Path("."), manifest)
-        rows, shards = about.rows, about.shards
-        needed = {
-            about.shard_file(array, shard) for array in about.arrays for shard in range(shards)
-        }
-        needed |= {f"{array}/c/0" for array in INDEX}
-        needed |= {f"{array}/zarr.json" for array in (*about.arrays, *INDEX)} | {"zarr.json"}
-        needed |= {CODEBOOK} if about.spec.name == "patch-vq" else set()
-        missing = sorted(needed - manifest["files"].keys())
-        if missing:
-            return f"it lists no {', '.join(missing[:3])}"
-        for name in manifest["files"]:
-            if name.startswith("/") or ".." in Path(name).parts:
-                return f"it names a file outside the cache, {name}"
-        for name in INDEX:
-            if manifest["files"][f"{name}/c/0"]["bytes"] != 4 * rows:
-                return f"{name} does not have {rows} entries"
-        broken = [entry["row"] for entry in manifest["quarantine"]]
-        if sorted(set(broken)) != broken or broken and not 0 <= broken[0] <= broken[-1] < rows:
-            return "its quarantine does not name rows in ascending order"
-        if len(broken) >= rows:
-            return "none of its images could be read"
-        if rows < 1 or about.views not in (1, 2) or not about.class_names or shards < 1:
-            return "its rows, views or classes make no sense"
-        if len(manifest["sums"]) != shards:
-            return f"it has no sums of {shards} shards"
-        _ = about.fingerprint, manifest["preprocessing"], manifest["dataset"]["fingerprint"]
+        return _contradiction(Cache(Path("."), manifest))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def _contradiction(cache: Cache) -> str:
+    """Where a manifest contradicts itself; raises all kinds of errors where entries are missing or
+    of other types."""
+    manifest = cache.manifest
+    files = manifest["files"]
+    missing = sorted(_needed_files(cache) - files.keys())
+    if missing:
+        return f"it lists no {', '.join(missing[:3])}"
+    for name in files:
+        if name.startswith("/") or ".." in Path(name).parts:
+            return f"it names a file outside the cache, {name}"
+    for name in INDEX:
+        if files[f"{name}/c/0"]["bytes"] != 4 * cache.rows:
+            return f"{name} does not have {cache.rows} entries"
+    broken = cache.broken_rows
+    is_ascending = sorted(set(broken)) == broken
+    if not is_ascending or broken and not 0 <= broken[0] <= broken[-1] < cache.rows:
+        return "its quarantine does not name rows in ascending order"
+    if len(broken) >= cache.rows:
+        return "none of its images could be read"
+    if cache.rows < 1 or cache.views not in (1, 2) or not cache.class_names or cache.shards < 1:
+        return "its rows, views or classes make no sense"
+    if len(manifest["sums"]) != cache.shards:
+        return f"it has no sums of {cache.shards} shards"
+    if len(cache.hardware) != cache.shards:
+        return f"it does not say what {cache.shards} shards were encoded on"
+    # Entries that only have to be there.
+    _ = cache.fingerprint, manifest["preprocessing"], manifest["dataset"]["fingerprint"]
     return ""
+
+
+def _needed_files(cache: Cache) -> set[str]:
+    """Files without which there is no cache."""
+    needed = {"zarr.json"}
+    needed |= {f"{array}/zarr.json" for array in (*cache.arrays, *INDEX)}
+    needed |= {f"{array}/c/0" for array in INDEX}
+    for shard in range(cache.shards):
+        needed |= set(cache.shard_files(shard))
+    if cache.tokenizer.has_codebook:
+        needed.add(CODEBOOK)
+    return needed
 
 
 def check_metadata(cache: Cache, array: str) -> None:
@@ -331,19 +392,20 @@ def check_metadata(cache: Cache, array: str) -> None:
     file = cache.path / array / "zarr.json"
     cache.verify([f"{array}/zarr.json"])
     found = json.loads(file.read_text())
-    dtype, shape = "int32", (cache.rows,)
+    dtype = "int32"
+    shape: tuple[int, ...] = (cache.rows,)
+    codecs = found.get("codecs")
     if array not in INDEX:
-        dtype = stored_arrays(cache.spec)[array][0]
+        dtype = cache.stored[array].dtype
         shape = (cache.rows, *cache.row_shape(array))
+        if codecs and codecs[0].get("name") == "sharding_indexed":
+            codecs = codecs[0]["configuration"]["codecs"]
     expected = {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype}
     for key, value in expected.items():
         if found.get(key) != value:
             raise CacheError(
                 f"{file}: expected {key} {value}, found {found.get(key)}; build the cache anew"
             )
-    codecs = found.get("codecs")
-    if array not in INDEX and codecs and codecs[0].get("name") == "sharding_indexed":
-        codecs = codecs[0]["configuration"]["codecs"]
     if codecs != [{"name": "bytes", "configuration": {"endian": "little"}}]:
         raise CacheError(
             f"{file}: expected plain values in little-endian byte order, found codecs "

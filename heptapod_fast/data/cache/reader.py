@@ -20,25 +20,25 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from heptapod_fast.data.cache_format import Cache, CacheError, size_problem
+from heptapod_fast.data.cache.format import Cache, CacheError, size_damage
 from heptapod_fast.data.order import WindowedOrder
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.rng import Rng
 from heptapod_fast.storage import available_memory
-from heptapod_fast.tokenizers import from_stored, stored_arrays
 
 MODES = ("auto", "gpu", "ram", "stream")
 WINDOW = 65_536  # images, in whole shards: 8 of the usual ones, 2 GB of moments with mirror images
-READERS = 4
+READERS = 4  # threads that read and verify
 BLOCK = 1024  # samples; small enough that PyTorch wakes no other thread
 _SHARE = 0.9  # of free memory that a cache may fill
-_MAP_FIXED = 0x10
-_READ = 2**22
+_MAP_FIXED = 0x10  # <sys/mman.h>: at exactly this address; Python's mmap cannot
+_READ = 2**22  # bytes that are copied and checked at once
 
 
 class CacheTokens:
@@ -81,33 +81,36 @@ class CacheTokens:
                 f"--flip: {cache.path} was built without mirrored images; build it "
                 "with --flip, or train with --no-flip"
             )
-        self.cache, self.seed, self.flip, self.device = cache, seed, flip, torch.device(device)
+        self.cache = cache
+        self.seed = seed
+        self.flip = flip
+        self.device = torch.device(device)
         self.mode, reason = choose_mode(cache, self.device, mode)
         self.why = why or reason
-        broken = [entry["row"] for entry in cache.manifest["quarantine"]]
-        rows = np.delete(np.arange(cache.rows), broken)
-        sizes = np.bincount(rows // cache.manifest["shard_rows"], minlength=cache.shards)
-        self.num_images, self.class_names = len(rows), cache.class_names
+        rows = np.delete(np.arange(cache.rows), cache.broken_rows)
+        self.num_images = len(rows)
+        self.class_names = cache.class_names
         self.num_classes = len(cache.class_names)
         identity = f"{cache.fingerprint}/flip={int(flip)}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        # Image ids count the rows that could be read; shards hold fewer where some could not.
         self._rows = torch.from_numpy(rows)
-        self._order = WindowedOrder(
-            sizes.tolist(), seed, -(-WINDOW // cache.manifest["shard_rows"])
-        )
+        shard_rows = cache.manifest["shard_rows"]
+        sizes = np.bincount(rows // shard_rows, minlength=cache.shards)
+        self._order = WindowedOrder(sizes.tolist(), seed, window=-(-WINDOW // shard_rows))
         self._labels = torch.from_numpy(_labels(cache)).long().to(self.device)
         # Drawn for many samples at once: by themselves, batches cost as much to draw as to copy.
         self._block = lru_cache(maxsize=4)(
             lambda k: self._draw(torch.arange(k * BLOCK, (k + 1) * BLOCK))
         )
+        # What `check` looks at: whether all tokens given so far were finite, asked of the device
+        # only then, and the samples that they were of.
         self._unchecked: list[Tensor] = []
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._hosts = {name: HostArray(cache, name) for name in cache.arrays}
-        self._reader = (
-            _Ahead(self._order, partial(read_shards, cache, self._hosts))
-            if self.mode == "stream"
-            else None
-        )
+        self._reader: _Ahead | None = None
+        if self.mode == "stream":
+            self._reader = _Ahead(self._order, partial(read_shards, cache, self._hosts))
         self._arrays = self._open(share, progress)
 
     def batch(self, index: Tensor) -> Batch:
@@ -115,7 +118,8 @@ class CacheTokens:
         index = index.detach().to("cpu").long()
         stored, labels = self.rows(index)
         there = index.to(self.device, non_blocking=True)
-        tokens = from_stored(self.cache.spec, stored, Rng(self.seed), there)
+        cache = self.cache
+        tokens = cache.tokenizer.from_stored(cache.spec, stored, Rng(self.seed), there)
         if tokens.is_floating_point():
             self._unchecked.append(index)
             self._finite = self._finite & tokens.isfinite().all()
@@ -124,21 +128,27 @@ class CacheTokens:
     def check(self) -> None:
         """Raises CacheError if tokens given since the last call were not finite, and names their
         images. Waits for the device."""
-        given, finite = self._unchecked, bool(self._finite)
-        self._unchecked, self._finite = [], torch.ones((), dtype=torch.bool, device=self.device)
-        if finite:
-            return
-        for index in given:
-            for name, values in self.rows(index)[0].items():
-                bad = ~values.flatten(1).isfinite().all(1).cpu()
-                if bad.any():
-                    sample = int(index[bad][0])
-                    image = self.sources(index[bad][:1])[0]
-                    raise CacheError(
-                        f"{self.cache.path}: {name} is not finite for {int(bad.sum())} samples of "
-                        f"a batch, of which sample {sample} is image {image} of the sorted files; "
-                        f"python tools/verify.py {self.cache.path} lists all. Build it anew"
-                    )
+        given = self._unchecked
+        is_finite = bool(self._finite)
+        self._unchecked = []
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        if not is_finite:
+            for index in given:
+                self._refuse_not_finite(index)
+
+    def _refuse_not_finite(self, index: Tensor) -> None:
+        """CacheError if a stored value of these samples is not finite."""
+        stored, _ = self.rows(index)
+        for name, values in stored.items():
+            bad = ~values.flatten(1).isfinite().all(1).cpu()
+            if bad.any():
+                sample = int(index[bad][0])
+                image = self.sources(index[bad][:1])[0]
+                raise CacheError(
+                    f"{self.cache.path}: {name} is not finite for {int(bad.sum())} samples of "
+                    f"a batch, of which sample {sample} is image {image} of the sorted files; "
+                    f"python tools/verify.py {self.cache.path} lists all. Build it anew"
+                )
 
     def rows(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(B,) int64 global sample indices on the CPU -> stored rows (B, ...) of every array in
@@ -150,20 +160,25 @@ class CacheTokens:
         return {name: self._gather(flat, places) for name, flat in self._arrays.items()}, labels
 
     def _choose(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of samples, and the places of their views among all views of all rows."""
+        """(B,) samples -> their rows (B,), and the places of their views among all views of all
+        rows (B,)."""
         if not len(index):
             return index, index
-        first, stop = int(index[0]), int(index[-1]) + 1
-        if stop - first != len(index) or not bool((index.diff() == 1).all()):
+        first = int(index[0])
+        stop = int(index[-1]) + 1
+        is_range = stop - first == len(index) and bool((index.diff() == 1).all())
+        if not is_range:
             return self._draw(index)
         blocks = [self._block(k) for k in range(first // BLOCK, (stop - 1) // BLOCK + 1)]
-        rows, places = (
-            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*blocks, strict=True)
-        )
+        rows, places = blocks[0]
+        if len(blocks) > 1:
+            rows = torch.cat([block[0] for block in blocks])
+            places = torch.cat([block[1] for block in blocks])
         at = first % BLOCK
         return rows[at : at + len(index)], places[at : at + len(index)]
 
     def _draw(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What `_choose` gives, drawn for these samples alone."""
         rows = self._rows[self._order.ids(index)]
         places = rows * self.cache.views
         if self.flip:
@@ -177,10 +192,12 @@ class CacheTokens:
         return self.cache.read_index("source_index")[rows].tolist()
 
     def _gather(self, flat: Tensor, places: Tensor) -> Tensor:
+        """(N * V, ...) and (B,) places on the CPU -> (B, ...) on `device`."""
         if flat.device.type != "cpu":
             return flat.index_select(0, places.to(self.device, non_blocking=True))
         # numpy gathers with one thread: several wait for the same memory, busily.
-        host, wanted = flat.numpy(), places.numpy()
+        host = flat.numpy()
+        wanted = places.numpy()
         if self.device.type == "cpu":
             return torch.from_numpy(np.take(host, wanted, axis=0))
         pinned = torch.empty(len(places), *flat.shape[1:], dtype=flat.dtype, pin_memory=True)
@@ -191,21 +208,25 @@ class CacheTokens:
         self, share: tuple[int, int], progress: Callable[[int, int], None] | None
     ) -> dict[str, Tensor]:
         """Every array as (N * V, ...), all views of a row side by side."""
-        cache, hosts = self.cache, self._hosts
+        cache = self.cache
+        hosts = self._hosts
+        mapped = {name: host.tensor for name, host in hosts.items()}
         if self.mode == "stream":
-            return {name: host.tensor for name, host in hosts.items()}
+            return mapped
         if self.mode == "ram":
-            read_shards(cache, hosts, range(share[0], cache.shards, share[1]), progress)
-            return {name: host.tensor for name, host in hosts.items()}
+            mine, readers = share
+            read_shards(cache, hosts, range(mine, cache.shards, readers), progress)
+            return mapped
         found = {
-            name: torch.empty(host.tensor.shape, dtype=host.tensor.dtype, device=self.device)
-            for name, host in hosts.items()
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            for name, tensor in mapped.items()
         }
         for shard in range(cache.shards):
             read_shards(cache, hosts, [shard])
-            first, stop = (row * cache.views for row in cache.extent(shard))
-            for name, host in hosts.items():
-                found[name][first:stop].copy_(host.tensor[first:stop])
+            first, stop = cache.extent(shard)
+            places = slice(first * cache.views, stop * cache.views)
+            for name, tensor in mapped.items():
+                found[name][places].copy_(tensor[places])
             if progress is not None:
                 progress(shard + 1, cache.shards)
         return found
@@ -216,10 +237,14 @@ def choose_mode(
 ) -> tuple[str, str]:
     """gpu, ram or stream, and why.
 
+    reserved: bytes of a GPU's memory that are needed beside the cache.
+
     Raises:
         ValueError: a mode that is unknown, or that cannot be had on this device.
     """
-    size = f"{cache.nbytes / 1e9:.2f} GB" if cache.nbytes >= 1e9 else f"{cache.nbytes / 1e6:.1f} MB"
+    size = f"{cache.nbytes / 1e6:.1f} MB"
+    if cache.nbytes >= 1e9:
+        size = f"{cache.nbytes / 1e9:.2f} GB"
     if mode not in MODES:
         raise ValueError(f"--cache-mode {mode}: expected one of {', '.join(MODES)}")
     if mode == "gpu" and device.type != "cuda":
@@ -251,31 +276,34 @@ def read_shards(
     jobs = [(host, shard) for shard in shards for host in hosts.values()]
     wrong = []
     with ThreadPoolExecutor(READERS) as pool:
-        for done, text in enumerate(pool.map(lambda job: job[0].problem(job[1]), jobs), 1):
-            wrong += [text] if text else []
+        for done, text in enumerate(pool.map(lambda job: job[0].damage(job[1]), jobs), 1):
+            if text:
+                wrong.append(text)
             if progress is not None:
                 progress(done, len(jobs))
     if wrong:
-        raise CacheError(cache.damage(wrong))
+        raise CacheError(cache.damage_message(wrong))
 
 
 class _Ahead:
     """Reads windows of shards in a thread, one ahead of the samples that are asked for."""
 
     def __init__(self, order: WindowedOrder, read: Callable[[tuple[int, ...]], None]) -> None:
-        self._order, self._read = order, read
+        self._order = order
+        self._read = read
         self._pool = ThreadPoolExecutor(1)
         self._windows: dict[int, Future] = {}  # by the sample index behind their last
 
     def ready(self, index: Tensor) -> None:
         """Waits until the shards of these samples are read; CacheError if they are damaged."""
-        at, last = int(index.min()), int(index.max())
+        first = at = int(index.min())
+        last = int(index.max())
         while at <= last:
             end = self._start(at)
             self._windows[end].result()
             at = end
-        self._start(at)
-        for end in [end for end in self._windows if end <= int(index.min())]:
+        self._start(at)  # the window behind them
+        for end in [end for end in self._windows if end <= first]:
             del self._windows[end]
 
     def _start(self, index: int) -> int:
@@ -287,7 +315,9 @@ class _Ahead:
 
 
 def _labels(cache: Cache) -> np.ndarray:
-    labels, classes = cache.read_index("labels"), len(cache.class_names)
+    """(N,) int32; CacheError for labels that no class has."""
+    labels = cache.read_index("labels")
+    classes = len(cache.class_names)
     if labels.min() < 0 or labels.max() >= classes:
         raise CacheError(
             f"{cache.path}: labels are {labels.min()}..{labels.max()}, expected "
@@ -305,18 +335,21 @@ class HostArray:
 
     Attributes:
         tensor: (N * V, ...), codes as int16; not to be written to.
+        is_mapped: whether it is a view of the files.
 
     Raises:
         CacheError: damage, where the array had to be read.
     """
 
     def __init__(self, cache: Cache, name: str) -> None:
-        self._cache, self._name = cache, name
-        dtype, shape = stored_arrays(cache.spec)[name]
+        self._cache = cache
+        self._name = name
+        stored = cache.stored[name]
         self._part = cache.manifest["shard_rows"] * cache.row_bytes(name)
-        pages = cache.shards == 1 or self._part % mmap.PAGESIZE == 0
-        self._mapped = pages and all(cache.in_row_order(name, k) for k in range(cache.shards))
-        if self._mapped:
+        # A file can be mapped to the start of a page only.
+        are_pages = cache.shards == 1 or self._part % mmap.PAGESIZE == 0
+        self.is_mapped = are_pages and all(cache.in_row_order(name, k) for k in range(cache.shards))
+        if self.is_mapped:
             files = [cache.path / cache.shard_file(name, k) for k in range(cache.shards)]
             self._memory = _side_by_side(files, self._part, cache.rows * cache.row_bytes(name))
         else:
@@ -324,36 +357,35 @@ class HostArray:
             whole = np.concatenate([cache.read_shard(name, k) for k in range(cache.shards)])
             self._memory = np.ascontiguousarray(whole).view(np.uint8).reshape(-1)
         # PyTorch gathers int16 everywhere, uint16 not; `from_stored` makes codes of either.
-        kind = "int16" if dtype == "uint16" else dtype
-        values = self._memory.view(kind).reshape(cache.rows * cache.views, *shape)
+        dtype = "int16" if stored.dtype == "uint16" else stored.dtype
+        values = self._memory.view(dtype).reshape(cache.rows * cache.views, *stored.shape)
         self.tensor = torch.from_numpy(values)
 
-    def problem(self, shard: int) -> str:
+    def damage(self, shard: int) -> str:
         """Reads a shard and compares it with the manifest, through the mapping, so that what was
         checked is what will be used. Returns what is wrong, empty if nothing is."""
-        if not self._mapped:
-            return ""
         import google_crc32c
 
+        if not self.is_mapped:  # it was checked when it was read
+            return ""
         name = self._cache.shard_file(self._name, shard)
         expected = self._cache.manifest["files"][name]
-        wrong = size_problem(self._cache.path, name, expected["bytes"])
+        wrong = size_damage(self._cache.path, name, expected["bytes"])
         if wrong:  # what lies behind the end of a file cannot be read
             return wrong
-        value, data = 0, self._memory[shard * self._part : (shard + 1) * self._part]
+        value = 0
+        data = self._memory[shard * self._part : (shard + 1) * self._part]
         for start in range(0, len(data), _READ):
             value = google_crc32c.extend(value, data[start : start + _READ].tobytes())
-        with open(self._cache.path / name, "rb") as stream:
+        with open(self._cache.path / name, "rb") as stream:  # where the chunks are, unmapped
             stream.seek(len(data))
             value = google_crc32c.extend(value, stream.read())
-        return (
-            ""
-            if f"{value:08x}" == expected["crc32c"]
-            else (f"{name}: checksum does not match, the file was changed or damaged")
-        )
+        if f"{value:08x}" == expected["crc32c"]:
+            return ""
+        return f"{name}: checksum does not match, the file was changed or damaged"
 
 
-def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
+def _side_by_side(files: list[Path], part: int, total: int) -> np.ndarray:
     """(total,) uint8: the first `part` bytes of every file, one after the other."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -373,15 +405,13 @@ def _side_by_side(files: list, part: int, total: int) -> np.ndarray:
             raise OSError(ctypes.get_errno(), f"cannot map {length} bytes of the cache")
         return found
 
+    # Room for all first, then every file to its place in it.
     base = place(None, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     memory = (ctypes.c_uint8 * total).from_address(base)
     weakref.finalize(memory, libc.munmap, base, total)
     for number, file in enumerate(files):
         with open(file, "rb") as stream:
-            place(
-                base + number * part,
-                min(part, total - number * part),
-                mmap.MAP_SHARED | _MAP_FIXED,
-                stream.fileno(),
-            )
-    return np.frombuffer(memory, np.uint8)
+            first = number * part
+            length = min(part, total - first)
+            place(base + first, length, mmap.MAP_SHARED | _MAP_FIXED, stream.fileno())
+    return np.frombuffer(memoryview(memory), np.uint8)

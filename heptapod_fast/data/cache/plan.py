@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from heptapod_fast.data.cache_format import CHUNK_ROWS, FORMAT
-from heptapod_fast.data.decoding import Decoder, read_sizes
-from heptapod_fast.data.files import Files, listing, refuse_broken, refuse_small
+from heptapod_fast.data.cache.format import CHUNK_ROWS, FORMAT
+from heptapod_fast.data.files import Files, listing
 from heptapod_fast.data.order import sample_ids
-from heptapod_fast.tokenizers import PatchVQ, Tokenizer, stored_arrays, token_spec
-from heptapod_fast.tokenizers.patch_vq import FIT_PATCHES
+from heptapod_fast.data.pixels import Decoder
+from heptapod_fast.tokenizers import StoredArray, Tokenizer
 
 
 @dataclass
 class Plan:
-    """What a cache will hold; equal plans give equal bytes.
+    """What a cache will hold; on one kind of processor equal plans give equal bytes.
 
     Attributes:
         folder: the folder of images. files: its (path, label) pairs in sorted order.
@@ -35,6 +33,10 @@ class Plan:
         seed: of the order of the rows.
         shard_rows: rows of a shard.
         max_broken: images that may be left out because they cannot be read.
+        order: (N,) int32; row r of the cache is image order[r] of `files`.
+
+    Raises:
+        ValueError: a setting is out of range; names the flag.
     """
 
     folder: Path
@@ -62,8 +64,13 @@ class Plan:
         ):
             if value < least:
                 raise ValueError(f"{name} {value}: expected at least {least}")
-        index = torch.arange(len(self.files))
-        self.order = sample_ids(index, len(index), self.seed).numpy().astype("<i4")
+        index = torch.arange(self.rows)
+        self.order = sample_ids(index, self.rows, self.seed).numpy().astype("<i4")
+
+    @property
+    def rows(self) -> int:
+        """N, one for every file."""
+        return len(self.files)
 
     @property
     def chunk_rows(self) -> int:
@@ -78,32 +85,38 @@ class Plan:
     @property
     def shards(self) -> int:
         """Number of shards."""
-        return -(-len(self.files) // self.shard_rows)
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def stored(self) -> dict[str, StoredArray]:
+        """The sharded arrays by name, one view of one image of each."""
+        return self.tokenizer.stored_arrays(self.tokenizer.spec)
 
     def head(self) -> dict[str, Any]:
         """The manifest but for contents."""
-        names, rows = stored_arrays(self.tokenizer.spec), len(self.files)
+        arrays = {
+            name: {"dtype": array.dtype, "shape": [self.rows, self.views, *array.shape]}
+            for name, array in self.stored.items()
+        }
         return {
             "format": FORMAT,
             "made_by": "heptapod_fast",
-            "rows": rows,
+            "rows": self.rows,
             "views": self.views,
             "shard_rows": self.shard_rows,
             "chunk_rows": self.chunk_rows,
-            "arrays": {
-                name: {"dtype": dtype, "shape": [rows, self.views, *shape]}
-                for name, (dtype, shape) in names.items()
-            },
+            "arrays": arrays,
             "tokenizer": self.tokenizer.describe(),
             "preprocessing": self.decoder.preprocessing,
             "image_size": self.tokenizer.image_size,
             "dataset": {
                 "folder": str(self.folder.resolve()),
-                "files": rows,
+                "files": self.rows,
                 "fingerprint": self._fingerprint(),
                 "class_names": list(self.class_names),
             },
             "order": {"kind": "philox4x64 argsort, epoch 0", "seed": self.seed},
+            # `Site.finish` adds what each shard was encoded on.
             "encoding": {
                 "batch": self.batch,
                 "device": self.tokenizer.device.type,
@@ -128,53 +141,7 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def check_images(
-    folder: Path,
-    files: Files,
-    image_size: int,
-    max_broken: int,
-    allow_upscale: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Looks at the header of every file before hours are spent.
-
-    Raises:
-        ValueError: too many files that cannot be read, or images that are too small.
-    """
-    sizes = read_sizes([path for path, _ in files], progress)
-    broken = refuse_broken(folder, files, sizes, max_broken)
-    if len(broken) == len(files):
-        raise ValueError(
-            f"{folder}: none of its {len(files)} images can be read (first: "
-            f"{broken[0][1]}): choose another --data"
-        )
-    refuse_small(folder, files, sizes, image_size, allow_upscale)
-
-
-def fit_codebook(
-    files: Files,
-    decoder: Decoder,
-    image_size: int,
-    patch_size: int,
-    codes: int | None,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> PatchVQ:
-    """patch-vq's codebook from as many random images as `PatchVQ.fit` looks at.
-
-    Raises:
-        ValueError: no image of the sample can be read.
-    """
-    spec = token_spec("patch-vq", image_size, patch_size, codes)
-    count = min(len(files), -(-FIT_PATCHES // spec.num_tokens))
-    chosen = sample_ids(torch.arange(count), len(files), seed).sort().values.tolist()
-    pixels = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
-    reasons = decoder.decode([files[k][0] for k in chosen], pixels.numpy())
-    good = [k for k, reason in enumerate(reasons) if reason is None]
-    if not good:
-        raise ValueError(f"none of {count} images can be read (first: {reasons[0]}): check --data")
-    return PatchVQ.fit(pixels[good], image_size, patch_size, spec.vocabulary, seed, progress)
-
+# ------------------------------------------------------------------------- comparing with another
 
 _FLAGS = {
     "tokenizer": "--tokenizer, --tokenizer-weights, --patch-size, --codes or --image-size",
@@ -186,10 +153,17 @@ _FLAGS = {
     "encoding": "--batch or --device",
     "image_size": "--image-size",
 }
+# Where things lie may change; what shards were encoded on is known of those that are done.
+_FREE = ("folder", "weights", "hardware")
+# Differences of these entries are said in other words than their values.
+_UNSAID = (*_FREE, "fingerprint", "weights_sha256", "class_names")
 
 
-def changes(path: Path, before: dict, now: dict) -> str:
-    """What to say of a cache that was begun with other settings; empty if it was not."""
+def changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What to say of a cache that was begun with other settings; empty if it was not.
+
+    before, now: `Plan.head`, or a whole manifest.
+    """
     changed = [key for key in now if _contents(before.get(key)) != _contents(now[key])]
     if not changed:
         return ""
@@ -201,12 +175,10 @@ def changes(path: Path, before: dict, now: dict) -> str:
 
 
 def _contents(value: Any) -> Any:
-    """An entry of a plan without the places where things lie, which may change."""
-    return (
-        {key: part for key, part in value.items() if key not in ("folder", "weights")}
-        if isinstance(value, dict)
-        else value
-    )
+    """An entry of a plan without what may change."""
+    if not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in _FREE}
 
 
 def _difference(before: Any, now: Any) -> str:
@@ -215,21 +187,22 @@ def _difference(before: Any, now: Any) -> str:
         return f"{json.dumps(now)}, was {json.dumps(before)}"
     parts = []
     if "class_names" in now:
-        old, new = before.get("class_names", []), now["class_names"]
-        for word, names in (
-            ("new classes", [n for n in new if n not in set(old)]),
-            ("missing classes", [n for n in old if n not in set(new)]),
-        ):
-            if names:
-                parts.append(
-                    f"{len(names)} {word} ({', '.join(names[:5])}"
-                    f"{', ...' if len(names) > 5 else ''})"
-                )
+        parts += _class_differences(before.get("class_names", []), now["class_names"])
     for key, value in now.items():
-        if key in ("folder", "weights", "fingerprint", "weights_sha256", "class_names"):
-            continue
-        if before.get(key) != value:
+        if key not in _UNSAID and before.get(key) != value:
             parts.append(f"{key} {json.dumps(value)}, was {json.dumps(before.get(key))}")
-    return "; ".join(parts) or (
-        "other file names, sizes or classes" if "class_names" in now else "other weights"
-    )
+    if parts:
+        return "; ".join(parts)
+    return "other file names, sizes or classes" if "class_names" in now else "other weights"
+
+
+def _class_differences(before: list[str], now: list[str]) -> list[str]:
+    """Classes that came and classes that went."""
+    new = [name for name in now if name not in set(before)]
+    missing = [name for name in before if name not in set(now)]
+    found = []
+    for word, names in (("new", new), ("missing", missing)):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            found.append(f"{len(names)} {word} classes ({', '.join(names[:5])}{more})")
+    return found
