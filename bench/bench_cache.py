@@ -1,18 +1,18 @@
 """Building a cache: where the time goes, from image files to shards on the disk.
 
+    python bench/bench_cache.py [--full] [--out FILE.json]
     pytest bench/bench_cache.py --benchmark-only
-    python bench/bench_cache.py --out FILE.json
 
 The tokenizers have random weights, which cost what the published ones cost. Decoding, encoding and
 writing overlap; the shares are of what the build waited for. `alone` are the rates of each part by
-itself. Then a cache of random moments is verified completely.
+itself. Then a cache of random moments is verified completely. Without --full: few images, and of
+the tokenizers only the one whose encoding is free.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
+import functools
 import os
 import sys
 import tempfile
@@ -25,7 +25,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.bench_decode import PICTURES, as_row, describe, write_pictures  # noqa: E402
+from bench import harness, timer  # noqa: E402
+from bench.bench_decode import (  # noqa: E402
+    PICTURES,
+    as_row,
+    data_parser,
+    describe,
+    write_pictures,
+)
 from heptapod_fast.data.cache.builder import Builder  # noqa: E402
 from heptapod_fast.data.cache.check import find_damage  # noqa: E402
 from heptapod_fast.data.cache.format import open_cache  # noqa: E402
@@ -37,7 +44,9 @@ from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
 from heptapod_fast.tokenizers.autoencoder import file_shapes  # noqa: E402
 from heptapod_fast.world import choose_device  # noqa: E402
 
-SIDE = 256
+SIDE, ENCODED = 256, 8
+SMALL = dict(tokenizers=("patch",), images=24, samples=2048)
+FULL = dict(tokenizers=("kl16", "vq16", "patch"), images=64, samples=16384)
 
 
 def tokenizer_of(name: str, device: torch.device):
@@ -73,40 +82,38 @@ def measure(
     with tempfile.TemporaryDirectory() as out, lock_cache(Path(out) / "c.zarr"):
         site = Site(Path(out) / "c.zarr", plan)
         builder = Builder(site, threads)
+        # Once, and no call of the timer: a cache can be built only once.
         begin = time.perf_counter()
         site.begin()
         builder.build(site.missing(), progress)
         built = time.perf_counter() - begin
-        cache = site.finish()
-        total = sum(builder.seconds.values())
-        writing = builder.seconds["writing"]
-        pixels = np.empty((count, 3, SIDE, SIDE), np.uint8)
-        begin = time.perf_counter()
-        decoder.decode([path for path, _ in plan.files], pixels)
-        decoding = time.perf_counter() - begin
-        return {
-            "images/s": round(count / built, 2),
-            **{
-                f"waited for {part}": f"{seconds / total:.1%}"
-                for part, seconds in builder.seconds.items()
-            },
-            "decoding alone, images/s": round(count / decoding, 1),
-            "encoding alone, images/s": round(_encoding(plan, pixels, device), 2),
-            "writing alone, MB/s": round(cache.nbytes / writing / 1e6, 1),
-            "preprocessing": decoder.preprocessing,
-        }
+        stored = site.finish().nbytes
+    total = sum(builder.seconds.values())
+    waited = {
+        f"waited for {part}": f"{seconds / total:.1%}" for part, seconds in builder.seconds.items()
+    }
+    alone = parts_alone(plan, decoder, device)
+    return {
+        "images/s": round(count / built, 2),
+        **waited,
+        "decoding alone, images/s": round(count / alone["decoding"].median, 1),
+        "encoding alone, images/s": round(ENCODED / alone["encoding"].median, 2),
+        "writing alone, MB/s": round(stored / builder.seconds["writing"] / 1e6, 1),
+        "preprocessing": decoder.preprocessing,
+    }
 
 
-def _encoding(plan: Plan, pixels: np.ndarray, device: torch.device) -> float:
-    """Images a second of the tokenizer, one batch at a time on all threads."""
-    images = to_unit(torch.from_numpy(pixels[:8]).to(device))
-    plan.tokenizer.encode(images)
-    begin = time.perf_counter()
-    for _ in range(2):
-        plan.tokenizer.encode(images)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 16 / (time.perf_counter() - begin)
+def parts_alone(plan: Plan, decoder, device: torch.device) -> dict[str, timer.Timing]:
+    """Decoding of all files, and encoding of one batch on all threads."""
+    paths = [path for path, _ in plan.files]
+    pixels = np.empty((len(paths), 3, SIDE, SIDE), np.uint8)
+    decoder.decode(paths, pixels)
+    images = to_unit(torch.from_numpy(pixels[:ENCODED]).to(device))
+    watches = {
+        "decoding": timer.WallWatch(functools.partial(decoder.decode, paths, pixels)),
+        "encoding": timer.WallWatch(functools.partial(plan.tokenizer.encode, images), device.type),
+    }
+    return timer.in_turns(watches, rounds=2)
 
 
 def verifying(samples: int) -> dict:
@@ -120,10 +127,10 @@ def verifying(samples: int) -> dict:
         made = Made(Path(folder), values, np.arange(samples) % CLASSES)
         write_cache(made, 8192)
         cache = open_cache(made.places["cache"])
-        begin = time.perf_counter()
         wrong = find_damage(cache)
-        seconds = time.perf_counter() - begin
         assert not wrong, wrong
+        watches = {"verifying": timer.WallWatch(functools.partial(find_damage, cache))}
+        seconds = timer.in_turns(watches, rounds=3)["verifying"].median
         return {
             "images/s": round(samples / seconds, 1),
             "MB": round(cache.nbytes / 1e6, 1),
@@ -133,7 +140,7 @@ def verifying(samples: int) -> dict:
 
 @pytest.mark.parametrize("name", ["patch", "kl16", "vq16"])
 def bench_build(benchmark, name, tmp_path):
-    write_pictures(PICTURES[0], tmp_path)
+    write_pictures(PICTURES[0], tmp_path, ENCODED)
     found = benchmark.pedantic(measure, (name, tmp_path, torch.device("cpu"), 2, 8), rounds=1)
     benchmark.extra_info |= found
     assert found["images/s"] > 0
@@ -141,34 +148,38 @@ def bench_build(benchmark, name, tmp_path):
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description="Measure building a cache.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=16384, help="of the cache that is verified")
-    options = parser.parse_args()
+    options = parse()
+    sizes = FULL if options.full else SMALL
+    images = options.images or sizes["images"]
+    samples = options.samples or sizes["samples"]
     device, threads = choose_device("auto"), os.cpu_count() or 1
-    about = describe({"threads": threads, "images": options.images, "side": SIDE})
+    about = describe({"threads": threads, "images": images, "side": SIDE})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(PICTURES[0], Path(folder))
-        for name in ("kl16", "vq16", "patch"):
-            found = measure(name, Path(folder), device, threads, options.images)
+        write_pictures(PICTURES[0], Path(folder), images)
+        for name in sizes["tokenizers"]:
+            found = measure(name, Path(folder), device, threads, images)
             rows.append(as_row(f"building, {name}, {PICTURES[0]}", found))
-            print(rows[-1]["name"], json.dumps(found), flush=True)
-    checked = verifying(options.samples)
-    rows.append(as_row(f"verifying {options.samples:,} images of moments", checked))
-    print(rows[-1]["name"], json.dumps(checked))
-    options.out.write_text(
-        json.dumps(
-            {
-                "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
-                "machine_info": about,
-                "benchmarks": rows,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+            show(rows[-1])
+    rows.append(as_row(f"verifying {samples:,} images of moments", verifying(samples)))
+    show(rows[-1])
+    if options.out:
+        harness.write_results(options.out, rows, about)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = data_parser(__doc__)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--samples", type=int, help="of the cache that is verified")
+    return parser.parse_args()
+
+
+def show(row: dict) -> None:
+    """A table of its own: what is measured of a cache has many names."""
+    print(row["name"])
+    for name, value in row["extra_info"].items():
+        print(f"  {name:28}{value}", flush=True)
 
 
 if __name__ == "__main__":

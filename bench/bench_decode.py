@@ -37,7 +37,15 @@ THREADS = [1, 2, 16] if ON_GPU else [1, 2]
 PHOTOGRAPHS, LOGOGRAMS = "photographs, 500 x 375", "logograms, 256 x 256"
 PICTURES = [PHOTOGRAPHS, LOGOGRAMS]
 CONTENDERS = ["dali cpu", "dali cuda", "torchvision cpu"]
-PACKAGES = ("torch", "numpy", "pillow", "zarr", "nvidia-dali-cuda130", "torchvision")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "pillow",
+    "zarr",
+    "google-crc32c",
+    "nvidia-dali-cuda130",
+    "torchvision",
+)
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -1,7 +1,7 @@
 """A cache of tokens against the layouts that others read: samples/s, CPU time, first batch, files.
 
-    pytest bench/bench_loader.py --benchmark-only                    4,096 samples, under a minute
-    python bench/bench_loader.py --out FILE.json [--samples 16384] [--folder TMP]
+    python bench/bench_loader.py [--full] [--out FILE.json] [--folder TMP]
+    pytest bench/bench_loader.py --benchmark-only
 
 The same random kl16 moments (mean and std of 16 x 16 x 16, two views) in three layouts, all read to
 a batch of 256: mean, std and labels as tensors on the CPU; on CUDA measured once more to the
@@ -31,13 +31,10 @@ cache: the files were just written, nothing is dropped.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import signal
 import statistics
@@ -45,7 +42,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +52,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from bench import harness, timer  # noqa: E402
+from bench.bench_decode import data_parser, describe  # noqa: E402
 from bench.loaders import BATCH, CONTENDERS, PEER, Made, make  # noqa: E402
-from heptapod_fast.world import device_name  # noqa: E402
 
-SMALL = dict(samples=4096, shard_rows=256)
+# Seconds are those of one turn.
+SMALL = dict(samples=4096, shard_rows=256, rounds=3, seconds=0.2)
+FULL = dict(samples=16384, shard_rows=512, rounds=7, seconds=2.0)
 # contender, what is compared, how many times better than PEER it has to be
 GATES = (
     ("ours, ram", "samples/s", 30),
@@ -70,6 +69,56 @@ SHOWN = {"samples/s": "samples/s", "CPU time": "CPU ms per batch", "first batch"
 
 
 # ---------------------------------------------------------------------------------------- measuring
+
+
+class LoaderWatch:
+    """A loader on the one timer: a sample opens it, and is the time of a batch over some seconds.
+
+    The timer's own watches call a function again and again. A loader works ahead, in threads and
+    workers, so that a single batch says nothing, and its CPU time is that of the workers too.
+
+    turns: {quantity: its value in every turn}.
+    """
+
+    calls, launched = 1, None
+
+    def __init__(self, made: Made, contender: Callable, device: str, seconds: float):
+        self.made, self.contender, self.device = made, contender, device
+        self.seconds = seconds
+        self.turns: dict[str, list[float]] = {name: [] for name in SHOWN}
+
+    def sample(self) -> float:
+        """One turn: seconds of a batch."""
+        gc.collect()
+        begin = time.perf_counter()
+        batches = self.contender(self.made, device=self.device)
+        batch = next(batches)
+        wait(self.device)
+        first = time.perf_counter() - begin
+        if len(batch) == 3:
+            check(self.made, batch)
+        for _ in range(8 if multiprocessing.active_children() else 2):
+            next(batches)
+        wait(self.device)
+        seconds, cpu = self._steady(batches)
+        batches.close()  # ends the workers; a thread that reads ahead comes to its end meanwhile
+        time.sleep(0.1)
+        assert not multiprocessing.active_children()
+        self.turns["samples/s"].append(BATCH / seconds)
+        self.turns["CPU time"].append(cpu * 1e3)
+        self.turns["first batch"].append(first * 1e3)
+        return seconds
+
+    def _steady(self, batches) -> tuple[float, float]:
+        """Seconds and CPU seconds of a batch, once the loader is under way."""
+        before, begin = cpu_seconds(), time.perf_counter()
+        count = 0
+        while time.perf_counter() - begin < self.seconds:
+            next(batches)
+            count += 1
+        wait(self.device)
+        elapsed = time.perf_counter() - begin
+        return elapsed / count, (cpu_seconds() - before) / count
 
 
 def cpu_seconds() -> float:
@@ -95,56 +144,71 @@ def check(made: Made, batch: tuple) -> None:
 
 
 def wait(device: str) -> None:
+    """For the device, if there is one."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def turn(made: Made, contender: Callable, device: str, seconds: float) -> dict[str, float]:
-    """One turn of a contender: samples/s, CPU time (ms per batch) and first batch (ms)."""
-    gc.collect()
-    begin = time.perf_counter()
-    batches = contender(made, device=device)
-    batch = next(batches)
-    wait(device)
-    first = time.perf_counter() - begin
-    if len(batch) == 3:
-        check(made, batch)
-    for _ in range(8 if multiprocessing.active_children() else 2):
-        batch = next(batches)
-    wait(device)
-    cpu, begin, count = cpu_seconds(), time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        batch = next(batches)
-        count += 1
-    wait(device)
-    elapsed = time.perf_counter() - begin
-    cpu = cpu_seconds() - cpu
-    batches.close()  # ends the workers; a thread that reads ahead comes to its end meanwhile
-    time.sleep(0.1)
-    assert not multiprocessing.active_children()
-    return {
-        "samples/s": count * BATCH / elapsed,
-        "CPU time": cpu / count * 1e3,
-        "first batch": first * 1e3,
-    }
-
-
 def measure(made: Made, device: str, rounds: int, seconds: float) -> dict[str, dict]:
     """contender -> {quantity: its values in every round}, the contenders in turns."""
-    there = {
-        name: contender
+    watches = {
+        name: LoaderWatch(made, contender, device, seconds)
         for name, (_, contender) in CONTENDERS.items()
         if device == "cuda" or not name.startswith("ours, gpu")
     }
-    found = {name: [] for name in there}
-    for number in range(rounds):
-        for name, contender in there.items():
-            found[name].append(turn(made, contender, device, seconds))
-        print(f"{device}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    return {
-        name: {key: [turn[key] for turn in turns] for key in turns[0]}
-        for name, turns in found.items()
+    timer.in_turns(watches, rounds)
+    return {name: ready.turns for name, ready in watches.items()}
+
+
+# ---------------------------------------------------------------------------------------- as rows
+
+
+def summary(made: Made, found: dict[str, dict], device: str) -> list[dict]:
+    """Rows as pytest-benchmark stores them (seconds per batch), for tools/report.py."""
+    peer = {key: statistics.median(values) for key, values in found[PEER].items()}
+    rows = []
+    for name, values in found.items():
+        times = [BATCH / rate for rate in values["samples/s"]]
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        stats = dict(min=min(times), max=max(times), median=median, q1=low, q3=high)
+        extra = extra_info(made, name, values, peer)
+        rows.append(
+            {
+                "name": f"{name}, to {device}",
+                "extra_info": extra,
+                "stats": stats | {"rounds": len(times)},
+            }
+        )
+    return rows
+
+
+def extra_info(
+    made: Made, name: str, values: dict[str, list[float]], peer: dict[str, float]
+) -> dict:
+    """Medians with their range, size on disk, and the ratios to PEER. peer: its medians."""
+    middle = {key: statistics.median(each) for key, each in values.items()}
+    better = {
+        "samples/s": middle["samples/s"] / peer["samples/s"],
+        "CPU time": peer["CPU time"] / middle["CPU time"],
     }
+    extra = {}
+    for key, shown in SHOWN.items():
+        extra[shown] = short(middle[key])
+        extra[f"{shown}, min and max"] = [short(min(values[key])), short(max(values[key]))]
+    size, extra["files"] = disk(made.places[CONTENDERS[name][0]])
+    extra["MB"] = round(size / 1e6, 1)
+    for what, times in better.items():
+        extra[f"times better than {PEER}, {what}"] = short(times)
+    for contender, what, least in GATES:
+        if contender == name:
+            verdict = "pass" if better[what] >= least else "fail"
+            extra[f"gate, {what} {least} times better"] = verdict
+    return extra
+
+
+def short(value: float) -> float:
+    """Four digits that count."""
+    return round(value) if value > 1000 else float(f"{value:.4g}")
 
 
 def disk(folder: Path) -> tuple[int, int]:
@@ -153,53 +217,35 @@ def disk(folder: Path) -> tuple[int, int]:
     return sum(stat.st_blocks for stat in files) * 512, len(files)
 
 
-def summary(made: Made, found: dict[str, dict], device: str) -> list[dict]:
-    """Rows as pytest-benchmark stores them (seconds per batch), for tools/report.py."""
-
-    def short(values: list[float]) -> list[float]:
-        return [round(value) if value > 1000 else float(f"{value:.4g}") for value in values]
-
-    rows, peer = [], {key: statistics.median(v) for key, v in found[PEER].items()}
-    for name, values in found.items():
-        middle = {key: statistics.median(v) for key, v in values.items()}
-        better = {
-            "samples/s": middle["samples/s"] / peer["samples/s"],
-            "CPU time": peer["CPU time"] / middle["CPU time"],
-        }
-        extra = {}
-        for key, shown in SHOWN.items():
-            (extra[shown],) = short([middle[key]])
-            extra[f"{shown}, min and max"] = short([min(values[key]), max(values[key])])
-        size, extra["files"] = disk(made.places[CONTENDERS[name][0]])
-        extra["MB"] = round(size / 1e6, 1)
-        extra |= {
-            f"times better than {PEER}, {what}": short([ratio])[0] for what, ratio in better.items()
-        }
-        extra |= {
-            f"gate, {what} {least} times better": "pass" if better[what] >= least else "fail"
-            for contender, what, least in GATES
-            if contender == name
-        }
-        times = [BATCH / rate for rate in values["samples/s"]]
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        rows.append(
-            {
-                "name": f"{name}, to {device}",
-                "extra_info": extra,
-                "stats": {
-                    "min": min(times),
-                    "max": max(times),
-                    "median": median,
-                    "q1": low,
-                    "q3": high,
-                    "rounds": len(times),
-                },
-            }
+def table(rows: list[dict]) -> str:
+    """What the command prints."""
+    lines = [
+        f"{'':32}{'samples/s':>12}{'min .. max':>22}{'CPU ms':>9}{'first ms':>10}{'MB':>9}"
+        f"{'files':>8}{'rate x':>8}{'CPU x':>8}"
+    ]
+    for row in rows:
+        extra = row["extra_info"]
+        rate, cpu, first = (extra[shown] for shown in SHOWN.values())
+        low, high = extra["samples/s, min and max"]
+        better = [extra[f"times better than {PEER}, {what}"] for what in ("samples/s", "CPU time")]
+        lines.append(
+            f"{row['name']:32}{rate:>12,.0f}{f'{low:,.0f} .. {high:,.0f}':>22}{cpu:>9.2f}"
+            f"{first:>10.1f}{extra['MB']:>9,.1f}{extra['files']:>8,}{better[0]:>8.2f}"
+            f"{better[1]:>8.2f}"
         )
-    return rows
+        lines += [f"    {key}: {value}" for key, value in extra.items() if key.startswith("gate")]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- two ways to run it
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """To the CPU, and to a GPU where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +256,11 @@ def measured():
             name, reason=f"{name} is not installed: pip install {name.replace('_', '-')}"
         )
     with tempfile.TemporaryDirectory() as folder:
-        made = make(Path(folder), **SMALL)
+        made = make(Path(folder), SMALL["samples"], SMALL["shard_rows"])
 
         @functools.cache
         def rows(device: str) -> dict[str, dict]:
-            found = measure(made, device, rounds=3, seconds=0.2)
+            found = measure(made, device, SMALL["rounds"], SMALL["seconds"])
             return dict(zip(found, summary(made, found, device), strict=True))
 
         yield made, rows
@@ -238,67 +284,10 @@ def bench_loader(benchmark, measured, device, name):
     benchmark.extra_info |= rows(device)[name]["extra_info"]
 
 
-def describe(options: argparse.Namespace, load: tuple) -> dict:
-    """The machine and the settings."""
-    versions = {name: metadata.version(name) for name in ("numpy", "zarr", "google-crc32c")}
-    return {
-        "device": device_name(torch.device("cpu")),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch threads": torch.get_num_threads(),
-        "load before": [round(v, 2) for v in load],
-        "python_version": platform.python_version(),
-        "torch": torch.__version__,
-        **versions,
-        "command": " ".join(["python", "bench/bench_loader.py", *sys.argv[1:]]),
-        "samples": options.samples,
-        "batch": BATCH,
-        "shard rows": options.shard_rows,
-        "rounds": options.rounds,
-        "seconds per turn": options.seconds,
-        "page cache": "warm: files just written, nothing dropped",
-    }
-
-
-def table(rows: list[dict]) -> str:
-    """What the command prints."""
-    lines = [
-        f"{'':32}{'samples/s':>12}{'min .. max':>22}{'CPU ms':>9}{'first ms':>10}{'MB':>9}"
-        f"{'files':>8}{'rate x':>8}{'CPU x':>8}"
-    ]
-    for row in rows:
-        extra = row["extra_info"]
-        rate, cpu, first = (extra[shown] for shown in SHOWN.values())
-        low, high = extra["samples/s, min and max"]
-        better = [extra[f"times better than {PEER}, {what}"] for what in ("samples/s", "CPU time")]
-        lines.append(
-            f"{row['name']:32}{rate:>12,.0f}{f'{low:,.0f} .. {high:,.0f}':>22}{cpu:>9.2f}"
-            f"{first:>10.1f}{extra['MB']:>9,.1f}{extra['files']:>8,}{better[0]:>8.2f}"
-            f"{better[1]:>8.2f}"
-        )
-        lines += [f"    {key}: {value}" for key, value in extra.items() if key.startswith("gate")]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """The full measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--samples", type=int, default=16384)
-    parser.add_argument("--shard-rows", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one turn")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch in this process")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir()),
-        help="where a temporary folder is made and removed again",
-    )
-    options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds {options.rounds}: a median with a spread needs at least 2")
-    load = os.getloadavg()
+    """See the module's docstring."""
+    options = parse()
+    about = describe(settings_of(options))
     torch.set_num_threads(options.threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the folder
     rows = []
@@ -307,15 +296,46 @@ def main() -> None:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             found = measure(made, device, options.rounds, options.seconds)
             rows += summary(made, found, device)
-        about = describe(options, load)
-    result = {
-        "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
-        "machine_info": about,
-        "benchmarks": rows,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
-    print(f"written: {options.out}")
+    if options.out:
+        harness.write_results(options.out, rows, about)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; what is not given is that of SMALL, or with --full of FULL."""
+    parser = data_parser(__doc__)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--shard-rows", type=int)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, help="of one turn")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch in this process")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where a temporary folder is made and removed again",
+    )
+    options = parser.parse_args()
+    for name, value in (FULL if options.full else SMALL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: a median with a spread needs at least 2")
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> dict:
+    """What a results file says of the measurement."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch threads": options.threads,
+        "samples": options.samples,
+        "batch": BATCH,
+        "shard rows": options.shard_rows,
+        "rounds": options.rounds,
+        "seconds per turn": options.seconds,
+        "page cache": "warm: files just written, nothing dropped",
+    }
 
 
 if __name__ == "__main__":

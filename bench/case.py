@@ -52,11 +52,23 @@ def fastest(device: str) -> str:
     return "triton" if device == "cuda" else "auto"
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile of a reference for static shapes; nothing is compiled before the first call."""
-    # A backward pass that is repeated must not give its saved tensors away.
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(function, dynamic=False)
+class compiled:
+    """torch.compile of a function for static shapes, at its first call.
+
+    Not before, because cases are also listed where nothing runs, and the compiler takes seconds to
+    import.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.ready: Callable | None = None
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.ready is None:
+            # A backward pass that is repeated must not give its saved tensors away.
+            torch._functorch.config.donated_buffer = False
+            self.ready = torch.compile(self.function, dynamic=False)
+        return self.ready(*arguments, **named)
 
 
 def timed(functions: Mapping[str, Callable], direction: str) -> dict[str, Callable[[Any], Call]]:

@@ -1,4 +1,4 @@
-"""All candidates of a case, in turns; one that fails says why and does not take the others along."""
+"""All contenders of a case, in turns; one that fails says why and does not end the others."""
 
 from __future__ import annotations
 

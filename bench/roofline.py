@@ -1,4 +1,4 @@
-"""What a GPU reaches at most, measured: bytes per second of a copy, FLOP per second of a product."""
+"""What a GPU reaches at most, measured: bytes/s of a copy, FLOP/s of a product."""
 
 from __future__ import annotations
 

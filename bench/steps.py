@@ -17,7 +17,7 @@ from heptapod_fast.world import World
 
 
 class Step(NamedTuple):
-    """call: one optimizer step. flops: of the whole batch. lines: what the run says at its start."""
+    """call: one optimizer step. flops: of its batch. lines: what the run says at its start."""
 
     call: Call
     session: Session

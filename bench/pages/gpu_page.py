@@ -13,9 +13,10 @@ Result = dict[str, Any]
 HEAD = """# Measured on GPUs
 
 Made by `python bench/gpu.py` from `gpu/*.json`. Times are medians of the device's time alone, with
-nothing in the L2 cache, all contenders in turns; the share is that of the floor (bytes over measured
-copy bandwidth, or FLOPs over the measured square product, whichever is longer). `as launched` is the
-same ratio for single calls as eager mode launches them, the host's work included."""
+nothing in the L2 cache, all contenders in turns; the share is that of the floor (bytes over
+measured copy bandwidth, or FLOPs over the measured square product, whichever is longer). `as
+launched` is the same ratio for single calls as eager mode launches them, the host's work
+included."""
 
 
 def gpu_page(results: Sequence[Result]) -> str:

@@ -20,7 +20,8 @@ HEAD = """# Not settled on a GPU yet
 
 Made by `python bench/gpu.py` from the files in `gpu/` (`python bench/gpu.py --list` names the
 sections)."""
-# What needs a GPU together with DALI or zarr: files, what they hold once it was measured, what to do.
+# What needs a GPU together with DALI or zarr: files, what they hold once it was measured, what to
+# do.
 DATA = [
     (
         "decode",

@@ -69,18 +69,24 @@ def from_json(registry: Registry, text: str) -> Config:
         ValueError: a newer version, or settings that this version does not know.
     """
     plain = json.loads(text)
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected an object of settings, found {type(plain).__name__}")
     version = plain.pop("version", 1)
     if version == 1:
         plain = from_version_1(registry, plain)
     elif version != VERSION:
         raise ValueError(
-            f"it has version {version}, this heptapod_fast reads up to {VERSION}: update it"
+            f"it has version {version!r}, this heptapod_fast reads 1 to {VERSION}: update it"
         )
-    model = settings_class(plain["system"], registry)
+    model = settings_class(str(plain.get("system")), registry)
     classes = GROUPS | {"model": model}
-    groups: dict[str, Any] = {
-        name: settings.from_plain(plain.pop(name)) for name, settings in classes.items()
-    }
+    absent = [name for name in ("size", "system", *classes) if name not in plain]
+    if absent:
+        raise ValueError(f"it does not say {', '.join(absent)}: restore it from a copy")
+    groups: dict[str, Any] = {}
+    for name, settings in classes.items():
+        groups[name] = settings.from_plain(plain.pop(name))
+        groups[name].check()
     unknown = sorted(set(plain) - {"size", "system"})
     if unknown:
         raise ValueError(f"groups that this version does not know: {', '.join(unknown)}")
@@ -108,6 +114,7 @@ def from_version_1(registry: Registry, flat: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+# Both lists name directories that exist: they never change.
 # What version 1 counted as "may change on resuming": its directories' names are made of the rest.
 _FREE_IN_VERSION_1 = frozenset(
     "out images checkpoint_every keep_checkpoints sample_every log_every device precision kernels "

@@ -57,11 +57,6 @@ class RecipeSettings(Settings):
         """Peak rate: lr_per_256 * batch / 256."""
         return self.lr_per_256 * self.batch / 256
 
-    @property
-    def warmup_images(self) -> int:
-        """Images of the linear warm-up, where all of training is one phase."""
-        return round(self.warmup * self.images)
-
     def resolve(self, defaults: RecipeSettings) -> RecipeSettings:
         """Every setting that was not given, from the size's defaults.
 

@@ -68,8 +68,20 @@ def names_among(known: tuple[str, ...]) -> Rule:
     return Rule(f"different names separated by commas, among {', '.join(known)}", holds)
 
 
+class _Nothing:
+    """Stands for a value that is not there, where None is one."""
+
+
+NOTHING = _Nothing()
+
+
 def setting(
-    help: str, *, default: Any = None, rule: Rule | None = None, may_change: bool = False
+    help: str,
+    *,
+    default: Any = None,
+    rule: Rule | None = None,
+    may_change: bool = False,
+    before: Any = NOTHING,
 ) -> Any:
     """A field of a group of settings.
 
@@ -80,9 +92,13 @@ def setting(
             annotation lists the choices.
         may_change: whether a run may be continued with another value. Changing such a setting does
             not make another model out of a run.
+        before: for a setting that came later than runs which still exist: what these have, which
+            their config.json does not say. With this value a run keeps the directory's name that it
+            had before there was the setting.
     """
     return dataclasses.field(
-        default=default, metadata={"help": help, "rule": rule, "may_change": may_change}
+        default=default,
+        metadata={"help": help, "rule": rule, "may_change": may_change, "before": before},
     )
 
 
@@ -201,16 +217,38 @@ class Settings:
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
-        """From what JSON made of the settings; ValueError on a name that is not known."""
+        """From what JSON made of the settings.
+
+        Raises:
+            ValueError: names that are not known, or settings that are missing.
+        """
         unknown = sorted(set(values) - set(cls.names()))
         if unknown:
             raise ValueError(f"settings that this version does not know: {', '.join(unknown)}")
         kinds = type_hints(cls)
+        values = cls._earlier() | values
+        missing = [
+            name
+            for name in cls.names()
+            if values.get(name) is None and type(None) not in get_args(kinds[name])
+        ]
+        if missing:
+            raise ValueError(f"it does not say {', '.join(missing)}: restore it from a copy")
         restored = {
             name: tuple(value) if get_origin(kinds[name]) is tuple and value is not None else value
             for name, value in values.items()
         }
         return cls(**restored)
+
+    @classmethod
+    def _earlier(cls) -> dict[str, Any]:
+        """What settings are that a config.json may lack: its version did not know them, or they
+        have a default."""
+        found = {}
+        for field in dataclasses.fields(cls):
+            before = field.metadata["before"]
+            found[field.name] = field.default if before is NOTHING else before
+        return found
 
     def differences(self, before: Self) -> Iterator[tuple[str, Any, Any, bool]]:
         """(name, value now, value before, whether it may change) of settings that differ."""
@@ -221,12 +259,14 @@ class Settings:
                 yield field.name, now, then, field.metadata["may_change"]
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make two runs the same run."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if not field.metadata["may_change"]
-        }
+        """The settings that make two runs the same run; those that came later are left out where
+        they are as before."""
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.metadata["may_change"] and value != field.metadata["before"]:
+                found[field.name] = value
+        return found
 
 
 def type_hints(group: type[Settings]) -> dict[str, Any]:

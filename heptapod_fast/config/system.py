@@ -18,8 +18,8 @@ from heptapod_fast.tokenizers import TokenSpec
 class Size:
     """A size of a system: the settings that nobody has to give.
 
-    micro_batch: the most sequences that a rank takes at once unless told otherwise (80 GB by the
-    estimate of --dry-run).
+    micro_batch: the most sequences that a rank takes at once unless told otherwise (a card of 80
+    GiB by the estimate of --dry-run).
     """
 
     model: SystemSettings

@@ -20,7 +20,13 @@ from heptapod_fast.model.layers import EPS, LayerNorm, Linear, Modules
 from heptapod_fast.ops.diffusion_mlp import reference_of_sum
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling import Denoiser, SampleOptions, respaced, sample_codes
+from heptapod_fast.sampling import (
+    DIFFUSION_STEPS,
+    Denoiser,
+    SampleOptions,
+    respaced,
+    sample_codes,
+)
 
 
 class TokenLoss(nn.Module, ABC):
@@ -244,7 +250,7 @@ class Diffusion(TokenLoss):
         denoising multiply its errors by thousands (sampling/diffusion.py).
         """
         z_RD = z_RD.float()
-        times = respaced(options.diffusion_steps).to(z_RD.device)
+        times = respaced(options.diffusion_steps or DIFFUSION_STEPS).to(z_RD.device)
         condition_RF = self.condition(z_RD)
         time_TF = self.embed_time(z_RD.dtype)[times]
 

@@ -216,14 +216,18 @@ class Backbone(nn.Module):
         return x_BMD.to(self.dtype)
 
     def forward(
-        self, x_BND: Tensor, dropout: Dropout = NO_DROPOUT, cache: KVCache | None = None
+        self,
+        x_BND: Tensor,
+        dropout: Dropout = NO_DROPOUT,
+        cache: KVCache | None = None,
+        visible: Visible = CAUSAL,
     ) -> Tensor:
-        """(B, N, D) -> h (B, N, D), after the final LayerNorm."""
+        """(B, N, D) -> h (B, N, D), after the final LayerNorm. visible: who sees whom."""
         stream = Stream(x_BND)
         for i, block in enumerate(self.blocks):
             masks = dropout.sites(Block.SITES * i, Block.SITES)
             layer = None if cache is None else cache.layer(i)
-            stream = block(stream, CAUSAL, masks, layer)
+            stream = block(stream, visible, masks, layer)
         return stream.normed(self.norm)[1]
 
     @property

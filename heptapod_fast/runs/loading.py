@@ -57,7 +57,14 @@ class LoadedRun:
         index: Tensor | None = None,
         **given: Any,
     ) -> Tensor:
-        """`System.sample`; options may also be given by name: temperature=0.9."""
+        """`System.sample`; options may also be given by name: temperature=0.9.
+
+        Raises:
+            TypeError: options in both ways.
+        """
+        if given and options is not None:
+            names = ", ".join(given)
+            raise TypeError(f"{names} beside options: give all of them in one way")
         if given:
             options = self.system.options(**given)
         return self.system.sample(classes, rng, options, index)

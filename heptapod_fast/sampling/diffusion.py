@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heptapod_fast import ops
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling.options import SampleOptions
+from heptapod_fast.sampling.options import DIFFUSION_STEPS, SampleOptions
 
 
 def respaced(steps: int) -> Tensor:
@@ -52,7 +52,8 @@ class Denoiser:
         ddpm: x' = mean + temperature * sigma * noise, sigma from the learned range. ddim: eta = 0;
         temperature scales the initial noise only.
         """
-        tables = respaced_tables(self.options.diffusion_steps).to(self.index_R.device)
+        steps = self.options.diffusion_steps or DIFFUSION_STEPS
+        tables = respaced_tables(steps).to(self.index_R.device)
         x_RC = self.rng.normal("sample.start", self.index_R, channels, self.slot_R)
         if self.options.diffusion_sampler == "ddim":
             x_RC = x_RC * self.options.temperature

@@ -9,6 +9,8 @@ from heptapod_fast.config.settings import Rule, Settings, at_least, between, set
 from heptapod_fast.ops import STEPS
 from heptapod_fast.tokenizers import TokenSpec
 
+DIFFUSION_STEPS = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Settings):
@@ -28,11 +30,13 @@ class SampleOptions(Settings):
         default=1.0,
         rule=Rule("more than 0, and at most 1", lambda value: 0 < value <= 1),
     )
-    diffusion_steps: int = setting(
-        "Denoising steps per token, out of the 1000 trained.", default=100, rule=between(1, STEPS)
+    diffusion_steps: int | None = setting(
+        f"Denoising steps per token, out of the {STEPS} trained (default {DIFFUSION_STEPS}).",
+        rule=between(1, STEPS),
     )
-    diffusion_sampler: Literal["ddpm", "ddim"] = setting(
-        "Ancestral sampling with the learned variance, or the deterministic DDIM.", default="ddpm"
+    diffusion_sampler: Literal["ddpm", "ddim"] | None = setting(
+        "Ancestral sampling with the learned variance (ddpm, the default), or the deterministic "
+        "DDIM.",
     )
 
     def check_tokens(self, spec: TokenSpec) -> None:
@@ -45,5 +49,7 @@ class SampleOptions(Settings):
         if spec.kind == "continuous":
             if self.top_k or self.top_p < 1:
                 raise ValueError("--top-k and --top-p need discrete tokens")
-        elif self.top_k > spec.vocabulary:
+            return
+        self.refuse(("diffusion_steps", "diffusion_sampler"), "needs continuous tokens")
+        if self.top_k > spec.vocabulary:
             raise ValueError(f"--top-k {self.top_k}: expected 0 to {spec.vocabulary}")

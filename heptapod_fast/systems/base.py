@@ -103,7 +103,8 @@ class System(nn.Module, ABC):
         one of training."""
 
     def loss(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
-        """`forward`, through the call that wrappers (sharding, compilation) hook into."""
+        """`forward`, through the call that hooks of this module fire at. Training calls what
+        `train/parallelize.py` made of the system."""
         return self(batch, rng, phase)
 
     def phase(self, images: int, total: int) -> Phase:
@@ -153,7 +154,7 @@ class System(nn.Module, ABC):
         with torch.no_grad():
             for path, module in self.named_modules():
                 for leaf, parameter in module.named_parameters(recurse=False):
-                    name = f"{path}.{leaf}"
+                    name = f"{path}.{leaf}" if path else leaf
                     if parameter.device.type != "meta":
                         self._fill(module, leaf, parameter, name, rng)
 

@@ -16,7 +16,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """
     batch, colours, height, width = images.shape
     p = patch_size
-    rows, columns = height // p, width // p
+    rows = height // p
+    columns = width // p
     cut = images.reshape(batch, colours, rows, p, columns, p)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, colours * p * p)
 

@@ -13,6 +13,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -101,31 +102,34 @@ def read_state(name: str, path: str | Path) -> dict[str, Tensor]:
         if ignored:
             logger.info("%s: beside the weights there is %s; ignored", path, _few(ignored))
         state = state["model"]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
-    ):
-        found = (
-            _few([str(key) for key in state])
-            if isinstance(state, dict) and state
-            else f"an empty or other object ({type(state).__name__})"
-        )
-        inner = (
-            [
-                key
-                for key, value in state.items()
-                if isinstance(value, dict) and any(torch.is_tensor(part) for part in value.values())
-            ]
-            if isinstance(state, dict)
-            else []
-        )
-        if inner:
-            found += f" (tensors are under {_few([str(key) for key in inner])}: save them alone)"
+    if not _is_state_dict(state):
         raise ValueError(
-            f'{path}: expected a state dict, bare or under "model", found {found}. {hint(name)}'
+            f'{path}: expected a state dict, bare or under "model", found {_described(state)}. '
+            f"{hint(name)}"
         )
     return state
+
+
+def _is_state_dict(found: object) -> TypeGuard[dict[str, Tensor]]:
+    """Names to tensors, and at least one of them."""
+    if not isinstance(found, dict) or not found:
+        return False
+    return all(isinstance(key, str) and torch.is_tensor(part) for key, part in found.items())
+
+
+def _described(found: object) -> str:
+    """What a file holds that is no state dict, for an error."""
+    if not isinstance(found, dict) or not found:
+        return f"an empty or other object ({type(found).__name__})"
+    names = _few([str(key) for key in found])
+    inner = [str(key) for key, part in found.items() if _holds_tensors(part)]
+    if inner:
+        return f"{names} (tensors are under {_few(inner)}: save them alone)"
+    return names
+
+
+def _holds_tensors(found: object) -> bool:
+    return isinstance(found, dict) and any(torch.is_tensor(part) for part in found.values())
 
 
 def _refuse_no_weights(name: str, path: Path, start: bytes) -> None:
@@ -245,19 +249,21 @@ def _likeness(name: str, state: dict[str, Tensor]) -> str:
         if other != name and file_shapes(other).keys() <= state.keys():
             return f": these are the weights of --tokenizer {other}"
     expected = file_shapes(name)
-    prefixes = {
-        key[: key.index(end)] for key in state for end in ("encoder.", "quantize.") if end in key
-    }
-    if (
-        len(prefixes) == 1
-        and (prefix := prefixes.pop())
-        and {key.removeprefix(prefix) for key in state} >= expected.keys()
-    ):
+    prefix = _common_prefix(state)
+    if prefix and {key.removeprefix(prefix) for key in state} >= expected.keys():
         return f': the names begin with "{prefix}"; save the tensors without it'
     for pattern, what in _FOREIGN:
         if any(re.match(pattern, key) for key in state if key not in expected):
             return f": {what}"
     return ""
+
+
+def _common_prefix(state: dict[str, Tensor]) -> str:
+    """What stands before every name of a part of a tokenizer; empty if that is not one thing."""
+    prefixes = {
+        key[: key.index(part)] for key in state for part in ("encoder.", "quantize.") if part in key
+    }
+    return prefixes.pop() if len(prefixes) == 1 else ""
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

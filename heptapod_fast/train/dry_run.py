@@ -10,10 +10,11 @@ from heptapod_fast.data.cache.format import open_cache
 from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.ops.dispatch import Unavailable
 from heptapod_fast.runs import RunDir
-from heptapod_fast.systems import System, build_system
+from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.train import memory
 from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
 from heptapod_fast.train.operators import choose_operators
+from heptapod_fast.train.schedule import warmup_images
 from heptapod_fast.world import choose_device
 
 GB = 1e9
@@ -36,7 +37,8 @@ def dry_run(config: Config, world_size: int = 1) -> str:
     for group in config.groups.values():
         for field in dataclasses.fields(group):
             lines.append(f"  {flag(field.name):22} {getattr(group, field.name)}")
-    facts = derived(config, split, world_size, f"{classes} ({why})")
+    phases = list(system.phases(config.recipe.images))
+    facts = derived(config, split, world_size, f"{classes} ({why})", phases)
     lines += ["", "derived", *(f"  {name:22} {value}" for name, value in facts)]
     lines += ["", "operators on this machine", *operator_lines(config)]
     lines += ["", "parameters", *parameter_lines(system)]
@@ -58,7 +60,7 @@ def class_count(config: Config) -> tuple[int, str]:
 
 
 def derived(
-    config: Config, split: BatchSplit, world_size: int, classes: str
+    config: Config, split: BatchSplit, world_size: int, classes: str, phases: list[Phase]
 ) -> Iterator[tuple[str, str]]:
     """(name, value with its formula) pairs."""
     data = config.data
@@ -70,7 +72,10 @@ def derived(
     yield "classes", classes
     rate = f"{recipe.lr_per_256:g} x {recipe.batch} / 256"
     yield "learning rate", f"{recipe.learning_rate:.4g} = {rate}"
-    yield "warm-up images", f"{recipe.warmup_images:,} = {recipe.warmup:g} x {recipe.images:,}"
+    for phase in phases:
+        warmup = f"{warmup_images(recipe, phase):,}"
+        whose = f" of phase {phase.name}" if phase.name else ""
+        yield "warm-up images", f"{warmup} = {recipe.warmup:g} x {phase.end - phase.first:,}{whose}"
     steps = -(-recipe.images // recipe.batch)
     yield "steps", f"{steps:,} = {recipe.images:,} / {recipe.batch}"
     yield (

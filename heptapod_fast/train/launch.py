@@ -61,8 +61,11 @@ def _run(
     config: Config, world: World, say: Say, directory: RunDir, begin: float, ends_process: bool
 ) -> Outcome:
     """`launch`, the directory being claimed."""
+    world.barrier()  # rank 0 has claimed the directory, and cleaned it up
     seen = directory.finished(config.recipe.images)
-    if seen:
+    # All ranks or none: one that reads a damaged file must not be left alone.
+    (is_unfinished,) = world.any(not seen)
+    if not is_unfinished:
         say(
             f"{directory.path} is finished: {seen:,} images. Sample from it with: "
             f"python tools/sample.py {directory.path}   or train on with a larger --images"

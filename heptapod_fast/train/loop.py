@@ -63,8 +63,8 @@ def train(session: Session, state: State) -> Ending:
             wishes = agree(session, asked)
             finished = state.images >= total
             is_last = finished or wishes.stop
-            next_phase = session.system.phase(state.images, total)
-            phase_ends = next_phase != phase and not finished
+            # After the last image no step begins, and no phase either.
+            phase_ends = not finished and session.system.phase(state.images, total) != phase
 
             # 3. A progress line and a record: the only wait for the device on one rank.
             if is_due(config.run.log_every) or is_last or phase_ends:
@@ -105,7 +105,7 @@ def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor,
     for start in range(first, first + split.share, split.micro_batch):
         with record_function("data"):
             load(session.source, start, buffers)
-        forward_backward(session.system, buffers, session.rng, expected, phase)
+        forward_backward(session.model, buffers, session.rng, expected, phase)
     faults.point(f"step={session.optimizer.step_count + 1}")
     state.images += config.recipe.batch
     with record_function("optimizer"):

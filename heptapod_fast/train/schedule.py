@@ -8,12 +8,17 @@ from heptapod_fast.config import RecipeSettings
 from heptapod_fast.systems import Phase
 
 
+def warmup_images(recipe: RecipeSettings, phase: Phase) -> int:
+    """Images of the linear warm-up of a phase."""
+    return round(recipe.warmup * (phase.end - phase.first))
+
+
 def learning_rate(recipe: RecipeSettings, images: int, phase: Phase) -> float:
     """Rate of the step that ends at `images`: linear from 0, then constant or half a cosine, over
     the images of the phase."""
     length = phase.end - phase.first
     done = images - phase.first
-    warmup = round(recipe.warmup * length)
+    warmup = warmup_images(recipe, phase)
     if done < warmup:
         return recipe.learning_rate * done / warmup
     if recipe.lr_schedule == "constant":

@@ -24,12 +24,14 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.runs.data import open_images, open_run_cache, open_tokens
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.runs.tokenizer import keep_tokenizer, open_tokenizer
-from heptapod_fast.systems import System, build_system
+from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
 from heptapod_fast.train.memory import bytes_of_run
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
+from heptapod_fast.train.parallelize import Model, wrap
 from heptapod_fast.train.records import read_metrics
+from heptapod_fast.train.schedule import warmup_images
 from heptapod_fast.train.step import Buffers
 from heptapod_fast.world import World, choose_precision, device_name, processor_kind
 
@@ -46,6 +48,7 @@ class Session:
         source: where batches come from.
         tokenizer: None where nothing can be decoded, and no sample grids are drawn.
         tokenizer_id: its fingerprint, also where it is not here.
+        model: what steps call in the system's place.
         buffers: the tensors that every step fills anew.
         environment: what this session runs on, for sessions.jsonl.
         started: `time.monotonic()` at the start.
@@ -60,6 +63,7 @@ class Session:
     tokenizer: Tokenizer | None
     tokenizer_id: str | None
     system: System
+    model: Model
     optimizer: Optimizer
     rng: Rng
     buffers: Buffers
@@ -106,12 +110,13 @@ def prepare(
         reserved = bytes_of_run(config, len(cache.class_names), world.size)
     source = open_tokens(config, world, images, tokenizer, cache, reserved)
     config = _with_classes(config, source.num_classes)
-    for line in describe(config, source, world, dtype, operators, directory):
+    system = build_system(config, source.num_classes, world.device, operators)
+    system.set_dtype(dtype)
+    phases = list(system.phases(config.recipe.images))
+    for line in describe(config, source, world, dtype, operators, directory, phases):
         say(line)
     if cache is not None and tokenizer is None:
         say(_no_grids(config, cache))
-    system = build_system(config, source.num_classes, world.device, operators)
-    system.set_dtype(dtype)
     split = config.split_batch(world.size)
     session = Session(
         config=config,
@@ -123,6 +128,7 @@ def prepare(
         tokenizer=tokenizer,
         tokenizer_id=_tokenizer_id(tokenizer, cache),
         system=system,
+        model=wrap(system),
         optimizer=Optimizer(system, config.recipe, operators),
         rng=Rng(config.recipe.seed),
         buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
@@ -195,6 +201,7 @@ def describe(
     dtype: torch.dtype,
     operators: Operators,
     directory: RunDir,
+    phases: list[Phase],
 ) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
     data = config.data
@@ -202,6 +209,7 @@ def describe(
     split = config.split_batch(world.size)
     name = str(dtype).removeprefix("torch.")
     epochs = recipe.images / source.num_images
+    warmups = " and ".join(f"{warmup_images(recipe, phase):,}" for phase in phases)
     lines = [
         f"run       {directory.path}",
         f"data      {data.data}: {source.num_images:,} images, {source.num_classes} classes, "
@@ -215,7 +223,7 @@ def describe(
         f"batch     {recipe.batch} = {world.size} ranks x {split.micro_batches} micro-batches x "
         f"{split.micro_batch}",
         f"rate      {recipe.learning_rate:.3g} = {recipe.lr_per_256:g} x {recipe.batch} / 256, "
-        f"warm-up over {recipe.warmup_images:,} images, then {recipe.lr_schedule}",
+        f"warm-up over {warmups} images, then {recipe.lr_schedule}",
     ]
     lines += [f"operator  {line}" for line in operators.lines()]
     return [*lines, f"          {ops.library.status()}"]

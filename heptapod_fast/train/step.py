@@ -24,10 +24,10 @@ from torch.profiler import record_function
 
 from heptapod_fast.data.tokens import Batch, TokenSource
 from heptapod_fast.rng import Rng
-from heptapod_fast.systems import Phase, System
+from heptapod_fast.systems import Phase
 from heptapod_fast.tokenizers import TokenSpec
 from heptapod_fast.train.optimizer import Optimizer
-from heptapod_fast.train.parallelize import sum_gradients
+from heptapod_fast.train.parallelize import Model, sum_gradients
 from heptapod_fast.world import World
 
 
@@ -65,11 +65,14 @@ def load(source: TokenSource, first: int, buffers: Buffers) -> None:
 
 
 def forward_backward(
-    system: System, buffers: Buffers, rng: Rng, expected: float, phase: Phase
+    model: Model, buffers: Buffers, rng: Rng, expected: float, phase: Phase
 ) -> None:
-    """Add the gradient and the sums of the micro-batch in the buffers to those before it."""
+    """Add the gradient and the sums of the micro-batch in the buffers to those before it.
+
+    model: what `parallelize.wrap` made of the system.
+    """
     with record_function("forward"):
-        loss = system.loss(buffers.batch, rng, phase)
+        loss = model(buffers.batch, rng, phase)
     with record_function("backward"):
         (loss.total / expected).backward()
     buffers.sums[0] += loss.total.detach()

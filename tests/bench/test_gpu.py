@@ -11,8 +11,15 @@ import pytest
 import torch
 
 from bench import gpu as gpu_driver
-from bench import gpu_report, harness
-from bench.gpu_sections import OPERATIONS, RESTART, SECTIONS, Work, case_name
+from bench import gpu_files, measuring, process
+from bench.case import Case
+from bench.pages import judging, pending_page
+from bench.pages.gpu_page import ceilings_of, gpu_page, section_lines
+from bench.roofline import UNKNOWN, Ceilings
+from bench.sections import OPERATIONS, SECTIONS, suites
+from bench.sections.operations import cases_of
+from bench.sections.work import OutOfTime, Unavailable, Work, case_name
+from bench.timer import Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +40,7 @@ def contender(name, seconds, why="", missing=False):
             contender=name,
             seconds=seconds,
             quartiles=None,
-            ungraphed=None,
+            launched=None,
             why=why,
             missing=missing,
         )
@@ -104,25 +111,25 @@ def row(ours, peers, gate, flops=0.0, case="a case"):
     ],
 )
 def test_gates_are_judged_by_the_best_peer_and_the_measured_copy(ours, peers, gate, expected):
-    ceilings = gpu_report.ceilings_of(result(ceilings=CEILINGS))
-    assert ceilings == {"copy": 4e12, "product": 8e14}
-    assert gpu_report.judged(row(ours, peers, gate), ceilings)["gate"] is expected
+    ceilings = ceilings_of(result(ceilings=CEILINGS))
+    assert ceilings == Ceilings(copy=4e12, product=8e14)
+    assert judging.judged(row(ours, peers, gate), ceilings).gate is expected
 
 
 def test_a_broken_peer_leaves_a_gate_open_and_a_missing_one_does_not():
-    ceilings = {"copy": 4e12, "product": 8e14}
+    ceilings = Ceilings(copy=4e12, product=8e14)
     found = row(2e-3, {"eager": 4e-3, "liger": None}, ">= 1.5x best peer")
-    assert gpu_report.judged(found, ceilings)["gate"] is True
+    assert judging.judged(found, ceilings).gate is True
     found["contenders"] |= contender("compiled", None, "RuntimeError: broke")
-    assert gpu_report.judged(found, ceilings)["gate"] is None
+    assert judging.judged(found, ceilings).gate is None
     found["gate"] = ">= 9x best peer"
-    assert gpu_report.judged(found, ceilings)["gate"] is False
+    assert judging.judged(found, ceilings).gate is False
 
 
 def test_the_page_says_which_peers_did_not_run_and_why():
     rows = [row(2e-3, {"eager": 4e-3, "liger": None}, "", case=name) for name in ("one", "two")]
     rows[1]["contenders"] |= contender("flex", None, "RuntimeError: broke\nand more")
-    lines = gpu_report.section_table("op-adaln", rows, {})
+    lines = section_lines("op-adaln", section(rows), UNKNOWN)
     assert lines[-2:] == [
         "- liger: not installed (2 cases)",
         "- flex: FAILED, RuntimeError: broke and more (two)",
@@ -131,33 +138,31 @@ def test_the_page_says_which_peers_did_not_run_and_why():
 
 def test_a_missed_gate_says_where_it_stands():
     found = row(2e-3, {"eager": 1e-3, "flex": 5e-3}, "")
-    found = gpu_report.judged(found, {"copy": 4e12})
-    assert gpu_report.standing(found, ">= 3x flex") == "2.50x flex"
-    assert gpu_report.standing(found, ">= 1.2x best peer, 65% of copy bandwidth") == (
+    found = judging.judged(found, Ceilings(copy=4e12))
+    assert judging.standing(found, ">= 3x flex") == "2.50x flex"
+    assert judging.standing(found, ">= 1.2x best peer, 65% of copy bandwidth") == (
         "0.50x the best peer, eager, 50% of copy bandwidth"
     )
 
 
 def test_ceilings_of_another_day_serve_the_same_gpu():
     first, second = result(ceilings=CEILINGS), result("2026-01-03", op_adaln=section())
-    assert gpu_report.ceilings_of(second, [first, second])["copy"] == 4e12
-    assert gpu_report.ceilings_of({**second, "gpu": "other"}, [first, second]) == {}
+    assert ceilings_of(second, [first, second]).copy == 4e12
+    assert ceilings_of({**second, "gpu": "other"}, [first, second]) == UNKNOWN
 
 
 def test_the_floor_is_the_longer_of_bytes_and_products():
-    ceilings = {"copy": 4e12, "product": 8e14}
-    assert gpu_report.judged(row(2e-3, {}, ""), ceilings)["share"] == pytest.approx(0.5)
-    assert gpu_report.judged(row(4e-3, {}, "", flops=1.6e12), ceilings)["share"] == pytest.approx(
-        0.5
-    )
+    ceilings = Ceilings(copy=4e12, product=8e14)
+    moving, computing = row(2e-3, {}, ""), row(4e-3, {}, "", flops=1.6e12)
+    assert judging.judged(moving, ceilings).share == pytest.approx(0.5)
+    assert judging.judged(computing, ceilings).share == pytest.approx(0.5)
 
 
 def test_pages_of_a_measurement(tmp_path):
-    layer = importlib_cases("layer_norm")
-    gated = next(case for case in layer if case.gate)
+    gated = next(case for case in cases_of("layer_norm") if case.gate)
     rows = [row(1e-3, {"eager": 3e-3, "liger": None}, gated.gate, case=case_name(gated))]
-    rows[0]["contenders"]["ours"]["ungraphed"] = 2e-3
-    rows[0]["contenders"]["eager"]["ungraphed"] = 5e-3
+    rows[0]["contenders"]["ours"]["launched"] = 2e-3
+    rows[0]["contenders"]["eager"]["launched"] = 5e-3
     measured = result(
         ceilings=CEILINGS,
         op_layer_norm=section(rows),
@@ -179,12 +184,6 @@ def test_pages_of_a_measurement(tmp_path):
     assert "adaln" in pending.split("## Gates")[1]
 
 
-def importlib_cases(operation):
-    import importlib
-
-    return importlib.import_module(f"bench.bench_{operation}").cases("cuda")
-
-
 def test_runs_add_up_and_a_cut_off_one_loses_nothing(tmp_path):
     one, two = row(1e-3, {}, "", case="one"), row(1e-3, {}, "", case="two")
     cut = row(1e-3, {}, "", case="one")
@@ -197,17 +196,17 @@ def test_runs_add_up_and_a_cut_off_one_loses_nothing(tmp_path):
         result(op_adaln=section([two])),
         result(ceilings=section([], "failed", "broke", code="bbb")),
     ]
-    for i, content in enumerate(files):
-        path = tmp_path / f"{i}.json"
-        path.write_text(json.dumps(content))
-        assert gpu("--merge", path, "--out", tmp_path).returncode == 0
+    for content in files:
+        gpu_files.merge(content, tmp_path)
     whole = json.loads((tmp_path / "gpu/nvidia-test-2026-01-02.json").read_text())
     assert whole["sections"]["op-adaln"] == section([one, two])
     # Other code is another matter: its failure is news.
     assert whole["sections"]["ceilings"] == section([], "failed", "broke", code="bbb")
 
 
-CASE = harness.Case(
+# -------------------------------------------------------------------------------- running sections
+
+CASE = Case(
     "add",
     "small",
     lambda: torch.randn(8),
@@ -222,92 +221,149 @@ def work(tmp_path, seconds=100.0, **state):
     return Work(path, time.monotonic() + seconds, **state)
 
 
-def test_a_section_measures_what_is_not_done(tmp_path):
+def lines_of(work):
+    return [json.loads(line) for line in work.rows.read_text().splitlines()]
+
+
+def test_a_section_measures_what_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.sections.work.device_here", lambda: "cpu")
     todo = work(tmp_path)
     todo.measure(CASE)
-    (written,) = map(json.loads, todo.rows.read_text().splitlines())
+    *tried, written = lines_of(todo)
+    assert tried == [{"trying": ["add: small", "ours"]}, {"trying": ["add: small", "eager"]}]
     assert written["case"] == "add: small" and written["contenders"]["ours"]["seconds"] > 0
     work(tmp_path, done={"add: small"}).measure(CASE)
-    assert len(todo.rows.read_text().splitlines()) == 1
-    with pytest.raises(TimeoutError):
+    assert len(lines_of(todo)) == 3
+    with pytest.raises(OutOfTime):
         work(tmp_path, seconds=-1).measure(CASE)
 
 
 def test_a_case_that_was_cut_off_is_written_and_ends_the_section(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        harness,
-        "measure",
-        lambda case, deadline, failed: [
-            harness.Result("ours", 1.0),
-            harness.Result("eager", None, why=harness.NO_TIME),
-        ],
-    )
+    results = [
+        measuring.Result("ours", Timing((1.0, 1.0), 1, 0.0)),
+        measuring.Result("eager", None, measuring.NO_TIME),
+    ]
+    monkeypatch.setattr("bench.sections.work.measure", lambda *arguments, **named: results)
     todo = work(tmp_path)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(OutOfTime):
         todo.measure(CASE)
-    assert not gpu_driver.whole(json.loads(todo.rows.read_text()))
+    (written,) = lines_of(todo)
+    assert not gpu_files.is_whole(written)
 
 
-def test_after_a_failed_capture_a_fresh_process_goes_on(tmp_path, monkeypatch):
-    """The worker's side: exit code; then the driver's: what it tells the next process."""
-
-    def fails(case, deadline, failed):
-        raise harness.CaptureFailed("eager", "no graph")
-
-    monkeypatch.setattr(harness, "measure", fails)
-    todo = work(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        todo.measure(CASE)
-    assert stopped.value.code == RESTART
-    broken = todo.rows.read_text()
+def fake_processes(monkeypatch, *endings):
+    """bench/gpu.py's processes: (what is written, exit code, output) of each; returns the states
+    that they are given."""
     states = []
 
     def run(command, deadline):
         rows, state = (Path(command[command.index(flag) + 1]) for flag in ("--rows", "--state"))
         states.append(json.loads(state.read_text()))
-        if len(states) == 1:
-            rows.write_text(json.dumps({"case": "first"}) + "\n" + broken + '{"case": "to')
-            return RESTART, ""
-        rows.write_text(json.dumps({"case": "add: small"}) + "\n")
-        return 0, ""
+        written, code, output = endings[len(states) - 1]
+        rows.write_text(written)
+        return code, output
 
     monkeypatch.setattr(gpu_driver, "run", run)
-    found = gpu_driver.run_section("ceilings", 1000, [{"case": "before"}])
+    return states
+
+
+def lines(*rows):
+    return "".join(json.dumps(each) + "\n" for each in rows)
+
+
+FIRST, SMALL = {"case": "first"}, {"case": "add: small"}
+TRYING = {"trying": ["add: small", "eager"]}
+
+
+def test_what_ends_a_process_is_left_out_by_the_next(monkeypatch):
+    torn = lines(FIRST, TRYING)
+    states = fake_processes(monkeypatch, (torn, -11, "Segmentation fault\n"), (lines(SMALL), 0, ""))
+    found = gpu_driver.run_section(SECTIONS["ceilings"], 1000, [{"case": "before"}])
     assert [r["case"] for r in found["rows"]] == ["before", "first", "add: small"]
-    assert found["status"] == "done" and states == [
+    assert found["status"] == "done" and found["why"] == ""
+    left_out = {"add: small": {"eager": "Segmentation fault"}}
+    assert states == [
         {"done": ["before"], "failed": {}},
-        {"done": ["before", "first"], "failed": {"add: small": {"eager": "no graph"}}},
+        {"done": ["before", "first"], "failed": left_out},
     ]
-    monkeypatch.undo()
-    results = harness.measure(CASE, failed={"eager": "no graph"})
-    assert {r.contender: r.why for r in results} == {"ours": "", "eager": "no graph"}
+
+
+@pytest.mark.parametrize(
+    "written, code, status",
+    [
+        (lines(FIRST, TRYING), gpu_driver.OUT_OF_TIME, "partial"),
+        (lines(FIRST, TRYING), process.CUT_OFF, "partial"),
+        (lines(FIRST) + '{"case": "to', 1, "partial"),
+        ("", 1, "failed"),
+        ("", gpu_driver.UNAVAILABLE, "failed"),
+    ],
+)
+def test_no_second_process_where_a_section_ends_otherwise(monkeypatch, written, code, status):
+    states = fake_processes(monkeypatch, (written, code, "the reason"))
+    found = gpu_driver.run_section(SECTIONS["ceilings"], 1000, [])
+    assert len(states) == 1
+    assert found["status"] == status and found["why"] == "the reason"
+    assert [r["case"] for r in found["rows"]] == (["first"] if status == "partial" else [])
+
+
+def test_a_section_is_a_process_of_this_file(tmp_path, monkeypatch):
+    """The worker's side: tests that cannot run say what is missing, with an exit code."""
+    rows, state = tmp_path / "rows.jsonl", tmp_path / "state.json"
+    rows.touch()
+    state.write_text(json.dumps({"done": ["smoke"], "failed": {}}))
+    flags = ("--rows", rows, "--state", state, "--seconds", 100)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--worker", "smoke", *map(str, flags)])
+    assert gpu_driver.main() == 0 and not rows.read_text()
+    state.write_text(json.dumps({"done": [], "failed": {}}))
+    done = gpu(*("--worker", "smoke", "--rows", rows, "--state", state, "--seconds", -1))
+    assert done.returncode == gpu_driver.OUT_OF_TIME and "out of time" in done.stdout
+
+
+def test_tests_need_pytest(tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "NEEDED", ("pytest", "no_such_package"))
+    with pytest.raises(Unavailable, match="no_such_package is not installed"):
+        suites.SMOKE.measure(work(tmp_path))
+
+
+def test_a_run_of_tests_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "run", lambda command, deadline: (1, "x\n== 1 failed, 2 passed =="))
+    todo = work(tmp_path)
+    suites.LADDER.measure(todo)
+    (row,) = lines_of(todo)
+    assert row["case"] == "ladder" and not row["passed"]
+    assert suites.LADDER.table([row], UNKNOWN) == ["- ladder: FAILED, 1 failed, 2 passed"]
+    monkeypatch.setattr(suites, "run", lambda command, deadline: (process.CUT_OFF, ""))
+    with pytest.raises(OutOfTime):
+        suites.LADDER.measure(todo)
+    assert lines_of(todo)[-1]["case"] == "ladder, cut off"
 
 
 def test_commands_end_at_their_deadline_with_everything_they_started():
     begin, nap = time.monotonic(), f"sleep 77.{os.getpid()}"  # no other run's
-    code, output = gpu_driver.run(["bash", "-c", f"echo here; {nap} & {nap}"], begin + 1.5)
-    assert code == 124 and "here" in output and time.monotonic() - begin < 10
+    code, output = process.run(["bash", "-c", f"echo here; {nap} & {nap}"], begin + 1.5)
+    assert code == process.CUT_OFF and "here" in output and time.monotonic() - begin < 10
     left = subprocess.run(["pgrep", "-f", f"^{nap}$"], capture_output=True, text=True)
     assert not left.stdout
 
 
 def test_a_section_is_measured_again_when_its_code_changes(tmp_path, monkeypatch):
-    for folder in gpu_driver.COMMON:
-        place = tmp_path / folder
-        place.mkdir(parents=True) if "." not in folder else place.parent.mkdir(exist_ok=True)
-        if "." in folder:
-            place.write_text(folder)
+    for name in gpu_files.COMMON:
+        place = tmp_path / name
+        folder = place.parent if place.suffix else place
+        folder.mkdir(parents=True, exist_ok=True)
+        if place.suffix:
+            place.write_text(name)
     for name in ("adaln", "diffusion_mlp", "layer_norm"):
         (tmp_path / f"bench/bench_{name}.py").write_text(name)
     (tmp_path / "tests").mkdir()
     (tmp_path / "csrc/table.cuh").write_text("1")
-    monkeypatch.setattr(gpu_driver, "ROOT", tmp_path)
-    sections = ("op-adaln", "op-adaln-LH", "op-layer_norm", "tests", "step-B")
-    before = [gpu_driver.digest(name) for name in sections]
+    monkeypatch.setattr(gpu_files, "ROOT", tmp_path)
+    sections = ("op-adaln", "op-adaln-LH", "op-layer_norm", "tests")
+    before = [gpu_files.digest(SECTIONS[name]) for name in sections]
 
     def changed(path):
         (tmp_path / path).write_text("2")
-        after = [gpu_driver.digest(name) for name in sections]
+        after = [gpu_files.digest(SECTIONS[name]) for name in sections]
         found = {name for name, old, new in zip(sections, before, after) if old != new}
         before[:] = after
         return found
@@ -316,57 +372,85 @@ def test_a_section_is_measured_again_when_its_code_changes(tmp_path, monkeypatch
     assert changed("tests/test_new.py") == {"tests"}
     assert changed("csrc/table.cuh") == set(sections)
     about = dict(gpu="NVIDIA Test", versions={"torch": "2.11"})
+    adaln = SECTIONS["op-adaln"]
     (tmp_path / "gpu").mkdir()
-    kept = section([row(1e-3, {}, "")], code=gpu_driver.digest("op-adaln"))
+    kept = section([row(1e-3, {}, "")], code=gpu_files.digest(adaln))
     (tmp_path / "gpu/a.json").write_text(json.dumps(result(op_adaln=kept)))
-    assert gpu_driver.stored("op-adaln", about, [tmp_path])["status"] == "done"
-    assert not gpu_driver.stored("op-adaln", about | {"versions": {}}, [tmp_path])
+    assert gpu_files.stored(adaln, about, [tmp_path])["status"] == "done"
+    assert not gpu_files.stored(adaln, about | {"versions": {}}, [tmp_path])
     changed("bench/bench_adaln.py")
-    assert not gpu_driver.stored("op-adaln", about, [tmp_path])
+    assert not gpu_files.stored(adaln, about, [tmp_path])
 
 
-def test_without_a_gpu_it_says_what_it_can_do(tmp_path):
-    done = gpu("--out", tmp_path)
-    assert done.returncode != 0 and "--merge" in done.stderr and "Traceback" not in done.stderr
+def main_of(monkeypatch, *arguments):
+    """What bench/gpu.py says when it refuses."""
+    monkeypatch.setattr(sys, "argv", ["bench/gpu.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as refused:
+        gpu_driver.main()
+    return refused.value.code
+
+
+def test_without_a_gpu_it_says_what_it_can_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--merge" in main_of(monkeypatch, "--out", tmp_path)
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
-    done = gpu("--merge", broken, "--out", tmp_path)
-    assert done.returncode != 0 and "broken.json" in done.stderr and "Trace" not in done.stderr
+    assert "broken.json" in main_of(monkeypatch, "--merge", broken, "--out", tmp_path)
+    assert main_of(monkeypatch, "--sections", "nonsense") == 2
+
+
+def test_it_lists_its_sections():
     listed = gpu("--list")
-    assert listed.returncode == 0
+    assert listed.returncode == 0, listed.stderr
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(SECTIONS)
-    assert gpu("--sections", "nonsense").returncode == 2
 
 
 def test_committed_pages_are_what_the_files_say():
     results = ROOT / "bench/results"
     found = [json.loads(path.read_text()) for path in sorted((results / "gpu").glob("*.json"))]
-    assert (results / "PENDING.md").read_text() == gpu_report.pending_page(found)
-    assert (results / "GPU.md").read_text() == gpu_report.gpu_page(found)
+    assert (results / "PENDING.md").read_text() == pending_page.pending_page(found)
+    assert (results / "GPU.md").read_text() == gpu_page(found)
 
 
 def test_every_operation_with_a_kernel_is_measured():
-    tables = {path.stem for path in gpu_report.CONFIGS.glob("*.json")}
+    tables = {path.stem for path in pending_page.CONFIGS.glob("*.json")}
     assert tables <= set(OPERATIONS)
     assert {f"op-{name}" for name in OPERATIONS} <= SECTIONS.keys()
 
 
-@pytest.mark.parametrize("settings", [dict(tokenizer="kl16"), dict(tokenizer="vq16")])
-def test_a_training_step_is_prepared_without_optional_packages(settings):
-    """As on a machine that has only torch, triton and numpy; a tiny model stands in."""
-    code = (
-        "import sys\n"
-        "for name in ('PIL', 'safetensors', 'google_crc32c', 'tyro', 'zarr', 'rich', 'scipy'):"
-        " sys.modules[name] = None\n"
-        "from bench.gpu_sections import prepared_run\n"
-        "from heptapod_fast.train.loop import training_step\n"
-        "small = dict(depth=1, head_depth=1, width=32, heads=2, num_classes=5)\n"
-        f"small |= {settings!r}\n"
-        "if small['tokenizer'] == 'kl16': small |= dict(diffusion_blocks=1, diffusion_width=16)"
-        "\nrun, micro, lines = prepared_run('B', small, 'cpu', 2)\n"
-        "loss, norm = training_step(run, *micro)\n"
-        "assert loss.isfinite() and norm.isfinite() and lines\nprint('fine')"
+def test_every_section_is_explained_once():
+    names = [found.name for found in SECTIONS.values()]
+    assert names == list(SECTIONS) and len({found.about for found in SECTIONS.values()}) == len(
+        names
     )
+    for found in SECTIONS.values():
+        assert all((ROOT / place).exists() for place in (*gpu_files.COMMON, *found.code))
+
+
+STEP_CODE = """
+import sys
+absent = 'safetensors google_crc32c tyro zarr rich scipy matplotlib pytest'
+sys.modules |= dict.fromkeys(absent.split())
+from bench.sections.training import synthetic_step
+small = dict(depth=1, head_depth=1, width=32, heads=2, num_classes=5)
+step = synthetic_step('B', 'cpu', 2, small | {settings})
+loss, norm = step.call()
+operators = [line for line in step.lines if line.startswith('operator')]
+assert loss.isfinite() and norm.isfinite() and operators and step.flops > 0
+print('fine')
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(tokenizer="kl16", dropout=0.1, diffusion_blocks=1, diffusion_width=16),
+        dict(tokenizer="vq16", kernels="reference", attention="sdpa", adamw_ema="reference"),
+    ],
+)
+def test_a_training_step_is_prepared_without_optional_packages(settings):
+    """As on a machine that has torch, triton and numpy alone; a tiny model stands in."""
+    code = STEP_CODE.replace("{settings}", repr(settings))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -3,7 +3,8 @@
 import pytest
 
 from heptapod_fast.config import BatchSplit
-from heptapod_fast.systems import build_system, configure
+from heptapod_fast.systems import Phase, build_system, configure
+from heptapod_fast.train.schedule import warmup_images
 
 PAPER_TOTALS = {"B": 207_234_336, "L": 477_143_584, "H": 940_597_024}
 
@@ -58,7 +59,7 @@ def test_recipe_of_the_paper(size):
     assert (recipe.clip, recipe.ema) == (3.0, (0.9999,))
     assert (config.model.dropout, config.model.embedding_std) == (0.1, 0.02)
     assert config.data.flip is True
-    assert recipe.warmup_images == 100 * 1_281_167
+    assert warmup_images(recipe, Phase(0, recipe.images)) == 100 * 1_281_167
 
 
 def test_recipe_of_tiny():

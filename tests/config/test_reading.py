@@ -66,7 +66,7 @@ def test_unknown_groups_in_a_file_are_refused():
 
 def test_a_newer_version_is_refused_saying_so():
     plain = json.loads(configure("tiny").to_json()) | {"version": 3}
-    with pytest.raises(ValueError, match="version 3, this heptapod_fast reads up to 2: update it"):
+    with pytest.raises(ValueError, match="version 3, this heptapod_fast reads 1 to 2: update it"):
         read_config(json.dumps(plain))
 
 

@@ -115,9 +115,41 @@ def test_differences_say_what_may_change():
 
 
 def test_tuples_survive_json():
-    assert Weather.from_plain({"winds": [0.1, 0.2]}).winds == (0.1, 0.2)
+    assert Weather.from_plain({"sky": "grey", "winds": [0.1, 0.2]}).winds == (0.1, 0.2)
+
+
+def test_settings_that_nobody_knows_or_nobody_says_are_refused():
     with pytest.raises(ValueError, match="does not know: rain"):
-        Weather.from_plain({"rain": 1})
+        Weather.from_plain({"sky": "grey", "rain": 1})
+    for missing in ({}, {"sky": None}):
+        with pytest.raises(ValueError, match="does not say sky: restore it"):
+            Weather.from_plain(missing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterWeather(Weather):
+    """The group of a later version, with two more settings."""
+
+    haze: float = setting("Kilometres one can see.", before=50.0)
+    moon: bool = setting("Whether it shines.", before=False)
+
+
+def test_a_setting_that_came_later_does_not_change_runs_that_exist():
+    """They are read with what they had, and keep the name made of their settings."""
+    earlier = Weather(sky="grey", station="A")
+    plain = dataclasses.asdict(earlier)
+    read = LaterWeather.from_plain(plain)
+    assert (read.haze, read.moon) == (50.0, False)
+    assert read.identity() == earlier.identity()
+    assert (
+        list(read.differences(LaterWeather(sky="grey", station="A", haze=50.0, moon=False))) == []
+    )
+
+
+def test_a_setting_that_came_later_makes_another_run_where_it_is_used():
+    found = LaterWeather(sky="grey", haze=2.0, moon=False).identity()
+    assert found["haze"] == 2.0
+    assert "moon" not in found
 
 
 @pytest.mark.parametrize("group", ALL_GROUPS, ids=lambda group: group.__name__)

@@ -159,6 +159,7 @@ def test_a_build_that_goes_on_elsewhere_says_so(folder, tmp_path, monkeypatch):
     make_cache(settings_of(folder, path), CPU, lines.append)
     (said,) = [line for line in lines if line.startswith("WARNING")]
     assert "2 shards were encoded on another kind" in said and processor_kind() in said
+    assert any(line.startswith("encoded   2 shards on another kind, 1 ") for line in lines), lines
     cache = open_cache(path)
     assert cache.hardware == ["another kind", "another kind", processor_kind()]
     assert find_damage(cache) == []

@@ -4,32 +4,32 @@ with the reference, give the same bits again, and give them from a captured grap
 Without a GPU the benchmarks' small shapes show that this test itself is right.
 """
 
-import importlib
-
 import pytest
 import torch
 
-from bench.gpu_sections import OPERATIONS, SIZED
+from bench.sections import OPERATIONS
+from bench.sections.operations import FIRST, cases_of, kind_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def all_cases():
-    found = []
-    for operation in OPERATIONS:
-        for case in importlib.import_module(f"bench.bench_{operation}").cases(DEVICE):
-            # The optimizer changes its inputs; it has tests of its own. Size B stands for all.
-            if case.operation != "adamw_ema" and "eager" in case.contenders:
-                if not SIZED.search(case.name):
-                    found.append(pytest.param(case, id=f"{case.operation}, {case.name}"))
-    return found
+    """Size B stands for all. The optimizer changes its inputs; it has tests of its own."""
+    return [
+        pytest.param(case, id=f"{case.operation}, {case.name}")
+        for operation in OPERATIONS
+        for case in cases_of(operation, DEVICE)
+        if case.operation != "adamw_ema" and "eager" in case.contenders and kind_of(case) == FIRST
+    ]
 
 
 def tensors(tree):
     if torch.is_tensor(tree):
         return [tree.detach()]
-    return [x for part in tree for x in tensors(part)] if isinstance(tree, tuple | list) else []
+    if not isinstance(tree, tuple | list):
+        return []
+    return [x for part in tree for x in tensors(part)]
 
 
 @pytest.mark.parametrize("case", all_cases())
@@ -37,10 +37,11 @@ def test_ours_is_eager_and_the_same_every_time(case):
     inputs = case.inputs()
     ours, eager = (case.contenders[name](inputs) for name in ("ours", "eager"))
     first, plain = tensors(ours()), tensors(eager())
-    # Contenders may return more than the gradients, which come last.
-    for found, expected in (
-        zip(first, plain) if len(first) == len(plain) else [(first[-1], plain[-1])]
-    ):
+    if len(first) != len(plain):  # a peer keeps more on the way; the gradient comes last
+        first_to_compare, plain = first[-1:], plain[-1:]
+    else:
+        first_to_compare = first
+    for found, expected in zip(first_to_compare, plain, strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert bool(found.isfinite().all())
         error = (found.double() - expected.double()).norm() / expected.double().norm()

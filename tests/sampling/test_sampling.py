@@ -16,8 +16,10 @@ KINDS = ("discrete", "continuous")
 CLASSES, INDEX = torch.tensor([0, 2, 1]), torch.tensor([5, 0, 9])
 
 
-def quick(**options):
-    return HeptapodOptions(diffusion_steps=4, **options)
+def quick(system, **options):
+    """Options of the system, with few steps of diffusion where there is any."""
+    few = {} if system.spec.kind == "discrete" else {"diffusion_steps": 4}
+    return system.options(**few, **options)
 
 
 def taken(tokens, order):
@@ -108,23 +110,24 @@ def agree(ours, naive):
 @pytest.mark.parametrize(
     "options",
     [
-        quick(),
-        quick(positions_per_step=3),
-        quick(positions_per_step=TOKENS),
-        quick(positions_per_step=4, position_schedule="cosine"),
-        quick(temperature=0.7),
+        dict(),
+        dict(positions_per_step=3),
+        dict(positions_per_step=TOKENS),
+        dict(positions_per_step=4, position_schedule="cosine"),
+        dict(temperature=0.7),
     ],
     ids=("1", "3", "all", "cosine", "cool"),
 )
 def test_heptapod_equals_the_naive_sampler(make_system, head, kind, options):
     system = make_system(kind, **head).eval()
+    options = quick(system, **options)
     agree(system.sample(CLASSES, RNG, options, INDEX), naive_heptapod(system, options))
 
 
 @pytest.mark.parametrize("k", [1, 3, TOKENS])
 def test_confidence_equals_the_naive_sampler(make_system, k):
     system = make_system().eval()
-    options = quick(positions_per_step=k, position_order="confidence", top_k=7)
+    options = quick(system, positions_per_step=k, position_order="confidence", top_k=7)
     agree(system.sample(CLASSES, RNG, options, INDEX), naive_heptapod(system, options))
 
 
@@ -132,7 +135,7 @@ def test_confidence_equals_the_naive_sampler(make_system, k):
 @pytest.mark.parametrize("name", ["1d-raster", "1d-random"])
 def test_baselines_equal_the_naive_sampler(make_system, name, kind):
     system = make_system(kind, system=name).eval()
-    plain = SampleOptions(diffusion_steps=4)
+    plain = quick(system)
     agree(system.sample(CLASSES, RNG, plain, INDEX), naive_next_token(system, plain))
 
 
@@ -144,7 +147,7 @@ def test_baselines_equal_the_naive_sampler(make_system, name, kind):
 )
 def test_a_sample_does_not_depend_on_its_batch(make_system, settings, kind):
     system = make_system(kind, **settings).eval()
-    few = system.options(diffusion_steps=4)
+    few = quick(system)
     together = system.sample(CLASSES, RNG, few, INDEX)
     for b in range(3):
         alone = system.sample(CLASSES[b : b + 1], RNG, few, INDEX[b : b + 1])
@@ -156,22 +159,23 @@ def test_a_sample_does_not_depend_on_its_batch(make_system, settings, kind):
 def test_options_of_another_system_are_refused(make_system):
     baseline = make_system(system="1d-raster")
     with pytest.raises(TypeError, match="options are HeptapodOptions, expected SampleOptions"):
-        baseline.sample(CLASSES, RNG, quick(positions_per_step=4))
+        baseline.sample(CLASSES, RNG, HeptapodOptions(positions_per_step=4))
     with pytest.raises(TypeError, match="options are SampleOptions, expected HeptapodOptions"):
         make_system().sample(CLASSES, RNG, SampleOptions())
 
 
 def test_sampling_ignores_dropout(make_system):
     system = make_system(dropout=0.5)
-    calm = system.eval().sample(CLASSES, RNG, quick(), INDEX)
-    assert torch.equal(system.train().sample(CLASSES, RNG, quick(), INDEX), calm)
+    calm = system.eval().sample(CLASSES, RNG, quick(system), INDEX)
+    assert torch.equal(system.train().sample(CLASSES, RNG, quick(system), INDEX), calm)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sdpa_samples_what_the_reference_samples(make_system, kind):
-    expected = make_system(kind).eval().sample(CLASSES, RNG, quick(), INDEX)
+    reference = make_system(kind).eval()
+    expected = reference.sample(CLASSES, RNG, quick(reference), INDEX)
     system = make_system(kind, operators=Operators({"attention": "sdpa"})).eval()
-    agree(system.sample(CLASSES, RNG, quick(), INDEX), expected)
+    agree(system.sample(CLASSES, RNG, quick(system), INDEX), expected)
 
 
 @pytest.mark.parametrize("bad", [-1, 3])
@@ -184,12 +188,13 @@ def test_classes_out_of_range_are_refused(make_system, name, bad):
 def test_a_local_head_refuses_to_compare_the_whole_grid(make_system):
     system = make_system(head="local", window=4)
     with pytest.raises(ValueError, match="--position-order confidence .*--head local"):
-        system.sample(CLASSES, RNG, quick(position_order="confidence"))
+        system.sample(CLASSES, RNG, quick(system, position_order="confidence"))
 
 
 def test_more_positions_than_there_are_is_refused(make_system):
+    system = make_system()
     with pytest.raises(ValueError, match="--positions-per-step 17"):
-        make_system().sample(CLASSES, RNG, quick(positions_per_step=17))
+        system.sample(CLASSES, RNG, quick(system, positions_per_step=17))
 
 
 def test_spread():
@@ -206,7 +211,7 @@ def test_generate_does_not_depend_on_its_batches(make_system):
     system = make_system().eval()
     done, classes = [], torch.tensor([0, 1, 2, 0, 1])
     images = generate(
-        system, Decoder(), classes, RNG, quick(), batch=2, progress=lambda *a: done.append(a)
+        system, Decoder(), classes, RNG, quick(system), batch=2, progress=lambda *a: done.append(a)
     )
-    assert torch.equal(images, generate(system, Decoder(), classes, RNG, quick(), batch=5))
+    assert torch.equal(images, generate(system, Decoder(), classes, RNG, quick(system), batch=5))
     assert done == [(2, 5), (4, 5), (5, 5)]

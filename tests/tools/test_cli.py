@@ -250,7 +250,7 @@ def ending(cli, work):
         (FileNotFoundError("no such file: x"), 1, "error: no such file: x\n"),
         (KeyboardInterrupt(), 130, "interrupted before there was anything to save\n"),
         (RuntimeError("CUDA out of memory. Tried"), 1, "lower --micro-batch or --batch"),
-        (MemoryError(), 1, "lower --micro-batch or --batch"),
+        (MemoryError(), 1, "out of memory (MemoryError): lower --micro-batch"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -127,9 +127,10 @@ def test_each_checkout_runs_its_own_code(compare, tmp_path):
     package = tmp_path / "heptapod_fast"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('this one')")
-    (tmp_path / "asks.py").write_text("import heptapod_fast")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "asks.py").write_text("import heptapod_fast")
     with pytest.raises(SystemExit, match="this one"):
-        compare.run(tmp_path, Path(sys.executable), ["asks.py"])
+        compare.run(tmp_path, Path(sys.executable), ["tools/asks.py"])
 
 
 @pytest.mark.slow

@@ -89,10 +89,23 @@ def test_two_launches_in_one_process_continue_each_other(tmp_path, finished):
     assert final_files(tmp_path / "run") == final_files(out)
 
 
-def test_the_process_can_be_interrupted_after_a_launch(tmp_path):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+@pytest.fixture
+def handlers():
+    """Handlers of this test, for the signals that stop a run; those before come back."""
+
+    def nothing(number, frame):
+        """Take note of nothing."""
+
+    stopping = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, nothing) for number in stopping}
+    yield dict.fromkeys(stopping, nothing)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_process_can_be_interrupted_after_a_launch(tmp_path, handlers):
     launch_here(tmp_path, images=8)
-    assert {number: signal.getsignal(number) for number in before} == before
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def test_a_process_that_ends_with_it_cannot_be_interrupted_any_more(tmp_path, monkeypatch):

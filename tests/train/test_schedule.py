@@ -3,7 +3,7 @@
 import pytest
 
 from heptapod_fast.systems import Phase
-from heptapod_fast.train.schedule import ema_decay, learning_rate
+from heptapod_fast.train.schedule import ema_decay, learning_rate, warmup_images
 
 
 def rates(recipe, phase, images):
@@ -43,8 +43,10 @@ def test_every_phase_has_a_schedule_of_its_own(make_config, schedule):
 
 def test_the_share_of_the_warmup_is_that_of_the_only_phase(make_config):
     recipe = make_config(images=1000, warmup=0.123).recipe
-    before, at = recipe.warmup_images - 1, recipe.warmup_images
     phase = Phase(0, 1000)
+    at = warmup_images(recipe, phase)
+    before = at - 1
+    assert at == 123
     assert learning_rate(recipe, before, phase) < recipe.learning_rate
     assert learning_rate(recipe, at, phase) == pytest.approx(recipe.learning_rate)
 

@@ -167,14 +167,12 @@ def test_the_host_does_not_look_at_what_the_device_has():
     buffers = Buffers.allocate(spec, 4, torch.device("meta"))
     parameter = torch.nn.Parameter(torch.ones(3, device="meta"))
 
-    class Alone:
-        """A system of one parameter, whose loss needs nothing of the batch."""
+    def alone(batch, rng, phase):
+        """A model of one parameter, whose loss needs nothing of the batch."""
+        total = parameter.sum()
+        return Loss(total, total.detach())
 
-        def loss(self, batch, rng, phase):
-            total = parameter.sum()
-            return Loss(total, total.detach())
-
-    forward_backward(Alone(), buffers, Rng(0), 8.0, None)
+    forward_backward(alone, buffers, Rng(0), 8.0, None)
     assert parameter.grad.shape == (3,)
     assert buffers.sums.shape == (2,)
 

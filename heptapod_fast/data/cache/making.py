@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +126,6 @@ def make_cache(settings: CacheSettings, world: World, say: Say) -> None:
     begin = time.monotonic()
     settings = settings.with_patch_size()
     _check_settings(settings)
-    path = settings.path
     threads = _threads_of(settings, world)
     class_names, files = find_images(settings.folder)
     decoder = open_decoder(settings.decoder, world.device, threads)
@@ -133,7 +133,7 @@ def make_cache(settings: CacheSettings, world: World, say: Say) -> None:
         _check_images(settings, files)
     # Weights are read before the folder is made: a wrong name leaves nothing behind.
     tokenizer = None if settings.fits_codebook else _load(settings, settings.tokenizer_weights)
-    lock = lock_cache(path) if world.main else None
+    lock = lock_cache(settings.path) if world.main else None
     if tokenizer is None:
         tokenizer = _fitted(settings, world, files, decoder)
     plan = Plan(
@@ -148,16 +148,25 @@ def make_cache(settings: CacheSettings, world: World, say: Say) -> None:
         settings.shard_rows,
         settings.max_broken,
     )
-    site = Site(path, plan)
+    site = Site(settings.path, plan)
     builder = Builder(site, threads)
-    is_complete = False
-    if world.main:
-        is_complete = site.begin() is SiteState.COMPLETE
-        if not is_complete:
-            say(
-                f"building  {path}: {plan.rows:,} images, {len(class_names)} classes, "
-                f"{plan.shards} shard{'s' * (plan.shards > 1)}"
-            )
+    _build_together(site, builder, world, say)
+    if lock is not None:
+        lock.close()
+        took = duration(time.monotonic() - begin)
+        for line in _report(open_cache(settings.path), builder.seconds, took):
+            say(line)
+
+
+def _build_together(site: Site, builder: Builder, world: World, say: Say) -> None:
+    """Everything between the lock and its release. Collective call."""
+    plan = site.plan
+    is_mine_to_finish = world.main and site.begin() is not SiteState.COMPLETE
+    if is_mine_to_finish:
+        say(
+            f"building  {site.path}: {plan.rows:,} images, {len(plan.class_names)} classes, "
+            f"{plan.shards} shard{'s' * (plan.shards > 1)}"
+        )
     world.barrier()
     missing = site.missing()
     world.barrier()  # nobody finishes a shard before everybody has seen what is missing
@@ -166,14 +175,8 @@ def make_cache(settings: CacheSettings, world: World, say: Say) -> None:
     progress = _progress(world) if world.main else None
     builder.build(missing[world.rank :: world.size], progress)
     world.barrier()
-    if lock is not None:
-        if not is_complete:
-            site.finish()
-        lock.close()
-        cache = open_cache(path)
-        took = duration(time.monotonic() - begin)
-        for line in _report(cache, builder.seconds, took):
-            say(line)
+    if is_mine_to_finish:
+        site.finish()
 
 
 def _progress(world: World) -> Progress:
@@ -276,9 +279,8 @@ def _fitted(settings: CacheSettings, world: World, files: Files, decoder: Decode
     if world.main and not settings.is_begun:
         fresh.unlink(missing_ok=True)  # of a start that ended before there was a plan
     if world.main and not finished.exists() and not fresh.exists():
-        fit_codebook(settings, files, decoder, Progress("fitting the codebook", "rounds")).save(
-            fresh
-        )
+        progress = Progress("fitting the codebook", "rounds")
+        fit_codebook(settings, files, decoder, progress).save(fresh)
     world.barrier()
     return _load(settings, finished if finished.exists() else fresh)
 
@@ -327,6 +329,10 @@ def _report(cache: Cache, seconds: dict[str, float], took: str) -> list[str]:
         lines.append(
             f"time      {shares} (what this process waited for; decoding and encoding overlap)"
         )
+    kinds = Counter(cache.hardware)
+    if len(kinds) > 1:
+        parts = [f"{count} shards on {kind or 'unknown'}" for kind, count in kinds.items()]
+        lines.append(f"encoded   {', '.join(parts)}: roundings may differ")
     for entry in left_out[:20]:
         lines.append(f"left out  {entry['path']}: {entry['reason']}")
     if len(left_out) > 20:
