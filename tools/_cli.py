@@ -207,10 +207,12 @@ def alike_on_all_ranks() -> Iterator[None]:
 
 
 def main(work: Callable[[], int | None]) -> None:
-    """Run a command: known errors become one line on stderr and exit code 1."""
+    """Run a command: known errors become one line on stderr and exit code 1. Under torchrun, a rank
+    that stops because of another one says nothing."""
     from heptapod_fast.checkpoints import CheckpointError
     from heptapod_fast.ops.dispatch import Unavailable
     from heptapod_fast.runs import RunError
+    from heptapod_fast.world import OtherRankFailed
 
     try:
         code = work()
@@ -219,6 +221,8 @@ def main(work: Callable[[], int | None]) -> None:
         code = 141
     except (ValueError, OSError, RunError, CheckpointError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except OtherRankFailed:
         code = 1
     except ModuleNotFoundError as error:
         need(str(error.name))

@@ -40,6 +40,7 @@ class RunDir:
         self.codebook = self.path / "tokenizer.safetensors"
         self.tokenizer_record = self.path / "tokenizer.json"
         self._lock: IO[str] | None = None
+        self._is_new = False  # whether `claim` made the directory
 
     @classmethod
     def of(cls, config: Config) -> RunDir:
@@ -65,6 +66,7 @@ class RunDir:
                 written.
         """
         try:
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")
         except OSError as error:
@@ -111,6 +113,24 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def withdraw(self) -> None:
+        """Undo `claim` where it made the directory and nothing has been put there since: a start
+        that failed leaves nothing behind. The lock stays with this process until `release`."""
+        if not self._is_new:
+            return
+        files = {self.config, self.path / ".lock"}
+        folders = {self.samples, self.checkpoints}
+        found = set(self.path.iterdir())
+        is_filled = any(any(folder.iterdir()) for folder in found & folders)
+        if is_filled or not found <= files | folders:
+            return
+        for file in found & files:
+            file.unlink()
+        for folder in found & folders:
+            folder.rmdir()
+        self.path.rmdir()
+        self._is_new = False
 
     def _compare(self, config: Config) -> list[str]:
         """Settings that may differ and do; RunError where others differ."""

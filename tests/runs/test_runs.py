@@ -31,6 +31,7 @@ def weights(run):
 )
 def test_load_run_takes_the_average_asked_for(trained, ema, file):
     run = load_run(trained, ema=ema, device="cpu")
+    assert run.weights == file
     expected = final_tensors(trained, file)
     assert weights(run).keys() == expected.keys()
     assert all(torch.equal(w, expected[name]) for name, w in weights(run).items())
@@ -215,3 +216,12 @@ def test_leftovers_of_interrupted_writes_are_removed(tmp_path):
     (tmp_path / "checkpoints" / "step-00000003.tmp").mkdir()
     RunDir(tmp_path).claim(config)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_damaged_codebook_of_the_run_is_named_with_what_to_do(tmp_path):
+    train_here(tmp_path, images=16)
+    RunDir(tmp_path).codebook.write_bytes(b"no tensors")
+    for use in (lambda: train_here(tmp_path, images=32), lambda: load_run(tmp_path)):
+        with pytest.raises(RunError, match="tokenizer.safetensors is damaged.* copy") as error:
+            use()
+        assert "--tokenizer-weights" not in str(error.value)
