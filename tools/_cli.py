@@ -86,9 +86,7 @@ def spell_out_switches(argv: list[str], names: Container[str]) -> list[str]:
 # -------------------------------------------------------------------------- groups of settings
 
 
-def group_of_flags(
-    group: type[Settings], defaults: Settings | None = None, name: str | None = None
-) -> Any:
+def group_of_flags(group: type[Settings], defaults: Settings | None = None) -> Any:
     """A dataclass of the settings of a group in which none is given by default: what comes back
     not None was on the command line.
 
@@ -104,9 +102,7 @@ def group_of_flags(
                 arg(help="Global batch size.", metavar="INT", help_behavior_hint="(default: 64)"),
             ] = None
 
-    Args:
-        defaults: what `--help` shows as such; the values themselves stay None.
-        name: of the dataclass, default the group's.
+    defaults: what `--help` shows as such; the values themselves stay None.
     """
     fields = []
     for field in dataclasses.fields(group):
@@ -117,7 +113,7 @@ def group_of_flags(
             help=field.metadata["help"], help_behavior_hint=shown, metavar=_metavar(kind)
         )
         fields.append((field.name, Annotated[kind | None, about], dataclasses.field(default=None)))
-    made = dataclasses.make_dataclass(name or group.__name__, fields, kw_only=True)
+    made = dataclasses.make_dataclass(group.__name__, fields, kw_only=True)
     made.__doc__ = (group.__doc__ or "").split("\n")[0]
     return made
 

@@ -42,7 +42,7 @@ def _arguments(own: type, system: str, size: Size | None) -> type:
     For train.py and --system heptapod it is as if this had been written:
 
         @dataclass(kw_only=True)
-        class Arguments(Own):                          # Own: dry_run
+        class Arguments(own):                          # --dry-run
             size: Literal["tiny", "B", "L", "H"]
             system: Literal["heptapod", "1d-raster", "1d-random"] = "heptapod"
             data: DataSettings                         # --data, --tokenizer, ...

@@ -15,7 +15,7 @@ from heptapod_fast.config import Config
 
 
 @dataclass(kw_only=True)
-class Own:
+class Arguments:
     """Train an image autoregressive model. With --size, --help shows its defaults."""
 
     dry_run: bool = False
@@ -25,7 +25,7 @@ class Own:
 def work() -> int:
     """Parse, train."""
     with alike_on_all_ranks():
-        arguments, config = parse_training(Own)
+        arguments, config = parse_training(Arguments)
         config = config.resolve()
         if arguments.dry_run:
             print_dry_run(config)

@@ -1,6 +1,7 @@
 """The run directory: who may write, what is refused, and how a run is read back."""
 
 import fcntl
+import shutil
 
 import pytest
 import torch
@@ -225,3 +226,31 @@ def test_a_damaged_codebook_of_the_run_is_named_with_what_to_do(tmp_path):
         with pytest.raises(RunError, match="tokenizer.safetensors is damaged.* copy") as error:
             use()
         assert "--tokenizer-weights" not in str(error.value)
+
+
+def test_a_claim_can_be_taken_back_while_nothing_came_of_it(tmp_path):
+    run = RunDir(tmp_path / "run")
+    config = tiny_config(run.path)
+    for there in (None, run.codebook, run.samples / "grid.png", run.checkpoints / "step-1"):
+        run.claim(config)
+        if there is not None:
+            there.write_text("")
+        run.withdraw()
+        run.release()
+        assert run.path.exists() is (there is not None)
+        if there is not None:
+            assert run.read_config() == config
+            shutil.rmtree(run.path)
+
+
+def test_a_claim_of_a_directory_that_was_there_takes_nothing_back(tmp_path):
+    config = tiny_config(tmp_path)
+    first = RunDir(tmp_path)
+    first.claim(config)
+    second = RunDir(tmp_path)
+    with pytest.raises(RunError, match="in use"):
+        second.claim(config)
+    for run in (second, first):
+        run.withdraw()
+        run.release()
+        assert first.read_config() == config
