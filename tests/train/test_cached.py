@@ -335,5 +335,5 @@ def test_a_dry_run_of_a_cache(made):
 
 
 def test_the_scale_of_kl16_is_a_constant_of_this_version():
-    """MAR multiplies its latents by 0.2325 (mar:engine_mar.py): a cache made otherwise is refused."""
+    """MAR multiplies its latents by 0.2325 (mar:engine_mar.py)."""
     assert KL16.constants == {"scale": 0.2325}
