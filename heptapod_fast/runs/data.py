@@ -16,7 +16,6 @@ from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
 from heptapod_fast.progress import Progress
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer, hint
-from heptapod_fast.tokenizers.kl16 import SCALE
 from heptapod_fast.world import World
 
 
@@ -74,15 +73,13 @@ def _check_cache(config: Config, cache: Cache) -> None:
     data = config.data
     refuse_other(cache, vars(data))
     about = cache.manifest["tokenizer"]
-    for name, found, here in (
-        ("preprocessing", cache.manifest["preprocessing"], PREPROCESSING),
-        ("a scale of tokens of", str(about.get("scale", SCALE)), str(SCALE)),
-    ):
-        if not found.startswith(here):
-            raise CacheError(
-                f"{cache.path} was made with {name} {found}, this version has {here}: build it "
-                "anew with tools/cache.py"
-            )
+    preprocessing = cache.manifest["preprocessing"]
+    if not preprocessing.startswith(PREPROCESSING):
+        raise _other_version(cache, "preprocessing", preprocessing, PREPROCESSING)
+    for name, here in cache.tokenizer.constants.items():
+        found = about.get(name, here)
+        if found != here:
+            raise _other_version(cache, f"a {name} of tokens of", found, here)
     if data.flip and cache.views < 2:
         raise CacheError(
             f"--flip: {cache.path} was made without --flip, it has no mirrored images: train with "
@@ -93,6 +90,13 @@ def _check_cache(config: Config, cache: Cache) -> None:
             f"--tokenizer-weights {data.tokenizer_weights}: {cache.path} has its own codebook; "
             "leave --tokenizer-weights out"
         )
+
+
+def _other_version(cache: Cache, what: str, found: object, here: object) -> CacheError:
+    return CacheError(
+        f"{cache.path} was made with {what} {found}, this version has {here}: build it anew with "
+        "tools/cache.py"
+    )
 
 
 def open_tokens(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
@@ -159,6 +160,7 @@ class Tokenizer(ABC):
     Attributes:
         name: on the command line and in files.
         has_codebook: it is fitted on the data, and its codebook travels with caches and runs.
+        constants: of `describe`, what belongs to this version: {what it is called: value}.
         spec: shape and kind of the tokens.
         image_size, patch_size: sides in pixels of an image and of the area of one token.
         device: where tokens are made; `to` moves it.
@@ -166,6 +168,7 @@ class Tokenizer(ABC):
 
     name: ClassVar[str]
     has_codebook: ClassVar[bool] = False
+    constants: ClassVar[Mapping[str, float]] = {}
     spec: TokenSpec
     image_size: int
     patch_size: int
@@ -269,7 +272,12 @@ class Tokenizer(ABC):
 
     def describe(self) -> Description:
         """What a cache records of the tokenizer."""
-        return {"tokenizer": self.spec.name, **self.settings(), "fingerprint": self.fingerprint}
+        return {
+            "tokenizer": self.spec.name,
+            **self.settings(),
+            "fingerprint": self.fingerprint,
+            **self.constants,
+        }
 
     @property
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
-from heptapod_fast.tokenizers.base import Description, StoredArray, TokenSpec
+from heptapod_fast.tokenizers.base import StoredArray, TokenSpec
 from heptapod_fast.tokenizers.pretrained import Pretrained
 
 SCALE = 0.2325
@@ -71,6 +71,7 @@ class KL16(Pretrained):
     """
 
     name = "kl16"
+    constants = {"scale": SCALE}
 
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float in [-1, 1] -> unscaled mean and standard deviation, each
@@ -132,7 +133,3 @@ class KL16(Pretrained):
         """Stored moments -> (B, N, 16) float32: a sample of the posterior with `rng`, keyed by
         `index`, else its mean (`posterior_tokens`)."""
         return posterior_tokens(stored["mean"], stored["std"], rng, index)
-
-    def describe(self) -> Description:
-        """As `Pretrained.describe`, with the scale of the tokens."""
-        return super().describe() | {"scale": SCALE}

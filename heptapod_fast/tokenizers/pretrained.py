@@ -168,6 +168,7 @@ class Pretrained(Tokenizer):
             "weights_sha256": self.weights_sha256,
             "fingerprint": self.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **self.constants,
         }
 
     def _in_chunks(

@@ -305,3 +305,9 @@ def test_run_directory_is_readable_and_out_wins():
     assert resolved().run_dir().startswith("runs/heptapod-tiny-logograms-patch-vq-24px-")
     assert resolved(data="a/b/birds/").run_dir().startswith("runs/heptapod-tiny-birds-")
     assert resolved(out="elsewhere").run_dir() == "elsewhere"
+
+
+@pytest.mark.parametrize("image_size, patch_size", [(24, 4), (64, 4), (128, 16), (256, 16)])
+def test_patches_are_small_for_small_images(image_size, patch_size):
+    data = configure("tiny", tokenizer="patch", image_size=image_size).data
+    assert data.patch_size == patch_size

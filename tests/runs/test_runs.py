@@ -16,9 +16,10 @@ from tests.running import final_tensors, tiny_config, train_here
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run with two averages."""
+    """A finished run with two averages, which differ from the start on (a decay is at most
+    (1 + step) / (10 + step))."""
     out = tmp_path_factory.mktemp("trained")
-    train_here(out, ema=(0.9999, 0.5), images=32)
+    train_here(out, ema=(0.9999, 0.1), images=32)
     return out
 
 
@@ -28,7 +29,7 @@ def weights(run):
 
 @pytest.mark.parametrize(
     "ema, file",
-    [(None, "ema-0.9999"), ("0.5", "ema-0.5"), ("none", "model"), ("ema-0.9999", "ema-0.9999")],
+    [(None, "ema-0.9999"), ("0.1", "ema-0.1"), ("none", "model"), ("ema-0.9999", "ema-0.9999")],
 )
 def test_load_run_takes_the_average_asked_for(trained, ema, file):
     run = load_run(trained, ema=ema, device="cpu")
@@ -45,7 +46,7 @@ def test_load_run_is_ready_to_sample(trained):
     assert run.class_names[0] == "2-fold"
     assert run.images_seen == 32
     assert run.checkpoint.name == "step-00000004"
-    assert run.config.recipe.ema == (0.9999, 0.5)
+    assert run.config.recipe.ema == (0.9999, 0.1)
     tokens = run.sample(torch.tensor([0, 1]), Rng(0), temperature=0.9)
     assert torch.equal(
         tokens,
@@ -63,6 +64,35 @@ def test_a_run_on_synthetic_tokens_samples_but_decodes_nothing(tmp_path):
         run.decode(tokens)
 
 
+def test_options_come_in_one_way(trained):
+    run = load_run(trained, device="cpu")
+    with pytest.raises(TypeError, match="top_k beside options"):
+        run.sample(torch.tensor([0]), Rng(0), run.system.options(temperature=0.5), top_k=3)
+
+
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)], ids=("fp32", "bf16")
+)
+def test_load_run_samples_in_the_precision_of_the_run(tmp_path, precision, dtype):
+    """Whatever this machine would choose by itself."""
+    train_here(tmp_path, images=16, precision=precision)
+    assert load_run(tmp_path, device="cpu").system.backbone.dtype == dtype
+    other = {"fp32": "bf16", "bf16": "fp32"}[precision]
+    assert load_run(tmp_path, device="cpu", precision=other).system.backbone.dtype != dtype
+
+
+def test_a_damaged_last_checkpoint_is_not_a_finished_run(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    assert RunDir(copy).finished(32) == 32
+    assert RunDir(copy).finished(33) == 0
+    weights_file = copy / "checkpoints" / "step-00000004" / "model.safetensors"
+    spoilt = bytearray(weights_file.read_bytes())
+    spoilt[-1] ^= 1
+    weights_file.write_bytes(spoilt)
+    assert RunDir(copy).finished(32) == 0
+
+
 def test_load_run_takes_the_step_asked_for(trained):
     assert load_run(trained, checkpoint=2, device="cpu").images_seen == 16
     with pytest.raises(CheckpointError, match="--checkpoint 3: .* the steps 2, 4"):
@@ -70,7 +100,7 @@ def test_load_run_takes_the_step_asked_for(trained):
 
 
 def test_an_unknown_average_is_refused_with_the_list(trained):
-    with pytest.raises(RunError, match="--ema 0.7: this run keeps ema-0.9999, ema-0.5, and 'none'"):
+    with pytest.raises(RunError, match="--ema 0.7: this run keeps ema-0.9999, ema-0.1, and 'none'"):
         load_run(trained, ema="0.7", device="cpu")
 
 

@@ -151,6 +151,7 @@ class Ripple(System):
 
     def phase(self, images, total):
         """See System.phase."""
+        assert images < total, "no step begins after the last image"
         border = round(self.settings.coarse * total)
         if images < border:
             return Phase(0, border, "coarse", 0)
@@ -280,6 +281,24 @@ def test_it_trains_through_both_phases(trained):
     rates = [record["lr"] for record in records]
     assert rates[4] == pytest.approx(rates[0])
     assert rates[0] > rates[1] > rates[3] < rates[4]
+
+
+def test_a_phase_ends_with_a_record_of_its_own(tmp_path):
+    """Where a progress line would come later, it comes with the phase's last step."""
+    train_here(tmp_path, **RIPPLE | {"log_every": 24})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(record["images"], record["phase"]) for record in records] == [
+        (24, "coarse"),
+        (32, "coarse"),
+        (48, "fine"),
+        (64, "fine"),
+    ]
+
+
+def test_the_start_names_the_warm_up_of_each_phase(tmp_path):
+    said = []
+    start_here(tmp_path, say=said.append, **RIPPLE | {"images": 128})
+    assert any("warm-up over 16 and 16 images" in line for line in said)
 
 
 def test_what_depends_on_the_phase_is_read_anew(tmp_path):

@@ -13,7 +13,7 @@ from heptapod_fast.data.cache.format import CacheError, open_cache
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import RunError
 from heptapod_fast.runs.data import open_tokens
-from heptapod_fast.tokenizers import KL16, load_tokenizer
+from heptapod_fast.tokenizers import KL16, PatchVQ, load_tokenizer
 from heptapod_fast.train.session import Ending
 from heptapod_fast.world import World
 from tests.caches import CLASSES, edit_manifest, sign, small_cache, small_tokenizer
@@ -168,7 +168,8 @@ def test_another_codebook_in_the_cache(copy, tmp_path):
         ),
     ],
 )
-def test_what_this_version_would_do_otherwise(copy, tmp_path, change, words):
+def test_what_this_version_would_do_otherwise(copy, tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr(PatchVQ, "constants", {"scale": 0.2325})  # as kl16 has one
     edit_manifest(copy, change)
     with pytest.raises(CacheError, match=words):
         start_here(tmp_path / "run", data=str(copy), **CACHED)
@@ -331,3 +332,8 @@ def test_a_dry_run_of_a_cache(made):
         command("train", "--size", "tiny", "--data", made, "--dry-run", "--tokenizer", "kl16"),
         "made with --tokenizer patch-vq, this run asks for --tokenizer kl16",
     )
+
+
+def test_the_scale_of_kl16_is_a_constant_of_this_version():
+    """MAR multiplies its latents by 0.2325 (mar:engine_mar.py)."""
+    assert KL16.constants == {"scale": 0.2325}

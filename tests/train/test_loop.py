@@ -302,3 +302,11 @@ def test_every_grid_has_the_same_classes_and_seeds(tmp_path, monkeypatch):
     assert asked[0][0] == [0] * 8 + [1] * 8
     average = final_tensors(tmp_path, "ema-0.9999")
     assert all(torch.equal(drawn[name], average[name]) for name in average)
+
+
+def test_ranks_that_see_different_directories_are_refused(tmp_path, monkeypatch):
+    """Each rank finds the newest checkpoint by itself, and all must find the same."""
+    train_here(tmp_path, stop_at=16)
+    monkeypatch.setattr("heptapod_fast.world.World.sum", lambda world, tensor: tensor + 1)
+    with pytest.raises(RunError, match="different checkpoints.*--out must name a folder"):
+        start_here(tmp_path)

@@ -11,7 +11,7 @@ from heptapod_fast.train.metrics import Meter
 from heptapod_fast.train.optimizer import Optimizer
 from heptapod_fast.train.step import Buffers, forward_backward, load, update
 from tests.conftest import small_batch, small_config, small_system
-from tests.running import CPU, start_here
+from tests.running import CPU, start_here, train_here
 
 KINDS = {
     "codes": {"tokens": "discrete"},
@@ -249,3 +249,22 @@ def test_the_step_does_not_depend_on_micro_batches(tmp_path, micro_batch):
         phase = begin_phase(session, state, Meter(64, None, 1))
         found.append(training_step(session, state, phase))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ the wrapper
+
+
+def test_steps_call_what_wrapping_made_of_the_system(tmp_path, monkeypatch):
+    """A wrapper that shards, compiles or captures is not passed by."""
+    calls = []
+
+    def counting(system):
+        def model(batch, rng, phase):
+            calls.append(len(batch))
+            return system(batch, rng, phase)
+
+        return model
+
+    monkeypatch.setattr("heptapod_fast.train.session.wrap", counting)
+    train_here(tmp_path, images=16, micro_batch=4)
+    assert calls == [4, 4, 4, 4]
