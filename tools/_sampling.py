@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from _cli import find_flag, given, group_of_flags, parse, switches, tyro
 from torch import Tensor
@@ -23,7 +23,7 @@ MOST_IMAGES = 10_000_000
 class SamplingArguments:
     """A run, which of its weights, and how they are sampled."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run directory."""
     ema: str | None = None
     """Moving average by name or decay, "none" for the raw weights; default: the run's first."""

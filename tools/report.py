@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from _cli import main, parse, tyro
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Arguments:
     """Report on a training run, or on a folder of benchmark results."""
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """RUN_DIR, or a folder of pytest-benchmark JSON files."""
 
 

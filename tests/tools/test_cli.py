@@ -11,6 +11,7 @@ import pytest
 from heptapod_fast.config import DataSettings, RecipeSettings, RunSettings, SystemSettings
 from heptapod_fast.config.settings import setting
 from heptapod_fast.systems import SYSTEMS, settings_registry
+from heptapod_fast.world import OtherRankFailed
 from tests.running import ROOT, command, flags, refused
 
 TOOLS = ("cache", "evaluate", "profile", "report", "sample", "train", "verify")
@@ -260,6 +261,14 @@ def test_known_errors_are_a_line(cli, capsys, error, code, text):
 
     assert ending(cli, work) == code
     assert text in capsys.readouterr().err
+
+
+def test_a_rank_that_stops_because_of_another_says_nothing(cli, capsys):
+    def work():
+        raise OtherRankFailed("rank 1 stops")
+
+    assert ending(cli, work) == 1
+    assert capsys.readouterr() == ("", "")
 
 
 def test_errors_of_the_program_keep_their_traceback(cli):

@@ -79,6 +79,7 @@ def test_help_is_about_the_runs_system(run_of):
 
 def test_help_without_a_run_has_what_all_systems_share():
     text = " ".join(command("sample", "--help").out.split())
+    assert "[OPTIONS] RUN_DIR" in text
     assert "--temperature FLOAT" in text
     assert "--guidance {" not in text and "--guidance FLOAT" not in text
     assert "With RUN_DIR, --help shows the options of its system" in text
