@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank failed and says why; this one stops with it and has nothing to add."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,38 @@ class World:
         """Wait for all ranks. Collective call."""
         if self.size > 1:
             dist.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that fails on all ranks or on none, so that none is left waiting for the others.
+        Collective call: every rank must reach it, and within it nothing else is collective.
+
+        Raises:
+            OtherRankFailed: the block failed on another rank alone, or on rank 0 too, which then
+                says why for all: most often they have found the same.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed, main_failed = self.any(error is not None, error is not None and self.main)
+        is_said_elsewhere = error is None or (main_failed and not self.main)
+        if failed and is_said_elsewhere:
+            raise OtherRankFailed(f"rank {self.rank} stops: another rank failed, and says why")
+        if error is not None:
+            raise error
+
+    def main_first(self, work: Callable[[], Result]) -> Result:
+        """work() on rank 0, then on the others, which find the files that it left. It fails on all
+        ranks or on none, as with `together`. Collective call."""
+        with self.together():
+            if self.main:
+                result = work()
+        with self.together():
+            if not self.main:
+                result = work()
+        return result
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

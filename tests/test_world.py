@@ -1,12 +1,84 @@
-"""What a process says of its machine."""
+"""Failing together, and what a process says of its machine."""
 
 import platform
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from heptapod_fast.world import processor_kind
+from heptapod_fast.world import OtherRankFailed, World, processor_kind
+
+
+class OneOfTwo(World):
+    """A rank beside another one, of which `others` says what it answers: (it failed, it is rank 0
+    and failed), question after question."""
+
+    others: list
+
+    def any(self, *flags):
+        other = self.others.pop(0)
+        return tuple(ours or theirs for ours, theirs in zip(flags, other, strict=True))
+
+
+def one_of_two(rank, *others):
+    world = OneOfTwo(rank, 2, torch.device("cpu"))
+    object.__setattr__(world, "others", list(others))
+    return world
+
+
+FINE = (False, False)
+RANK_0_FAILED = (True, True)
+RANK_1_FAILED = (True, False)
+
+
+@pytest.mark.parametrize(
+    "rank, fails, other, raised",
+    [
+        (0, False, FINE, None),
+        (0, True, FINE, ValueError),
+        (0, True, RANK_1_FAILED, ValueError),
+        (0, False, RANK_1_FAILED, OtherRankFailed),
+        (1, False, FINE, None),
+        (1, True, FINE, ValueError),
+        (1, True, RANK_0_FAILED, OtherRankFailed),
+        (1, False, RANK_0_FAILED, OtherRankFailed),
+    ],
+)
+def test_ranks_fail_together_and_one_says_why(rank, fails, other, raised):
+    world = one_of_two(rank, other)
+
+    def work():
+        with world.together():
+            if fails:
+                raise ValueError("of this rank")
+
+    if raised is None:
+        work()
+    else:
+        with pytest.raises(raised):
+            work()
+    assert world.others == []  # it was asked, whatever happened here
+
+
+def test_rank_0_works_before_the_others():
+    worked = []
+    for rank, questions_before in ((0, 0), (1, 1)):
+        world = one_of_two(rank, FINE, FINE)
+
+        def work(world=world):
+            worked.append(2 - len(world.others))
+            return "made"
+
+        assert world.main_first(work) == "made"
+        assert worked.pop() == questions_before
+        assert world.others == []
+
+
+def test_the_others_do_not_begin_where_rank_0_failed():
+    world = one_of_two(1, RANK_0_FAILED)
+    with pytest.raises(OtherRankFailed, match="another rank failed"):
+        world.main_first(lambda: pytest.fail("rank 1 began"))
 
 
 def kind_with(monkeypatch, machine: str, capability: str, bf16: bool, amx: bool) -> str:

@@ -1,13 +1,22 @@
-"""What the command lines share: flags from groups of settings, and errors without a traceback."""
+"""What the command lines share: flags from groups of settings, and errors without a traceback.
+
+tyro makes a command line of a dataclass: a field is a flag, its annotation says what may follow it,
+its docstring is the help. Which flags train.py and sample.py have depends on the system, so that
+their dataclasses are made when the tool runs: `group_of_flags` makes one group of such a dataclass,
+_training.py and _sampling.py put the groups together. Their docstrings show what comes out.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 # The folder of a script comes first in sys.path, where profile.py would stand in for the standard
 # library's module of that name (which torch imports): it goes to the end.
@@ -34,30 +43,33 @@ need("torch")
 tyro = need("tyro")
 
 from heptapod_fast.config import Settings, flag  # noqa: E402
-from heptapod_fast.config.settings import type_hints  # noqa: E402
+from heptapod_fast.config.settings import as_typed, type_hints  # noqa: E402
 
 
-def parse(target: Callable[..., Any], argv: list[str] | None = None, **options: Any) -> Any:
-    """tyro's command line for a dataclass, with bare `--flag` and `--no-flag` for switches."""
+def parse(target: Callable[..., Any], argv: list[str] | None = None) -> Any:
+    """An object of a dataclass from its command line, with bare `--flag` and `--no-flag` for
+    switches. Ends the process after --help, and after an error, which it shows."""
     argv = sys.argv[1:] if argv is None else argv
+    # A setting's name is its flag in whichever group it is (--batch, not --recipe.batch), and
+    # switches take a value, which `spell_out_switches` adds.
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     argv = spell_out_switches(argv, set(switches(target)))
-    return tyro.cli(target, args=argv, config=config, **options)
+    return tyro.cli(target, args=argv, config=config, console_outputs=rank() == 0)
 
 
-def switches(target: Any) -> Iterable[str]:
-    """Names of the settings of a dataclass, and of the groups in it, that are on or off."""
+def switches(target: Any) -> Iterator[str]:
+    """The settings of a dataclass, and of the groups in it, that are on or off, as typed after --:
+    "allow-upscale"."""
+    kinds = get_type_hints(target)
     for field in dataclasses.fields(target):
-        kind = field.type
-        if get_origin(kind) is Annotated:
-            kind = get_args(kind)[0]
+        kind = kinds[field.name]
         if dataclasses.is_dataclass(kind):
             yield from switches(kind)
-        elif kind in (bool, "bool") or set(get_args(kind)) == {bool, NoneType}:
+        elif kind is bool or set(get_args(kind)) == {bool, NoneType}:
             yield field.name.replace("_", "-")
 
 
-def spell_out_switches(argv: list[str], names: set[str]) -> list[str]:
+def spell_out_switches(argv: list[str], names: Container[str]) -> list[str]:
     """Rewrite bare switches as `--flag True` and `--no-flag` as `--flag False`."""
     words = []
     for i, word in enumerate(argv):
@@ -74,11 +86,24 @@ def spell_out_switches(argv: list[str], names: set[str]) -> list[str]:
 # -------------------------------------------------------------------------- groups of settings
 
 
-def group_of_flags(
-    group: type[Settings], defaults: Settings | None = None, name: str | None = None
-) -> Any:
+def group_of_flags(group: type[Settings], defaults: Settings | None = None) -> Any:
     """A dataclass of the settings of a group in which none is given by default: what comes back
-    not None was on the command line. defaults: what `--help` shows as such."""
+    not None was on the command line.
+
+        class RecipeSettings(Settings):
+            batch: int = setting("Global batch size.", rule=at_least(1))
+
+    becomes
+
+        @dataclass(kw_only=True)
+        class RecipeSettings:
+            batch: Annotated[
+                int | None,
+                arg(help="Global batch size.", metavar="INT", help_behavior_hint="(default: 64)"),
+            ] = None
+
+    defaults: what `--help` shows as such; the values themselves stay None.
+    """
     fields = []
     for field in dataclasses.fields(group):
         kind = type_hints(group)[field.name]
@@ -88,16 +113,14 @@ def group_of_flags(
             help=field.metadata["help"], help_behavior_hint=shown, metavar=_metavar(kind)
         )
         fields.append((field.name, Annotated[kind | None, about], dataclasses.field(default=None)))
-    made = dataclasses.make_dataclass(name or group.__name__, fields, kw_only=True)
+    made = dataclasses.make_dataclass(group.__name__, fields, kw_only=True)
     made.__doc__ = (group.__doc__ or "").split("\n")[0]
     return made
 
 
 def _shown(default: Any) -> str:
     """A default as it would be typed."""
-    if isinstance(default, tuple):
-        return " ".join(map(str, default))
-    return str(default) if default != "" else "none"
+    return as_typed(default) or "none"
 
 
 def _metavar(kind: Any) -> str | None:
@@ -127,23 +150,65 @@ def given(parsed: Any) -> dict[str, Any]:
 
 
 def peek(argv: list[str], name: str, default: str) -> str:
-    """The value of one flag, before the others are parsed: they depend on it."""
-    for i, word in enumerate(argv):
+    """The value of one flag, before the others are parsed: they depend on it. Of a flag that is
+    there twice, the last one counts, as for tyro."""
+    value = default
+    for word, after in pairwise([*argv, ""]):
         if word.startswith(f"{flag(name)}="):
-            return word.split("=", 1)[1]
-        if word == flag(name) and i + 1 < len(argv):
-            return argv[i + 1]
-    return default
+            value = word.split("=", 1)[1]
+        elif word == flag(name) and after:
+            value = after
+    return value
+
+
+def find_flag(
+    argv: list[str], names: Iterable[str], switch_names: Container[str]
+) -> tuple[str, str] | None:
+    """The first flag of one of these settings, also as --no-NAME.
+
+    Args:
+        names: of settings.
+        switch_names: those among them that are on or off, as from `switches`.
+
+    Returns:
+        (setting, its value as typed); None if none of them is there.
+    """
+    by_flag = {flag(name): name for name in names}
+    words = spell_out_switches(argv, switch_names)
+    for word, after in pairwise([*words, ""]):
+        spelt, equals, value = word.partition("=")
+        name = by_flag.get(spelt.replace("_", "-"))
+        if name is not None:
+            return name, value if equals else after
+    return None
 
 
 # ------------------------------------------------------------------------------------- a command
 
 
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def alike_on_all_ranks() -> Iterator[None]:
+    """Around what every rank finds alike, as errors in the command line: rank 0 says it for all."""
+    try:
+        yield
+    except ValueError:
+        if rank() > 0:
+            sys.exit(1)
+        raise
+
+
 def main(work: Callable[[], int | None]) -> None:
-    """Run a command: known errors become one line on stderr and exit code 1."""
+    """Run a command: known errors become one line on stderr and exit code 1. Under torchrun, a rank
+    that stops because of another one says nothing."""
     from heptapod_fast.checkpoints import CheckpointError
     from heptapod_fast.ops.dispatch import Unavailable
     from heptapod_fast.runs import RunError
+    from heptapod_fast.world import OtherRankFailed
 
     try:
         code = work()
@@ -152,6 +217,8 @@ def main(work: Callable[[], int | None]) -> None:
         code = 141
     except (ValueError, OSError, RunError, CheckpointError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except OtherRankFailed:
         code = 1
     except ModuleNotFoundError as error:
         need(str(error.name))

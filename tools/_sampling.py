@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, cast
 
-from _cli import given, group_of_flags, parse, tyro
+from _cli import find_flag, given, group_of_flags, parse, switches, tyro
 from torch import Tensor
 
-from heptapod_fast.config import Settings
-from heptapod_fast.config.settings import setting, type_hints
-from heptapod_fast.runs import LoadedRun, load_run
+from heptapod_fast.config import flag
+from heptapod_fast.runs import LoadedRun, RunDir, load_run
 from heptapod_fast.sampling import SampleOptions
-from heptapod_fast.systems import SYSTEMS
+from heptapod_fast.systems import SYSTEMS, System
 
 MOST_IMAGES = 10_000_000
 
@@ -62,45 +62,89 @@ class SamplingArguments:
             raise ValueError(f"--seed {self.seed}: expected 0 to 2**63 - 1")
 
 
-def parse_sampling(kind: type, argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
+def parse_sampling(own: type, argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
     """The flags of a tool, and the options of sampling that were given.
 
-    Which options there are depends on the run's system, and which system that is stands in the run:
-    all options of all systems are parsed, and the system refuses those that it does not understand.
+    Which options there are depends on the run's system, so that RUN_DIR is looked at first. For
+    sample.py and a run of heptapod it is as if this had been written:
+
+        @dataclass(kw_only=True)
+        class Arguments(own):                          # RUN_DIR, --ema, --count, ...
+            sampling: HeptapodOptions                  # --temperature, --positions-per-step, ...
+
+    where HeptapodOptions stands for what `group_of_flags` makes of that class. Without RUN_DIR, as
+    for --help alone, the options are those that all systems have.
 
     Args:
-        kind: a dataclass of the tool's own flags.
+        own: a dataclass of the tool's own flags.
+
+    Raises:
+        RunError: RUN_DIR is no run directory.
+        ValueError: an option that the run's system does not understand; says why where it can.
     """
-    options = group_of_flags(_all_options(), name="SamplingOptions")
-    fields = [("sampling", options, dataclasses.field(default_factory=options))]
-    arguments = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), kw_only=True)
-    arguments.__doc__ = kind.__doc__
-    parsed = parse(arguments, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    run = peek_run(argv)
+    options = SampleOptions
+    about = f"{own.__doc__}\n\n{_options_of_all_systems()}"
+    if run is not None:
+        name = RunDir(run).read_config().system
+        _refuse_foreign(argv, SYSTEMS[name])
+        options = SYSTEMS[name].Options
+        about = f"{own.__doc__}\n\n{run} is a run of --system {name}."
+    flags = group_of_flags(options)
+    fields = [("sampling", flags, dataclasses.field(default_factory=flags))]
+    arguments = dataclasses.make_dataclass("Arguments", fields, bases=(own,), kw_only=True)
+    arguments.__doc__ = about
+    parsed = parse(arguments, argv)
     return parsed, given(cast(Any, parsed).sampling)
 
 
-def _all_options() -> type[Settings]:
-    """A group of the options of all systems, and of those that some refuse with a reason."""
-    fields: dict[str, Any] = {}
-    for system in SYSTEMS.values():
-        kinds = type_hints(system.Options)
-        for field in dataclasses.fields(system.Options):
-            about = setting(field.metadata["help"], default=field.default)
-            fields.setdefault(field.name, (field.name, kinds[field.name], about))
-    for system in SYSTEMS.values():
-        for name in system.REFUSED_OPTIONS:
-            nobody = setting("Understood by no system of this version.")
-            fields.setdefault(name, (name, str, nobody))
-    made = dataclasses.make_dataclass(
-        "AllOptions",
-        list(fields.values()),
-        bases=(Settings,),
-        kw_only=True,
-        frozen=True,
-        namespace={"__module__": __name__},
-    )
-    made.__doc__ = "How tokens are drawn. A system refuses what it does not understand."
-    return made
+def peek_run(argv: list[str]) -> str | None:
+    """RUN_DIR, before the flags are parsed: they depend on it. None where there is none.
+
+    Which flags take a value is not known yet, so that a word after a flag is taken for RUN_DIR only
+    if it names a run, as in `--some-switch RUN_DIR`.
+    """
+    words: list[str] = []
+    after_flags: list[str] = []
+    for before, word in pairwise(["", *argv]):
+        if word.startswith("-"):
+            continue
+        if before.startswith("--") and "=" not in before:
+            after_flags.append(word)
+        else:
+            words.append(word)
+    runs = [word for word in [*words, *after_flags] if RunDir(word).config.exists()]
+    candidates = [*runs, *words]
+    return candidates[0] if candidates else None
+
+
+def _refuse_foreign(argv: list[str], system: type[System]) -> None:
+    """ValueError for an option that only other systems have, or that the run's system refuses with
+    a reason, rather than as unknown."""
+    ours = system.Options.names()
+    names = set(system.REFUSED_OPTIONS)
+    switch_names: set[str] = set()
+    for other in SYSTEMS.values():
+        names.update(other.Options.names(), other.REFUSED_OPTIONS)
+        switch_names.update(switches(other.Options))
+    found = find_flag(argv, names.difference(ours), switch_names)
+    if found is not None:
+        name, value = found
+        system.options(**{name: value})  # raises
+
+
+def _options_of_all_systems() -> str:
+    """What --help says of the options where no run decides which there are."""
+    lines = [
+        "With RUN_DIR, --help shows the options of its system; below are those of all systems."
+    ]
+    common = SampleOptions.names()
+    for name, system in SYSTEMS.items():
+        own = [flag(option) for option in system.Options.names() if option not in common]
+        if own:
+            lines.append(f"--system {name} also has {', '.join(own)}.")
+    return " ".join(lines)
 
 
 def images_of(

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from _cli import given, group_of_flags, parse, peek, tyro
+from _cli import find_flag, given, group_of_flags, parse, peek, switches, tyro
 
-from heptapod_fast.config import Config, DataSettings, RecipeSettings, RunSettings, Size, flag
+from heptapod_fast.config import Config, DataSettings, RecipeSettings, RunSettings, Settings, Size
 from heptapod_fast.config.reading import foreign, settings_class
 from heptapod_fast.systems import DEFAULT, draft, settings_registry
 
 
-def parse_training(
-    own: type, description: str, argv: list[str] | None = None
-) -> tuple[Any, Config]:
+def parse_training(own: type, argv: list[str] | None = None) -> tuple[Any, Config]:
     """The flags of a tool and a configuration.
 
     Args:
-        own: a dataclass of the flags that only this tool has.
-        description: for --help.
+        own: a dataclass of the flags that only this tool has; its docstring is for --help.
 
     Returns:
         (an object with the fields of `own`, the configuration, not resolved).
@@ -33,21 +30,30 @@ def parse_training(
     model = settings_class(system, settings_registry())
     size = model.SIZES.get(peek(argv, "size", ""))
     _refuse_foreign(argv, system)
-    parsed = parse(_arguments(own, description, system, size), argv)
+    parsed = parse(_arguments(own, system, size), argv)
     groups = (parsed.data, parsed.recipe, parsed.run, parsed.model)
     flags = {name: value for group in groups for name, value in given(group).items()}
     return parsed, draft(parsed.size, parsed.system, **flags)
 
 
-def _arguments(own: type, description: str, system: str, size: Size | None) -> type:
-    """A dataclass of everything that can be on the command line, in groups."""
+def _arguments(own: type, system: str, size: Size | None) -> type:
+    """A dataclass of everything that can be on the command line, in groups.
+
+    For train.py and --system heptapod it is as if this had been written:
+
+        @dataclass(kw_only=True)
+        class Arguments(own):                          # --dry-run
+            size: Literal["tiny", "B", "L", "H"]
+            system: Literal["heptapod", "1d-raster", "1d-random"] = "heptapod"
+            data: DataSettings                         # --data, --tokenizer, ...
+            recipe: RecipeSettings                     # --images, --batch, ...
+            run: RunSettings                           # --out, --minutes, ...
+            model: HeptapodSettings                    # --width, --head, ...
+
+    where DataSettings stands for what `group_of_flags` makes of that class, and so on. size: whose
+    defaults --help shows; None where --size is missing or there is no such size.
+    """
     model = settings_registry()[system]
-    groups = {
-        "data": (DataSettings, size and size.data),
-        "recipe": (RecipeSettings, size and size.recipe),
-        "run": (RunSettings, size and size.run),
-        "model": (model, size and size.model),
-    }
     sizes: Any = Literal[tuple(model.SIZES)]
     systems: Any = Literal[tuple(settings_registry())]
     about_size = tyro.conf.arg(help="Preset: model, tokenizer, data and recipe follow from it.")
@@ -55,35 +61,37 @@ def _arguments(own: type, description: str, system: str, size: Size | None) -> t
     fields: list[Any] = [
         ("size", Annotated[sizes, about_size]),
         ("system", Annotated[systems, about_system], dataclasses.field(default=system)),
+        _group("data", DataSettings, size.data if size else None),
+        _group("recipe", RecipeSettings, size.recipe if size else None),
+        _group("run", RunSettings, size.run if size else None),
+        _group("model", model, size.model if size else None, title=system),
     ]
-    for field in dataclasses.fields(own):
-        about = tyro.conf.arg(help=field.metadata["help"])
-        kind = get_type_hints(own)[field.name]
-        fields.append(
-            (field.name, Annotated[kind, about], dataclasses.field(default=field.default))
-        )
-    for name, (group, defaults) in groups.items():
-        made = group_of_flags(group, _static_defaults(group, defaults))
-        # The group's title in --help.
-        title = tyro.conf.arg(name=system if name == "model" else name)
-        fields.append((name, Annotated[made, title], dataclasses.field(default_factory=made)))
-    made = dataclasses.make_dataclass("Arguments", fields, kw_only=True)
-    made.__doc__ = description
+    made = dataclasses.make_dataclass("Arguments", fields, bases=(own,), kw_only=True)
+    made.__doc__ = own.__doc__
     return made
 
 
-def _static_defaults(group: type, defaults: Any) -> Any:
-    """The size's defaults, completed by those that hold for all sizes."""
-    return group() if defaults is None else defaults.filled(group())
+def _group(
+    name: str, group: type[Settings], defaults: Settings | None, title: str | None = None
+) -> tuple[str, Any, Any]:
+    """A field of `_arguments`: (name, annotation, field).
+
+    defaults: the size's; None for those that hold for all sizes alone. title: of the group in
+    --help, default its name.
+    """
+    for_all_sizes = group()
+    shown = for_all_sizes if defaults is None else defaults.filled(for_all_sizes)
+    flags = group_of_flags(group, shown)
+    about = tyro.conf.arg(name=title or name)
+    return name, Annotated[flags, about], dataclasses.field(default_factory=flags)
 
 
 def _refuse_foreign(argv: list[str], system: str) -> None:
-    """A flag that only other systems have, with the reason rather than as unknown."""
+    """ValueError for a flag that only other systems have: with the reason, not as unknown."""
     registry = settings_registry()
-    ours = {flag(name) for name in registry[system].names()}
-    others = {flag(name): name for other in registry.values() for name in other.names()}
-    for i, word in enumerate(argv):
-        spelt, _, value = word.replace("_", "-").partition("=")
-        if spelt in others and spelt not in ours:
-            shown = value or (argv[i + 1] if i + 1 < len(argv) else "")
-            raise ValueError(foreign(registry, system, others[spelt], shown))
+    ours = registry[system].names()
+    names = {name for other in registry.values() for name in other.names() if name not in ours}
+    switch_names = {name for other in registry.values() for name in switches(other)}
+    found = find_flag(argv, names, switch_names)
+    if found is not None:
+        raise ValueError(foreign(registry, system, *found))

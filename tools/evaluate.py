@@ -52,7 +52,7 @@ def work() -> int:
         "samples": arguments.count,
         "checkpoint": loaded.checkpoint.name,
         "seed": arguments.seed,
-        "weights": arguments.ema or "first average",
+        "weights": loaded.weights,
         **asdict(options),
     }
     for metric in metrics:

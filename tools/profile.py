@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +22,28 @@ from _training import parse_training
 
 from heptapod_fast.config import Config
 
+# The parts of a step, by the names under which train/loop.py and train/step.py record them.
 PHASES = ("data", "forward", "backward", "optimizer")
-OPERATORS_SHOWN = 25
+# The costliest operators: rows in profile.md, and in what is printed.
+OPERATORS_WRITTEN = 25
+OPERATORS_PRINTED = 5
 
 
-@dataclass
-class Own:
-    """Flags of this tool alone."""
+@dataclass(kw_only=True)
+class Arguments:
+    """Profile training steps; takes every flag of tools/train.py."""
 
-    profile_steps: int = field(
-        default=10, metadata={"help": "Steps that are measured, after as many unmeasured ones."}
-    )
-    op: str | None = field(
-        default=None,
-        metadata={
-            "help": "Profile one operation at the shapes of its benchmark, not training steps."
-        },
-    )
-    profile_out: str = field(
-        default="profile", metadata={"help": "Folder for trace.json and profile.md."}
-    )
+    profile_steps: int = 10
+    """Steps that are measured, after as many unmeasured ones."""
+    op: str | None = None
+    """Profile one operation at the shapes of its benchmark, not training steps."""
+    profile_out: str = "profile"
+    """Folder for trace.json and profile.md."""
 
 
 def work() -> int:
     """Build the run without resuming anything, warm up, measure."""
-    arguments, config = parse_training(
-        Own, "Profile training steps; takes every flag of tools/train.py."
-    )
+    arguments, config = parse_training(Arguments)
     if arguments.profile_steps < 1:
         raise ValueError(f"--profile-steps {arguments.profile_steps}: expected at least 1")
     out = Path(arguments.profile_out)
@@ -141,11 +136,11 @@ def write(profiler: torch.profiler.profile, out: Path, steps: int, config: Confi
 
     phases = {event.key: whole_ms(event) for event in events if event.key in PHASES}
     step_ms = sum(phases.values())
-    others = [event for event in events if event.key not in phases]
-    costliest = sorted(others, key=own_ms, reverse=True)[:OPERATORS_SHOWN]
+    operators = [event for event in events if event.key not in phases]
+    operators.sort(key=own_ms, reverse=True)
     batch = config.recipe.batch
     rate = batch / step_ms * 1000
-    lines = [
+    summary = [
         f"# One training step: {config.system} {config.size}, batch {batch}",
         "",
         f"{device_name(choose_device(config.run.device))}, torch {torch.__version__}; {steps} "
@@ -154,15 +149,17 @@ def write(profiler: torch.profiler.profile, out: Path, steps: int, config: Confi
         "| phase | ms | share |",
         "|---|---:|---:|",
         *(f"| {name} | {ms:.2f} | {ms / step_ms:.0%} |" for name, ms in phases.items()),
+        "",
+        "| operator | own ms | share | calls |",
+        "|---|---:|---:|---:|",
     ]
-    summary = list(lines)
-    lines += ["", "| operator | own ms | share | calls |", "|---|---:|---:|---:|"]
-    for event in costliest:
+    rows = []
+    for event in operators[:OPERATORS_WRITTEN]:
         share = own_ms(event) / step_ms
         calls = event.count / steps
-        lines.append(f"| {event.key} | {own_ms(event):.2f} | {share:.1%} | {calls:g} |")
-    (out / "profile.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(summary + lines[len(summary) : len(summary) + 8]))
+        rows.append(f"| {event.key} | {own_ms(event):.2f} | {share:.1%} | {calls:g} |")
+    (out / "profile.md").write_text("\n".join([*summary, *rows]) + "\n")
+    print("\n".join([*summary, *rows[:OPERATORS_PRINTED]]))
     print(f"written: {out / 'profile.md'} and {out / 'trace.json'}")
 
 

@@ -1,7 +1,8 @@
 """Reports made from files: `tools/report.py RUN_DIR`, or `tools/report.py bench/results`.
 
 A run: report.md, report.json and loss.png beside its metrics. bench/results: the tables in its
-README.md, and the rows and the chart in the project's README.
+README.md, and the rows and the chart in the project's README. Another folder of benchmark results:
+the tables in its measured.md.
 """
 
 from __future__ import annotations

@@ -67,7 +67,10 @@ def work() -> int:
     out = arguments.out or Path(arguments.run) / "samples" / name
     save_grid(images, out, columns=max(1, min(8, -(-count // len(classes)))))
     drawn = ", ".join(loaded.class_names[c] for c in dict.fromkeys(labels.tolist()))
-    print(f"{count} images of classes {drawn} after {loaded.images_seen:,} training images: {out}")
+    print(
+        f"{count} images of classes {drawn} after {loaded.images_seen:,} training images, weights "
+        f"of {loaded.weights}: {out}"
+    )
     save_singles(arguments, images, labels)
     return 0
 

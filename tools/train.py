@@ -5,36 +5,31 @@ The same command run again continues where it stopped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
 
-from _cli import main
+from _cli import alike_on_all_ranks, main, rank
 from _training import parse_training
 
+from heptapod_fast.config import Config
 
-@dataclass
-class Own:
-    """Flags of this tool alone."""
 
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Print the configuration and what follows from it (parameters, FLOPs, memory), "
-            "and stop."
-        },
-    )
+@dataclass(kw_only=True)
+class Arguments:
+    """Train an image autoregressive model. With --size, --help shows its defaults."""
+
+    dry_run: bool = False
+    """Print the configuration and what follows from it (parameters, FLOPs, memory), and stop."""
 
 
 def work() -> int:
     """Parse, train."""
-    arguments, config = parse_training(
-        Own, "Train an image autoregressive model. With --size, --help shows its defaults."
-    )
-    config = config.resolve()
-    if arguments.dry_run:
-        from heptapod_fast.train.dry_run import dry_run
-
-        print(dry_run(config))
-        return 0
+    with alike_on_all_ranks():
+        arguments, config = parse_training(Arguments)
+        config = config.resolve()
+        if arguments.dry_run:
+            print_dry_run(config)
+            return 0
     from heptapod_fast import world as worlds
     from heptapod_fast.train.launch import launch
 
@@ -49,6 +44,16 @@ def work() -> int:
     finally:
         worlds.stop(world)
     return 0
+
+
+def print_dry_run(config: Config) -> None:
+    """On one rank for all that torchrun started. Nothing here makes them meet: a dry run may be on
+    a machine without the devices of the run."""
+    from heptapod_fast.train.dry_run import dry_run
+
+    text = dry_run(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    if rank() == 0:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 Given = TypeVar("Given")
@@ -57,11 +58,14 @@ def distinct_shares() -> Rule:
 
 
 def names_among(known: tuple[str, ...]) -> Rule:
-    """A text of names separated by commas; the empty text is none of them."""
-    return Rule(
-        f"names separated by commas, among {', '.join(known)}",
-        lambda text: all(name in known for name in text.split(",")) if text else True,
-    )
+    """A text of different names separated by commas; the empty text is none of them."""
+
+    def holds(text: str) -> bool:
+        names = text.split(",") if text else []
+        is_known = all(name in known for name in names)
+        return is_known and len(set(names)) == len(names)
+
+    return Rule(f"different names separated by commas, among {', '.join(known)}", holds)
 
 
 class _Nothing:
@@ -111,23 +115,67 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_typed(value: Any) -> str:
+    """The command-line form of a setting's value: (0.9, 0.99) is typed as 0.9 0.99."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+# Values come from flags, from config.json and from Python; only flags are converted on the way.
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says. A whole number is a number too; the choices of a
+    Literal are left to `choices_of`."""
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(fits(part, parts[0]) for part in value)
+    if NoneType in parts:
+        return value is None or fits(value, _without_none(kind))
+    if kind not in _IN_WORDS:
+        return True
+    if isinstance(value, bool):
+        # Python counts True as 1.
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def in_words(kind: Any) -> str:
+    """What an annotation asks for, as errors say it."""
+    if NoneType in get_args(kind):
+        kind = _without_none(kind)
+    if get_origin(kind) is tuple:
+        return f"a tuple, each part {in_words(get_args(kind)[0])}"
+    return _IN_WORDS[kind]
+
+
+def _without_none(kind: Any) -> Any:
+    """int for `int | None`."""
+    return next(part for part in get_args(kind) if part is not NoneType)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """A group of settings."""
 
     def check(self) -> None:
-        """Every value against its choices and its rule.
+        """Every value against its annotation, its choices and its rule.
 
         Raises:
             ValueError: names the flag, what was found and what is expected.
         """
+        kinds = type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None:
-                self._check_value(field, value)
+                self._check_value(field, kinds[field.name], value)
 
-    def _check_value(self, field: dataclasses.Field, value: Any) -> None:
-        what = f"{flag(field.name)} {value}"
+    def _check_value(self, field: dataclasses.Field, kind: Any, value: Any) -> None:
+        if not fits(value, kind):
+            raise ValueError(f"{flag(field.name)} {value!r}: expected {in_words(kind)}")
+        what = f"{flag(field.name)} {as_typed(value)}"
         choices = choices_of(type(self), field.name)
         if choices and value not in choices:
             raise ValueError(f"{what}: expected one of {', '.join(choices)}")

@@ -16,44 +16,59 @@ from heptapod_fast.reports.tables import show, table
 HEADLINES = "headlines.json"
 # Files beside the results that are none: what to show of them, and what kernels/offline.py keeps.
 NO_RESULTS = (HEADLINES, "offline.json")
-BENCH_PAGE = """# Measured
-
-Made by `python tools/report.py bench/results` from the JSON files here. Single operations on CPU
+# How a page begins that may be overwritten.
+MADE_HERE = "# Measured\n\nMade by `python tools/report.py"
+BENCH_PAGE = f"""{MADE_HERE} bench/results` from the JSON files here. Single operations on CPU
 are at toy shapes and show that the benchmarks work; `ours` is then what runs by default there: C++
 for adamw_ema and global_norm, else the reference.
 """
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 CHART = Path("docs/images/measured.png")
+# What the names of our own candidates in a chart begin with.
 OURS = "ours"
 
 
 def report_bench(folder: Path, root: Path) -> list[Path]:
-    """FOLDER/README.md with one table per results file; for ROOT/bench/results also what
+    """A page in FOLDER with one table per results file; for ROOT/bench/results also what
     ROOT/README.md shows of them.
+
+    The page is README.md in ROOT/bench/results, and measured.md in any other folder, whose README
+    is somebody else's.
 
     Returns:
         The files written.
 
     Raises:
         ValueError: a file that is no result, or a headline that none of them has.
+        FileExistsError: there is a page of that name that was not made here.
     """
     files = [path for path in sorted(folder.glob("*.json")) if path.name not in NO_RESULTS]
     if not files:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
+    is_projects = folder.resolve() == (root / "bench" / "results").resolve()
+    page = folder / ("README.md" if is_projects else "measured.md")
+    _refuse_foreign_page(page)
     parts = [BENCH_PAGE]
     parts += [bench_table(path) for path in files]
     parts += runs_table(folder / "runs")
-    page = folder / "README.md"
     page.write_text("\n\n".join(parts) + "\n")
     written = [page]
     readme = root / "README.md"
-    is_projects = folder.resolve() == (root / "bench" / "results").resolve()
     if is_projects and (folder / HEADLINES).exists() and MARKS[0] in readme.read_text():
         before, rest = readme.read_text().split(MARKS[0])
         _, after = rest.split(MARKS[1])
         readme.write_text(f"{before}{MARKS[0]}\n{headlines(folder, root)}\n{MARKS[1]}{after}")
         written += [readme, root / CHART]
     return written
+
+
+def _refuse_foreign_page(page: Path) -> None:
+    """FileExistsError unless the page is missing or was made by `report_bench`."""
+    if page.exists() and not page.read_text().startswith(MADE_HERE):
+        raise FileExistsError(
+            f"{page} was not made by tools/report.py, which would overwrite it: move it away, or "
+            "copy the results to a folder of their own"
+        )
 
 
 def read_results(path: Path) -> dict[str, Any]:

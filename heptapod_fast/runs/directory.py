@@ -6,6 +6,7 @@ RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -40,6 +41,7 @@ class RunDir:
         self.codebook = self.path / "tokenizer.safetensors"
         self.tokenizer_record = self.path / "tokenizer.json"
         self._lock: IO[str] | None = None
+        self._is_new = False  # whether `claim` made the directory, and has it
 
     @classmethod
     def of(cls, config: Config) -> RunDir:
@@ -65,11 +67,12 @@ class RunDir:
                 written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            is_new = self._make()
             self._lock = open(self.path / ".lock", "a+")
         except OSError as error:
             raise self._unwritable(error) from error
         self._take_lock(self._lock)
+        self._is_new = is_new
         changed = self._compare(config)
         self._write_config(config)
         try:
@@ -81,6 +84,14 @@ class RunDir:
             raise self._unwritable(error) from error
         checkpoints.clean(self.checkpoints)
         return changed
+
+    def _make(self) -> bool:
+        """Make the directory. Whether it was not there before."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            return False
+        return True
 
     def _take_lock(self, lock: IO[str]) -> None:
         try:
@@ -111,6 +122,24 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def withdraw(self) -> None:
+        """Undo `claim` where it made the directory and nothing has been put there since: a start
+        that failed leaves nothing behind. The lock stays with this process until `release`."""
+        if not self._is_new:
+            return
+        files = {self.config, self.path / ".lock"}
+        folders = {self.samples, self.checkpoints}
+        with contextlib.suppress(OSError):  # why the start failed is what matters
+            found = set(self.path.iterdir())
+            is_filled = any(any(folder.iterdir()) for folder in found & folders)
+            if is_filled or not found <= files | folders:
+                return
+            for file in found & files:
+                file.unlink()
+            for folder in found & folders:
+                folder.rmdir()
+            self.path.rmdir()
 
     def _compare(self, config: Config) -> list[str]:
         """Settings that may differ and do; RunError where others differ."""

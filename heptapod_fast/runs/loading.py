@@ -32,6 +32,8 @@ class LoadedRun:
         class_names: one name per class; a label is a position in it.
         images_seen: training images up to the checkpoint.
         checkpoint: its path.
+        weights: which of its files the system's weights are from: "model", the raw weights, or a
+            moving average, as "ema-0.9999".
     """
 
     config: Config
@@ -40,6 +42,7 @@ class LoadedRun:
     class_names: tuple[str, ...]
     images_seen: int
     checkpoint: Path
+    weights: str
 
     @property
     def device(self) -> torch.device:
@@ -106,14 +109,23 @@ def load_run(
     target = choose_device(device)
     dtype = choose_precision(config.run.precision if precision == "auto" else precision, target)
     system = build_system(config, len(class_names), target, fill=False)
-    system.load_state_dict(chosen.read(_weights_file(config, ema)))
+    weights = _weights_file(config, ema)
+    system.load_state_dict(chosen.read(weights))
     system.eval().requires_grad_(False).set_dtype(dtype)
     if tokenizer_weights is not None:
         config = config.replace(tokenizer_weights=tokenizer_weights)
     tokenizer = saved_tokenizer(config, run, chosen)
     if tokenizer is not None:
         tokenizer = tokenizer.to(target)
-    return LoadedRun(config, system, tokenizer, class_names, chosen.state["images"], chosen.path)
+    return LoadedRun(
+        config=config,
+        system=system,
+        tokenizer=tokenizer,
+        class_names=class_names,
+        images_seen=chosen.state["images"],
+        checkpoint=chosen.path,
+        weights=weights,
+    )
 
 
 def _weights_file(config: Config, ema: str | None) -> str:

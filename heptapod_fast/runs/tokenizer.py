@@ -34,7 +34,8 @@ def open_tokenizer(
 
     Raises:
         FileNotFoundError, ValueError: weights that are missing or of another tokenizer.
-        RunError: weights that the cache was not made with.
+        RunError: weights that the cache was not made with, or a codebook that was damaged since
+            the run saved it.
     """
     data = config.data
     sizes: dict[str, Any] = {"image_size": data.image_size, "patch_size": data.patch_size}
@@ -63,7 +64,7 @@ def _fitted(
         cache.verify([CODEBOOK])
         return load_tokenizer(data.tokenizer, cache.path / CODEBOOK, **settings)
     if run.codebook.exists():
-        return load_tokenizer(data.tokenizer, run.codebook, **settings)
+        return _codebook_of_run(config, run, settings)
     if data.tokenizer_weights is not None:
         tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_weights, **settings)
     elif images is None:
@@ -79,6 +80,17 @@ def _fitted(
         )
     tokenizer.save(run.codebook)
     return tokenizer
+
+
+def _codebook_of_run(config: Config, run: RunDir, settings: dict[str, Any]) -> Tokenizer:
+    """RunError if the codebook that was saved with the run is damaged or of other sizes."""
+    try:
+        return load_tokenizer(config.data.tokenizer, run.codebook, **settings)
+    except ValueError as error:
+        raise RunError(
+            f"{run.codebook} is damaged, or another run's: restore it from a copy; only where the "
+            "run has no checkpoint yet, delete it, and it is fitted anew"
+        ) from error
 
 
 def _pretrained_of_cache(config: Config, cache: Cache, sizes: dict[str, Any]) -> Tokenizer | None:

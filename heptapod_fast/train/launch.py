@@ -30,7 +30,9 @@ class Outcome:
 def launch(config: Config, world: World, say: Say, *, ends_process: bool = False) -> Outcome:
     """Claim the run directory, continue where it stands, train, say how it ended.
 
-    What cannot run makes nothing: settings are checked before anything is written. Collective call.
+    What cannot run makes nothing: settings are checked before anything is written, and a start that
+    fails over its data takes back the directory that it made. It fails on all ranks or on none.
+    Collective call.
 
     Args:
         config: resolved.
@@ -40,18 +42,24 @@ def launch(config: Config, world: World, say: Say, *, ends_process: bool = False
 
     Raises:
         ValueError, FileNotFoundError, RunError, CheckpointError, Unavailable: say what to change.
+        OtherRankFailed: one of these on another rank, which says it.
     """
     begin = time.monotonic()
-    config.split_batch(world.size)
-    choose_operators(config, world.device)
-    check_sinks(config.run.sinks)
+    with world.together():
+        config.split_batch(world.size)
+        choose_operators(config, world.device)
+        check_sinks(config.run.sinks)
     directory = RunDir.of(config)
     try:
-        if world.main:
-            changed = directory.claim(config)
-            if changed:
-                say(f"continuing with {'; '.join(changed)}")
+        with world.together():
+            if world.main:
+                changed = directory.claim(config)
+                if changed:
+                    say(f"continuing with {'; '.join(changed)}")
         return _run(config, world, say, directory, begin, ends_process)
+    except BaseException:
+        directory.withdraw()
+        raise
     finally:
         # Also after an error: a process that goes on, as a notebook, may try again.
         directory.release()
@@ -61,7 +69,6 @@ def _run(
     config: Config, world: World, say: Say, directory: RunDir, begin: float, ends_process: bool
 ) -> Outcome:
     """`launch`, the directory being claimed."""
-    world.barrier()  # rank 0 has claimed the directory, and cleaned it up
     seen = directory.finished(config.recipe.images)
     # All ranks or none: one that reads a damaged file must not be left alone.
     (is_unfinished,) = world.any(not seen)

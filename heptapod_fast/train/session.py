@@ -102,8 +102,11 @@ def prepare(
     directory = RunDir.of(config) if directory is None else directory
     dtype = choose_precision(config.run.precision, world.device)
     operators = choose_operators(config, world.device)
-    cache = open_run_cache(config)
-    images = open_images(config, world.main)
+    with world.together():
+        cache = open_run_cache(config)
+        images = open_images(config, world.main)
+        if images is not None:  # before hours of encoding
+            _refuse_other_classes(config, len(images.class_names))
     tokenizer = _open_tokenizer(config, world, directory, images, cache)
     reserved = 0
     if cache is not None:
@@ -163,13 +166,8 @@ def _open_tokenizer(
     cache: Cache | None,
 ) -> Tokenizer | None:
     """One rank fits the tokenizer, the others read what it saved. Collective call."""
-    if not world.main:
-        world.barrier()
     progress = Progress("fitting the codebook", "rounds") if world.main else None
-    tokenizer = open_tokenizer(config, directory, images, progress, cache)
-    if world.main:
-        world.barrier()
-    return tokenizer
+    return world.main_first(lambda: open_tokenizer(config, directory, images, progress, cache))
 
 
 def _tokenizer_id(tokenizer: Tokenizer | None, cache: Cache | None) -> str | None:
@@ -180,10 +178,15 @@ def _tokenizer_id(tokenizer: Tokenizer | None, cache: Cache | None) -> str | Non
 
 def _with_classes(config: Config, classes: int) -> Config:
     """The configuration with the number of classes that the data has."""
+    _refuse_other_classes(config, classes)
+    return config.replace(num_classes=classes)
+
+
+def _refuse_other_classes(config: Config, classes: int) -> None:
+    """ValueError if --num-classes is not what the data has."""
     asked = config.data.num_classes
     if asked is not None and asked != classes:
         raise ValueError(f"--num-classes {asked}: {config.data.data} has {classes} classes")
-    return config.replace(num_classes=classes)
 
 
 def _no_grids(config: Config, cache: Cache) -> str:
@@ -282,22 +285,21 @@ def resume(session: Session) -> State:
     """
     world = session.world
     folder = session.directory.checkpoints
-    if not world.main:
-        world.barrier()  # rank 0 sets damaged checkpoints aside before the others look
-    found = checkpoints.load_newest(folder, session.say)
-    if world.main:
-        world.barrier()
+    # Rank 0 sets damaged checkpoints aside before the others look.
+    found = world.main_first(lambda: checkpoints.load_newest(folder, session.say))
     step = -1 if found is None else found.step
     steps = int(world.sum(torch.tensor([step], device=world.device)))
-    if steps != step * world.size:
-        raise RunError(
-            f"the ranks find different checkpoints in {folder}: --out must name a folder that all "
-            "machines share"
-        )
+    with world.together():
+        if steps != step * world.size:
+            raise RunError(
+                f"the ranks find different checkpoints in {folder}: --out must name a folder that "
+                "all machines share"
+            )
     if found is None:
         return State()
-    _refuse_other_data(session, found.state)
-    session.optimizer.load(found.read, found.step)
+    with world.together():
+        _refuse_other_data(session, found.state)
+        session.optimizer.load(found.read, found.step)
     if world.main:
         for line in other_environment(session):
             session.say(line)

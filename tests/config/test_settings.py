@@ -18,7 +18,7 @@ from heptapod_fast.config.settings import (
     setting,
     share,
 )
-from heptapod_fast.systems import SYSTEMS
+from heptapod_fast.systems import SYSTEMS, configure
 
 ALL_GROUPS = [*GROUPS.values(), *(system.Settings for system in SYSTEMS.values())]
 
@@ -31,6 +31,8 @@ class Weather(Settings):
     degrees: float | None = setting("Celsius.", default=20.0, rule=at_least(-273))
     winds: tuple[float, ...] = setting("Shares.", default=(), rule=distinct_shares())
     station: str | None = setting("Who measured.", may_change=True)
+    days: int = setting("How many.", default=1, rule=at_least(1), may_change=True)
+    is_holiday: bool = setting("Whether nobody works.", default=False, may_change=True)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ class Weather(Settings):
         (more_than(0), (0.001, 5), (0, -1)),
         (share(), (0.0, 0.999), (-0.1, 1.0)),
         (distinct_shares(), ((), (0.5,), (0.5, 0.6)), ((0.5, 0.5), (1.0,), (-0.1,))),
-        (names_among(("a", "b")), ("", "a", "a,b"), ("c", "a,,b", "a,c")),
+        (names_among(("a", "b")), ("", "a", "a,b"), ("c", "a,,b", "a,c", "a,a")),
     ],
 )
 def test_rules(rule, good, bad):
@@ -56,12 +58,41 @@ def test_rules(rule, good, bad):
         ({"degrees": -300.0}, "--degrees -300.0: expected at least -273"),
         ({"degrees": float("nan")}, "--degrees nan: expected a finite number"),
         ({"winds": (float("inf"),)}, "--winds .*expected a finite number"),
-        ({"winds": (0.5, 0.5)}, "--winds .*expected different numbers"),
+        ({"winds": (0.5, 0.5)}, "--winds 0.5 0.5: expected different numbers"),
+        ({"days": "8"}, "--days '8': expected a whole number"),
+        ({"days": 1e4}, "--days 10000.0: expected a whole number"),
+        ({"days": True}, "--days True: expected a whole number"),
+        ({"degrees": "warm"}, "--degrees 'warm': expected a number"),
+        ({"winds": 0.5}, "--winds 0.5: expected a tuple, each part a number"),
+        ({"winds": ("a",)}, "--winds .*: expected a tuple, each part a number"),
+        ({"station": 3}, "--station 3: expected a text"),
+        ({"is_holiday": 1}, "--is-holiday 1: expected True or False"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_naming_the_flag(values, message):
     with pytest.raises(ValueError, match=message):
         Weather(**values).check()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(batch="8"), "--batch '8': expected a whole number"),
+        (dict(images=1e4), "--images 10000.0: expected a whole number"),
+        (dict(ema=0.9), "--ema 0.9: expected a tuple"),
+        (dict(ema=(0.5, 0.5)), "--ema 0.5 0.5: expected different numbers"),
+        (dict(width="wide"), "--width 'wide': expected a whole number"),
+        (dict(patch_size="4"), "--patch-size '4': expected a whole number"),
+        (dict(log="wandb,wandb"), "--log wandb,wandb: expected different names"),
+    ],
+)
+def test_a_configuration_from_python_is_checked_as_flags_are(settings, message):
+    with pytest.raises(ValueError, match=message):
+        configure("tiny", **settings)
+
+
+def test_a_whole_number_is_a_number():
+    Weather(sky="grey", degrees=20, winds=(0,), station="mine", days=2, is_holiday=True).check()
 
 
 def test_what_nobody_gave_is_filled_in():

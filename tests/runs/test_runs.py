@@ -33,6 +33,7 @@ def weights(run):
 )
 def test_load_run_takes_the_average_asked_for(trained, ema, file):
     run = load_run(trained, ema=ema, device="cpu")
+    assert run.weights == file
     expected = final_tensors(trained, file)
     assert weights(run).keys() == expected.keys()
     assert all(torch.equal(w, expected[name]) for name, w in weights(run).items())
@@ -246,3 +247,40 @@ def test_leftovers_of_interrupted_writes_are_removed(tmp_path):
     (tmp_path / "checkpoints" / "step-00000003.tmp").mkdir()
     RunDir(tmp_path).claim(config)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_damaged_codebook_of_the_run_is_named_with_what_to_do(tmp_path):
+    train_here(tmp_path, images=16)
+    RunDir(tmp_path).codebook.write_bytes(b"no tensors")
+    for use in (lambda: train_here(tmp_path, images=32), lambda: load_run(tmp_path)):
+        with pytest.raises(RunError, match="tokenizer.safetensors is damaged.* copy") as error:
+            use()
+        assert "--tokenizer-weights" not in str(error.value)
+
+
+def test_a_claim_can_be_taken_back_while_nothing_came_of_it(tmp_path):
+    run = RunDir(tmp_path / "run")
+    config = tiny_config(run.path)
+    for there in (None, run.codebook, run.samples / "grid.png", run.checkpoints / "step-1"):
+        run.claim(config)
+        if there is not None:
+            there.write_text("")
+        run.withdraw()
+        run.release()
+        assert run.path.exists() is (there is not None)
+        if there is not None:
+            assert run.read_config() == config
+            shutil.rmtree(run.path)
+
+
+def test_a_claim_of_a_directory_that_was_there_takes_nothing_back(tmp_path):
+    config = tiny_config(tmp_path)
+    first = RunDir(tmp_path)
+    first.claim(config)
+    second = RunDir(tmp_path)
+    with pytest.raises(RunError, match="in use"):
+        second.claim(config)
+    for run in (second, first):
+        run.withdraw()
+        run.release()
+        assert first.read_config() == config

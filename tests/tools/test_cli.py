@@ -3,11 +3,14 @@
 import importlib
 import re
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
-from heptapod_fast.config import DataSettings, RecipeSettings, RunSettings
-from heptapod_fast.systems import settings_registry
+from heptapod_fast.config import DataSettings, RecipeSettings, RunSettings, SystemSettings
+from heptapod_fast.config.settings import setting
+from heptapod_fast.systems import SYSTEMS, settings_registry
 from tests.running import ROOT, command, flags, refused
 
 TOOLS = ("cache", "evaluate", "profile", "report", "sample", "train", "verify")
@@ -97,6 +100,33 @@ def test_flags_of_another_system_are_refused_with_the_reason(words):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlowSettings(SystemSettings):
+    """Of a system with a switch that the others do not have."""
+
+    glow: bool = setting("Whether it glows.")
+
+
+@pytest.mark.parametrize(
+    "word, value", [("--glow", True), ("--no-glow", False), ("--glow=False", False)]
+)
+def test_a_switch_of_another_system_is_refused_in_all_its_forms(monkeypatch, word, value):
+    monkeypatch.setitem(SYSTEMS, "glowing", SimpleNamespace(Settings=GlowSettings))
+    refused(
+        command("train", "--size", "tiny", word, "--dry-run"),
+        f"--glow {value} belongs to --system glowing; --system heptapod has no such setting",
+    )
+
+
+def test_the_last_system_on_the_command_line_counts():
+    words = ("--size", "tiny", "--system", "1d-raster", "--head", "local", "--dry-run")
+    refused(command("train", *words), "--head local belongs to --system heptapod")
+    for last in (("--system", "heptapod"), ("--system=heptapod",)):
+        result = command("train", *words, *last)
+        assert result.code == 0, result.err
+        assert "--head                 local\n" in result.out
+
+
 def test_a_flag_that_no_system_has_is_named():
     refused(command("train", "--size", "tiny", "--hed", "local", "--dry-run"), "--hed")
 
@@ -137,6 +167,50 @@ def test_one_flag_can_be_looked_at_before_the_others(cli):
     assert cli.peek(["--size=B"], "size", "tiny") == "B"
     assert cli.peek(["--size"], "size", "tiny") == "tiny"
     assert cli.peek([], "size", "tiny") == "tiny"
+    assert cli.peek(["--size", "B", "--size=L"], "size", "tiny") == "L"
+    assert cli.peek(["--size=L", "--out", "x", "--size", "B"], "size", "tiny") == "B"
+
+
+def test_flags_are_found_in_all_their_forms(cli):
+    def found(*words):
+        return cli.find_flag(list(words), {"head_depth", "glow"}, {"glow"})
+
+    assert found("--size", "B", "--head-depth", "3") == ("head_depth", "3")
+    assert found("--head_depth=a_b") == ("head_depth", "a_b")
+    assert found("--no-glow", "--out", "x") == ("glow", "False")
+    assert found("--glow") == ("glow", "True")
+    assert found("--no-head-depth", "--out", "glow") is None
+
+
+# ---------------------------------------------------------------------------------- under torchrun
+
+
+@pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--size", "tiny", "--window", "8"),
+        ("--size", "tiny", "--system", "2d"),
+        ("--size", "tiny", "--hed", "local"),
+    ],
+)
+def test_errors_in_the_command_line_are_said_once(monkeypatch, words, rank, speaks):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("train", *words, "--dry-run")
+    assert result.code != 0
+    assert result.out == ""
+    assert (result.err != "") is speaks
+
+
+@pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])
+def test_a_dry_run_is_printed_once_for_all_ranks(monkeypatch, rank, speaks):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("train", *flags(out="nowhere", batch=8), "--dry-run")
+    assert result.code == 0, result.err
+    assert ("= 8 / 2 ranks / 4" in result.out) is speaks
+    assert bool(result.out) is speaks
 
 
 # ------------------------------------------------------------------------------------------ errors

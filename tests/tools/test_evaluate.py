@@ -15,8 +15,8 @@ def trained(tmp_path_factory):
     return out
 
 
-def test_help_lists_the_contract():
-    result = command("evaluate", "--help")
+def test_help_lists_the_contract(trained):
+    result = command("evaluate", trained, "--help")
     assert result.code == 0
     for name in ("count", "metrics", "ema", "checkpoint", "positions-per-step", "seed", "out"):
         assert f"--{name}" in result.out
@@ -28,8 +28,19 @@ def test_numbers_and_grid_are_written(trained, tmp_path):
     numbers = json.loads((tmp_path / "deep" / "e.json").read_text())
     assert 0 <= numbers["symmetry_accuracy"] <= 1 and numbers["samples"] == 10
     assert numbers["images_seen"] == 32 and numbers["checkpoint"] == "step-00000004"
+    assert numbers["weights"] == "ema-0.9999"
     assert numbers["temperature"] == 1.0 and numbers["positions_per_step"] == 1
     assert (tmp_path / "deep" / "e.png").exists() and "symmetry_accuracy" in result.out
+
+
+def test_the_weights_that_were_sampled_are_recorded(trained, tmp_path):
+    out = tmp_path / "e.json"
+    result = command("evaluate", trained, "--count", 2, "--ema", "none", "--out", out)
+    assert result.code == 0, result.err
+    assert json.loads(out.read_text())["weights"] == "model"
+    train_here(tmp_path / "run", images=8, ema=())
+    assert command("evaluate", tmp_path / "run", "--count", 2, "--out", out).code == 0
+    assert json.loads(out.read_text())["weights"] == "model"
 
 
 @pytest.mark.parametrize(

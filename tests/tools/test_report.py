@@ -167,7 +167,8 @@ def test_tables_are_made_of_measurements(tmp_path):
     (tmp_path / "ops.json").write_text(json.dumps(RESULT))
     result = command("report", tmp_path)
     assert result.code == 0, result.err
-    text = (tmp_path / "README.md").read_text()
+    assert f"written: {tmp_path / 'measured.md'}" in result.out
+    text = (tmp_path / "measured.md").read_text()
     for part in (
         "**ops**: CPU of the test",
         "2026-01-02",
@@ -184,7 +185,7 @@ def test_training_runs_have_a_table_of_their_own(tmp_path):
     report = (tmp_path / "run" / "report.json").read_text()
     (tmp_path / "runs" / "demo.json").write_text(report)
     report_bench(tmp_path, tmp_path / "elsewhere")
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "measured.md").read_text()
     assert "| heptapod tiny, logograms 24 px, patch-vq | 16 |" in text
 
 
@@ -241,9 +242,24 @@ def test_other_folders_leave_the_projects_readme_alone(project, tmp_path):
     before = (root / "README.md").read_bytes()
     other = root / "other results"
     folder.rename(other)
-    assert report_bench(other, root) == [other / "README.md"]
+    (other / "README.md").write_text("mine\n")
+    for _ in range(2):  # its own page, it overwrites
+        assert report_bench(other, root) == [other / "measured.md"]
+    assert (other / "README.md").read_text() == "mine\n"
     assert (root / "README.md").read_bytes() == before
     assert (ROOT / "README.md").exists()
+
+
+def test_a_page_that_was_not_made_here_is_not_overwritten(project, tmp_path):
+    root, folder = project
+    (folder / "README.md").write_text("# Measured by hand\n")
+    with pytest.raises(FileExistsError, match="README.md was not made by tools/report.py"):
+        report_bench(folder, root)
+    assert (folder / "README.md").read_text() == "# Measured by hand\n"
+    (tmp_path / "ops.json").write_text(json.dumps(RESULT))
+    (tmp_path / "measured.md").write_text("mine\n")
+    refused(command("report", tmp_path), "measured.md was not made by tools/report.py")
+    assert (tmp_path / "measured.md").read_text() == "mine\n"
 
 
 # ---------------------------------------------------------------------------------- their elements

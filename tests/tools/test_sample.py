@@ -9,7 +9,7 @@ from PIL import Image
 from tests.running import command, refused, train_here
 
 CONTRACT = (
-    "classes count positions-per-step temperature diffusion-steps guidance top-k top-p ema"
+    "classes count positions-per-step temperature diffusion-steps top-k top-p ema"
     " checkpoint seed out save-images save-npz"
 ).split()
 SMALL = dict(image_size=12, patch_size=4, images=16)
@@ -23,16 +23,17 @@ def trained(tmp_path_factory):
     return out
 
 
-def test_help_lists_the_contract():
-    result = command("sample", "--help")
+def test_help_lists_the_contract(trained):
+    result = command("sample", trained, "--help")
     assert result.code == 0
-    assert [name for name in CONTRACT if f"--{name}" not in result.out] == []
+    assert [name for name in CONTRACT if f"--{name} " not in result.out] == []
 
 
 def test_a_grid_goes_where_it_is_told(trained, tmp_path):
     result = command("sample", trained, "--count", 6, "--out", tmp_path / "deep" / "grid.png")
     assert result.code == 0, result.err
     assert "6 images of classes 2-fold, 3-fold after 16 training images" in result.out
+    assert "weights of ema-0.9999" in result.out
     with Image.open(tmp_path / "deep" / "grid.png") as image:
         assert image.size == (3 * 98 + 2, 2 * 98 + 2)
 

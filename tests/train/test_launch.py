@@ -5,10 +5,12 @@ import signal
 
 import pytest
 
+from heptapod_fast.data import Logograms, write_folder
 from heptapod_fast.ops.dispatch import Unavailable
 from heptapod_fast.runs import RunDir, RunError
 from heptapod_fast.train import launch as module
 from heptapod_fast.train import loop
+from heptapod_fast.train import session as session_module
 from heptapod_fast.train.launch import launch
 from heptapod_fast.train.session import Ending
 from tests.running import CPU, command, final_files, flags, silent, tiny_config
@@ -184,6 +186,47 @@ def test_what_cannot_run_makes_nothing(tmp_path, settings, error, named):
     with pytest.raises(error, match=named):
         launch_here(out, **settings)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "settings, error, named",
+    [
+        ({"num_classes": 9}, ValueError, "--num-classes"),
+        ({"data": "no/such/folder", "logogram_count": None}, FileNotFoundError, "no/such/folder"),
+    ],
+)
+def test_a_start_that_fails_over_its_data_leaves_what_it_found(tmp_path, settings, error, named):
+    for out in (tmp_path / "new", tmp_path / "there"):
+        if out.name == "there":
+            out.mkdir()
+        with pytest.raises(error, match=named):
+            launch_here(out, **settings)
+        assert out.exists() is (out.name == "there")
+
+
+def test_a_start_that_fails_after_its_codebook_was_fitted_keeps_it(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            launch_here(out)
+    assert RunDir(out).codebook.exists()
+    assert is_free(out)
+
+
+def test_a_folder_of_images_with_other_classes_is_refused_before_it_is_encoded(
+    tmp_path, monkeypatch
+):
+    write_folder(Logograms(24, 10), tmp_path / "images", "png")
+    monkeypatch.setattr(session_module, "open_tokens", lambda *words: pytest.fail("it encoded"))
+    with pytest.raises(ValueError, match="--num-classes 9: .* has 5 classes"):
+        launch_here(
+            tmp_path / "run", data=str(tmp_path / "images"), logogram_count=None, num_classes=9
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_does_not_write_claims_nothing(finished):

@@ -144,3 +144,28 @@ def test_all_ranks_fall_back_to_the_same_checkpoint(tmp_path):
     result = finish(start("train", *flags(out=tmp_path, **settings), launcher=torchrun(2)))
     assert result.code == 0 and "resumed   at 32 images" in result.out, result.out
     assert (tmp_path / "checkpoints" / "step-00000008.corrupt").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["a damaged codebook", "other classes", "damaged checkpoints"])
+def test_an_error_of_all_or_of_rank_0_is_said_once(tmp_path, what):
+    out = tmp_path / "run"
+    settings = {"images": 32}
+    line = f"{out}/tokenizer.safetensors is damaged"
+    if what == "other classes":
+        settings["num_classes"] = 9
+        line = "--num-classes"
+    else:
+        train_here(out, images=16)
+    if what == "a damaged codebook":
+        (out / "tokenizer.safetensors").write_bytes(b"no tensors")
+    if what == "damaged checkpoints":
+        line = "no checkpoint in"
+        for path in (out / "checkpoints").glob("step-*"):
+            (path / "state.json").unlink()
+    result = finish(start("train", *flags(out=out, **settings), launcher=torchrun(2)))
+    assert result.code != 0
+    said = [text for text in result.out.splitlines() if text.startswith("error:")]
+    assert len(said) == 1 and line in said[0], result.out
+    assert "Connection closed by peer" not in result.out
+    assert out.exists() is (what != "other classes")
