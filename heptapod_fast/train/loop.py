@@ -109,8 +109,8 @@ def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor,
     faults.point(f"step={session.optimizer.step_count + 1}")
     state.images += config.recipe.batch
     with record_function("optimizer"):
-        rate = learning_rate(config.recipe, state.images, phase)
-        return update(session.optimizer, world, buffers.sums, expected, rate)
+        session.optimizer.begin(learning_rate(config.recipe, state.images, phase))
+        return update(session.optimizer, world, buffers.sums, expected)
 
 
 def begin_phase(session: Session, state: State, meter: Meter) -> Phase:

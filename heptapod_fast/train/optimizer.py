@@ -46,37 +46,47 @@ class Optimizer:
         self.exp_avg_sqs = [torch.zeros_like(p) for p in data]
         self.emas = {ema_name(decay): [p.clone() for p in data] for decay in recipe.ema}
         self.step_count = 0
+        # Learning rate, step and decays of the next update, where the device reads them: at one
+        # address, so that a captured update can be replayed.
+        self.scalars = torch.zeros(2 + len(recipe.ema), device=data[0].device)
         self.skipped = torch.zeros((), device=data[0].device)
 
     def step(self, lr: float, correction: Tensor | float = 1.0) -> Tensor:
-        """One update from the parameters' gradients, which are then dropped.
+        """`begin` and `update` in one."""
+        self.begin(lr)
+        return self.update(correction)
+
+    def begin(self, lr: float) -> None:
+        """The host's part of a step: count it, and say what it needs. One small copy that the host
+        does not wait for."""
+        self.step_count += 1
+        decays = [ema_decay(decay, self.step_count) for decay in self.recipe.ema]
+        host = torch.tensor([lr, self.step_count, *decays])
+        self.scalars.copy_(host, non_blocking=True)
+
+    def update(self, correction: Tensor | float = 1.0) -> Tensor:
+        """The device's part: new weights from the gradients, which are then dropped.
 
         Args:
-            lr: learning rate.
             correction: factor on the gradients, before clipping.
 
         Returns:
             The norm of the corrected gradient, 0-dim.
         """
-        self.step_count += 1
         data = [parameter.detach() for parameter in self.parameters]
         grads = gradients_of(self.parameters)
         norm = ops.global_norm(grads, self.operators["global_norm"]) * correction
         scale = self._gradient_scale(norm, correction)
-        # One small copy that the host does not wait for.
-        decays = [ema_decay(decay, self.step_count) for decay in self.recipe.ema]
-        host = torch.tensor([lr, self.step_count, *decays])
-        scalars = host.to(norm.device, torch.float32, non_blocking=True)
         ops.adamw_ema(
             data,
             grads,
             self.exp_avgs,
             self.exp_avg_sqs,
             list(self.emas.values()),
-            lr=scalars[0],
-            step=scalars[1],
+            lr=self.scalars[0],
+            step=self.scalars[1],
             grad_scale=scale,
-            ema_decays=scalars[2:],
+            ema_decays=self.scalars[2:],
             weight_decays=self.weight_decays,
             beta1=self.recipe.beta1,
             beta2=self.recipe.beta2,

@@ -80,9 +80,9 @@ def forward_backward(
 
 
 def update(
-    optimizer: Optimizer, world: World, sums: Tensor, expected: float, rate: float
+    optimizer: Optimizer, world: World, sums: Tensor, expected: float
 ) -> tuple[Tensor, Tensor]:
-    """The optimizer's step. Collective call.
+    """The optimizer's step, which `Optimizer.begin` has begun. Collective call.
 
     Returns:
         (mean loss of the global batch, norm of its gradient), both on the device.
@@ -90,5 +90,5 @@ def update(
     world.sum(sums)
     sum_gradients(world, optimizer.parameters)
     total, count = sums.unbind()
-    norm = optimizer.step(rate, (expected / count).float())
+    norm = optimizer.update((expected / count).float())
     return total / count, norm

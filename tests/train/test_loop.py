@@ -171,14 +171,14 @@ def test_a_grid_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypat
 
 def poison(monkeypatch, steps):
     """The gradient of these steps (1 is the first) holds a NaN."""
-    step = Optimizer.step
+    update = Optimizer.update
 
-    def bad_step(self, *arguments):
-        if self.step_count + 1 in steps:
+    def bad_update(self, *arguments):
+        if self.step_count in steps:
             self.parameters[0].grad.view(-1)[0] = float("nan")
-        return step(self, *arguments)
+        return update(self, *arguments)
 
-    monkeypatch.setattr(Optimizer, "step", bad_step)
+    monkeypatch.setattr(Optimizer, "update", bad_update)
 
 
 def test_a_run_without_a_single_good_step_is_no_success(tmp_path, monkeypatch):

@@ -200,7 +200,8 @@ def test_the_update_uses_the_gradient_of_the_mean_over_the_global_batch(kind):
         for first in (0, 4):
             load(Source(twin), first, buffers)
             forward_backward(twin, buffers, Rng(0), expected, phase)
-        results.append(update(optimizer, CPU, buffers.sums, expected, rate=1e-2))
+        optimizer.begin(1e-2)
+        results.append(update(optimizer, CPU, buffers.sums, expected))
     for mean, found in results:
         torch.testing.assert_close(found, norm, rtol=1e-4, atol=1e-6)
         assert float(mean) == pytest.approx(float(loss.mean.detach()), rel=1e-5)
@@ -219,7 +220,8 @@ def test_gradients_are_dropped_after_the_update():
     buffers = buffers_of(system, 8)
     load(Source(system), 0, buffers)
     forward_backward(system, buffers, Rng(0), system.expected_count(8), phase_of(system))
-    update(optimizer, CPU, buffers.sums, system.expected_count(8), rate=1e-2)
+    optimizer.begin(1e-2)
+    update(optimizer, CPU, buffers.sums, system.expected_count(8))
     assert all(parameter.grad is None for parameter in system.parameters())
 
 
