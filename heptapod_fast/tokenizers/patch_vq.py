@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.tokenizers.base import DEFAULT_CODES, Tokenizer, TokenSpec, to_unit, token_spec
 from heptapod_fast.tokenizers.patch import patchify, unpatchify
 
-if TYPE_CHECKING:  # data builds on tokenizers, not the other way round
-    from heptapod_fast.data.sources import ImageSource
-
 logger = logging.getLogger(__name__)
 FIT_PATCHES = 200_000
 SEED_PATCHES_PER_CODE = 32
@@ -28,6 +25,18 @@ ITERATIONS = 30
 TOLERANCE = 1e-3
 UNUSED = 3.0
 _BLOCK = 2**22  # entries of one block of the distance matrix, 16 MB in float32
+
+
+class Images(Protocol):
+    """What fitting asks of a set of images."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def images(self, ids: Tensor) -> Tensor:
+        """(B,) int64 -> (B, 3, H, W) uint8."""
+        ...
 
 
 class PatchVQ(Tokenizer):
@@ -60,7 +69,7 @@ class PatchVQ(Tokenizer):
     @classmethod
     def fit(
         cls,
-        images: Tensor | ImageSource,
+        images: Tensor | Images,
         image_size: int,
         patch_size: int,
         codes: int = DEFAULT_CODES,
@@ -73,7 +82,7 @@ class PatchVQ(Tokenizer):
         Equal patches are merged and counted, so that large plain areas cost nothing.
 
         Args:
-            images: (n, 3, H, W) uint8, or an `ImageSource`.
+            images: (n, 3, H, W) uint8, or a source of them (data/sources.py).
             image_size, patch_size: sides in pixels.
             codes: size V of the codebook.
             seed: seed of the choice of images and of k-means++.
@@ -147,7 +156,7 @@ class PatchVQ(Tokenizer):
         return cls(state["codebook"], settings["image_size"], settings["patch_size"])
 
 
-def _choose_images(images: Tensor | ImageSource, most: int, seed: int) -> Tensor:
+def _choose_images(images: Tensor | Images, most: int, seed: int) -> Tensor:
     """(m, 3, H, W) uint8: all images, or a random `most` of them."""
     count = len(images)
     ids = torch.arange(count)
