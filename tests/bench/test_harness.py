@@ -217,12 +217,41 @@ def test_a_bench_file_prints_a_table_by_itself(tmp_path):
     assert wrong.returncode != 0 and "no case" in wrong.stderr
 
 
+HELP_OF_ALL = """
+import contextlib, io, json, runpy, sys
+from pathlib import Path
+
+said = {}
+for name in sys.argv[1:]:
+    # As the command line has it: the folder of the script comes first.
+    sys.path.insert(0, "bench")
+    sys.argv = [f"bench/{name}.py", "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as error:
+            assert not error.code, (name, error.code)
+    said[name] = out.getvalue()
+print(json.dumps(said))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_file_explains_itself(name):
-    done = script(name, "--help")
+def test_every_file_explains_itself():
+    """In one process, which imports torch once."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_OF_ALL, *SCRIPTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
-    assert f"python bench/{name}.py" in done.stdout and "--out" in done.stdout
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert list(said) == list(SCRIPTS)
+    for name, text in said.items():
+        assert f"python bench/{name}.py" in text, name
+        assert "--out" in text, name
 
 
 @pytest.mark.slow
