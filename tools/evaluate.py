@@ -40,8 +40,8 @@ def work() -> int:
     names = metric_names(arguments.metrics, loaded.config.data.data)
     if not names:
         raise ValueError(
-            f"--metrics is missing: none of this version's ({', '.join(METRICS)}) applies by "
-            f"itself to --data {loaded.config.data.data}"
+            f"--metrics is missing: there is no metric yet for --data {loaded.config.data.data}; "
+            f"{', '.join(METRICS)} measures samples of logograms"
         )
     context = MetricContext(source=open_images(loaded.config), tokenizer=loaded.tokenizer)
     metrics = make_metrics(names, context)
@@ -61,7 +61,8 @@ def work() -> int:
     out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    save_grid(images[some_of_each(labels)], out.with_suffix(".png"), columns=GRID_COLUMNS)
+    columns = min(GRID_COLUMNS, int(labels.bincount().max()))
+    save_grid(images[some_of_each(labels)], out.with_suffix(".png"), columns)
     for name, value in results.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name:32} {shown}")

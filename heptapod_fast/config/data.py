@@ -88,8 +88,10 @@ class DataSettings(Settings):
         self.check()
         settings = self
         if settings.data not in (None, "", *EMBEDDED):
-            # One run, however its data is spelt.
-            settings = replace(settings, data=os.path.normpath(settings.data))
+            # One run, however its data is spelt. A folder that is named like embedded data keeps
+            # "./" in front, which tells it from that.
+            path = os.path.normpath(settings.data)
+            settings = replace(settings, data=f"./{path}" if path in EMBEDDED else path)
         if settings.is_cache:
             settings = settings._following_cache()
         recipe_flips = defaults.flip

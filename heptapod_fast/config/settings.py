@@ -131,7 +131,9 @@ def fits(value: Any, kind: Any) -> bool:
     Literal are left to `choices_of`."""
     parts = get_args(kind)
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(fits(part, parts[0]) for part in value)
+        if not isinstance(value, tuple) or (parts[-1] is not Ellipsis and len(value) != len(parts)):
+            return False
+        return all(fits(part, parts[0]) for part in value)
     if NoneType in parts:
         return value is None or fits(value, _without_none(kind))
     if kind not in _IN_WORDS:

@@ -19,9 +19,15 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def properties(values: Mapping[str, Any], leave_out: Sequence[str] = ()) -> str:
-    """A table of two columns: a name and its value."""
-    kept = {name: value for name, value in values.items() if name not in leave_out}
-    return table(["", ""], [(name.replace("_", " "), value) for name, value in kept.items()])
+    """A table of two columns: a name and its value. What is None is left out."""
+    rows = []
+    for name, value in values.items():
+        if name in leave_out or value is None:
+            continue
+        if isinstance(value, list | tuple) and not name.endswith("range"):
+            value = " ".join(show(part) for part in value)  # several numbers, as they are typed
+        rows.append((name.replace("_", " "), value))
+    return table(["", ""], rows)
 
 
 def show(value: Any) -> str:

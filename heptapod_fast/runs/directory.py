@@ -152,7 +152,7 @@ class RunDir:
         fatal = []
         harmless = []
         for name, now, then, may_change in config.differences(before):
-            text = f"{flag(name)} {now} (was {then})"
+            text = f"{flag(name)} {now} (was {'none' if then in (None, '') else then})"
             if may_change or (cache_moved and name == "data"):
                 harmless.append((name, text))
             else:

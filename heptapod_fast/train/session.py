@@ -8,12 +8,14 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from heptapod_fast import checkpoints, ops
 from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.config import BatchSplit, Config
+from heptapod_fast.config.data import EMBEDDED
 from heptapod_fast.data.cache.format import Cache
 from heptapod_fast.data.cache.reader import CacheTokens
 from heptapod_fast.data.sources import ImageSource
@@ -218,6 +220,8 @@ def describe(
         f"data      {data.data}: {source.num_images:,} images, {source.num_classes} classes, "
         f"flip {'on' if data.flip else 'off'}; {epochs:.2f} epochs",
     ]
+    if data.data in EMBEDDED and Path(data.data).is_dir():
+        lines.append(f"          not the folder of that name, which is --data ./{data.data}")
     if isinstance(source, CacheTokens):
         lines.append(f"cache     {source.mode}: {source.why}")
     lines += [

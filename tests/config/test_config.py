@@ -311,3 +311,11 @@ def test_run_directory_is_readable_and_out_wins():
 def test_patches_are_small_for_small_images(image_size, patch_size):
     data = configure("tiny", tokenizer="patch", image_size=image_size).data
     assert data.patch_size == patch_size
+
+
+@pytest.mark.parametrize("name", ["logograms", "synthetic"])
+def test_a_folder_named_like_embedded_data_is_a_folder(name):
+    """A leading dot tells it from that, however it is spelt."""
+    for spelt in (f"./{name}", f"./{name}/", f"elsewhere/../{name}"):
+        assert configure("tiny", data=spelt).data.data == f"./{name}"
+    assert configure("tiny", data="photos/").data.data == "photos"

@@ -13,6 +13,7 @@ from heptapod_fast.config.settings import (
     between,
     choices_of,
     distinct_shares,
+    fits,
     more_than,
     names_among,
     setting,
@@ -174,3 +175,11 @@ def test_no_two_groups_of_a_system_share_a_name():
         names = [name for group in (*GROUPS.values(), system.Settings) for name in group.names()]
         assert len(names) == len(set(names))
         assert not {"size", "system", "version"} & set(names)
+
+
+def test_a_pair_has_two_numbers():
+    assert fits((1.0, 3), tuple[float, float])
+    assert not fits((1.0,), tuple[float, float])
+    assert not fits((1.0, 2.0, 3.0), tuple[float, float])
+    assert fits((1.0, 2.0, 3.0), tuple[float, ...])
+    assert fits((), tuple[float, ...])

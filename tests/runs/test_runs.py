@@ -209,7 +209,7 @@ def test_a_start_that_failed_before_anything_was_done_can_be_corrected(tmp_path)
 def test_what_may_change_is_listed(tmp_path):
     RunDir(tmp_path).claim(tiny_config(tmp_path))
     changed = RunDir(tmp_path).claim(tiny_config(tmp_path, images=128, micro_batch=2))
-    assert changed == ["--images 128 (was 64)", "--micro-batch 2 (was None)"]
+    assert changed == ["--images 128 (was 64)", "--micro-batch 2 (was none)"]
     assert RunDir(tmp_path).read_config().recipe.images == 128
 
 

@@ -298,3 +298,10 @@ def test_bars_are_drawn(tmp_path, logarithmic):
     path = Path(tmp_path) / "new folder" / "bars.png"
     save_bars(["a", "b"], [10.0, 1.0], path, "title", "label", [True, False], logarithmic)
     assert is_a_chart(path)
+
+
+def test_properties_show_several_numbers_as_typed_and_leave_out_nothing_said():
+    page = properties({"guidance": [1.0, 3.0], "rate_range": [5.0, 7.5], "diffusion_steps": None})
+    assert "| guidance | 1 3 |" in page
+    assert "| rate range | 5 to 7.5 |" in page
+    assert "diffusion" not in page
