@@ -197,6 +197,18 @@ class Folder(Dataset):
         return torch.from_numpy(moments).view(2, 16, 16, 16), label
 
 
+def samples_in(file: Path) -> Iterator[tuple]:
+    """(one of two views, label) of every sample of a tar: an .npy of both views, then a label."""
+    with tarfile.open(file, "r|") as tar:
+        for member in tar:
+            data = tar.extractfile(member).read()
+            if member.name.endswith(".npy"):
+                views = np.load(io.BytesIO(data))
+            else:
+                yield torch.from_numpy(views[random.getrandbits(1)]), int(data)
+            tar.members.clear()
+
+
 class Tars(IterableDataset):
     """Tars in random order without end, every worker its own ones, through a shuffle buffer."""
 
@@ -207,14 +219,7 @@ class Tars(IterableDataset):
         while True:
             random.shuffle(files)
             for file in files:
-                with tarfile.open(file, "r|") as tar:
-                    for member in tar:
-                        data = tar.extractfile(member).read()
-                        if member.name.endswith(".npy"):
-                            views = np.load(io.BytesIO(data))
-                        else:
-                            yield torch.from_numpy(views[random.getrandbits(1)]), int(data)
-                        tar.members.clear()
+                yield from samples_in(file)
 
     def __iter__(self) -> Iterator[tuple]:
         worker = torch.utils.data.get_worker_info()

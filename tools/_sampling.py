@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, cast
@@ -147,10 +148,10 @@ def _options_of_all_systems() -> str:
     return " ".join(lines)
 
 
-def images_of(
+def samples_of(
     loaded: LoadedRun, labels: Tensor, arguments: SamplingArguments, options: SampleOptions
-) -> Tensor:
-    """Samples of the labels: (B, 3, H, W) in [-1, 1]. options: of the run's system."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(labels, images), batch by batch; see `generate`. options: of the run's system."""
     from heptapod_fast.progress import Progress
     from heptapod_fast.rng import Rng
     from heptapod_fast.sampling.generate import generate

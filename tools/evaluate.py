@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from _cli import main
-from _sampling import SamplingArguments, images_of, parse_sampling
+from _sampling import SamplingArguments, parse_sampling, samples_of
 from torch import Tensor
 
 GRID_CLASSES = 8
@@ -29,6 +29,8 @@ class Arguments(SamplingArguments):
 def work() -> int:
     """Parse, load, sample, measure, write."""
     arguments, given = parse_sampling(Arguments)
+    import torch
+
     from heptapod_fast.evaluation import METRICS, MetricContext, make_metrics
     from heptapod_fast.pictures import save_grid
     from heptapod_fast.runs.data import open_images
@@ -46,7 +48,14 @@ def work() -> int:
     context = MetricContext(source=open_images(loaded.config), tokenizer=loaded.tokenizer)
     metrics = make_metrics(names, context)
     labels = spread(list(range(len(loaded.class_names))), arguments.count)
-    images = images_of(loaded, labels, arguments, options)
+    shown = set(some_of_each(labels))
+    grid = []
+    first = 0
+    for batch_labels, images in samples_of(loaded, labels, arguments, options):
+        for metric in metrics:
+            metric.update(images, batch_labels)
+        grid += [image for i, image in enumerate(images, first) if i in shown]
+        first += len(images)
     results: dict[str, object] = {
         "images_seen": loaded.images_seen,
         "samples": arguments.count,
@@ -56,16 +65,15 @@ def work() -> int:
         **asdict(options),
     }
     for metric in metrics:
-        metric.update(images, labels)
         results |= metric.compute()
     out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     columns = min(GRID_COLUMNS, int(labels.bincount().max()))
-    save_grid(images[some_of_each(labels)], out.with_suffix(".png"), columns)
+    save_grid(torch.stack(grid), out.with_suffix(".png"), columns)
     for name, value in results.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name:32} {shown}")
+        text = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:32} {text}")
     print(f"written: {out} and {out.with_suffix('.png')}")
     return 0
 

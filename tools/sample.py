@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _cli import main
-from _sampling import SamplingArguments, images_of, parse_sampling
+from _sampling import SamplingArguments, parse_sampling, samples_of
 from torch import Tensor
 
 
@@ -53,7 +53,7 @@ def work() -> int:
         if path is not None and not path.endswith(ending):
             raise ValueError(f"{flag} {path}: expected a name that ends in {ending}")
     from heptapod_fast.pictures import save_grid
-    from heptapod_fast.sampling.generate import spread
+    from heptapod_fast.sampling.generate import spread, together
 
     loaded = arguments.load()
     options = loaded.system.options(**given)
@@ -61,7 +61,7 @@ def work() -> int:
     count = 8 * len(classes) if arguments.count is None else arguments.count
     arguments.check_count(count)
     labels = spread(classes, count)
-    images = images_of(loaded, labels, arguments, options)
+    images = together(samples_of(loaded, labels, arguments, options))
     step = loaded.checkpoint.name
     name = f"sample-{step}-seed{arguments.seed}.png"
     out = arguments.out or Path(arguments.run) / "samples" / name

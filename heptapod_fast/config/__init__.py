@@ -4,7 +4,7 @@ from heptapod_fast.config.config import BatchSplit, Config
 from heptapod_fast.config.data import DataSettings, is_cache
 from heptapod_fast.config.recipe import RecipeSettings
 from heptapod_fast.config.run import RunSettings
-from heptapod_fast.config.settings import Settings, flag, given
+from heptapod_fast.config.settings import Settings, decided, flag
 from heptapod_fast.config.system import AttentionUse, Size, SystemSettings
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "Size",
     "SystemSettings",
     "flag",
-    "given",
+    "decided",
     "is_cache",
 ]

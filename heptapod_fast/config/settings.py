@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,13 @@ def names_among(known: tuple[str, ...]) -> Rule:
     return Rule(f"different names separated by commas, among {', '.join(known)}", holds)
 
 
-class _Nothing:
-    """Stands for a value that is not there, where None is one."""
-
-
-NOTHING = _Nothing()
-
-
 def setting(
     help: str,
     *,
     default: Any = None,
     rule: Rule | None = None,
     may_change: bool = False,
-    before: Any = NOTHING,
+    before: Any = dataclasses.MISSING,
 ) -> Any:
     """A field of a group of settings.
 
@@ -102,7 +95,7 @@ def setting(
     )
 
 
-def given(value: Given | None, name: str) -> Given:
+def decided(value: Value | None, name: str) -> Value:
     """A setting that `resolve` fills, for those who need it there; ValueError names its flag where
     nobody has resolved the configuration."""
     if value is None:
@@ -249,7 +242,7 @@ class Settings:
         found = {}
         for field in dataclasses.fields(cls):
             before = field.metadata["before"]
-            found[field.name] = field.default if before is NOTHING else before
+            found[field.name] = field.default if before is dataclasses.MISSING else before
         return found
 
     def differences(self, before: Self) -> Iterator[tuple[str, Any, Any, bool]]:

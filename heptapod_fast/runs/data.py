@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from heptapod_fast.config import Config, given
+from heptapod_fast.config import Config, decided
 from heptapod_fast.config.data import refuse_missing_data
 from heptapod_fast.data.cache.format import Cache, CacheError, open_cache, refuse_other
 from heptapod_fast.data.cache.reader import CacheTokens, choose_mode
@@ -33,13 +33,13 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
     if data.data == "logograms":
         return Logograms(
             data.image_size,
-            given(data.logogram_count, "logogram_count"),
+            decided(data.logogram_count, "logogram_count"),
             config.recipe.seed,
             num_classes=data.num_classes,
         )
     refuse_missing_data(data)
     return ImageFolder(
-        given(data.data, "data"),
+        decided(data.data, "data"),
         data.image_size,
         max_broken=data.max_broken,
         decoder=open_decoder(data.decoder),
@@ -64,7 +64,7 @@ def open_run_cache(config: Config) -> Cache | None:
     """
     if not config.data.is_cache:
         return None
-    cache = open_cache(given(config.data.data, "data"))
+    cache = open_cache(decided(config.data.data, "data"))
     _check_cache(config, cache)
     return cache
 
@@ -116,7 +116,7 @@ def open_tokens(
     if cache is not None:
         return _open_cached(config, world, cache, reserved)
     if images is None:
-        classes = given(data.num_classes, "num_classes")
+        classes = decided(data.num_classes, "num_classes")
         return SyntheticTokens(config.spec, classes, seed, device=world.device)
     assert tokenizer is not None  # images never come without one
     return TokenizedImages(

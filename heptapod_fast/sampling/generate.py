@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -49,23 +49,6 @@ def generate(
     options: SampleOptions | None = None,
     batch: int = 256,
     progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """classes (B,) int64 -> images (B, 3, H, W) float32 about in [-1, 1], on the CPU.
-
-    For as many as are looked at together; `generate_batches` keeps one batch at a time.
-    """
-    batches = generate_batches(system, tokenizer, classes, rng, options, batch, progress)
-    return torch.cat([images for _, images in batches])
-
-
-def generate_batches(
-    system: Sampler,
-    tokenizer: Decoder,
-    classes: Tensor,
-    rng: Rng,
-    options: SampleOptions | None = None,
-    batch: int = 256,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(labels, images) of one batch after the other: (b,) int64, and (b, 3, H, W) float32 on the
     CPU.
@@ -79,3 +62,8 @@ def generate_batches(
         yield labels, tokenizer.decode(tokens).float().cpu()
         if progress is not None:
             progress(start + len(labels), len(classes))
+
+
+def together(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The images of all batches of `generate`, for as many as are looked at together."""
+    return torch.cat([images for _, images in batches])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from heptapod_fast.config import BatchSplit, Config, flag, given
+from heptapod_fast.config import BatchSplit, Config, decided, flag
 from heptapod_fast.data.cache.format import open_cache
 from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.ops.dispatch import Unavailable
@@ -55,7 +55,7 @@ def class_count(config: Config) -> tuple[int, str]:
     if data.data == "logograms":
         return logogram_classes(data.image_size), f"logograms at {data.image_size} px"
     if data.is_cache:
-        return len(open_cache(given(data.data, "data")).class_names), "of the cache"
+        return len(open_cache(decided(data.data, "data")).class_names), "of the cache"
     return 1000, "assumed: the data is not opened by a dry run"
 
 

@@ -17,7 +17,7 @@ from heptapod_fast.pictures import save_grid
 from heptapod_fast.progress import duration
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs.directory import RunError
-from heptapod_fast.sampling.generate import generate, spread
+from heptapod_fast.sampling.generate import generate, spread, together
 from heptapod_fast.systems import Phase
 from heptapod_fast.train.metrics import Meter, peak_flops, progress_line, training_flops
 from heptapod_fast.train.records import JsonLines, Recorder, Sink, TensorBoard, WeightsAndBiases
@@ -232,9 +232,8 @@ def sample_grid(session: Session, state: State, meter: Meter) -> None:
     session.system.eval()
     try:
         with session.optimizer.averaged(average):
-            images = generate(
-                session.system, session.tokenizer, labels, Rng(session.config.recipe.seed)
-            )
+            rng = Rng(session.config.recipe.seed)
+            images = together(generate(session.system, session.tokenizer, labels, rng))
         save_grid(images, path, GRID_COLUMNS)
         session.say(f"samples   {path} ({duration(time.monotonic() - begin)})")
     except OSError as error:

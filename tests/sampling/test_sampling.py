@@ -7,7 +7,7 @@ from heptapod_fast import grid
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions
-from heptapod_fast.sampling.generate import generate, spread
+from heptapod_fast.sampling.generate import generate, spread, together
 from heptapod_fast.systems.heptapod import HeptapodOptions
 from tests.running import dense
 
@@ -210,8 +210,11 @@ def test_generate_does_not_depend_on_its_batches(make_system):
 
     system = make_system().eval()
     done, classes = [], torch.tensor([0, 1, 2, 0, 1])
-    images = generate(
-        system, Decoder(), classes, RNG, quick(system), batch=2, progress=lambda *a: done.append(a)
+    few = quick(system)
+    batches = list(
+        generate(system, Decoder(), classes, RNG, few, 2, progress=lambda *a: done.append(a))
     )
-    assert torch.equal(images, generate(system, Decoder(), classes, RNG, quick(system), batch=5))
+    assert [labels.tolist() for labels, _ in batches] == [[0, 1], [2, 0], [1]]
+    whole = together(generate(system, Decoder(), classes, RNG, few, batch=5))
+    assert torch.equal(together(batches), whole)
     assert done == [(2, 5), (4, 5), (5, 5)]
