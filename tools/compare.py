@@ -7,6 +7,11 @@ through their command lines, and compares everything that comes out: the loss, g
 rate of every step, weights, averages and both moments after every step (the first moment after the
 first step is a tenth of the gradient), and sampled images. Both must be built (`make venv` in each)
 and run on one machine; give other interpreters with --python. Exit code 1 if anything differs.
+
+    python tools/compare.py BEFORE AFTER --speed
+
+Both train the embedded default side by side, and take turns of a few steps, so that whatever else
+the machine does meets both alike. What is printed is how many times as fast AFTER is.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -158,6 +165,111 @@ def records(path: Path) -> list[dict]:
     return found
 
 
+# ------------------------------------------------------------------------------------------- speed
+
+# Trains by the checkout's command line, and stops before every STEPS-th batch until it is told to
+# go on; says how long the steps between took. Arguments: STEPS, then the words of the command.
+RUNNER = """
+import os, runpy, sys, time
+from heptapod_fast.data.tokens import TokenizedImages
+
+steps = int(sys.argv[1])
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what training prints is no answer
+batch = TokenizedImages.batch
+asked = 0
+begin = None
+
+def waiting(self, index):
+    global asked, begin
+    if asked % steps == 0:
+        answers.write("ready\\n" if begin is None else f"{time.perf_counter() - begin}\\n")
+        answers.flush()
+        if not sys.stdin.readline():
+            os._exit(0)
+        begin = time.perf_counter()
+    asked += 1
+    return batch(self, index)
+
+TokenizedImages.batch = waiting
+sys.argv = ["tools/train.py", *sys.argv[2:]]
+sys.path.insert(0, "tools")
+runpy.run_path("tools/train.py", run_name="__main__")
+"""
+DEFAULT_RUN = "--size tiny --device cpu --images 100000000 --logogram-count 500 --log-every 3200"
+SPEED_CASES = {
+    "codes": (20, DEFAULT_RUN),
+    "vectors": (8, f"{DEFAULT_RUN} --tokenizer patch"),
+}
+WARM_UP_TURNS = 2
+
+
+class Runner:
+    """Training in another process, a few steps at a time."""
+
+    def __init__(self, checkout: Path, python: Path, steps: int, flags: str, out: Path):
+        command = [str(python), "-c", RUNNER, str(steps), *shlex.split(flags)]
+        command += ["--sample-every", "0", "--checkpoint-every", "100000000", "--out", str(out)]
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            cwd=checkout,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(checkout)},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+        )
+        self._answer()
+
+    def turn(self) -> float:
+        """Seconds of the next few steps."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.errors.seek(0)
+            raise SystemExit(f"training ended:\n{self.errors.read()[-3000:]}")
+        return answer
+
+    def stop(self) -> None:
+        """End the process; nothing of it is kept."""
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+def speed(checkouts: list[Path], pythons: list[Path], case: str, turns: int) -> str:
+    """How many times as fast the second checkout trains, in words."""
+    steps, flags = SPEED_CASES[case]
+    seconds: list[list[float]] = [[], []]
+    with tempfile.TemporaryDirectory() as folder:
+        runners = [
+            Runner(checkout, python, steps, flags, Path(folder) / str(i))
+            for i, (checkout, python) in enumerate(zip(checkouts, pythons, strict=True))
+        ]
+        for turn in range(WARM_UP_TURNS + turns):
+            order = (0, 1) if turn % 2 else (1, 0)
+            for i in order:
+                seconds[i].append(runners[i].turn())
+        for runner in runners:
+            runner.stop()
+    before, after = (each[WARM_UP_TURNS:] for each in seconds)
+    ratios = [old / new for old, new in zip(before, after, strict=True)]
+    first, _, third = statistics.quantiles(ratios, n=4)
+    old = 1e3 * statistics.median(before) / steps
+    new = 1e3 * statistics.median(after) / steps
+    return (
+        f"{old:.1f} ms a step before, {new:.1f} after; {statistics.median(ratios):.3f} times as "
+        f"fast (median of {turns} turns of {steps} steps, quartiles {first:.3f} to {third:.3f})"
+    )
+
+
 def main() -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(
@@ -169,14 +281,25 @@ def main() -> int:
         "--python", type=Path, nargs=2, help="interpreters (default: .venv/bin/python of each)"
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--speed", action="store_true", help="how fast they train, in turns")
+    parser.add_argument("--turns", type=int, default=30, help="of --speed, at least 2")
     options = parser.parse_args()
     checkouts = [options.before.resolve(), options.after.resolve()]
     pythons = options.python or [checkout / ".venv/bin/python" for checkout in checkouts]
-    chosen = {name: case for name, case in CASES.items() if options.only in name}
-    if not chosen:
+    known: dict[str, object] = {**(SPEED_CASES if options.speed else CASES)}
+    names = [name for name in known if options.only in name]
+    if not names:
         raise SystemExit(
-            f"--only {options.only}: no case has this in its name; there are: {'; '.join(CASES)}"
+            f"--only {options.only}: no case has this in its name; there are: {'; '.join(known)}"
         )
+    if options.turns < 2:
+        raise SystemExit(f"--turns {options.turns}: expected at least 2")
+    if options.speed:
+        absolute = [Path(python).absolute() for python in pythons]
+        for name in names:
+            print(f"{name:10} {speed(checkouts, absolute, name, options.turns)}", flush=True)
+        return 0
+    chosen = {name: CASES[name] for name in names}
     wrong = 0
     for name, case in chosen.items():
         with tempfile.TemporaryDirectory() as folder:

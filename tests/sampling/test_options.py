@@ -24,6 +24,8 @@ VECTORS = token_spec("patch", 4, 1)
         (VECTORS, {"top_k": 3}, "--top-k"),
         (VECTORS, {"top_p": 0.5}, "--top-p"),
         (VECTORS, {"position_order": "confidence"}, "--position-order confidence"),
+        (CODES, {"diffusion_steps": 10}, "--diffusion-steps 10 needs continuous tokens"),
+        (CODES, {"diffusion_sampler": "ddim"}, "--diffusion-sampler ddim needs continuous tokens"),
         (VECTORS, {"diffusion_steps": 0}, "--diffusion-steps 0"),
         (VECTORS, {"diffusion_steps": 1001}, "--diffusion-steps 1001"),
         (CODES, {"position_order": "likely"}, "--position-order likely"),

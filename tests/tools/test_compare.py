@@ -159,3 +159,45 @@ def test_a_change_of_the_optimizer_is_found_and_equal_checkouts_are_equal(
     compare.results(changed, python, case, third)
     found = list(compare.differences(first, third))
     assert "checkpoints/step-00000001/model.safetensors" in found
+
+
+def test_speed_says_how_many_times_as_fast_the_second_one_is(compare, monkeypatch, capsys):
+    """In turns, one first and then the other; the first turns do not count."""
+    order = []
+
+    class Pretending:
+        """The first checkout takes three times as long; both are slow to warm up."""
+
+        def __init__(self, checkout, python, steps, flags, out):
+            self.name = checkout.name
+            self.turns = 0
+
+        def turn(self):
+            order.append(self.name)
+            self.turns += 1
+            warming_up = 50.0 if self.turns <= compare.WARM_UP_TURNS else 0.0
+            return warming_up + {"old": 6.0, "new": 2.0}[self.name]
+
+        def stop(self):
+            order.append("stopped")
+
+    monkeypatch.setattr(compare, "Runner", Pretending)
+    code = main(compare, monkeypatch, "old", "new", "--speed", "--turns", 3, "--only", "codes")
+    assert code == 0
+    line = capsys.readouterr().out
+    assert line.startswith("codes ")
+    assert "300.0 ms a step before, 100.0 after; 3.000 times as fast" in line
+    assert order == ["new", "old", "old", "new"] * 2 + ["new", "old", "stopped", "stopped"]
+
+
+@pytest.mark.slow
+def test_speed_of_real_checkouts(compare, monkeypatch, capsys):
+    small = "--size tiny --device cpu --images 10000 --logogram-count 64 --codes 16 --batch 8"
+    small += " --width 32 --heads 2 --depth 1 --head-depth 1"
+    monkeypatch.setattr(compare, "SPEED_CASES", {"small": (2, small)})
+    pythons = ("--python", sys.executable, sys.executable)
+    main(compare, monkeypatch, ROOT, ROOT, "--speed", "--turns", 3, *pythons)
+    assert "median of 3 turns of 2 steps" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "SPEED_CASES", {"wrong": (2, f"{small} --head nonsense")})
+    with pytest.raises(SystemExit, match="(?s)training ended.*nonsense"):
+        main(compare, monkeypatch, ROOT, ROOT, "--speed", *pythons)

@@ -35,7 +35,20 @@ def test_numbers_and_grid_are_written(trained, tmp_path):
     with Image.open(tmp_path / "deep" / "e.png") as grid:
         assert (
             grid.height > 2 * grid.width
-        )  # a row for each of 7 classes, two samples in the fullest
+        )  # a row for each of 5 classes, two samples in the fullest
+
+
+def test_the_grid_has_a_row_of_each_class_however_samples_are_batched(trained, tmp_path):
+    """The first eight of the ten samples of each class, from batches that cut through classes."""
+    grids = []
+    for batch in (9, 256):
+        out = tmp_path / f"{batch}.json"
+        words = ("--count", 50, "--batch", batch, "--out", out)
+        assert command("evaluate", trained, *words).code == 0
+        grids.append(out.with_suffix(".png").read_bytes())
+    assert grids[0] == grids[1]
+    with Image.open(tmp_path / "9.png") as grid:
+        assert grid.width / grid.height == pytest.approx(8 / 5, rel=0.02)
 
 
 def test_the_weights_that_were_sampled_are_recorded(trained, tmp_path):
