@@ -130,17 +130,15 @@ def open_tokens(
 
 
 def _open_cached(config: Config, world: World, cache: Cache, reserved: int) -> CacheTokens:
-    """Tokens of a cache; all ranks fail together where one finds damage. Collective call: every
-    rank must reach each question, whatever it has found so far."""
-    source: CacheTokens | None = None
-    error: CacheError | OSError | None = None
-    mode, why = choose_mode(cache, world.device, config.data.cache_mode, reserved)
+    """Tokens of a cache; all ranks fail together where one finds damage. Collective call."""
+    with world.together():
+        mode, why = choose_mode(cache, world.device, config.data.cache_mode, reserved)
     # Ranks that share the reading must do it the same way.
     (streamed,) = world.any(mode == "stream")
     if streamed and mode != "stream":
         mode = "stream"
         why = "another rank has no room for it"
-    try:
+    with world.together():
         source = CacheTokens(
             cache,
             config.recipe.seed,
@@ -151,9 +149,4 @@ def _open_cached(config: Config, world: World, cache: Cache, reserved: int) -> C
             (world.local_rank, world.local_size),
             Progress("reading the cache", "files") if world.main else None,
         )
-    except (CacheError, OSError) as caught:
-        error = caught
-    (failed,) = world.any(error is not None)
-    if failed or source is None:
-        raise error or CacheError(f"another rank could not read {cache.path}")
     return source

@@ -161,18 +161,20 @@ def make_cache(settings: CacheSettings, world: World, say: Say) -> None:
 def _build_together(site: Site, builder: Builder, world: World, say: Say) -> None:
     """Everything between the lock and its release. Collective call."""
     plan = site.plan
-    is_mine_to_finish = world.main and site.begin() is not SiteState.COMPLETE
+    with world.together():
+        is_mine_to_finish = world.main and site.begin() is not SiteState.COMPLETE
     if is_mine_to_finish:
         say(
             f"building  {site.path}: {plan.rows:,} images, {len(plan.class_names)} classes, "
             f"{plan.shards} shard{'s' * (plan.shards > 1)}"
         )
-    world.barrier()
-    missing = site.missing()
-    world.barrier()  # nobody finishes a shard before everybody has seen what is missing
+    # Nobody finishes a shard before everybody has seen what is missing.
+    with world.together():
+        missing = site.missing()
     if world.main and missing:
         _say_what_is_done(site, builder, plan.shards - len(missing), say)
     progress = _progress(world) if world.main else None
+    # Not `together`: who fails here must not wait for those who have hours to go.
     builder.build(missing[world.rank :: world.size], progress)
     world.barrier()
     if is_mine_to_finish:
@@ -276,12 +278,12 @@ def _fitted(settings: CacheSettings, world: World, files: Files, decoder: Decode
     Collective call."""
     finished = settings.path / CODEBOOK
     fresh = settings.path / BUILDING / CODEBOOK
-    if world.main and not settings.is_begun:
-        fresh.unlink(missing_ok=True)  # of a start that ended before there was a plan
-    if world.main and not finished.exists() and not fresh.exists():
-        progress = Progress("fitting the codebook", "rounds")
-        fit_codebook(settings, files, decoder, progress).save(fresh)
-    world.barrier()
+    with world.together():
+        if world.main and not settings.is_begun:
+            fresh.unlink(missing_ok=True)  # of a start that ended before there was a plan
+        if world.main and not finished.exists() and not fresh.exists():
+            progress = Progress("fitting the codebook", "rounds")
+            fit_codebook(settings, files, decoder, progress).save(fresh)
     return _load(settings, finished if finished.exists() else fresh)
 
 
