@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from heptapod_fast.data.cache.plan import Plan  # noqa: E402
 from heptapod_fast.data.cache.site import Site, lock_cache  # noqa: E402
 from heptapod_fast.data.decoding import open_decoder  # noqa: E402
 from heptapod_fast.data.files import find_images  # noqa: E402
+from heptapod_fast.data.views import Views  # noqa: E402
 from heptapod_fast.tokenizers import PRETRAINED, Patch, to_unit  # noqa: E402
 from heptapod_fast.tokenizers.autoencoder import file_shapes  # noqa: E402
 from heptapod_fast.world import choose_device  # noqa: E402
@@ -65,15 +67,13 @@ def measure(
     name: str, folder: Path, device: torch.device, threads: int, count: int, progress=None
 ) -> dict:
     """Build one cache of the first `count` files: rates and shares."""
-    names, files = find_images(folder)
+    images = find_images(folder)
     decoder = open_decoder("auto", device, threads)
     plan = Plan(
-        folder,
-        files[:count],
-        names,
+        replace(images, files=images.files[:count]),
         tokenizer_of(name, device),
         decoder,
-        flip=False,
+        augmentation=Views(),
         batch=8,
         seed=0,
         shard_rows=8192,
@@ -105,12 +105,12 @@ def measure(
 
 def parts_alone(plan: Plan, decoder, device: torch.device) -> dict[str, timer.Timing]:
     """Decoding of all files, and encoding of one batch on all threads."""
-    paths = [path for path, _ in plan.files]
-    pixels = np.empty((len(paths), 3, SIDE, SIDE), np.uint8)
-    decoder.decode(paths, pixels)
+    files = [file for file, _ in plan.files]
+    pixels = np.empty((len(files), 3, SIDE, SIDE), np.uint8)
+    decoder.decode(files, pixels)
     images = to_unit(torch.from_numpy(pixels[:ENCODED]).to(device))
     watches = {
-        "decoding": timer.WallWatch(functools.partial(decoder.decode, paths, pixels)),
+        "decoding": timer.WallWatch(functools.partial(decoder.decode, files, pixels)),
         "encoding": timer.WallWatch(functools.partial(plan.tokenizer.encode, images), device.type),
     }
     return timer.in_turns(watches, rounds=2)

@@ -24,6 +24,9 @@ from heptapod_fast.data.cache.format import open_cache
 from heptapod_fast.data.cache.plan import Plan
 from heptapod_fast.data.cache.reader import CacheTokens
 from heptapod_fast.data.cache.site import Site, lock_cache
+from heptapod_fast.data.entries import FolderFile
+from heptapod_fast.data.files import ImageFiles
+from heptapod_fast.data.views import Views
 from heptapod_fast.tokenizers import KL16, token_spec
 
 WINDOW = 8  # shards
@@ -78,7 +81,7 @@ class _Given(Builder):
 def write_cache(made: Made, shard_rows: int) -> None:
     names = tuple(f"{label:03d}" for label in range(CLASSES))
     files = [
-        (made.folder / names[label] / f"{n:08d}.png", int(label))
+        (FolderFile(made.folder, f"{names[label]}/{n:08d}.png"), int(label))
         for n, label in enumerate(made.labels)
     ]
     about = {"tokenizer": "kl16", "image_size": 256, "weights": None, "fingerprint": "random"}
@@ -91,12 +94,10 @@ def write_cache(made: Made, shard_rows: int) -> None:
         has_codebook=False,
     )
     plan = Plan(
-        made.folder,
-        files,
-        names,
+        ImageFiles(made.folder, "random", names, files),
         tokenizer,
         SimpleNamespace(preprocessing="none"),
-        flip=True,
+        augmentation=Views("flip"),
         batch=BATCH,
         seed=SEED,
         shard_rows=shard_rows,

@@ -11,11 +11,15 @@ from heptapod_fast.tokenizers.base import to_uint8
 
 
 def grid_of(images: Tensor, columns: int, gap: int = 2, least_side: int = 96) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> uint8 (height, width, 3) with `columns` images a row.
+    """(B, 3, H, W) in [-1, 1] -> uint8 (height, width, 3); see `grid_of_pixels`."""
+    return grid_of_pixels(to_uint8(images).cpu(), columns, gap, least_side)
+
+
+def grid_of_pixels(pixels: Tensor, columns: int, gap: int = 2, least_side: int = 96) -> Tensor:
+    """(B, 3, H, W) uint8 -> uint8 (height, width, 3) with `columns` images a row.
 
     Small images are enlarged by a whole factor until they measure `least_side` pixels.
     """
-    pixels = to_uint8(images).cpu()
     factor = max(1, -(-least_side // pixels.shape[-1]))
     pixels = pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     rows = -(-len(pixels) // columns)

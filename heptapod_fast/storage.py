@@ -1,13 +1,61 @@
-"""Files that are whole or not there: checksums, flushing, and writing at once."""
+"""Files that are whole or not there: locks, checksums, flushing, and writing at once."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 BLOCK = 2**22
+
+
+class InUseError(OSError):
+    """Another process holds a lock."""
+
+
+def lock(file: IO[str]) -> str:
+    """Lock an open file for this process, until it is closed or the process ends.
+
+    Returns:
+        What to warn of: the file system has no locks, and the caller goes on without. Else empty.
+
+    Raises:
+        InUseError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise InUseError(error.errno, error.strerror) from error
+        # Lustre mounted without flock, some NFS: ENOSYS, ENOLCK, EOPNOTSUPP, EINVAL, EIO ...
+        folder = Path(file.name).parent
+        return (
+            f"{folder} cannot be locked, its file system ({file_system(folder)}) has no locks "
+            f"({error.strerror}): going on without. See to it that no other process writes here"
+        )
+    return ""
+
+
+def file_system(path: Path) -> str:
+    """The kind of the file system that a path is on, such as ext4, nfs4 or lustre."""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return "of unknown kind"
+    there = path.resolve()
+    kind = "of unknown kind"
+    longest = 0
+    for line in mounts:
+        _, place, name, *_ = line.split(" ")
+        place = place.replace("\\040", " ")
+        # The last of several mounts on one place is the one that is seen.
+        if there.is_relative_to(place) and len(place) >= longest:
+            kind = name
+            longest = len(place)
+    return kind
 
 
 def checksum(path: Path) -> str:

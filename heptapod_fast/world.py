@@ -6,7 +6,6 @@ index, so that nothing has to be broadcast or kept in step.
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from heptapod_fast.launchers import find_ranks
 
 Result = TypeVar("Result")
 
@@ -55,6 +56,16 @@ class World:
         value = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return tuple(bool(v) for v in value.tolist())
+
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """Tensors of one shape from all ranks, on rank 0, in the order of ranks; elsewhere an empty
+        list. Collective call."""
+        if self.size == 1:
+            return [value]
+        value = value.to(self.device).contiguous()
+        found = [torch.empty_like(value) for _ in range(self.size)] if self.main else None
+        dist.gather(value, found)
+        return found or []
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective call."""
@@ -153,21 +164,31 @@ def processor_kind() -> str:
 
 
 def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> World:
-    """The world that torchrun set up, or a world of one.
+    """The world that torchrun, srun or mpirun set up, or a world of one.
 
     patience: how long ranks wait for each other before they take one for lost.
+
+    Raises:
+        ValueError: a device that is not here, or one of several processes that cannot find the
+            others; says what to change.
     """
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = choose_device(device, local_rank)
+    ranks = find_ranks()
+    chosen = choose_device(device, ranks.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=patience)
-    return World(rank, size, chosen, local_rank, local_size)
+    if ranks.size > 1:
+        where = "env://"
+        if ranks.address is not None:
+            host, port = ranks.address
+            where = f"tcp://{host}:{port}"
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            init_method=where,
+            rank=ranks.rank,
+            world_size=ranks.size,
+            timeout=patience,
+        )
+    return World(ranks.rank, ranks.size, chosen, ranks.local_rank, ranks.local_size)
 
 
 def stop(world: World) -> None:

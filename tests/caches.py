@@ -12,6 +12,7 @@ from heptapod_fast.data.cache.format import MANIFEST, seal
 from heptapod_fast.data.cache.plan import Plan
 from heptapod_fast.data.decoding import PillowDecoder
 from heptapod_fast.data.files import find_images
+from heptapod_fast.data.views import Views
 from heptapod_fast.storage import checksum
 from heptapod_fast.tokenizers import Patch, PatchVQ
 
@@ -38,9 +39,9 @@ def small_tokenizer(name: str = "patch-vq", size: int = 16, codes: int = 300):
 
 def small_plan(folder: Path, tokenizer=None, **settings) -> Plan:
     """A plan with shards of 16 rows and both views."""
-    names, files = find_images(folder)
-    values = dict(flip=True, batch=5, seed=3, shard_rows=16, max_broken=0) | settings
-    return Plan(folder, files, names, tokenizer or small_tokenizer(), PillowDecoder(2), **values)
+    values = dict(batch=5, seed=3, shard_rows=16, max_broken=0) | settings
+    values["augmentation"] = Views("flip" if values.pop("flip", True) else "plain")
+    return Plan(find_images(folder), tokenizer or small_tokenizer(), PillowDecoder(2), **values)
 
 
 def small_cache(path: Path, tokenizer=None, count: int = 70, **settings):

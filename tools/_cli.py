@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import io
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import pairwise
@@ -44,6 +44,7 @@ tyro = need("tyro")
 
 from heptapod_fast.config import Settings, flag  # noqa: E402
 from heptapod_fast.config.settings import as_typed, type_hints  # noqa: E402
+from heptapod_fast.launchers import find_ranks  # noqa: E402
 
 
 def parse(target: Callable[..., Any], argv: list[str] | None = None) -> Any:
@@ -187,8 +188,8 @@ def find_flag(
 
 
 def rank() -> int:
-    """The number of this process among those that torchrun started; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    """The number of this process among those that were started together; 0 for one alone."""
+    return find_ranks().rank
 
 
 @contextlib.contextmanager
@@ -210,6 +211,9 @@ def main(work: Callable[[], int | None]) -> None:
     from heptapod_fast.runs import RunError
     from heptapod_fast.world import OtherRankFailed
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What this terminal or file cannot show, as names of files, is escaped: no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = work()
     except BrokenPipeError:  # the output went to `head` or the like

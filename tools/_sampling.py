@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, cast
@@ -12,10 +13,12 @@ from typing import Annotated, Any, Literal, cast
 from _cli import find_flag, given, group_of_flags, parse, switches, tyro
 from torch import Tensor
 
+from heptapod_fast import world as worlds
 from heptapod_fast.config import flag
 from heptapod_fast.runs import LoadedRun, RunDir, load_run
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.systems import SYSTEMS, System
+from heptapod_fast.world import World
 
 MOST_IMAGES = 10_000_000
 
@@ -35,17 +38,18 @@ class SamplingArguments:
     batch: int = 256
     """Images per batch; does not change what comes out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to sample."""
+    """Where to sample. Under torchrun, processes share the work, a batch each."""
     tokenizer_weights: str | None = None
     """File of kl16 or vq16, if it is not where it was in training."""
 
-    def load(self) -> LoadedRun:
-        """The `LoadedRun`; ValueError if its tokens cannot be decoded."""
+    def load(self, world: World) -> LoadedRun:
+        """The `LoadedRun`, on the device of this rank; ValueError if its tokens cannot be
+        decoded."""
         loaded = load_run(
             self.run,
             self.checkpoint,
             self.ema,
-            self.device,
+            str(world.device),
             tokenizer_weights=self.tokenizer_weights,
         )
         if loaded.tokenizer is None:
@@ -148,8 +152,23 @@ def _options_of_all_systems() -> str:
     return " ".join(lines)
 
 
+@contextmanager
+def started(device: str) -> Iterator[World]:
+    """The ranks that sample together."""
+    world = worlds.start(device)
+    try:
+        yield world
+    finally:
+        worlds.stop(world)
+
+
 def samples_of(
-    loaded: LoadedRun, labels: Tensor, arguments: SamplingArguments, options: SampleOptions
+    loaded: LoadedRun,
+    labels: Tensor,
+    arguments: SamplingArguments,
+    options: SampleOptions,
+    world: World,
+    finish: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(labels, images), batch by batch; see `generate`. options: of the run's system."""
     from heptapod_fast.progress import Progress
@@ -164,4 +183,6 @@ def samples_of(
         options,
         arguments.batch,
         Progress("sampling"),
+        finish,
+        world,
     )

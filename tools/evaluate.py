@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from _cli import main
-from _sampling import SamplingArguments, parse_sampling, samples_of
+import torch
+from _cli import alike_on_all_ranks, main
+from _sampling import SamplingArguments, parse_sampling, samples_of, started
 from torch import Tensor
+
+from heptapod_fast.evaluation import METRICS, Metric, MetricContext, make_metrics
+from heptapod_fast.pictures import save_grid
+from heptapod_fast.runs import LoadedRun
+from heptapod_fast.runs.data import open_images
+from heptapod_fast.sampling.generate import spread
+from heptapod_fast.world import World
 
 GRID_CLASSES = 8
 GRID_COLUMNS = 8
@@ -28,34 +37,31 @@ class Arguments(SamplingArguments):
 
 def work() -> int:
     """Parse, load, sample, measure, write."""
-    arguments, given = parse_sampling(Arguments)
-    import torch
+    with alike_on_all_ranks():
+        arguments, given = parse_sampling(Arguments)
+        arguments.check_count(arguments.count)
+    with started(arguments.device) as world:
+        evaluate(arguments, given, world)
+    return 0
 
-    from heptapod_fast.evaluation import METRICS, MetricContext, make_metrics
-    from heptapod_fast.pictures import save_grid
-    from heptapod_fast.runs.data import open_images
-    from heptapod_fast.sampling.generate import spread
 
-    arguments.check_count(arguments.count)
-    loaded = arguments.load()
-    options = loaded.system.options(**given)
-    names = metric_names(arguments.metrics, loaded.config.data.data)
-    if not names:
-        raise ValueError(
-            f"--metrics is missing: there is no metric yet for --data {loaded.config.data.data}; "
-            f"{', '.join(METRICS)} measures samples of logograms"
-        )
-    context = MetricContext(source=open_images(loaded.config), tokenizer=loaded.tokenizer)
-    metrics = make_metrics(names, context)
+def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
+    """Sample on all ranks; the main one measures, and writes and says what it found."""
+    with world.together():
+        loaded = arguments.load(world)
+        options = loaded.system.options(**given)
+        metrics = metrics_of(arguments.metrics, loaded) if world.main else []
     labels = spread(list(range(len(loaded.class_names))), arguments.count)
     shown = set(some_of_each(labels))
     grid = []
     first = 0
-    for batch_labels, images in samples_of(loaded, labels, arguments, options):
+    for batch_labels, images in samples_of(loaded, labels, arguments, options, world):
         for metric in metrics:
             metric.update(images, batch_labels)
         grid += [image for i, image in enumerate(images, first) if i in shown]
         first += len(images)
+    if not world.main:
+        return
     results: dict[str, object] = {
         "images_seen": loaded.images_seen,
         "samples": arguments.count,
@@ -75,7 +81,22 @@ def work() -> int:
         text = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name:32} {text}")
     print(f"written: {out} and {out.with_suffix('.png')}")
-    return 0
+
+
+def metrics_of(asked: str | None, loaded: LoadedRun) -> list[Metric]:
+    """The metrics of --metrics, or those that the data allows.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = metric_names(asked, loaded.config.data.data)
+    if not names:
+        raise ValueError(
+            f"--metrics is missing: there is no metric yet for --data {loaded.config.data.data}; "
+            f"{', '.join(METRICS)} measures samples of logograms"
+        )
+    context = MetricContext(source=open_images(loaded.config), tokenizer=loaded.tokenizer)
+    return make_metrics(names, context)
 
 
 def metric_names(asked: str | None, data: str | None) -> list[str]:

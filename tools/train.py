@@ -5,13 +5,13 @@ The same command run again continues where it stopped.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from _cli import alike_on_all_ranks, main, rank
 from _training import parse_training
 
 from heptapod_fast.config import Config
+from heptapod_fast.launchers import find_ranks
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ def print_dry_run(config: Config) -> None:
     a machine without the devices of the run."""
     from heptapod_fast.train.dry_run import dry_run
 
-    text = dry_run(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    text = dry_run(config, world_size=find_ranks().size)
     if rank() == 0:
         print(text)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from heptapod_fast.config.settings import Settings, at_least, between, flag, setting
-from heptapod_fast.data.cache.format import Cache, open_cache, refuse_other
+from heptapod_fast.data.cache.format import GROUP, Cache, open_cache, refuse_other
 from heptapod_fast.tokenizers import DEFAULT_CODES, FITTED, PRETRAINED, TokenSpec, token_spec
 
 EMBEDDED = ("logograms", "synthetic")
@@ -16,8 +17,10 @@ SYNTHETIC_CLASSES = 1000
 
 
 def is_cache(data: str | None) -> bool:
-    """Whether --data names a cache of tokens."""
-    return data is not None and data.rstrip("/").endswith(".zarr")
+    """Whether --data names a cache of tokens: by its name, or by what lies in it."""
+    if data is None or data in EMBEDDED:
+        return False
+    return data.rstrip("/").endswith(".zarr") or (Path(data) / GROUP).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,9 @@ class DataSettings(Settings):
     """Data and tokens."""
 
     data: str | None = setting(
-        "logograms | synthetic | IMAGE_FOLDER (class = subfolder; flat = one class) | CACHE.zarr "
-        "(from tools/cache.py; it decides tokenizer, image size and flip)."
+        "logograms | synthetic | IMAGE_FOLDER (class = subfolder; flat = one class) | "
+        "ARCHIVE.tar or .zip of one, or ARCHIVE.tar/FOLDER | CACHE.zarr (from tools/cache.py; it "
+        "decides tokenizer, image size and flip)."
     )
     tokenizer: Literal["kl16", "vq16", "patch", "patch-vq"] = setting(
         "Token kind: kl16 and patch are continuous, vq16 and patch-vq discrete."
@@ -48,7 +52,7 @@ class DataSettings(Settings):
     logogram_count: int | None = setting("Size of the logogram training set.", rule=at_least(1))
     flip: bool = setting(
         "Random horizontal flips; on only where B, L or H meet kl16 or vq16 at 256 px (it mirrors "
-        "letters)."
+        "letters). With a cache: draw one of its views."
     )
     max_broken: int = setting(
         "Unreadable images that may be left out before the run is refused.",
@@ -154,7 +158,7 @@ class DataSettings(Settings):
 
 def made_with(cache: Cache) -> dict[str, Any]:
     """The settings that a cache was made with, by name."""
-    return cache.manifest["tokenizer"] | {"flip": cache.views == 2}
+    return cache.manifest["tokenizer"] | {"flip": cache.views > 1}
 
 
 def refuse_missing_data(settings: DataSettings) -> None:
@@ -163,6 +167,6 @@ def refuse_missing_data(settings: DataSettings) -> None:
         raise ValueError(
             f"{flag('data')} is missing: name a cache of tokens, which python tools/cache.py "
             f"--data IMAGE_FOLDER --tokenizer {settings.tokenizer} --out CACHE.zarr makes, or a "
-            "folder of images (one subfolder per class), or use --data logograms with --tokenizer "
-            "patch-vq or patch, or --data synthetic to measure speed"
+            "folder of images (one subfolder per class) or a .tar or .zip of one, or use --data "
+            "logograms with --tokenizer patch-vq or patch, or --data synthetic to measure speed"
         )

@@ -17,6 +17,11 @@ class RunSettings(Settings):
     out: str | None = setting(
         "Run directory; default: runs/NAME-HASH made from the settings.", may_change=True
     )
+    init_from: str | None = setting(
+        "Start from the weights of another run (its moving average), or of a .safetensors file: "
+        "what fits is taken, the rest drawn anew; classes are matched by name.",
+        before=None,
+    )
     checkpoint_every: int = setting(
         "Images between checkpoints.", rule=at_least(1), may_change=True
     )

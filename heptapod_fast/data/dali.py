@@ -24,7 +24,6 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heptapod_fast.data.entries import Readable
 from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.pixels import crop_pixels, decode_with_pillow, read
 
@@ -84,12 +84,12 @@ class DaliDecoder:
             ) from error
         self.preprocessing = f"{PREPROCESSING}/dali-{version}-{self.device.type}"
 
-    def decode(self, paths: Sequence[Path], out: np.ndarray) -> list[str | None]:
+    def decode(self, files: Sequence[Readable], out: np.ndarray) -> list[str | None]:
         """See `Decoder.decode`. RuntimeError if DALI stops working altogether."""
-        return list(self._pool.map(self._decode, paths, out))
+        return list(self._pool.map(self._decode, files, out))
 
-    def _decode(self, path: Path, row: np.ndarray) -> str | None:
-        data = _load(path, row, self.device.type == "cpu")
+    def _decode(self, file: Readable, row: np.ndarray) -> str | None:
+        data = _load(file, row, self.device.type == "cpu")
         if not isinstance(data, np.ndarray):
             return data
         pipeline = self._pipelines.get()
@@ -97,10 +97,10 @@ class DaliDecoder:
             try:
                 image = _run(pipeline, data)
             except Exception as error:
-                reason = decode_with_pillow(path, row)
+                reason = decode_with_pillow(file, row)
                 if reason is None:
                     self._check_alive(pipeline, error)
-                    logger.warning("%s: Pillow has read it, DALI cannot: %s", path, _first(error))
+                    logger.warning("%s: Pillow has read it, DALI cannot: %s", file, _first(error))
                 return reason
             self._finish(image, row)
             return None
@@ -200,7 +200,7 @@ def _picture() -> np.ndarray:
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-def _load(path: Path, row: np.ndarray, on_cpu: bool) -> np.ndarray | str | None:
+def _load(file: Readable, row: np.ndarray, on_cpu: bool) -> np.ndarray | str | None:
     """The file's bytes if it is one for DALI; else Pillow fills the row: None, or why it cannot."""
     size = row.shape[-1]
 
@@ -215,7 +215,7 @@ def _load(path: Path, row: np.ndarray, on_cpu: bool) -> np.ndarray | str | None:
         row[...] = crop_pixels(image, size)
         return None
 
-    return read(path, use)
+    return read(file, use)
 
 
 def _is_for_dali(data: bytes, format: str | None) -> bool:

@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from heptapod_fast.data.dali import DaliDecoder
+from heptapod_fast.data.entries import Readable
 from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.pixels import Decoder, decode_with_pillow, read
 
@@ -32,9 +32,9 @@ class PillowDecoder:
         self.preprocessing = f"{PREPROCESSING}/pillow-{PIL.__version__}"
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
 
-    def decode(self, paths: Sequence[Path], out: np.ndarray) -> list[str | None]:
+    def decode(self, files: Sequence[Readable], out: np.ndarray) -> list[str | None]:
         """See `Decoder.decode`."""
-        return list(self._pool.map(decode_with_pillow, paths, out))
+        return list(self._pool.map(decode_with_pillow, files, out))
 
 
 def open_decoder(
@@ -69,7 +69,7 @@ def _dali_is_installed() -> bool:
 
 
 def read_sizes(
-    paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
+    files: Sequence[Readable], progress: Callable[[int, int], None] | None = None
 ) -> list[tuple[int, int] | str]:
     """(width, height) of every file, from its header alone, or why it cannot be read."""
 
@@ -78,8 +78,8 @@ def read_sizes(
 
     found: list[tuple[int, int] | str] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for start in range(0, len(paths), _BLOCK):
-            found += pool.map(partial(read, use=size), paths[start : start + _BLOCK])
+        for start in range(0, len(files), _BLOCK):
+            found += pool.map(partial(read, use=size), files[start : start + _BLOCK])
             if progress is not None:
-                progress(len(found), len(paths))
+                progress(len(found), len(files))
     return found

@@ -1,77 +1,186 @@
-"""Files of a folder of images: which there are, of which class, and which cannot be used."""
+"""The images of a set, in a folder or an archive: which there are, of which class, and which cannot
+be used."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+from heptapod_fast.classes import as_text
+from heptapod_fast.data.archive import expand, is_archive, list_archive, split
+from heptapod_fast.data.entries import Contents, Entry, by_parts, list_folder
+from heptapod_fast.data.layout import (
+    LABEL,
+    hint_of_flat,
+    hint_of_numbers,
+    hint_of_one,
+    kinds,
+    labels_beside,
+    refuse_splits,
+)
+
+# What Pillow can open among the formats that pictures are kept in. Pillow may be built without
+# some of them (`image_endings`).
+ENDINGS = (
+    ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga "
+    ".avif .jp2 .j2k"
+).split()
 PREPROCESSING = "adm-crop-1/box-halve,bicubic,centre/rgb,white-under-transparency,no-exif-rotation"
 MAX_UPSCALE = 1.25
-Files = list[tuple[Path, int]]
+Files = list[tuple[Entry, int]]
+Progress = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
 
 
-def find_images(folder: Path) -> tuple[tuple[str, ...], Files]:
-    """Class names, and (path, label) of every image file, sorted by class and relative path.
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of a set.
+
+    Attributes:
+        root: the folder, the archive, or a folder in an archive.
+        name: of the root, short.
+        class_names: one per class; text that can be printed, whatever the folders are called.
+        files: (file, label) of every image, sorted by class and path.
+        notes: what a user should know of how they were found.
+    """
+
+    root: Path
+    name: str
+    class_names: tuple[str, ...]
+    files: Files
+    notes: list[str] = field(default_factory=list)
+
+
+def image_endings() -> tuple[str, ...]:
+    """Endings of files that are taken for images: `ENDINGS`, as far as this Pillow reads them."""
+    from PIL import Image
+
+    there = Image.registered_extensions()
+    return tuple(ending for ending in ENDINGS if ending in there)
+
+
+def find_images(root: Path, progress: Progress | None = None) -> ImageFiles:
+    """The images of a folder or an archive, by class.
+
+    One class per folder of the root, files searched below it at any depth; or one class, for images
+    that lie in the root itself. Where every image has a label in a file beside it (webdataset),
+    these count. Where there are no images but archives, each stands for the folder of its name.
+
+    Args:
+        progress: called as progress(megabytes passed, megabytes in all) while an archive's contents
+            are read.
 
     Raises:
         FileNotFoundError: no such folder, no images in it, or a class folder without images.
-        ValueError: images both in the folder itself and in subfolders, or not a folder.
+        ValueError: images both in the folder itself and in subfolders, a layout that is plainly
+            another, not a folder and not an archive, or an archive that cannot be read.
+        OSError: a folder that cannot be listed.
     """
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder; check --data")
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder of images, found a file; check --data")
-    entries = sorted(e for e in folder.iterdir() if not e.name.startswith("."))
-    flat = [entry for entry in entries if entry.is_file() and _is_image(entry.name)]
-    classes = [(entry, _walk(entry)) for entry in entries if entry.is_dir()]
-    if flat and any(paths for _, paths in classes):
-        full = next(entry for entry, paths in classes if paths)
+    contents, name = _contents(root, progress)
+    endings = image_endings()
+    images = [entry for entry in contents.files if entry.inner.lower().endswith(endings)]
+    others = [entry for entry in contents.files if not entry.inner.lower().endswith(endings)]
+    if not images:
+        contents = _unpacked(contents)
+        images = [entry for entry in contents.files if entry.inner.lower().endswith(endings)]
+        others = [entry for entry in contents.files if not entry.inner.lower().endswith(endings)]
+    images.sort(key=by_parts)
+    others.sort(key=by_parts)
+    if not images:
+        raise _no_images(root, others, endings)
+    labelled = labels_beside(str(root), images, others)
+    if labelled is not None:
+        class_names, labels = labelled
+        notes = [f"labels from the {LABEL} files beside the images"]
+        others = [entry for entry in others if not entry.inner.endswith(LABEL)]
+    else:
+        class_names, labels, notes = _classes_of_folders(root, name, contents, images)
+    if others:
+        notes.append(f"left aside, for they are no images that can be read: {kinds(others)}")
+    files = list(zip(images, labels, strict=True))
+    return ImageFiles(root, as_text(name), _readable_names(root, class_names), files, notes)
+
+
+def _contents(root: Path, progress: Progress | None) -> tuple[Contents, str]:
+    """Everything in a root, and its name."""
+    if root.is_dir():
+        return list_folder(root), root.resolve().name
+    in_archive = split(root)
+    if in_archive is not None:
+        archive, folder = in_archive
+        name = folder.rsplit("/", 1)[-1] if folder else archive.stem
+        return list_archive(archive, folder, progress), name
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder; check --data")
+    raise ValueError(
+        f"{root}: expected a folder of images, or a .tar or .zip of one, found a file; check --data"
+    )
+
+
+def _unpacked(contents: Contents) -> Contents:
+    """The contents, archives in the root itself replaced by what they hold."""
+    archives = [
+        entry for entry in contents.files if "/" not in entry.inner and is_archive(entry.inner)
+    ]
+    files = [entry for entry in contents.files if entry not in set(archives)]
+    folders = set(contents.folders)
+    for archive in sorted(archives, key=by_parts):
+        files += expand(archive)
+        folders.add(archive.inner.rsplit(".", 1)[0])
+    return Contents(files, folders)
+
+
+def _no_images(root: Path, others: list[Entry], endings: Sequence[str]) -> FileNotFoundError:
+    there = f"; there are {kinds(others)}" if others else ""
+    wanted = " ".join(ending[1:] for ending in endings)
+    return FileNotFoundError(
+        f"{root}: found no images ({wanted}) in it or in its subfolders{there}; check --data"
+    )
+
+
+def _classes_of_folders(
+    root: Path, name: str, contents: Contents, images: list[Entry]
+) -> tuple[tuple[str, ...], list[int], list[str]]:
+    """(class names, a label for each of the sorted images, notes)."""
+    flat = [image for image in images if "/" not in image.inner]
+    if flat and len(flat) < len(images):
+        nested = next(image for image in images if "/" in image.inner)
         raise ValueError(
-            f"{folder}: found images at its top level (such as {flat[0].name}) and in "
-            f"subfolders (such as {full.name}); --data needs one folder per class, or "
+            f"{root}: found images at its top level (such as {flat[0].inner}) and in "
+            f"subfolders (such as {by_parts(nested)[0]}); --data needs one folder per class, or "
             "one flat folder"
         )
     if flat:
-        return (folder.resolve().name,), [(path, 0) for path in flat]
-    if not any(paths for _, paths in classes):
-        kinds = " ".join(extension[1:] for extension in EXTENSIONS)
-        raise FileNotFoundError(
-            f"{folder}: found no images ({kinds}) in it or in its subfolders; check --data"
-        )
-    bare = [entry.name for entry, paths in classes if not paths]
+        return (name,), [0] * len(images), _said(hint_of_flat(images))
+    folders = [by_parts(image)[0] for image in images]
+    class_names = tuple(sorted(contents.folders))
+    bare = sorted(contents.folders - set(folders))
     if bare:
         raise FileNotFoundError(
-            f"{folder}: {len(bare)} class folders of --data hold no images; "
+            f"{root}: {len(bare)} class folders of --data hold no images; "
             "fill or remove them" + listing(bare, len(bare), 20)
         )
-    names = tuple(entry.name for entry, _ in classes)
-    files = [(path, label) for label, (_, paths) in enumerate(classes) for path in paths]
-    return names, files
+    refuse_splits(str(root), class_names)
+    number = {folder: label for label, folder in enumerate(class_names)}
+    notes = _said(hint_of_numbers(class_names))
+    if len(class_names) == 1:
+        notes += _said(hint_of_one(class_names[0], images))
+    return class_names, [number[folder] for folder in folders], notes
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Image files below a folder at any depth; links are followed, each real folder once."""
-    paths = []
-    seen = set()
-    for base, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(base)
-        # The list is changed in place, which is how os.walk is told where not to descend.
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [Path(base, name) for name in names if _is_image(name)]
-    return sorted(paths)
+def _said(hint: str) -> list[str]:
+    return [hint] if hint else []
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def _readable_names(root: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Class names as text that can be printed."""
+    readable = tuple(as_text(name) for name in names)
+    if len(set(readable)) < len(readable):
+        raise ValueError(f"{root}: two class folders have names that read alike; rename one")
+    return readable
 
 
 def listing(lines: Iterable[str], count: int, most: int) -> str:
@@ -82,8 +191,8 @@ def listing(lines: Iterable[str], count: int, most: int) -> str:
 
 
 def refuse_broken(
-    folder: Path, files: Files, found: list, max_broken: int
-) -> list[tuple[Path, str]]:
+    folder: Path, files: Files, found: Sequence[object], max_broken: int
+) -> list[tuple[Entry, str]]:
     """`found` holds a string, the reason, for every broken file; returns the broken files."""
     broken = [
         (path, reason)

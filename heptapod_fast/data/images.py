@@ -1,4 +1,4 @@
-"""A folder of image files as an `ImageSource`, decoded once into memory."""
+"""Image files of a folder or an archive as an `ImageSource`, decoded once into memory."""
 
 from __future__ import annotations
 
@@ -30,28 +30,32 @@ logger = logging.getLogger(__name__)
 
 
 class ImageFolder:
-    """Images of a folder: one class per subfolder, or one class for a flat folder.
+    """Images of a folder, or of a tar or zip of one: one class per subfolder, or one class for a
+    flat folder.
 
-    Classes are the subfolders in sorted order; files are searched below them at any depth. Files
-    and folders whose name starts with a dot, and files that are no images by their extension, are
-    ignored. All images are decoded at construction: RGB (grey, palette, CMYK and 16-bit files are
-    converted, transparency lies over white), no EXIF rotation, first frame of an animation, then
-    `centre_crop`.
+    Which files are images, and of which classes, `find_images` says. All images are decoded at
+    construction: RGB (grey, palette, CMYK and 16-bit files are converted, transparency lies over
+    white), no EXIF rotation, first frame of an animation, then `centre_crop`.
 
     Args:
-        folder: the folder.
+        folder: the folder, ARCHIVE, or ARCHIVE/FOLDER.
         image_size: side of the decoded images, in pixels.
         max_broken: how many unreadable files may be left out before it is an error.
         decoder: default `PillowDecoder`.
         progress: called as progress(files done, files in all) while decoding.
         allow_upscale: enlarge small images by any factor; else by 1.25 at most, with a warning.
+        listing_progress: called as progress(megabytes passed, megabytes in all) while the contents
+            of an archive are read.
 
     Attributes:
-        broken: (path, reason) of every file left out.
+        broken: (file, reason) of every file left out.
+        notes: what a user should know of how the files were found.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no images, or one of its classes none.
-        ValueError: mixed layout, images too small, too many broken files, not enough memory.
+        ValueError: a layout that says nothing sure of classes, images too small, too many broken
+            files, not enough memory.
+        OSError: a folder that cannot be listed.
     """
 
     def __init__(
@@ -62,15 +66,19 @@ class ImageFolder:
         decoder: Decoder | None = None,
         progress: Progress | None = None,
         allow_upscale: bool = False,
+        listing_progress: Progress | None = None,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"expected an --image-size of 1 or more, found {image_size}")
         self.folder = Path(folder)
         self.image_size = image_size
-        self.name = self.folder.resolve().name or str(self.folder)
-        self.class_names, files = find_images(self.folder)
+        found_files = find_images(self.folder, listing_progress)
+        self.name = found_files.name or str(self.folder)
+        self.class_names = found_files.class_names
+        self.notes = found_files.notes
+        files = found_files.files
         check_memory(len(files) * 3 * image_size**2, image_size, self.folder)
-        sizes = read_sizes([path for path, _ in files])
+        sizes = read_sizes([file for file, _ in files])
         refuse_broken(self.folder, files, sizes, max_broken)
         refuse_small(self.folder, files, sizes, image_size, allow_upscale)
         self._pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
@@ -117,8 +125,8 @@ class ImageFolder:
         """Fills the pixels; returns for every file None or the reason why it cannot be read."""
         reasons: list[str | None] = []
         for start in range(0, len(files), DECODE_BATCH):
-            paths = [path for path, _ in files[start : start + DECODE_BATCH]]
-            reasons += decoder.decode(paths, self._pixels[start : start + DECODE_BATCH].numpy())
+            batch = [file for file, _ in files[start : start + DECODE_BATCH]]
+            reasons += decoder.decode(batch, self._pixels[start : start + DECODE_BATCH].numpy())
             if progress is not None:
                 progress(len(reasons), len(files))
         return reasons
@@ -126,8 +134,8 @@ class ImageFolder:
     def _fingerprint(self, files: Files) -> str:
         """Of names, labels and decoded pixels: a picture repainted in place is another set."""
         digest = hashlib.sha256(f"{PREPROCESSING}/{self.image_size}\n".encode())
-        for path, label in files:
-            digest.update(os.fsencode(path.relative_to(self.folder).as_posix()))
+        for file, label in files:
+            digest.update(os.fsencode(file.inner))
             digest.update(f"\0{label}\n".encode())
         digest.update(self._pixels.numpy().data)
         return digest.hexdigest()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
 import numpy as np
+
+from heptapod_fast.data import png
+from heptapod_fast.data.entries import Readable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,25 +47,43 @@ class Decoder(Protocol):
 
     preprocessing: str
 
-    def decode(self, paths: Sequence[Path], out: np.ndarray) -> list[str | None]:
+    def decode(self, files: Sequence[Readable], out: np.ndarray) -> list[str | None]:
         """Fills out, (n, 3, S, S) uint8, RGB; returns for every file None or the reason why it
         cannot be read, whose row is left alone. A file's pixels do not depend on the others."""
         ...
 
 
-def read(path: Path, use: Callable[[ImageFile], Result]) -> Result | str:
+def read(file: Readable, use: Callable[[ImageFile], Result]) -> Result | str:
     """use(image), or a string, the reason why the file cannot be read.
 
     Raises:
         OSError, MemoryError: the machine failed, not the file (no memory, too many open files, an
             input/output error), or the file is gone since its folder was listed.
     """
+    try:
+        with file.open("rb") as stream:
+            if stream.seek(0, os.SEEK_END) == 0:
+                return "the file is empty (0 bytes)"
+            found = _read_stream(stream, use)
+            if isinstance(found, str) and (pixels_alone := png.without_metadata(stream)):
+                # Pillow refuses a PNG for its metadata: large, or damaged. Pixels decide.
+                found = _read_stream(pixels_alone, use)
+            return found
+    except OSError as error:
+        is_gone = error.errno == errno.ENOENT and not os.path.lexists(error.filename or "")
+        if is_gone or error.errno in _MACHINE:
+            raise
+        return f"{type(error).__name__}: {error}"
+    except ValueError as error:  # of an archive that is damaged at this file
+        return str(error)
+
+
+def _read_stream(stream: BinaryIO, use: Callable[[ImageFile], Result]) -> Result | str:
     from PIL import Image, UnidentifiedImageError
 
+    stream.seek(0)
     try:
-        if path.stat().st_size == 0:
-            return "the file is empty (0 bytes)"
-        with Image.open(path) as image:
+        with Image.open(stream) as image:
             return use(image)
     except UnidentifiedImageError:
         return "not an image that Pillow knows"
@@ -72,8 +92,7 @@ def read(path: Path, use: Callable[[ImageFile], Result]) -> Result | str:
     except MemoryError:
         raise
     except OSError as error:
-        is_gone = error.errno == errno.ENOENT and not os.path.lexists(path)
-        if is_gone or error.errno in _MACHINE:
+        if error.errno in _MACHINE:
             raise
         return f"{type(error).__name__}: {error}"
     # Decoders answer damaged files with many kinds of exception; none may end a run of thousands.
@@ -86,13 +105,13 @@ def crop_pixels(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(centre_crop(to_rgb(image), size)).transpose(2, 0, 1)
 
 
-def decode_with_pillow(path: Path, row: np.ndarray) -> str | None:
+def decode_with_pillow(file: Readable, row: np.ndarray) -> str | None:
     """Fills row, (3, S, S) uint8; returns None, or why the file cannot be read."""
 
     def fill(image: Image.Image) -> None:
         row[...] = crop_pixels(image, row.shape[-1])
 
-    return read(path, fill)
+    return read(file, fill)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -105,6 +124,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; convert the file to 8 bits")
+    see_through = png.transparent_pixels(image)
+    if see_through is not None:
+        # What follows is told nothing of a colour that Pillow may look for in vain.
+        del image.info["transparency"]
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips these at 255 instead of scaling them.
         deep = np.asarray(image).astype(np.int64)
@@ -118,7 +141,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if see_through is not None:
+        image.paste("white", mask=Image.fromarray(see_through))
+    return image
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -38,6 +38,7 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
             num_classes=data.num_classes,
         )
     refuse_missing_data(data)
+    listing = Progress("reading the archive's contents", "MiB")
     return ImageFolder(
         decided(data.data, "data"),
         data.image_size,
@@ -45,6 +46,7 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
         decoder=open_decoder(data.decoder),
         allow_upscale=data.allow_upscale,
         progress=Progress("decoding") if show_progress else None,
+        listing_progress=listing if show_progress else None,
     )
 
 

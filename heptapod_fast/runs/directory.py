@@ -7,16 +7,20 @@ RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import IO
 
-from heptapod_fast import checkpoints
+from heptapod_fast import checkpoints, storage
 from heptapod_fast.config import Config, flag
 from heptapod_fast.config.reading import run_dir_of_version_1
+from heptapod_fast.data.entries import is_debris
+from heptapod_fast.storage import InUseError
 from heptapod_fast.systems import read_config
+
+logger = logging.getLogger(__name__)
 
 
 class RunError(RuntimeError):
@@ -66,6 +70,9 @@ class RunDir:
             RunError: another process holds it, it belongs to another configuration, or it cannot be
                 written.
         """
+        meant = self.meant()
+        if meant:
+            raise RunError(f"--out {self.path} is no place for a run: {meant}")
         try:
             is_new = self._make()
             self._lock = open(self.path / ".lock", "a+")
@@ -95,14 +102,16 @@ class RunDir:
 
     def _take_lock(self, lock: IO[str]) -> None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            warning = storage.lock(lock)
+        except InUseError as error:
             lock.seek(0)
             other = lock.read().strip() or "another process"
             lock.close()
             raise RunError(
                 f"{self.path} is in use by {other}: wait for it, stop it, or choose another --out"
             ) from error
+        if warning:
+            logger.warning("WARNING: %s", warning)
 
     def _unwritable(self, error: OSError) -> RunError:
         return RunError(
@@ -170,11 +179,28 @@ class RunDir:
     def _refuse_foreign_files(self) -> None:
         """A folder with something else in it is no run directory."""
         of_a_start_cut_off = {".lock", self.config.with_suffix(".tmp").name}
-        foreign = sorted({path.name for path in self.path.iterdir()} - of_a_start_cut_off)
+        there = {path.name for path in self.path.iterdir()} - of_a_start_cut_off
+        foreign = sorted(name for name in there if not is_debris(name))
         if foreign:
             raise RunError(
-                f"{self.path} is not a run directory but holds {foreign[:5]}: choose another --out"
+                f"{self.path} is not a run directory but holds {', '.join(foreign[:5])}: "
+                "choose another --out"
             )
+
+    def meant(self) -> str:
+        """Which run this path, which is none, is about, as the end of an error: of one of its
+        checkpoints it is said that the run is to be named. Empty where it is about none."""
+        for above in self.path.absolute().parents[:2]:
+            is_of_run = self.path.absolute().is_relative_to(above / self.checkpoints.name)
+            if is_of_run and (above / self.config.name).is_file():
+                return f"it belongs to the run directory {self._as_given(above)}: name that"
+        return ""
+
+    def _as_given(self, above: Path) -> Path:
+        """A folder above this path, spelt as the path was."""
+        if self.path.is_absolute():
+            return above
+        return Path(os.path.relpath(above))
 
     def _began(self) -> bool:
         """Whether there is anything to lose: a start that failed leaves no more than settings."""
@@ -193,7 +219,12 @@ class RunDir:
     def read_config(self) -> Config:
         """The settings of the run. RunError if there are none or they cannot be read."""
         if not self.config.exists():
-            raise RunError(f"{self.path} is not a run directory: it has no config.json")
+            meant = self.meant()
+            there = "" if self.path.exists() else "; there is no such folder"
+            raise RunError(
+                f"{self.path} is not a run directory: it has no config.json"
+                + (f"; {meant}" if meant else there)
+            )
         try:
             return read_config(self.config.read_text())
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -109,7 +109,7 @@ def load_run(
     target = choose_device(device)
     dtype = choose_precision(config.run.precision if precision == "auto" else precision, target)
     system = build_system(config, len(class_names), target, fill=False)
-    weights = _weights_file(config, ema)
+    weights = weights_file(config, ema)
     system.load_state_dict(chosen.read(weights))
     system.eval().requires_grad_(False).set_dtype(dtype)
     if tokenizer_weights is not None:
@@ -128,7 +128,7 @@ def load_run(
     )
 
 
-def _weights_file(config: Config, ema: str | None) -> str:
+def weights_file(config: Config, ema: str | None) -> str:
     """The file of a checkpoint that holds the weights asked for."""
     names = [ema_name(decay) for decay in config.recipe.ema]
     if ema == "none" or (ema is None and not names):

@@ -1,4 +1,4 @@
-"""Many samples, in batches."""
+"""Many samples, in batches, on one process or several."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.options import SampleOptions
+from heptapod_fast.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+_NUMBERS = 2**32  # images of one class that have keys of their own
 
 
 class Sampler(Protocol):
@@ -41,6 +45,17 @@ def spread(classes: list[int], count: int) -> Tensor:
     return torch.tensor([classes[i * len(classes) // count] for i in range(count)])
 
 
+def keys(labels: Tensor) -> Tensor:
+    """(B,) labels -> (B,) int64 keys of the draws: the label, and how many of the same label stand
+    before it. With the seed they decide an image, whatever else is sampled in the same call."""
+    order = labels.argsort(stable=True)
+    ranked = labels[order]
+    first_of_class = torch.searchsorted(ranked, ranked)
+    number = torch.empty_like(labels)
+    number[order] = torch.arange(len(labels)) - first_of_class
+    return labels * _NUMBERS + number
+
+
 def generate(
     system: Sampler,
     tokenizer: Decoder,
@@ -49,19 +64,47 @@ def generate(
     options: SampleOptions | None = None,
     batch: int = 256,
     progress: Callable[[int, int], None] | None = None,
+    finish: Callable[[Tensor], Tensor] = Tensor.float,
+    world: World | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(labels, images) of one batch after the other: (b,) int64, and (b, 3, H, W) float32 on the
-    CPU.
+    """(labels, images) of one batch after the other: (b,) int64, and (b, 3, H, W) on the CPU.
 
-    Image i depends on its class, i and the rng, not on `batch`.
+    An image depends on the rng, its class, and its number within the class (`keys`), not on what
+    else is asked for. Batches of another size or another composition may move its last bits, as
+    matrix products round by their shapes.
+
+    Args:
+        classes: labels of all images.
+        progress: called as progress(images done, images in all), on the main rank.
+        finish: what is done to (b, 3, H, W) float images on the device before they come here.
+        world: ranks that share the work, a batch each in turn, so that every number of them makes
+            the same batches and the same bits. All batches come out on the main rank, none on the
+            others. Collective: every rank must go through all that comes.
     """
-    for start in range(0, len(classes), batch):
-        labels = classes[start : start + batch]
-        index = torch.arange(start, start + len(labels))
-        tokens = system.sample(labels, rng, options, index)
-        yield labels, tokenizer.decode(tokens).float().cpu()
-        if progress is not None:
-            progress(start + len(labels), len(classes))
+    index = keys(classes)
+    starts = range(0, len(classes), batch)
+    world = ALONE if world is None else world
+    for first in range(0, len(starts), world.size):
+        turn = starts[first : first + world.size]
+        # A rank for which no batch is left makes the last one too: it has to wait for it anyway.
+        mine = turn[min(world.rank, len(turn) - 1)]
+        these = slice(mine, mine + batch)
+        tokens = system.sample(classes[these], rng, options, index[these])
+        images = finish(tokenizer.decode(tokens))
+        for start, whole in zip(turn, _gathered(images, batch, world), strict=False):
+            labels = classes[start : start + batch]
+            yield labels, whole[: len(labels)].cpu()
+            if progress is not None:
+                progress(start + len(labels), len(classes))
+
+
+def _gathered(images: Tensor, batch: int, world: World) -> list[Tensor]:
+    """The batches of all ranks, in order, on the main one; elsewhere an empty list. The last batch
+    is shorter than the others, where ranks can only send what is of one shape."""
+    if world.size > 1 and len(images) < batch:
+        filling = images.new_zeros(batch - len(images), *images.shape[1:])
+        images = torch.cat((images, filling))
+    return world.gather(images)
 
 
 def together(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

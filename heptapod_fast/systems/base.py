@@ -171,6 +171,11 @@ class System(nn.Module, ABC):
     def decays(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay acts on a parameter."""
 
+    def class_table(self) -> str | None:
+        """Name of the parameter that has a row for each class, row r for class r; None where there
+        is none. --init-from takes its rows by the classes' names."""
+        return None
+
     @abstractmethod
     def units(self) -> list[nn.Module]:
         """The modules that may be wrapped, compiled or recomputed one by one, in the order they

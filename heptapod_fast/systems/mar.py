@@ -205,6 +205,10 @@ class MarSystem(System):
         """See System.set_dtype."""
         self.backbone.dtype = dtype
 
+    def class_table(self) -> str:
+        """See System.class_table."""
+        return "backbone.label.weight"
+
     def token_losses(
         self, z_RD: Tensor, batch: Batch, rows: Rows, rng: Rng
     ) -> tuple[Tensor, Tensor]:

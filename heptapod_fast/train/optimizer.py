@@ -106,6 +106,12 @@ class Optimizer:
         self.skipped += (~is_good).float()
         return torch.where(is_good, correction * clipping, torch.zeros_like(norm)).float()
 
+    def restart_averages(self) -> None:
+        """Moving averages begin at the parameters as they are now."""
+        for average in self.emas.values():
+            for tensor, parameter in zip(average, self.parameters, strict=True):
+                tensor.copy_(parameter.detach())
+
     @contextmanager
     def averaged(self, name: str | None) -> Iterator[None]:
         """In this context the system's parameters are those of a moving average (None: live)."""

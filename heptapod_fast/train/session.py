@@ -14,10 +14,12 @@ import torch
 
 from heptapod_fast import checkpoints, ops
 from heptapod_fast.checkpoints import CheckpointError
+from heptapod_fast.classes import numbered
 from heptapod_fast.config import BatchSplit, Config
 from heptapod_fast.config.data import EMBEDDED
 from heptapod_fast.data.cache.format import Cache
 from heptapod_fast.data.cache.reader import CacheTokens
+from heptapod_fast.data.images import ImageFolder
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import TokenSource
 from heptapod_fast.ops.dispatch import Operators
@@ -25,6 +27,7 @@ from heptapod_fast.progress import Progress
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs.data import open_images, open_run_cache, open_tokens
 from heptapod_fast.runs.directory import RunDir, RunError
+from heptapod_fast.runs.initial import find_weights, report, start_from
 from heptapod_fast.runs.tokenizer import keep_tokenizer, open_tokenizer
 from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
@@ -105,10 +108,15 @@ def prepare(
     dtype = choose_precision(config.run.precision, world.device)
     operators = choose_operators(config, world.device)
     with world.together():
+        if config.run.init_from is not None and not checkpoints.listed(directory.checkpoints):
+            find_weights(config.run.init_from)  # before hours of encoding
         cache = open_run_cache(config)
         images = open_images(config, world.main)
         if images is not None:  # before hours of encoding
             _refuse_other_classes(config, len(images.class_names))
+    if isinstance(images, ImageFolder):
+        for note in images.notes:
+            say(f"found     {note}")
     tokenizer = _open_tokenizer(config, world, directory, images, cache)
     reserved = 0
     if cache is not None:
@@ -218,8 +226,10 @@ def describe(
     lines = [
         f"run       {directory.path}",
         f"data      {data.data}: {source.num_images:,} images, {source.num_classes} classes, "
-        f"flip {'on' if data.flip else 'off'}; {epochs:.2f} epochs",
+        f"{_views(data.flip, source)}; {epochs:.2f} epochs",
     ]
+    if source.class_names != tuple(map(str, range(source.num_classes))):
+        lines.append(f"classes   {numbered(source.class_names)}")
     if data.data in EMBEDDED and Path(data.data).is_dir():
         lines.append(f"          not the folder of that name, which is --data ./{data.data}")
     if isinstance(source, CacheTokens):
@@ -234,6 +244,12 @@ def describe(
     ]
     lines += [f"operator  {line}" for line in operators.lines()]
     return [*lines, f"          {ops.library.status()}"]
+
+
+def _views(flip: bool, source: TokenSource) -> str:
+    if isinstance(source, CacheTokens) and source.cache.views > 2:
+        return f"one of {source.cache.views} views ({source.cache.augmentation}) at a time"
+    return f"flip {'on' if flip else 'off'}"
 
 
 def _why_precision(config: Config, name: str) -> str:
@@ -300,6 +316,7 @@ def resume(session: Session) -> State:
                 "all machines share"
             )
     if found is None:
+        _start_from_weights(session)
         return State()
     with world.together():
         _refuse_other_data(session, found.state)
@@ -308,6 +325,20 @@ def resume(session: Session) -> State:
         for line in other_environment(session):
             session.say(line)
     return State(found.state["images"])
+
+
+def _start_from_weights(session: Session) -> None:
+    """The weights of --init-from, for a run that begins. Collective call."""
+    path = session.config.run.init_from
+    if path is None:
+        return
+    class_names = session.source.class_names
+    with session.world.together():
+        weights = find_weights(path)
+        taken = start_from(session.system, weights, class_names)
+    session.optimizer.restart_averages()
+    for line in report(taken, weights, session.system, class_names, session.tokenizer_id):
+        session.say(line)
 
 
 def other_environment(session: Session) -> list[str]:

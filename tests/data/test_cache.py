@@ -62,8 +62,10 @@ def test_plain_zarr_reads_it(made):
     tokenizer, pixels = small_tokenizer(), pixels_of(made)
     assert np.array_equal(codes[:, 0], tokenizer.encode(pixels).numpy())
     assert np.array_equal(codes[:, 1], tokenizer.encode(pixels.flip(-1)).numpy())
-    order, (names, files) = group["source_index"][:], find_images(made.path.parent / "images")
-    assert names == CLASSES and sorted(order) == list(range(COUNT)) and list(order) != sorted(order)
+    order, images = group["source_index"][:], find_images(made.path.parent / "images")
+    files = images.files
+    assert images.class_names == CLASSES
+    assert sorted(order) == list(range(COUNT)) and list(order) != sorted(order)
     assert group["labels"][:].tolist() == [files[k][1] for k in order]
 
 
@@ -155,7 +157,7 @@ def test_every_epoch_shows_every_image_once(made, monkeypatch):
     epochs = [source.sources(torch.arange(e * COUNT, (e + 1) * COUNT)) for e in range(3)]
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    _, files = find_images(made.path.parent / "images")
+    files = find_images(made.path.parent / "images").files
     batch = source.batch(torch.arange(COUNT))
     assert batch.labels.tolist() == [files[k][1] for k in epochs[0]]
 

@@ -201,10 +201,11 @@ def test_a_disk_that_is_too_small(folder, tmp_path, monkeypatch):
 
 def spoil(folder, number, kind="truncated"):
     """Damage one image; returns its path inside the folder."""
-    path = find_images(folder)[1][number][0]
+    file = find_images(folder).files[number][0]
+    path = folder / file.inner
     raw = path.read_bytes()
     path.write_bytes({"truncated": raw[: len(raw) // 2], "empty": b"", "page": b"<html>"}[kind])
-    return path.relative_to(folder).as_posix()
+    return file.inner
 
 
 def test_broken_images_are_left_out_one_by_one(tmp_path):
@@ -361,7 +362,7 @@ def test_threads_do_not_change_the_bytes(tmp_path):
 
 def test_codebooks(tmp_path):
     folder = image_folder(tmp_path / "images", 12)
-    _, files = find_images(folder)
+    files = find_images(folder).files
     spoil(folder, 3)
     settings = CacheSettings(
         data=str(folder),
@@ -465,7 +466,7 @@ def test_a_machine_that_fails_breaks_no_images(folder, tmp_path, undisturbed, er
 
 def test_classes_and_sets_without_a_readable_image(tmp_path):
     folder = image_folder(tmp_path / "images", 12)
-    files = find_images(folder)[1]
+    files = find_images(folder).files
     for k, (_, label) in enumerate(files):
         if label == 1:
             spoil(folder, k)

@@ -8,7 +8,6 @@ processes.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from heptapod_fast.classes import as_text
 from heptapod_fast.data.cache.format import FILLS, Cache, CacheError, open_array, open_cache
 from heptapod_fast.data.cache.plan import Plan
 from heptapod_fast.data.cache.site import Site, SiteState, lock_cache
@@ -59,12 +59,12 @@ class _Decoded:
 
     Attributes:
         at: its first row in the shard.
-        images: (n, 3, S, S) uint8.
+        crops: (n, 3, side, side) uint8 for every side that views are cut out of.
         reasons: for every image None, or why it could not be read.
     """
 
     at: int
-    images: np.ndarray
+    crops: list[np.ndarray]
     reasons: list[str | None]
 
 
@@ -170,12 +170,15 @@ class Builder:
     def _decoded(self, sources: np.ndarray) -> Iterator[_Decoded]:
         """The images of a shard in batches, decoded one batch ahead."""
         plan = self.plan
-        side = plan.tokenizer.image_size
+        sides = plan.augmentation.sides(plan.tokenizer.image_size)
 
         def decode(start: int) -> _Decoded:
-            paths = [plan.files[k][0] for k in sources[start : start + plan.batch]]
-            images = np.zeros((len(paths), 3, side, side), np.uint8)
-            return _Decoded(start, images, plan.decoder.decode(paths, images))
+            files = [plan.files[k][0] for k in sources[start : start + plan.batch]]
+            crops = [np.zeros((len(files), 3, side, side), np.uint8) for side in sides]
+            reasons = [plan.decoder.decode(files, crop) for crop in crops]
+            # What is wrong with a file at one size is enough to leave it out.
+            of_files = zip(*reasons, strict=True)
+            return _Decoded(start, crops, [next(filter(None, r), None) for r in of_files])
 
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(decode, 0)
@@ -192,13 +195,12 @@ class Builder:
             if reason is None:
                 continue
             source = int(shard.sources[row])
-            path = self.plan.files[source][0].relative_to(self.plan.folder)
+            file = self.plan.files[source][0]
             shard.quarantine.append(
                 {
                     "row": shard.first + row,
                     "source_index": source,
-                    # Names of files need not be text.
-                    "path": os.fsencode(path).decode(errors="backslashreplace"),
+                    "path": as_text(file.inner),
                     "reason": reason,
                 }
             )
@@ -212,15 +214,16 @@ class Builder:
         rows = batch.at + np.flatnonzero(good)
         # Always whole batches, unreadable images as they are: libraries choose algorithms by the
         # size of a batch, and an image's tokens must not depend on its neighbours.
-        count = len(batch.images)
-        whole = torch.zeros(plan.batch, *batch.images.shape[1:], dtype=torch.uint8)
-        whole[:count] = torch.from_numpy(batch.images)
-        pixels = to_unit(whole.to(plan.tokenizer.device))
-        for view in range(plan.views):
-            if view == 1:
-                pixels = pixels.flip(-1)
+        count = len(batch.reasons)
+        crops = []
+        for images in batch.crops:
+            whole = torch.zeros(plan.batch, *images.shape[1:], dtype=torch.uint8)
+            whole[:count] = torch.from_numpy(images)
+            crops.append(to_unit(whole.to(plan.tokenizer.device)))
+        views = plan.augmentation.cut(crops, plan.tokenizer.image_size)
+        for view, pixels in enumerate(views):
             with torch.no_grad():
-                stored = plan.tokenizer.to_stored(pixels)
+                stored = plan.tokenizer.to_stored(pixels.contiguous())
             for name, values in stored.items():
                 array = shard.arrays[name]
                 kept = values[:count].cpu().numpy()[good]

@@ -18,6 +18,7 @@ from heptapod_fast.data.cache.format import (
     check_metadata,
     size_damage,
 )
+from heptapod_fast.data.entries import is_debris
 from heptapod_fast.tokenizers import NO_CODE, StoredArray
 
 _READERS = 4
@@ -81,9 +82,9 @@ def _foreign_files(cache: Cache) -> list[str]:
     there = set()
     for path in cache.path.rglob("*"):
         inside = path.relative_to(cache.path)
-        # File managers and network file systems leave hidden files behind.
-        is_hidden = path.name.startswith(".")
-        if path.is_file() and not is_hidden and BUILDING not in inside.parts:
+        # File managers and network file systems leave files behind.
+        is_foreign = any(is_debris(part) for part in inside.parts)
+        if path.is_file() and not is_foreign and BUILDING not in inside.parts:
             there.add(inside.as_posix())
     extra = sorted(there - cache.manifest["files"].keys() - {MANIFEST})
     return [f"{name}: not part of the cache" for name in extra]

@@ -6,8 +6,8 @@
                   manifest.json           written last: a folder without it is no cache
                   tokenizer.safetensors   a fitted codebook (patch-vq)
 
-N images in shuffled order (row r is image source_index[r] of the sorted files), V views (the second
-one mirrored), cut into shards of 8192 rows and chunks of 64, uncompressed. What was never written
+N images in shuffled order (row r is image source_index[r] of the sorted files), V views (`Views`
+says which), cut into shards of 8192 rows and chunks of 64, uncompressed. What was never written
 reads as NaN, or as code 65535, never as zeros. Any Zarr library reads it.
 
 One shard file is its chunks in order, then where each of them is (offset and length, 16 bytes) and
@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from heptapod_fast.data.views import Views
 from heptapod_fast.storage import checksum
 from heptapod_fast.tokenizers import (
     NO_CODE,
@@ -40,6 +41,7 @@ from heptapod_fast.tokenizers import (
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+GROUP = "zarr.json"  # of the whole cache, by which Zarr libraries know it
 CODEBOOK = "tokenizer.safetensors"
 BUILDING = ".building"  # the folder of a build that is not finished
 SHARD_ROWS = 8192
@@ -99,8 +101,13 @@ class Cache:
 
     @property
     def views(self) -> int:
-        """V: 2 with mirrored images, else 1."""
+        """V, views of every image."""
         return self.manifest["views"]
+
+    @cached_property
+    def augmentation(self) -> Views:
+        """Which views they are."""
+        return Views.described(self.manifest)
 
     @property
     def shards(self) -> int:
@@ -363,7 +370,12 @@ def _contradiction(cache: Cache) -> str:
         return "its quarantine does not name rows in ascending order"
     if len(broken) >= cache.rows:
         return "none of its images could be read"
-    if cache.rows < 1 or cache.views not in (1, 2) or not cache.class_names or cache.shards < 1:
+    if (
+        cache.rows < 1
+        or cache.views != cache.augmentation.count
+        or not cache.class_names
+        or cache.shards < 1
+    ):
         return "its rows, views or classes make no sense"
     if len(manifest["sums"]) != cache.shards:
         return f"it has no sums of {cache.shards} shards"
@@ -376,7 +388,7 @@ def _contradiction(cache: Cache) -> str:
 
 def _needed_files(cache: Cache) -> set[str]:
     """Files without which there is no cache."""
-    needed = {"zarr.json"}
+    needed = {GROUP}
     needed |= {f"{array}/zarr.json" for array in (*cache.arrays, *INDEX)}
     needed |= {f"{array}/c/0" for array in INDEX}
     for shard in range(cache.shards):

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from heptapod_fast.classes import numbered
 from heptapod_fast.data.cache.builder import Builder
 from heptapod_fast.data.cache.format import (
     BUILDING,
@@ -28,6 +29,7 @@ from heptapod_fast.data.decoding import open_decoder, read_sizes
 from heptapod_fast.data.files import Files, find_images, refuse_broken, refuse_small
 from heptapod_fast.data.order import sample_ids
 from heptapod_fast.data.pixels import Decoder
+from heptapod_fast.data.views import CROP_RANGES, Views
 from heptapod_fast.progress import Progress, duration
 from heptapod_fast.tokenizers import (
     FITTED,
@@ -48,7 +50,8 @@ class CacheSettings:
     """Encode a folder of images into a Zarr cache for tools/train.py --data CACHE.zarr."""
 
     data: str
-    """Folder of images: one class per subfolder, or a flat folder, one class."""
+    """Folder of images: one class per subfolder, or a flat folder, one class. Or a .tar or .zip of
+    such a folder, not unpacked (ARCHIVE, or ARCHIVE/FOLDER for a folder inside of it)."""
     out: str
     """The cache, a folder whose name ends in .zarr."""
     tokenizer: Literal["kl16", "vq16", "patch", "patch-vq"]
@@ -61,8 +64,13 @@ class CacheSettings:
     """Side of a patch in pixels (patch, patch-vq; default 16 from 128 pixels on, else 4)."""
     codes: int | None = None
     """Size of the patch-vq codebook."""
+    views: Literal["plain", "flip", "ten-crop"] | None = None
+    """What is stored of every image (default: plain): flip, its mirror image too; ten-crop, corners
+    and centre, each also mirrored, of a larger crop, as LlamaGen trains on. Training draws one."""
     flip: bool = False
-    """Store mirror images as a second view, for training with --flip."""
+    """The same as --views flip."""
+    crop_ranges: tuple[float, ...] = CROP_RANGES
+    """For ten-crop: how much larger than the image the crop is; ten views for each."""
     max_broken: int = 0
     """Unreadable images that may be left out; they are listed in the manifest."""
     allow_upscale: bool = False
@@ -93,6 +101,14 @@ class CacheSettings:
     def path(self) -> Path:
         """Of the cache."""
         return Path(self.out)
+
+    @property
+    def augmentation(self) -> Views:
+        """The views that are stored."""
+        kind = self.views or ("flip" if self.flip else "plain")
+        if kind == "ten-crop":
+            return Views(kind, self.crop_ranges)
+        return Views(kind)
 
     @property
     def is_begun(self) -> bool:
@@ -127,7 +143,11 @@ def make_cache(settings: CacheSettings, world: World, say: Say) -> None:
     settings = settings.with_patch_size()
     _check_settings(settings)
     threads = _threads_of(settings, world)
-    class_names, files = find_images(settings.folder)
+    images = find_images(settings.folder, _listing_progress(world))
+    files = images.files
+    if world.main:
+        for line in [*images.notes, f"classes: {numbered(images.class_names)}"]:
+            say(f"found     {line}")
     decoder = open_decoder(settings.decoder, world.device, threads)
     if world.main and not settings.is_begun:
         _check_images(settings, files)
@@ -137,12 +157,10 @@ def make_cache(settings: CacheSettings, world: World, say: Say) -> None:
     if tokenizer is None:
         tokenizer = _fitted(settings, world, files, decoder)
     plan = Plan(
-        settings.folder,
-        files,
-        class_names,
+        images,
         tokenizer.to(world.device),
         decoder,
-        settings.flip,
+        settings.augmentation,
         settings.batch,
         settings.seed,
         settings.shard_rows,
@@ -181,6 +199,10 @@ def _build_together(site: Site, builder: Builder, world: World, say: Say) -> Non
         site.finish()
 
 
+def _listing_progress(world: World) -> Progress | None:
+    return Progress("reading the archive's contents", "MiB") if world.main else None
+
+
 def _progress(world: World) -> Progress:
     if world.size == 1:
         return Progress("encoding")
@@ -214,9 +236,13 @@ def _check_settings(settings: CacheSettings) -> None:
     name = settings.tokenizer
     if settings.path.suffix != ".zarr":
         raise ValueError(
-            f"--out {settings.out}: expected a name that ends in .zarr, by which "
-            "tools/train.py --data knows caches"
+            f"--out {settings.out}: expected a name that ends in .zarr, by which other tools know "
+            "what it is"
         )
+    if settings.flip and settings.views not in (None, "flip"):
+        raise ValueError(f"--flip and --views {settings.views}: give one of them")
+    if settings.crop_ranges != CROP_RANGES and settings.augmentation.kind != "ten-crop":
+        raise ValueError("--crop-ranges needs --views ten-crop")
     spec = token_spec(name, settings.image_size, settings.patch_size, settings.codes)
     TOKENIZERS[name].stored_arrays(spec)
     weights = settings.tokenizer_weights
@@ -253,14 +279,15 @@ def _check_images(settings: CacheSettings, files: Files) -> None:
         ValueError: too many files that cannot be read, or images that are too small.
     """
     folder = settings.folder
-    sizes = read_sizes([path for path, _ in files], Progress("looking at headers"))
+    sizes = read_sizes([file for file, _ in files], Progress("looking at headers"))
     broken = refuse_broken(folder, files, sizes, settings.max_broken)
     if len(broken) == len(files):
         raise ValueError(
             f"{folder}: none of its {len(files)} images can be read (first: "
             f"{broken[0][1]}): choose another --data"
         )
-    refuse_small(folder, files, sizes, settings.image_size, settings.allow_upscale)
+    side = max(settings.augmentation.sides(settings.image_size))
+    refuse_small(folder, files, sizes, side, settings.allow_upscale)
 
 
 def _load(settings: CacheSettings, weights: str | Path | None) -> Tokenizer:
@@ -321,9 +348,10 @@ def fit_codebook(
 def _report(cache: Cache, seconds: dict[str, float], took: str) -> list[str]:
     """What was built, where the time went, what to do next."""
     left_out = cache.manifest["quarantine"]
+    views = f"{cache.views} view{'s' * (cache.views > 1)} ({cache.augmentation})"
     lines = [
-        f"finished  {cache.path}: {cache.rows - len(left_out):,} images, "
-        f"{cache.views} view{'s' * (cache.views > 1)}, {cache.nbytes / 1e6:,.1f} MB, {took}"
+        f"finished  {cache.path}: {cache.rows - len(left_out):,} images, {views}, "
+        f"{cache.nbytes / 1e6:,.1f} MB, {took}"
     ]
     total = sum(seconds.values())
     if total:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from heptapod_fast.data.cache.format import CHUNK_ROWS, FORMAT
-from heptapod_fast.data.files import Files, listing
+from heptapod_fast.data.files import Files, ImageFiles, listing
 from heptapod_fast.data.order import sample_ids
 from heptapod_fast.data.pixels import Decoder
+from heptapod_fast.data.views import Views
 from heptapod_fast.tokenizers import StoredArray, Tokenizer
 
 
@@ -24,11 +25,10 @@ class Plan:
     """What a cache will hold; on one kind of processor equal plans give equal bytes.
 
     Attributes:
-        folder: the folder of images. files: its (path, label) pairs in sorted order.
-        class_names: one name per class.
+        images: the files, sorted, and their classes.
         tokenizer: ready to use, on its device.
         decoder: reads the images.
-        flip: store a second, mirrored view.
+        augmentation: the views of every image.
         batch: images encoded at once.
         seed: of the order of the rows.
         shard_rows: rows of a shard.
@@ -39,12 +39,10 @@ class Plan:
         ValueError: a setting is out of range; names the flag.
     """
 
-    folder: Path
-    files: Files
-    class_names: tuple[str, ...]
+    images: ImageFiles
     tokenizer: Tokenizer
     decoder: Decoder
-    flip: bool
+    augmentation: Views
     batch: int
     seed: int
     shard_rows: int
@@ -68,6 +66,21 @@ class Plan:
         self.order = sample_ids(index, self.rows, self.seed).numpy().astype("<i4")
 
     @property
+    def folder(self) -> Path:
+        """Of the images, or their archive."""
+        return self.images.root
+
+    @property
+    def files(self) -> Files:
+        """(file, label) of every image, sorted."""
+        return self.images.files
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class."""
+        return self.images.class_names
+
+    @property
     def rows(self) -> int:
         """N, one for every file."""
         return len(self.files)
@@ -80,7 +93,7 @@ class Plan:
     @property
     def views(self) -> int:
         """V."""
-        return 2 if self.flip else 1
+        return self.augmentation.count
 
     @property
     def shards(self) -> int:
@@ -103,6 +116,7 @@ class Plan:
             "made_by": "heptapod_fast",
             "rows": self.rows,
             "views": self.views,
+            **self.augmentation.describe(),
             "shard_rows": self.shard_rows,
             "chunk_rows": self.chunk_rows,
             "arrays": arrays,
@@ -127,25 +141,18 @@ class Plan:
     def _fingerprint(self) -> str:
         """sha256 over relative path, label and bytes of every file."""
         digest = hashlib.sha256()
-        for path, label in self.files:
-            digest.update(os.fsencode(path.relative_to(self.folder).as_posix()))
-            digest.update(f"\0{label}\0{size_of(path)}\n".encode())
+        for file, label in self.files:
+            digest.update(os.fsencode(file.inner))
+            digest.update(f"\0{label}\0{file.size()}\n".encode())
         return digest.hexdigest()
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, -1 if there is none."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 # ------------------------------------------------------------------------- comparing with another
 
 _FLAGS = {
     "tokenizer": "--tokenizer, --tokenizer-weights, --patch-size, --codes or --image-size",
-    "views": "--flip",
+    "views": "--views or --flip",
+    "augmentation": "--views or --crop-ranges",
     "shard_rows": "--shard-rows",
     "dataset": "the images of --data",
     "preprocessing": "--decoder",

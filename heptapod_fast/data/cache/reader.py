@@ -47,7 +47,7 @@ class CacheTokens:
     Args:
         cache: from `open_cache`.
         seed: seed of the order, of the flips (stream "flip") and of kl16's posterior.
-        flip: take the mirrored view with probability 1/2.
+        flip: draw one of the views, all with equal probability; else the first one.
         device: where batches are returned.
         mode: gpu, ram, stream, or auto, the first of them that fits (`choose_mode`).
         why: the reason for the mode, for a caller that has chosen it; default `choose_mode`'s.
@@ -61,7 +61,7 @@ class CacheTokens:
             be read when the cache was made are not among them.
 
     Raises:
-        CacheError: damaged files, or no mirrored view for `flip`.
+        CacheError: damaged files, no other view for `flip`, or none without it.
         ValueError: the mode cannot be had here.
     """
 
@@ -80,6 +80,11 @@ class CacheTokens:
             raise CacheError(
                 f"--flip: {cache.path} was built without mirrored images; build it "
                 "with --flip, or train with --no-flip"
+            )
+        if not flip and not cache.augmentation.has_plain:
+            raise CacheError(
+                f"--no-flip: {cache.path} holds crops ({cache.augmentation}) and no plain view, it "
+                "can only be trained on with --flip, which draws one of them"
             )
         self.cache = cache
         self.seed = seed
@@ -182,7 +187,7 @@ class CacheTokens:
         rows = self._rows[self._order.ids(index)]
         places = rows * self.cache.views
         if self.flip:
-            places = places + (Rng(self.seed).bits("flip", index, 1)[:, 0] & 1)
+            places = places + Rng(self.seed).bits("flip", index, 1)[:, 0] % self.cache.views
         return rows, places
 
     def sources(self, index: Tensor) -> list[int]:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import fcntl
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -26,11 +26,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from heptapod_fast import faults
+from heptapod_fast import faults, storage
 from heptapod_fast.data.cache.format import (
     BUILDING,
     CODEBOOK,
     FILLS,
+    GROUP,
     INDEX,
     MANIFEST,
     SHOWN,
@@ -40,11 +41,13 @@ from heptapod_fast.data.cache.format import (
     open_cache,
     seal,
 )
-from heptapod_fast.data.cache.plan import Plan, changes, size_of
+from heptapod_fast.data.cache.plan import Plan, changes
 from heptapod_fast.data.cache.statistics import statistics
+from heptapod_fast.data.entries import is_debris
 from heptapod_fast.data.files import listing
-from heptapod_fast.storage import checksum, sync, write_json
+from heptapod_fast.storage import InUseError, checksum, sync, write_json
 
+logger = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"
 _READERS = 4  # threads that read files back
 
@@ -59,7 +62,9 @@ def lock_cache(path: str | Path) -> IO[str]:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        there = sorted(p.name for p in path.iterdir())
+        there = sorted(
+            p.name for p in path.iterdir() if p.name == BUILDING or not is_debris(p.name)
+        )
         if there and BUILDING not in there and MANIFEST not in there:
             raise CacheError(
                 f"{path} is no cache but holds {', '.join(there[:5])}: choose another --out"
@@ -71,13 +76,15 @@ def lock_cache(path: str | Path) -> IO[str]:
             f"cannot write {path}: {error.strerror or error} (--out names another place)"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        warning = storage.lock(lock)
+    except InUseError as error:
         lock.close()
         raise CacheError(
             f"{path} is being built by another process: wait for it or stop it, or "
             "choose another --out"
         ) from error
+    if warning:
+        logger.warning("WARNING: %s", warning)
     return lock
 
 
@@ -208,7 +215,7 @@ class Site:
         need = index_bytes + plan.shards * plan.shard_rows * row_bytes
         free = shutil.disk_usage(self.path).free
         if need > free:
-            advice = ", or leave --flip out" if plan.flip else ""
+            advice = ", or keep fewer --views" if plan.views > 1 else ""
             raise CacheError(
                 f"{self.path} will take {need / 1e9:.2f} GB, its disk has "
                 f"{free / 1e9:.2f} GB free: choose another --out{advice}"
@@ -257,9 +264,9 @@ class Site:
         """Forgets shards some of whose images could not be read then and can be read now."""
         side = self.plan.tokenizer.image_size
         for record in self.records():
-            paths = [self.plan.files[e["source_index"]][0] for e in record["quarantine"]]
-            pixels = np.empty((len(paths), 3, side, side), np.uint8)
-            reasons = self.plan.decoder.decode(paths, pixels)
+            files = [self.plan.files[e["source_index"]][0] for e in record["quarantine"]]
+            pixels = np.empty((len(files), 3, side, side), np.uint8)
+            reasons = self.plan.decoder.decode(files, pixels)
             if None in reasons:
                 self._record_file(record["shard"]).unlink()
 
@@ -345,7 +352,7 @@ class Site:
         file = self.path / name
         sync(file)
         sync(file.parent)
-        return {"bytes": size_of(file), "crc32c": checksum(file)}
+        return {"bytes": file.stat().st_size, "crc32c": checksum(file)}
 
     # ------------------------------------------------------------------------------------ the end
 
@@ -384,7 +391,7 @@ class Site:
 
     def _frame_files(self) -> list[str]:
         """What `_write_frame` writes."""
-        names = ["zarr.json"]
+        names = [GROUP]
         names += [f"{array}/zarr.json" for array in (*self.plan.stored, *INDEX)]
         names += [f"{array}/c/0" for array in INDEX]
         if self.plan.tokenizer.has_codebook:

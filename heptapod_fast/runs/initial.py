@@ -1,0 +1,193 @@
+"""Weights to start a run from: those of another run, or of a file. With other classes or another
+grid, what fits is taken and the rest keeps the values that were drawn for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heptapod_fast import checkpoints
+from heptapod_fast.runs.directory import RunDir, RunError
+from heptapod_fast.runs.loading import weights_file
+from heptapod_fast.systems import System
+
+EXPORTED = "model.safetensors"
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights are.
+
+    Attributes:
+        file: safetensors.
+        about: what they are, for messages.
+        class_names: of the classes that they were trained on; None where that is not known.
+        tokenizer: fingerprint of the one whose tokens they were trained on; None where that is not
+            known.
+    """
+
+    file: Path
+    about: str
+    class_names: tuple[str, ...] | None = None
+    tokenizer: str | None = None
+
+
+@dataclass
+class Taken:
+    """What became of the parameters of a system.
+
+    Attributes:
+        whole: names of those that were taken over.
+        classes: how many rows of the table of classes were, None where the table was taken or left
+            as a whole.
+        fresh: name -> why it keeps the values drawn for it.
+        unused: names of weights that the system has no place for.
+    """
+
+    whole: list[str] = field(default_factory=list)
+    classes: int | None = None
+    fresh: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+
+def find_weights(path: str) -> Weights:
+    """What --init-from names: a run (its first moving average, of the newest checkpoint that
+    verifies), a folder with `model.safetensors`, or a .safetensors file.
+
+    Raises:
+        RunError, CheckpointError: there are no weights.
+    """
+    folder = Path(path)
+    run = RunDir(folder)
+    if run.config.exists() and run.checkpoints.exists():
+        checkpoint = checkpoints.load_step(run.checkpoints, None)
+        name = weights_file(run.read_config(), None)
+        return Weights(
+            checkpoint.path / f"{name}.safetensors",
+            f"{name} of {checkpoint.path}",
+            tuple(checkpoint.state["class_names"]),
+            checkpoint.state["tokenizer"],
+        )
+    if (folder / EXPORTED).is_file():
+        return Weights(folder / EXPORTED, str(folder / EXPORTED), _exported_classes(folder))
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return Weights(folder, str(folder))
+    found = "no such file or folder"
+    if folder.exists():
+        found = f"neither a run, nor a folder with {EXPORTED}, nor a .safetensors file"
+    meant = run.meant()
+    raise RunError(f"--init-from {path}: {meant or found}")
+
+
+def _exported_classes(folder: Path) -> tuple[str, ...] | None:
+    file = folder / checkpoints.STATE
+    if not file.is_file():
+        return None
+    return tuple(json.loads(file.read_text())["class_names"])
+
+
+def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> Taken:
+    """Fill the parameters of an initialised system with weights, as far as they fit.
+
+    Rows of classes are found by the names of the classes, not by their numbers.
+
+    Args:
+        class_names: of the system's classes.
+
+    Raises:
+        RunError: the file cannot be read, or nothing in it fits.
+    """
+    theirs = _read(weights)
+    taken = Taken()
+    table = system.class_table()
+    same_classes = weights.class_names is None or weights.class_names == tuple(class_names)
+    with torch.no_grad():
+        for name, parameter in system.named_parameters():
+            found = theirs.pop(name, None)
+            if found is None:
+                taken.fresh[name] = "not there"
+            elif name == table and not same_classes:
+                taken.classes = _take_classes(parameter, found, weights, class_names)
+            elif found.shape != parameter.shape:
+                here, there = (tuple(t.shape) for t in (parameter, found))
+                taken.fresh[name] = f"{here} here, {there} there"
+            else:
+                parameter.copy_(found)
+                taken.whole.append(name)
+    taken.unused = sorted(theirs)
+    if not taken.whole:
+        raise RunError(
+            f"--init-from: nothing in {weights.about} fits this system; the first of its tensors "
+            f"are {', '.join([*taken.unused, *taken.fresh][:3])}"
+        )
+    return taken
+
+
+def _read(weights: Weights) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(weights.file)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"--init-from: {weights.file} cannot be read: {error}") from error
+
+
+def _take_classes(
+    table: Tensor, theirs: Tensor, weights: Weights, class_names: Sequence[str]
+) -> int:
+    """Rows of the classes that both know; returns how many. The table's row r is class r."""
+    if theirs.shape[1:] != table.shape[1:] or weights.class_names is None:
+        return 0
+    row_of = {name: row for row, name in enumerate(weights.class_names)}
+    both = [(row, row_of[name]) for row, name in enumerate(class_names) if name in row_of]
+    for row, there in both:
+        table[row].copy_(theirs[there])
+    return len(both)
+
+
+def report(
+    taken: Taken,
+    weights: Weights,
+    system: System,
+    class_names: Sequence[str],
+    tokenizer: str | None,
+) -> list[str]:
+    """Lines that say what was taken, what was drawn anew and what did not fit.
+
+    tokenizer: fingerprint of the one of the run that begins.
+    """
+    parameters = dict(system.named_parameters())
+    values = sum(parameters[name].numel() for name in taken.whole)
+    total = sum(parameter.numel() for parameter in parameters.values())
+    lines = [
+        f"weights   {len(taken.whole)} of {len(parameters)} tensors, {values:,} of {total:,} "
+        f"values, from {weights.about}"
+    ]
+    if taken.classes is not None:
+        lines.append(
+            f"          classes: {taken.classes} of {len(class_names)} by their names, the others "
+            "are drawn anew"
+        )
+    fresh = [f"{name} ({why})" for name, why in taken.fresh.items()]
+    if fresh:
+        lines.append(f"          drawn anew: {_listed(fresh)}")
+    if taken.unused:
+        lines.append(f"          not used: {_listed(taken.unused)}")
+    if weights.tokenizer is not None and weights.tokenizer != tokenizer:
+        lines.append(
+            "          WARNING: they were trained on the tokens of another tokenizer (another "
+            "codebook, or other weights): what they know of tokens means something else here"
+        )
+    return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
