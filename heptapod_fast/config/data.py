@@ -78,6 +78,13 @@ class DataSettings(Settings):
         return is_cache(self.data)
 
     @property
+    def kind(self) -> str:
+        """What `data` is: a cache, images, or the name of embedded data."""
+        if self.is_cache:
+            return "cache"
+        return self.data if self.data in EMBEDDED else "images"
+
+    @property
     def spec(self) -> TokenSpec:
         """Shape and kind of the tokens."""
         return token_spec(self.tokenizer, self.image_size, self.patch_size, self.codes)

@@ -29,6 +29,7 @@ ENDINGS = (
 ).split()
 PREPROCESSING = "adm-crop-1/box-halve,bicubic,centre/rgb,white-under-transparency,no-exif-rotation"
 MAX_UPSCALE = 1.25
+_CACHE_GROUP = "zarr.json"  # of data/cache/format.py, which builds on this file
 Files = list[tuple[Entry, int]]
 Progress = Callable[[int, int], None]
 
@@ -134,11 +135,25 @@ def _unpacked(contents: Contents) -> Contents:
 
 
 def _no_images(root: Path, others: list[Entry], endings: Sequence[str]) -> FileNotFoundError:
+    caches = [
+        by_parts(entry)[:-1] for entry in others if entry.inner.rsplit("/", 1)[-1] == _CACHE_GROUP
+    ]
+    if caches:
+        return _a_cache(root, min(caches, key=len))
     there = f"; there are {kinds(others)}" if others else ""
     wanted = " ".join(ending[1:] for ending in endings)
     return FileNotFoundError(
         f"{root}: found no images ({wanted}) in it or in its subfolders{there}; check --data"
     )
+
+
+def _a_cache(root: Path, inside: Sequence[str]) -> FileNotFoundError:
+    """inside: the folders that lead to a cache of tokens."""
+    name = "/".join(inside)
+    what = f"{root} holds a cache of tokens" + (f", {name}" if name else "")
+    if root.is_dir():
+        return FileNotFoundError(f"{what}: name that with --data")
+    return FileNotFoundError(f"{what}: unpack it, a cache is read as a folder")
 
 
 def _classes_of_folders(
@@ -195,15 +210,15 @@ def refuse_broken(
 ) -> list[tuple[Entry, str]]:
     """`found` holds a string, the reason, for every broken file; returns the broken files."""
     broken = [
-        (path, reason)
-        for (path, _), reason in zip(files, found, strict=True)
+        (file, reason)
+        for (file, _), reason in zip(files, found, strict=True)
         if isinstance(reason, str)
     ]
     if len(broken) > max_broken:
         raise ValueError(
             f"{folder}: {len(broken)} of {len(files)} image files cannot be read, "
             f"--max-broken allows {max_broken}; mend or remove them, or raise --max-broken"
-            + listing((f"{path}: {reason}" for path, reason in broken), len(broken), 20)
+            + listing((f"{file}: {reason}" for file, reason in broken), len(broken), 20)
         )
     return broken
 
@@ -214,8 +229,8 @@ def refuse_small(folder: Path, files: Files, sizes: list, image_size: int, allow
     `sizes` holds (width, height), or a string for files that cannot be read.
     """
     small = [
-        (min(size), path, size)
-        for (path, _), size in zip(files, sizes, strict=True)
+        (min(size), str(file), size)
+        for (file, _), size in zip(files, sizes, strict=True)
         if not isinstance(size, str) and min(size) < image_size
     ]
     too_small = [entry for entry in small if entry[0] * MAX_UPSCALE < image_size]

@@ -156,13 +156,14 @@ class RunDir:
             self._refuse_foreign_files()
             return []
         before = self.read_config()
-        # Checkpoints know the contents of a cache, so that it may lie somewhere else by now.
-        cache_moved = before.data.is_cache and config.data.is_cache
+        # Checkpoints know the contents of a set, so that it may lie somewhere else by now, or be
+        # unpacked.
+        is_moved = before.data.kind == config.data.kind
         fatal = []
         harmless = []
         for name, now, then, may_change in config.differences(before):
             text = f"{flag(name)} {now} (was {'none' if then in (None, '') else then})"
-            if may_change or (cache_moved and name == "data"):
+            if may_change or (is_moved and name == "data"):
                 harmless.append((name, text))
             else:
                 fatal.append(text)

@@ -433,7 +433,7 @@ def test_images_that_are_away_for_a_while(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         build_cache(tmp_path / "c.zarr", plan)
     (tmp_path / "away").rename(folder)
-    path, raw = plan.files[plan.order[20]][0], None
+    path = folder / plan.files[plan.order[20]][0].inner
     raw = path.read_bytes()
     path.write_bytes(bytes(len(raw)))
     begin(monkeypatch, tmp_path / "d.zarr", small_plan(folder, max_broken=1))

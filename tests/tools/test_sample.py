@@ -32,7 +32,8 @@ def test_help_lists_the_contract(trained):
 def test_a_grid_goes_where_it_is_told(trained, tmp_path):
     result = command("sample", trained, "--count", 6, "--out", tmp_path / "deep" / "grid.png")
     assert result.code == 0, result.err
-    assert "6 images of classes 2-fold, 3-fold after 16 training images" in result.out
+    assert "6 images of 2 classes after 16 training images" in result.out
+    assert "classes: 0 2-fold, 1 3-fold" in result.out
     assert "weights of ema-0.9999" in result.out
     with Image.open(tmp_path / "deep" / "grid.png") as image:
         assert image.size == (3 * 98 + 2, 2 * 98 + 2)
@@ -104,7 +105,10 @@ def test_single_images_are_named_by_class(trained, tmp_path):
 @pytest.mark.parametrize(
     "words, named",
     [
-        (("--classes", "0,2"), ("--classes 0,2", "[2]", "2 classes, 0 to 1")),
+        (
+            ("--classes", "0,2"),
+            ("--classes 0,2", "'2' is no class", "2 (0 to 1): 0 2-fold, 1 3-fold"),
+        ),
         (("--classes=-1",), ("--classes -1", "0 to 1")),
         (("--classes", "cat"), ("--classes cat",)),
         (("--count", 0), ("--count 0",)),

@@ -370,12 +370,9 @@ def _contradiction(cache: Cache) -> str:
         return "its quarantine does not name rows in ascending order"
     if len(broken) >= cache.rows:
         return "none of its images could be read"
-    if (
-        cache.rows < 1
-        or cache.views != cache.augmentation.count
-        or not cache.class_names
-        or cache.shards < 1
-    ):
+    if cache.views != cache.augmentation.count:
+        return f"it has {cache.views} views, {cache.augmentation} makes {cache.augmentation.count}"
+    if cache.rows < 1 or not cache.class_names or cache.shards < 1:
         return "its rows, views or classes make no sense"
     if len(manifest["sums"]) != cache.shards:
         return f"it has no sums of {cache.shards} shards"
