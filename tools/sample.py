@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from _cli import alike_on_all_ranks, main
-from _outputs import COLUMNS, MOST_ROWS, Arrays, Grid, Output, Singles
 from _sampling import SamplingArguments, parse_sampling, samples_of, started
 
 from heptapod_fast.classes import chosen, numbered
 from heptapod_fast.sampling.generate import spread
+from heptapod_fast.sampling.outputs import COLUMNS, MOST_ROWS, Arrays, Grid, Output, Singles
 from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.world import World
 

@@ -191,7 +191,7 @@ class RunDir:
     def meant(self) -> str:
         """Which run this path, which is none, is about, as the end of an error: of one of its
         checkpoints it is said that the run is to be named. Empty where it is about none."""
-        for above in self.path.absolute().parents[:2]:
+        for above in self.path.absolute().parents[:3]:
             is_of_run = self.path.absolute().is_relative_to(above / self.checkpoints.name)
             if is_of_run and (above / self.config.name).is_file():
                 return f"it belongs to the run directory {self._as_given(above)}: name that"

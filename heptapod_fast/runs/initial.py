@@ -74,6 +74,8 @@ def find_weights(path: str) -> Weights:
             tuple(checkpoint.state["class_names"]),
             checkpoint.state["tokenizer"],
         )
+    if folder.is_dir() and run.meant():
+        raise RunError(f"--init-from {path} {run.meant()}, or one of the .safetensors files in it")
     if (folder / EXPORTED).is_file():
         return Weights(folder / EXPORTED, str(folder / EXPORTED), _exported_classes(folder))
     if folder.is_file() and folder.suffix == ".safetensors":
@@ -81,8 +83,7 @@ def find_weights(path: str) -> Weights:
     found = "no such file or folder"
     if folder.exists():
         found = f"neither a run, nor a folder with {EXPORTED}, nor a .safetensors file"
-    meant = run.meant()
-    raise RunError(f"--init-from {path}: {meant or found}")
+    raise RunError(f"--init-from {path}: {found}")
 
 
 def _exported_classes(folder: Path) -> tuple[str, ...] | None:

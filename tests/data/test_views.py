@@ -1,5 +1,7 @@
 """The views that a cache keeps, and which of them training sees."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -91,8 +93,6 @@ def test_without_a_plain_view_there_is_no_training_on_it(made):
 
 
 def test_a_manifest_with_another_number_of_views(made, tmp_path):
-    import shutil
-
     shutil.copytree(made.path, tmp_path / "c.zarr")
     edit_manifest(tmp_path / "c.zarr", lambda m: m["augmentation"].update(crop_ranges=[1.5]))
     with pytest.raises(CacheError, match="damaged.*20 views"):

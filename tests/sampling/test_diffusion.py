@@ -123,6 +123,26 @@ def test_vectors_belong_to_index_slot_and_step(sampler):
     assert not torch.equal(run(Rng(0).at(1), [0]), x[:1])
 
 
+class EqualStarts(Rng):
+    """Every row starts with the same noise."""
+
+    def normal(self, stream, index, count, slot=0):
+        if stream == "sample.start":
+            return torch.ones(*index.shape, count)
+        return super().normal(stream, index, count, slot)
+
+
+def test_the_noise_of_every_step_belongs_to_index_and_slot():
+    """Else positions that are drawn in one step would share it, and only starts tell them apart."""
+    index = torch.tensor([4, 4, 7, 4])
+    slot = torch.tensor([0, 1, 0, 0])
+    network = Gaussian(0.0, 1.0, 5)
+    options = SampleOptions(diffusion_steps=5)
+    x = Denoiser(network.predict, EqualStarts(0), index, slot, options).sample(2)
+    assert len(x.unique(dim=0)) == 3
+    torch.testing.assert_close(x[3], x[0])
+
+
 def wild(x, step):
     """A diffusion network with noise of the wrong sign."""
     return torch.cat((-x, torch.zeros_like(x)), dim=-1)

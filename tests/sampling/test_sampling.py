@@ -1,5 +1,8 @@
 """Sampling by the systems against naive samplers that recompute everything at every step."""
 
+from types import SimpleNamespace
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -7,8 +10,9 @@ from heptapod_fast import grid
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions
-from heptapod_fast.sampling.generate import generate, spread, together
+from heptapod_fast.sampling.generate import generate, keys, spread, together
 from heptapod_fast.systems.heptapod import HeptapodOptions
+from heptapod_fast.world import World
 from tests.running import dense
 
 RNG, TOKENS = Rng(4), 16
@@ -218,3 +222,91 @@ def test_generate_does_not_depend_on_its_batches(make_system):
     whole = together(generate(system, Decoder(), classes, RNG, few, batch=5))
     assert torch.equal(together(batches), whole)
     assert done == [(2, 5), (4, 5), (5, 5)]
+
+
+class AsTheyAre:
+    """A tokenizer whose images are the tokens."""
+
+    def decode(self, tokens):
+        return tokens[:, None].float()
+
+
+def test_keys_are_the_class_and_the_number_within_it():
+    labels = torch.tensor([5, 2, 5, 5, 0, 2])
+    expected = [(5, 0), (2, 0), (5, 1), (5, 2), (0, 0), (2, 1)]
+    assert keys(labels).tolist() == [label * 2**32 + number for label, number in expected]
+    assert keys(torch.tensor([], dtype=torch.int64)).tolist() == []
+
+
+def test_an_image_is_its_class_and_number_whatever_else_is_sampled(make_system):
+    """Sampled alone, among others, in another order, in batches of another size."""
+    system = make_system().eval()
+    few = quick(system)
+
+    def images(classes, batch=256):
+        labels = torch.tensor(classes)
+        found = together(generate(system, AsTheyAre(), labels, RNG, few, batch))
+        by_key = dict(zip(keys(labels).tolist(), found, strict=True))
+        assert len(by_key) == len(classes)
+        return by_key
+
+    whole = images([0, 0, 0, 1, 1, 1, 2])
+    assert len({tuple(image.flatten().tolist()) for image in whole.values()}) == 7
+    for classes, batch in (([0], 1), ([1, 1], 2), ([2, 1, 0, 1], 3), ([0, 1, 0, 1, 0], 2)):
+        for key, image in images(classes, batch).items():
+            torch.testing.assert_close(image, whole[key], rtol=1e-4, atol=1e-4)
+
+
+class Rank(World):
+    """One of several ranks, one after the other in one process: what the others have sent lies in
+    `post`."""
+
+    post: ClassVar[dict] = {}
+
+    def gather(self, value):
+        mine = self.post.setdefault(self.rank, [])
+        mine.append(value)
+        if not self.main:
+            return []
+        return [value, *(self.post[rank][len(mine) - 1] for rank in range(1, self.size))]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_any_number_of_ranks_gives_the_images_of_one(make_system, size):
+    system = make_system().eval()
+    few = quick(system)
+    classes = torch.tensor([0, 1, 2, 0, 1, 2, 1, 1])
+    alone = list(generate(system, AsTheyAre(), classes, RNG, few, batch=3))
+    Rank.post.clear()
+    work = []
+    for rank in reversed(range(size)):
+        world = Rank(rank, size, torch.device("cpu"))
+        drawn = []
+        done = []
+        sampled = system.sample
+
+        def counted(labels, *rest, drawn=drawn, sampled=sampled):
+            drawn.append(labels.tolist())
+            return sampled(labels, *rest)
+
+        sampling = SimpleNamespace(sample=counted)
+        batches = list(
+            generate(
+                sampling,
+                AsTheyAre(),
+                classes,
+                RNG,
+                few,
+                3,
+                progress=lambda *at, done=done: done.append(at),
+                world=world,
+            )
+        )
+        work.append(drawn)
+        assert (len(batches) == 3) if world.main else (batches == [] and done == [])
+    for (labels, images), (expected_labels, expected) in zip(batches, alone, strict=True):
+        assert torch.equal(labels, expected_labels)
+        assert torch.equal(images, expected)  # batches are the same batches: no bit may differ
+    assert done == [(3, 8), (6, 8), (8, 8)]
+    # The work is shared: no rank makes all batches.
+    assert max(len(drawn) for drawn in work) == -(-3 // size)

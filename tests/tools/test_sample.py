@@ -1,12 +1,16 @@
 """tools/sample.py: help, what it writes, what it refuses."""
 
+import contextlib
 import re
+import weakref
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.running import command, refused, train_here
+from heptapod_fast.sampling import outputs
+from tests.running import command, finish, refused, start, torchrun, train_here
 
 CONTRACT = (
     "classes count positions-per-step temperature diffusion-steps top-k top-p ema"
@@ -149,3 +153,118 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     result = command("sample", tmp_path, "--count", 2)
     assert result.code == 0 and re.search("after 16 training images", result.out)
     refused(command("sample", tmp_path, "--checkpoint", 4), "step-00000004", "model.safetensors")
+
+
+def test_classes_by_name_and_all_of_them(trained, tmp_path):
+    npz = tmp_path / "s.npz"
+    words = ["sample", trained, "--out", tmp_path / "g.png", "--save-npz", npz]
+    assert command(*words, "--classes", "3-fold", "--count", 2).code == 0
+    assert np.load(npz)["labels"].tolist() == [1, 1]
+    assert command(*words).code == 0
+    assert np.bincount(np.load(npz)["labels"]).tolist() == [8, 8]
+
+
+def test_classes_one_by_one_are_those_of_one_call(trained, tmp_path):
+    """(seed, class, number within the class) decides an image."""
+
+    def images(*words):
+        npz = tmp_path / "s.npz"
+        result = command("sample", trained, "--out", tmp_path / "g.png", "--save-npz", npz, *words)
+        assert result.code == 0, result.err
+        return np.load(npz)["arr_0"].astype(int)
+
+    both = images("--count", 6)
+    for label, name in enumerate(("2-fold", "3-fold")):
+        alone = images("--classes", name, "--count", 3)
+        # Batches of another size may round a pixel the other way.
+        assert np.abs(alone - both[3 * label : 3 * label + 3]).max() <= 1
+    assert np.abs(both[:3] - both[3:]).max() > 1
+    more = images("--count", 10)
+    assert np.abs(more[[0, 1, 2, 5, 6, 7]] - both).max() <= 1
+
+
+def everything(folder):
+    """What a call has written, as bytes; of the archive its members, which carry the time."""
+    found = {p.name: p.read_bytes() for p in folder.rglob("*.png")}
+    with np.load(folder / "s.npz") as arrays:
+        return found | {name: arrays[name].tobytes() for name in arrays.files}
+
+
+def test_ranks_share_the_work_and_give_the_same_bytes(trained, tmp_path):
+    words = ["--count", 7, "--batch", 2]
+
+    def asked(folder):
+        singles = ["--save-images", folder / "singles", "--save-npz", folder / "s.npz"]
+        return [*words, "--out", folder / "grid.png", *singles]
+
+    alone = command("sample", trained, *asked(tmp_path / "alone"))
+    assert alone.code == 0, alone.err
+    shared = finish(start("sample", trained, *asked(tmp_path / "shared"), launcher=torchrun(2)))
+    assert shared.code == 0, shared.out
+    assert shared.out.count("7 images of 2 classes") == 1
+    expected = everything(tmp_path / "alone")
+    assert len(expected) == 7 + 1 + 2
+    assert everything(tmp_path / "shared") == expected
+
+
+def test_an_archive_of_arrays_is_numpys(tmp_path):
+    labels = torch.tensor([0, 1, 1, 2, 2])
+    pixels = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
+    with outputs.Arrays(tmp_path / "deep" / "a.npz", labels) as arrays:
+        arrays.add(labels[:3], pixels[:3])
+        arrays.add(labels[3:], pixels[3:])
+    with np.load(tmp_path / "deep" / "a.npz") as found:
+        assert found["arr_0"].dtype == np.uint8 and found["labels"].dtype == np.int64
+        assert np.array_equal(found["arr_0"], pixels.permute(0, 2, 3, 1).numpy())
+        assert found["labels"].tolist() == labels.tolist()
+
+
+def test_an_archive_that_was_not_finished_leaves_nothing(tmp_path):
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(KeyboardInterrupt):
+        with outputs.Arrays(tmp_path / "a.npz", labels) as arrays:
+            arrays.add(labels[:2], torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Batches are let go of once they are written; a grid keeps no more than it shows."""
+    count = 40 * 32
+    labels = torch.zeros(count, dtype=torch.int64)
+    everywhere = [
+        outputs.Grid(tmp_path / "g.png", 8),
+        outputs.Singles(tmp_path / "singles"),
+        outputs.Arrays(tmp_path / "a.npz", labels),
+    ]
+    kept = []
+    with contextlib.ExitStack() as stack:
+        for output in everywhere:
+            stack.enter_context(output)
+        for _ in range(40):
+            pixels = torch.zeros(32, 3, 4, 4, dtype=torch.uint8)
+            for output in everywhere:
+                output.add(labels[:32], pixels)
+            kept.append(weakref.ref(pixels.untyped_storage()))
+            pixels = None
+            assert sum(storage() is not None for storage in kept) == 0
+    assert "(the first 512 of 1,280 images)" in everywhere[0].said()
+    assert len(list((tmp_path / "singles").iterdir())) == count
+    with Image.open(tmp_path / "g.png") as grid:
+        assert grid.size == (8 * 98 + 2, 64 * 98 + 2)
+
+
+def test_a_thousand_classes_are_all_drawn(tmp_path, monkeypatch):
+    """One of each, and the grid says what it shows."""
+    out = tmp_path / "run"
+    folder = tmp_path / "set"
+    for number in range(66):
+        (folder / f"c{number:02}").mkdir(parents=True)
+        Image.new("RGB", (12, 12), (number, 0, 0)).save(folder / f"c{number:02}" / "x.png")
+    train_here(out, **(SMALL | {"data": str(folder), "logogram_count": None, "image_size": 12}))
+    npz = tmp_path / "s.npz"
+    result = command("sample", out, "--save-npz", npz, "--out", tmp_path / "g.png")
+    assert result.code == 0, result.err
+    assert np.load(npz)["labels"].tolist() == list(range(66))
+    assert "66 images of 66 classes" in result.out and "(the first 64 of 66 images)" in result.out
+    assert "classes: 0 c00, 1 c01, 2 c02, 3 c03, 4 c04, 5 c05, ..., 65 c65" in result.out

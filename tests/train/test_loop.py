@@ -310,3 +310,14 @@ def test_ranks_that_see_different_directories_are_refused(tmp_path, monkeypatch)
     monkeypatch.setattr("heptapod_fast.world.World.sum", lambda world, tensor: tensor + 1)
     with pytest.raises(RunError, match="different checkpoints.*--out must name a folder"):
         start_here(tmp_path)
+
+
+def test_the_rate_of_a_step_is_that_of_the_images_after_it(tmp_path):
+    """The first step of a warm-up has a rate already, and the last one of the run the lowest."""
+    session, state = start_here(tmp_path, images=64, warmup=0.5, lr_schedule="constant")
+    rates = []
+    begin = session.optimizer.begin
+    session.optimizer.begin = lambda lr: (rates.append(lr), begin(lr))
+    train(session, state)
+    full = session.config.recipe.learning_rate
+    assert rates == pytest.approx([full * min(1.0, images / 32) for images in range(8, 65, 8)])
