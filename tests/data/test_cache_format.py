@@ -18,8 +18,15 @@ from heptapod_fast.data.cache.site import Site, lock_cache
 from heptapod_fast.storage import checksum
 from heptapod_fast.tokenizers import Patch, PatchVQ
 from heptapod_fast.world import processor_kind
-from tests.caches import CLASSES, contents, edit_manifest, small_plan
-from tests.running import CPU, command
+from tests.caches import (
+    CLASSES,
+    contents,
+    edit_manifest,
+    image_folder,
+    small_cache,
+    small_plan,
+)
+from tests.running import CPU, command, refused
 
 LEVELS = 16
 
@@ -239,3 +246,38 @@ def test_earlier_builds_are_gone_on_with(folder, tmp_path):
     cache = build_cache(path, grey_plan(folder))
     assert cache.hardware == [None, None, processor_kind()]
     assert find_damage(cache) == []
+
+
+@pytest.mark.parametrize("name", ["set_v2", "set.zarr.old"])
+def test_a_cache_is_known_by_what_lies_in_it(tmp_path, name):
+    """Renamed, it trains and verifies; without its manifest it is said what is missing."""
+    made = small_cache(tmp_path)
+    cache = made.path.rename(tmp_path / name)
+    words = ["--size", "tiny", "--data", cache, "--width", 32, "--heads", 2, "--depth", 1]
+    words += ["--head-depth", 1, "--batch", 8, "--images", 16, "--device", "cpu"]
+    result = command("train", *words, "--out", tmp_path / "run", "--sample-every", 0)
+    assert result.code == 0, result.err
+    assert command("verify", cache).code == 0
+    (cache / "manifest.json").unlink()
+    refused(command("train", *words, "--out", tmp_path / "run2"), "it has no manifest.json")
+
+
+DEBRIS = (".DS_Store", "._zarr.json", "Thumbs.db", "__MACOSX/x", ".ipynb_checkpoints/x.json")
+
+
+def test_what_file_managers_leave_in_a_cache_is_nobodys(tmp_path):
+    folder = image_folder(tmp_path / "images", 20)
+    place = tmp_path / "c.zarr"
+    for name in DEBRIS:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("?")
+    made = build_cache(place, small_plan(folder))
+    for name in DEBRIS:
+        for at in (place, place / "codes" / "c"):
+            (at / name).parent.mkdir(parents=True, exist_ok=True)
+            (at / name).write_text("?")
+    assert open_cache(place).fingerprint == made.fingerprint
+    assert find_damage(made) == []
+    assert build_cache(place, small_plan(folder)).fingerprint == made.fingerprint
+    (place / "extra.txt").write_text("?")
+    assert find_damage(made) == ["extra.txt: not part of the cache"]

@@ -284,3 +284,14 @@ def test_a_claim_of_a_directory_that_was_there_takes_nothing_back(tmp_path):
         run.withdraw()
         run.release()
         assert first.read_config() == config
+
+
+def test_what_file_managers_leave_is_no_foreign_file(tmp_path):
+    for name in (".DS_Store", "Thumbs.db"):
+        (tmp_path / name).write_text("?")
+    RunDir(tmp_path).claim(tiny_config(tmp_path))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("?")
+    with pytest.raises(RunError, match="holds letter.txt: choose another --out"):
+        RunDir(other).claim(tiny_config(other))

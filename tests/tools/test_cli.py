@@ -1,6 +1,7 @@
 """What the command lines share: groups of flags in --help, switches, errors in one line."""
 
 import importlib
+import io
 import re
 import sys
 from dataclasses import dataclass
@@ -282,3 +283,17 @@ def test_errors_of_the_program_keep_their_traceback(cli):
 def test_the_exit_code_is_that_of_the_work(cli):
     assert ending(cli, lambda: 0) == 0
     assert ending(cli, lambda: 3) == 3
+
+
+def test_what_the_terminal_cannot_show_is_escaped(cli, monkeypatch):
+    """Names of classes and files are anybody's, terminals and log files know what they know."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+
+    def work():
+        print("gr\u00f6\u00dfe \udce9")
+        sys.stdout.flush()
+        return 0
+
+    assert ending(cli, work) == 0
+    assert raw.getvalue() == b"gr\\xf6\\xdfe \\udce9\n"
