@@ -102,6 +102,13 @@ def test_link_loops_end(tmp_path):
     assert len(ImageFolder(tmp_path, 16)) == 1
 
 
+def test_a_class_that_is_a_link_to_another_has_its_images(tmp_path):
+    """Each real folder counts once in a class, not once in the set."""
+    save(tmp_path / "a" / "deep" / "x.png")
+    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
+    assert ImageFolder(tmp_path, 16).labels.tolist() == [0, 1]
+
+
 def test_cmyk_and_grey_jpeg(tmp_path):
     save(tmp_path / "c" / "x.jpg", plain((0, 255, 255, 0), "CMYK"), quality=95)
     save(tmp_path / "g" / "x.jpg", plain(77, "L"), quality=95)
