@@ -3,10 +3,12 @@
 import platform
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
 
+from heptapod_fast import launchers, world
 from heptapod_fast.world import OtherRankFailed, World, processor_kind
 
 
@@ -103,3 +105,35 @@ def test_the_kind_of_this_machine_is_the_same_in_every_process():
     code = "from heptapod_fast.world import processor_kind; print(processor_kind())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == processor_kind()
+
+
+@pytest.mark.parametrize(
+    "environment, where",
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "env://"),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "MASTER_PORT": "1234",
+            },
+            "tcp://127.0.0.1:1234",
+        ),
+    ],
+)
+def test_ranks_meet_where_the_launcher_says_and_wait_as_long_as_they_are_told(
+    monkeypatch, environment, where
+):
+    asked = {}
+    monkeypatch.setattr(world.dist, "init_process_group", lambda *a, **k: asked.update(k))
+    monkeypatch.setattr(world, "find_ranks", lambda: launchers.find_ranks(environment))
+    found = world.start("cpu", timedelta(days=7))
+    assert (found.rank, found.size) == (1, 2)
+    assert asked == {
+        "init_method": where,
+        "rank": 1,
+        "world_size": 2,
+        "timeout": timedelta(days=7),
+    }

@@ -88,6 +88,15 @@ def folder_of_tars(folder: Path, path: Path) -> Path:
     return path
 
 
+def tar_with_debris(folder: Path, path: Path) -> Path:
+    """As macOS's tar packs a folder."""
+    tar_of(folder, path)
+    with tarfile.open(path, "a") as tar:
+        for name in ("ant/._000.png", "._ant", "__MACOSX/ant/001.png", ".hidden/x.png"):
+            add(tar, name, b"no image")
+    return path
+
+
 def with_debris(folder: Path, path: Path) -> Path:
     """As macOS packs a folder."""
     zip_of(folder, path)
@@ -110,6 +119,7 @@ FORMS = {
     "zip": lambda folder, out: zip_of(folder, out / "images.zip"),
     "zip, stored": lambda folder, out: zip_of(folder, out / "images.ZIP", how=zipfile.ZIP_STORED),
     "folder in a zip": lambda folder, out: zip_of(folder, out / "a.zip", "x/train/") / "x/train",
+    "tar of macOS": lambda folder, out: tar_with_debris(folder, out / "images.tar"),
     "zip of macOS": lambda folder, out: with_debris(folder, out / "images.zip"),
 }
 

@@ -122,6 +122,18 @@ def test_transparency_lies_over_white(tmp_path, kind, depth, has_key, decoder):
         assert (found[:, 0, 0] == 255).all() and (found[:, 3, 5] == 255).all()
 
 
+@pytest.mark.parametrize("kind, depth", [k for k in KINDS if k[0] in (GREY, RGB) and k[1] < 16])
+def test_of_the_transparent_colour_only_the_bits_of_a_sample_count(tmp_path, kind, depth):
+    """The file gives it 16 bits a sample, whatever the depth (PNG, section 11.3.2.1)."""
+    samples = torch.randint(2**depth, (SIDE, SIDE, CHANNELS[kind])).numpy()
+    key = samples[3, 5].copy()
+    wide = (key + 7 * 2**depth).astype(">u2")
+    raw = encode(samples, kind, depth, chunk(b"tRNS", wide.tobytes()))
+    (tmp_path / "x.png").write_bytes(raw)
+    expected = expected_of(samples, kind, depth, key, None, None)
+    assert np.abs(pixels_of(tmp_path, "pillow") - expected).max() <= 1
+
+
 def profile(size: int) -> bytes:
     return chunk(b"iCCP", b"a profile\0\0" + zlib.compress(bytes(size)))
 
