@@ -5,7 +5,7 @@ import os
 import pytest
 
 from heptapod_fast.launchers import Ranks, find_ranks
-from tests.running import final_files, finish, flags, start, torchrun
+from tests.running import finish, flags, start
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -112,34 +112,20 @@ def test_nonsense_names_the_variable():
         find_ranks(SRUN | {"SLURM_STEP_TASKS_PER_NODE": ""})
 
 
-def of_launcher(kind: str, rank: int) -> dict[str, str]:
-    """The environment of one of two processes on this machine."""
-    if kind == "srun":
-        return {
-            "SLURM_PROCID": str(rank),
-            "SLURM_LOCALID": str(rank),
-            "SLURM_NODEID": "0",
-            "SLURM_NTASKS": "2",
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_TASKS_PER_NODE": "2",
-            "SLURM_STEP_NODELIST": "127.0.0.1",
-            "SLURM_JOB_ID": str(os.getpid()),
-            "SLURM_STEP_ID": "0",
-        }
-    return OPEN_MPI | {
-        "OMPI_COMM_WORLD_RANK": str(rank),
-        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
-        "PMIX_NAMESPACE": f"job-{os.getpid()}",
+def test_two_processes_of_srun_train_together(tmp_path):
+    """As tasks of one step on this machine, with nothing but Slurm's variables."""
+    step = SRUN | {
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_JOB_ID": str(os.getpid()),
     }
-
-
-@pytest.mark.parametrize("kind", ["srun", "mpirun"])
-def test_two_processes_train_as_under_torchrun(tmp_path, kind):
     words = flags(out=tmp_path / "run", images=16)
-    processes = [start("train", *words, **of_launcher(kind, rank)) for rank in range(2)]
+    processes = [
+        start("train", *words, **step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in range(2)
+    ]
     results = [finish(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     assert "2 ranks" in results[0].out and results[1].out.strip() == ""
-    reference = flags(out=tmp_path / "reference", images=16)
-    assert finish(start("train", *reference, launcher=torchrun(2))).code == 0
-    assert final_files(tmp_path / "run") == final_files(tmp_path / "reference")
