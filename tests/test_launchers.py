@@ -5,7 +5,7 @@ import os
 import pytest
 
 from heptapod_fast.launchers import Ranks, find_ranks
-from tests.running import finish, flags, start
+from tests.running import command, finish, flags, refused, start
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -55,6 +55,7 @@ def test_srun():
         ("gpu[7,9]-ib", "gpu7-ib"),
         ("a-1,b-2", "a-1"),
         ("rack1-gpu[003-004],x", "rack1-gpu003"),
+        ("rack[0-1]node[2-3]", "rack0node2"),
     ],
 )
 def test_the_first_machine_of_a_list(nodes, first):
@@ -103,6 +104,45 @@ def test_open_mpi_on_several_machines_has_to_be_told_where():
         find_ranks(spread)
     found = find_ranks(spread | {"MASTER_ADDR": "head", "MASTER_PORT": "29500"})
     assert found.size == 4 and found.address is None
+
+
+DAEMON = {  # of mpirun inside of a Slurm job: a step of one task on each machine
+    "SLURM_PROCID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "a,b",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+@pytest.mark.parametrize("mpi", [OPEN_MPI, HYDRA])
+@pytest.mark.parametrize("slurm", [DAEMON, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}])
+def test_mpirun_inside_of_a_slurm_job(mpi, slurm):
+    found = find_ranks(slurm | mpi)
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 2, 1, 2)
+
+
+def test_srun_that_speaks_pmi(monkeypatch):
+    """srun --mpi=pmi2 sets PMI_RANK too, and says no more of the machine."""
+    assert find_ranks(SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}).launcher == "srun"
+
+
+@pytest.mark.parametrize("size", [{}, {"WORLD_SIZE": "1"}])
+def test_a_rank_beyond_the_world(size):
+    with pytest.raises(ValueError, match="RANK is 1 and WORLD_SIZE"):
+        find_ranks({"RANK": "1"} | size)
+
+
+def test_help_and_what_needs_no_other_rank_are_for_every_process(tmp_path, monkeypatch):
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert command("verify", "--help").code == 0
+    assert command("train", "--help").code == 0
+    result = command("train", *flags(out=tmp_path / "run", images=16))
+    refused(result, "srun python tools/")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nonsense_names_the_variable():
