@@ -23,6 +23,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ COMMON = (
     "-DTORCH_STABLE_ONLY",
 )
 CHECKED = ("-fsanitize=thread",)  # its calls, not its library: see emulation.cpp
+SANITIZERS = "HEPTAPOD_EMULATION_SANITIZERS"  # environment: 1 for these flags instead
 SANITIZED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
@@ -68,7 +70,7 @@ class BuildFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one file of csrc/: `old` stands in it exactly once."""
+    """A change of one file of csrc/, or of CMakeLists.txt: `old` stands in it exactly once."""
 
     file: str
     old: str
@@ -93,8 +95,9 @@ def why_not() -> str | None:
 
 
 def edited(edits: Sequence[Edit] = ()) -> dict[str, str]:
-    """{name: text} of csrc/, changed."""
-    texts = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
+    """{name: text} of csrc/ and of CMakeLists.txt, changed."""
+    paths = [*sorted(SOURCES.iterdir()), ROOT / "CMakeLists.txt"]
+    texts = {path.name: path.read_text() for path in paths}
     for edit in edits:
         count = texts[edit.file].count(edit.old)
         if count != 1:
@@ -129,22 +132,21 @@ def schemas(texts: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def contraction(name: str) -> tuple[str, ...]:
-    """Flags for what the build says about fused multiply-adds in one file.
+def contraction(name: str, build: str) -> tuple[str, ...]:
+    """Flags for what CMakeLists.txt (its text) says about fused multiply-adds in one file.
 
     nvcc contracts unless it is told -fmad=false, so the emulation does where its processor can.
     Which of the possible contractions a compiler picks is its own choice.
     """
-    build = (ROOT / "CMakeLists.txt").read_text()
     properties = re.findall(r"set_source_files_properties\((.*?)\)", build, re.DOTALL)
     if any(name in text and "-fmad=false" in text for text in properties):
         return ("-ffp-contract=off",)
-    return ("-ffp-contract=fast", *(("-mfma",) if _has_fma() else ()))
+    return ("-ffp-contract=fast", "-mfma") if has_fma() else ("-ffp-contract=fast",)
 
 
 @functools.cache
-def _has_fma() -> bool:
-    """Whether this is an x86 processor that has, and needs to be asked for, fused multiply-adds."""
+def has_fma() -> bool:
+    """Whether this is an x86 processor with fused multiply-adds: the compiler has to be told."""
     info = Path("/proc/cpuinfo")
     return info.exists() and " fma " in info.read_text()
 
@@ -159,79 +161,113 @@ def library(edits: Sequence[Edit] = (), flags: Sequence[str] = CHECKED) -> Path:
         BuildFailed: the compiler refuses the sources.
     """
     texts = edited(edits)
-    made_of = [
-        *(f"{name}\n{text}" for name, text in texts.items()),
-        *(path.read_text() for path in sorted(HEADERS.iterdir())),
-        Path(__file__).read_text(),
-        " ".join(flags),
-        str(contraction("adamw_ema.cu")),
-        torch.__version__,
-        _version(),
-    ]
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    path = CACHE / f"{name}.so"
-    if path.exists():
-        return path
-    CACHE.mkdir(parents=True, exist_ok=True)
-    # Another worker of the same test run may be building it.
-    with open(CACHE / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    units = [_Unit(HEADERS / "emulation.cpp", None, _without_checks(flags))]
+    units.append(_Unit(Path("schemas.cpp"), schemas(texts), ()))
+    for name, text in texts.items():
+        if name.endswith(".cu"):
+            own = contraction(name, texts["CMakeLists.txt"])
+            units.append(_Unit(Path(name), rewritten(text), (*flags, *own)))
+    headers = {
+        name: rewritten(text) for name, text in texts.items() if name.endswith((".cuh", ".h"))
+    }
+    keys = [_key(unit, headers) for unit in units]
+    path = CACHE / f"{_hash(*keys, *flags, *WRAPPED)}.so"
+    with _alone(path):
         if not path.exists():
-            _build(texts, flags, path)
-    (CACHE / f"{name}.lock").unlink(missing_ok=True)
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(_object, units, keys, [headers] * len(units)))
+            _link(objects, flags, path)
     return path
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A file to compile: where it is, or its text, and its flags."""
+
+    path: Path
+    text: str | None
+    flags: tuple[str, ...]
+
+
+def _without_checks(flags: Sequence[str]) -> tuple[str, ...]:
+    """Flags for what must not be checked itself."""
+    return tuple(flag for flag in flags if flag not in CHECKED)
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _key(unit: _Unit, headers: dict[str, str]) -> str:
+    """A hash of everything that an object file is made of."""
+    text = unit.path.read_text() if unit.text is None else unit.text
+    own_headers = [path.read_text() for path in sorted(HEADERS.glob("*.h"))]
+    included = [headers[name] for name in sorted(_included(text, headers))]
+    flags = (*unit.flags, *COMMON)
+    return _hash(text, *flags, *own_headers, *included, torch.__version__, _version())
+
+
+def _included(text: str, headers: dict[str, str]) -> set[str]:
+    """The headers of csrc/ that a text includes, and those that these include."""
+    names = set(re.findall(r'#include "(.*?)"', text)) & headers.keys()
+    deeper = [_included(headers[name], headers) for name in names]
+    return names.union(*deeper)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process makes this file meanwhile: workers of one test run want the same ones."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache
 def _version() -> str:
-    done = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True)
-    return done.stdout
+    return _run(compiler(), "--version")
 
 
-def _run(*words: str | Path) -> None:
+def _run(*words: str | Path) -> str:
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     if done.returncode:
         raise BuildFailed(done.stderr)
+    return done.stdout
 
 
-def _build(texts: dict[str, str], flags: Sequence[str], path: Path) -> None:
-    """Compiles in a folder of its own, and puts the library in its place at once."""
-    folder = path.with_suffix(f".{os.getpid()}")
-    folder.mkdir()
-    try:
-        units = {HEADERS / "emulation.cpp": (), folder / "schemas.cpp": ()}
-        (folder / "schemas.cpp").write_text(schemas(texts))
-        for name, text in texts.items():
-            if name.endswith((".cu", ".cuh", ".h")):
-                (folder / name).write_text(f'#line 1 "{SOURCES / name}"\n{rewritten(text)}')
-            if name.endswith(".cu"):
-                units[folder / name] = (*flags, *contraction(name))
-        if "-fsanitize=thread" not in flags:
-            units[HEADERS / "emulation.cpp"] = tuple(flags)
-        _compile_and_link(units, folder, flags, folder / path.name)
-        os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder)
+def _object(unit: _Unit, key: str, headers: dict[str, str]) -> Path:
+    """The compiled unit."""
+    path = CACHE / f"{key}.o"
+    with _alone(path), tempfile.TemporaryDirectory(dir=CACHE) as name:
+        if path.exists():
+            return path
+        folder = Path(name)
+        source = unit.path
+        if unit.text is not None:
+            source = folder / unit.path.name
+            source.write_text(_numbered(unit.path.name, unit.text))
+        for header, text in headers.items():
+            (folder / header).write_text(_numbered(header, text))
+        words = [*COMMON, *unit.flags, "-I", HEADERS, "-I", folder]
+        words += ["-isystem", TORCH / "include", "-x", "c++", "-c", source]
+        _run(compiler(), *words, "-o", folder / "object.o")
+        os.replace(folder / "object.o", path)
+    return path
 
 
-def _compile_and_link(
-    units: dict[Path, tuple[str, ...]], folder: Path, flags: Sequence[str], path: Path
-) -> None:
-    includes = ["-I", HEADERS, "-I", folder, "-isystem", TORCH / "include"]
-    includes += ["-isystem", TORCH / "include" / "torch" / "csrc" / "api" / "include"]
-    jobs = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for source, own in units.items():
-            words = (*COMMON, *own, *includes, "-x", "c++", "-c", source)
-            words += ("-o", folder / f"{source.name}.o")
-            jobs.append(pool.submit(_run, compiler(), *words))
-    for job in jobs:
-        job.result()
-    objects = [folder / f"{source.name}.o" for source in units]
-    sanitizers = [flag for flag in flags if flag != "-fsanitize=thread"]
+def _numbered(name: str, text: str) -> str:
+    """The text, for messages that name the file in csrc/."""
+    return f'#line 1 "{SOURCES / name}"\n{text}'
+
+
+def _link(objects: Sequence[Path], flags: Sequence[str], path: Path) -> None:
+    """Puts the library in its place at once."""
+    made = path.with_suffix(f".{os.getpid()}")
     wraps = [f"-Wl,--wrap={name}" for name in WRAPPED]
     torch_library = ["-L", TORCH / "lib", "-ltorch_cpu", "-lc10"]
-    _run(compiler(), "-shared", *objects, *sanitizers, *wraps, *torch_library, "-o", path)
+    words = ["-shared", *objects, *_without_checks(flags), *wraps, *torch_library]
+    _run(compiler(), *words, "-o", made)
+    os.replace(made, path)
 
 
 # Running.
@@ -244,11 +280,21 @@ class Emulation:
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
         self._library.heptapod_emulation_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self._library.heptapod_emulation_only_last.argtypes = [ctypes.c_int64]
         self._library.heptapod_emulation_launches.restype = ctypes.c_uint64
 
     def order(self, name: str, seed: int = 0) -> None:
         """In which order threads and blocks run from now on: one of ORDERS."""
         self._library.heptapod_emulation_order(ORDERS.index(name), seed)
+
+    @contextlib.contextmanager
+    def only_last(self, blocks: int) -> Iterator[None]:
+        """Of each grid the last blocks alone are run, for a while: for the ends of huge tensors."""
+        self._library.heptapod_emulation_only_last(blocks)
+        try:
+            yield
+        finally:
+            self._library.heptapod_emulation_only_last(2**31 - 1)
 
     def launches(self) -> int:
         """How many kernels have run."""
@@ -271,5 +317,17 @@ class Emulation:
 
 @functools.cache
 def loaded() -> Emulation:
-    """The emulation of csrc/ as it is."""
-    return Emulation(library())
+    """The emulation of csrc/ as it is; with the sanitizers where the environment asks for them."""
+    sanitized = os.environ.get(SANITIZERS, "0") not in ("", "0")
+    return Emulation(library(flags=SANITIZED if sanitized else CHECKED))
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[str]:
+    """The implementation to ask an operation for: `name` itself, but for "emulated", which is
+    "cpu" while the emulation stands in for it."""
+    if name != "emulated":
+        yield name
+        return
+    with loaded().standing_in():
+        yield "cpu"

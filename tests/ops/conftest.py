@@ -34,11 +34,10 @@ def emulated(request):
     missing = emulator.why_not()
     if missing:
         pytest.skip(missing)
-    emulation = emulator.loaded()
     seed = zlib.crc32(request.node.nodeid.encode())
-    emulation.order(emulator.ORDERS[seed % 3], seed)
-    with emulation.standing_in():
-        yield "cpu"
+    emulator.loaded().order(emulator.ORDERS[seed % 3], seed)
+    with emulator.running("emulated") as implementation:
+        yield implementation
 
 
 @pytest.fixture(params=["reference", *COMPILED])

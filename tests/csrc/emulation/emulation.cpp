@@ -109,6 +109,7 @@ struct Thread {
 struct Emulator {
   Order order = Order::ascending;
   std::mt19937_64 random;
+  int64_t only_last = kMostBlocks;  // blocks of a grid that are run
   uint64_t launches = 0;
   cudaError_t last_error = cudaSuccess;
 
@@ -421,51 +422,62 @@ void check(const void* address, size_t bytes, bool write) {
 // -- Blocks ------------------------------------------------------------------------------------
 
 template <typename Number>
-std::vector<Number> in_order(Number count) {
+std::vector<Number> in_order(Number begin, Number end) {
   Emulator& e = self();
-  std::vector<Number> numbers(count);
-  std::iota(numbers.begin(), numbers.end(), Number{0});
+  std::vector<Number> numbers(end - begin);
+  std::iota(numbers.begin(), numbers.end(), begin);
   if (e.order == Order::descending) std::reverse(numbers.begin(), numbers.end());
   if (e.order == Order::random) std::shuffle(numbers.begin(), numbers.end(), e.random);
   return numbers;
 }
 
-// Whether all lanes that a shuffle's mask names have come to one of that mask.
-bool all_lanes_wait(const std::vector<Thread*>& warp, const Thread& thread) {
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if ((thread.mask >> lane & 1u) == 0) continue;
-    const bool there = lane < static_cast<int>(warp.size());
-    if (!there || warp[lane]->state != State::at_shuffle || warp[lane]->mask != thread.mask)
-      return false;
+using Warp = std::vector<Thread*>;
+
+// Whether all lanes that a mask names have come to a shuffle of that mask.
+bool all_lanes_wait(const Warp& warp, unsigned mask) {
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1u) == 0) continue;
+    if (lane >= warp.size()) return false;
+    const Thread& thread = *warp[lane];
+    if (thread.state != State::at_shuffle || thread.mask != mask) return false;
   }
   return true;
 }
 
+// The lanes whose shuffle is complete, as a mask.
+unsigned complete_lanes(const Warp& warp) {
+  unsigned complete = 0;
+  for (unsigned lane = 0; lane < warp.size(); ++lane) {
+    const Thread& thread = *warp[lane];
+    const bool known = (complete >> lane & 1u) != 0;
+    if (!known && thread.state == State::at_shuffle && all_lanes_wait(warp, thread.mask))
+      complete |= thread.mask;
+  }
+  return complete;
+}
+
 // Gives the lanes of complete shuffles what they want; whether there were any.
-bool exchange(const std::vector<Thread*>& warp) {
-  std::vector<Thread*> complete;
-  for (Thread* const thread : warp)
-    if (thread->state == State::at_shuffle && all_lanes_wait(warp, *thread))
-      complete.push_back(thread);
-  std::vector<uint64_t> received;
-  for (const Thread* const thread : complete) {
-    if ((thread->mask >> thread->source & 1u) == 0)
-      fail("a shuffle reads lane " + std::to_string(thread->source) +
+bool exchange(const Warp& warp) {
+  const unsigned complete = complete_lanes(warp);
+  uint64_t brought[kWarp] = {};
+  for (size_t lane = 0; lane < warp.size(); ++lane) brought[lane] = warp[lane]->bits;
+  for (size_t lane = 0; lane < warp.size(); ++lane) {
+    if ((complete >> lane & 1u) == 0) continue;
+    Thread& thread = *warp[lane];
+    if ((thread.mask >> thread.source & 1u) == 0)
+      fail("a shuffle reads lane " + std::to_string(thread.source) +
            ", which its mask does not name");
-    received.push_back(warp[thread->source % warp.size()]->bits);
+    thread.bits = brought[thread.source];
+    thread.state = State::ready;
   }
-  for (size_t i = 0; i < complete.size(); ++i) {
-    complete[i]->bits = received[i];
-    complete[i]->state = State::ready;
-  }
-  return !complete.empty();
+  return complete != 0;
 }
 
 bool exchange_all(int count) {
   Emulator& e = self();
   bool any = false;
   for (int first = 0; first < count; first += kWarp) {
-    std::vector<Thread*> warp;
+    Warp warp;
     for (int t = first; t < std::min(first + kWarp, count); ++t) warp.push_back(&e.threads[t]);
     any |= exchange(warp);
   }
@@ -505,7 +517,7 @@ void run_block(uint32_t block, int count) {
   e.run_of_block = ++e.runs;
   for (int t = 0; t < count; ++t) e.threads[t].state = State::ready;
   while (e.error.empty()) {
-    for (const int t : in_order(count)) {
+    for (const int t : in_order(0, count)) {
       if (e.threads[t].state == State::ready) to_thread(t);
       if (!e.error.empty()) return;
     }
@@ -577,7 +589,8 @@ void run(const Launch& launch, const void* call, size_t call_bytes, size_t argum
   e.body = body;
   e.run_of_launch = ++e.runs;
   ++e.launches;
-  for (const auto block : in_order(launch.blocks)) {
+  const int64_t first = std::max<int64_t>(0, launch.blocks - e.only_last);
+  for (const auto block : in_order(first, launch.blocks)) {
     run_block(static_cast<uint32_t>(block), static_cast<int>(launch.threads));
     if (!e.error.empty()) break;
   }
@@ -650,6 +663,11 @@ AOTITorchError __wrap_aoti_torch_get_current_cuda_stream(int32_t, void** stream)
 EMULATION_EXPORT void heptapod_emulation_order(int order, uint64_t seed) {
   emulation::self().order = static_cast<emulation::Order>(order);
   emulation::self().random.seed(seed);
+}
+
+// Of each grid only the last blocks are run, for the ends of huge tensors.
+EMULATION_EXPORT void heptapod_emulation_only_last(int64_t blocks) {
+  emulation::self().only_last = blocks;
 }
 
 EMULATION_EXPORT uint64_t heptapod_emulation_launches() { return emulation::self().launches; }
