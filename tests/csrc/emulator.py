@@ -7,7 +7,8 @@ one in one process, and the two can be compared; `standing_in` puts its operator
 the real library's CPU operators, for tests that call these. What is checked while they run, and
 what cannot be seen this way, stands at the top of emulation/emulation.cpp.
 
-Libraries are kept in build/emulation, by a hash of everything that they are made of.
+Libraries are kept in build/emulation, by a hash of everything that they are made of, until
+`make clean`.
 """
 
 from __future__ import annotations
@@ -106,11 +107,22 @@ def edited(edits: Sequence[Edit] = ()) -> dict[str, str]:
     return texts
 
 
+# name<types><<<blocks, threads, bytes, stream>>>(
+_LAUNCH = re.compile(r"(\w+)((?:<[^<>;{}()]*>)?)<<<(.*?)>>>\(", re.DOTALL)
+_BOUNDS = re.compile(r"__launch_bounds__\((\w+)\)\s+(\w+)\(")
+_MOST_THREADS = "1024"  # of a block, where a kernel names no bounds
+
+
 def rewritten(text: str) -> str:
     """A .cu file for a C++ compiler; lines keep their numbers."""
-    # name<types><<<blocks, threads, bytes, stream>>>(arguments)
-    launch = re.compile(r"(\w+)((?:<[^<>;{}()]*>)?)<<<(.*?)>>>\(", re.DOTALL)
-    text = launch.sub(r'::emulation::launcher("\1", &\1\2, \3)(', text)
+    bounds = {kernel: threads for threads, kernel in _BOUNDS.findall(text)}
+
+    def launch(found: re.Match) -> str:
+        name, types, configuration = found.groups()
+        most = bounds.get(name, _MOST_THREADS)
+        return f'::emulation::launcher("{name}", {most}, &{name}{types}, {configuration})('
+
+    text = _LAUNCH.sub(launch, text)
     # By value it would be copied, all 32 KB of it, by each thread.
     text = re.sub(r"(__grid_constant__\s+[\w:<>]+?)(\s+\w+\s*[,)])", r"\1&\2", text)
     return re.sub(

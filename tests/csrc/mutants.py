@@ -255,6 +255,10 @@ PLANTED: dict[str, tuple[list[Edit], str]] = {
         ],
         "with no barrier between them",
     ),
+    "norm: a launch with more threads than the kernel is compiled for": (
+        [in_norm("squares_kernel<<<count, kThreads,", "squares_kernel<<<count, kFinalThreads,")],
+        "too many resources",
+    ),
     "norm: all blocks write one partial sum": (
         [in_norm("partials[blockIdx.x] = total", "partials[0] = total")],
         "with no barrier between them",
@@ -282,6 +286,17 @@ PLANTED: dict[str, tuple[list[Edit], str]] = {
     # Values.
     CONTRACTED: (
         [Edit("CMakeLists.txt", '"-fmad=false"', '"-O3"')],
+        "step: ",
+    ),
+    "step: the tail contracts a product and a sum, the vector loop does not": (
+        [
+            in_step(
+                "    update(p1, m1, v1, to_float(g[i]), grad_scale, plan, r);",
+                "    const float grad = to_float(g[i]) * grad_scale, old = v1;\n"
+                "    update(p1, m1, v1, to_float(g[i]), grad_scale, plan, r);\n"
+                "    v1 = fmaf(r.beta2, old, r.second * grad * grad);",
+            )
+        ],
         "step: ",
     ),
     "copies: neighbours change places": (
@@ -312,7 +327,7 @@ SMALL: dict[str, list[Edit]] = {
     "grids that stride": [in_words("kMaxBlocks = 1 << 16", "kMaxBlocks = 2")],
     "short chunks": [
         in_step("kChunk = 1 << 14", "kChunk = 1 << 6"),
-        in_norm("kChunk = 1 << 14", "kChunk = 1 << 6"),
+        in_norm("kChunk = 1 << 14", "kChunk = 1 << 11"),
     ],
     "the arguments of CUDA 12.0": [in_tables("CUDART_VERSION >= 12010", "false")],
     "launches of few chunks": [in_tables("needed > INT_MAX", "needed > 7")],

@@ -81,12 +81,13 @@ def test_tensors_that_an_operator_only_reads_may_share_memory(emulation):
 
 
 def test_launches_are_rewritten_on_their_lines():
+    kernels = "__global__ void __launch_bounds__(kMost)\n    k(int n) {}\n"
     text = (
         "  k<K, G><<<chunks,\n   kThreads, 0, stream>>>(table, f(x));\n  b<<<1, 2, 0, s(d)>>>(y);"
     )
-    assert emulator.rewritten(text) == (
-        '  ::emulation::launcher("k", &k<K, G>, chunks,\n   kThreads, 0, stream)(table, f(x));\n'
-        '  ::emulation::launcher("b", &b, 1, 2, 0, s(d))(y);'
+    assert emulator.rewritten(kernels + text) == kernels + (
+        '  ::emulation::launcher("k", kMost, &k<K, G>, chunks,\n   kThreads, 0, stream)'
+        '(table, f(x));\n  ::emulation::launcher("b", 1024, &b, 1, 2, 0, s(d))(y);'
     )
 
 

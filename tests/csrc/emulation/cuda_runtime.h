@@ -15,7 +15,7 @@
 #define __global__
 #define __grid_constant__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads)  // each launch is told (emulator.py)
 // Blocks run one after the other, so that one copy serves them all; emulation.cpp knows these
 // variables as the writable memory of the library.
 #define __shared__ static
@@ -27,7 +27,12 @@
 
 using std::min;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchOutOfResources = 701,
+};
 using cudaStream_t = struct CUstream_st*;
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);

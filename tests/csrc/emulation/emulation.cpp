@@ -25,7 +25,11 @@
 #include <link.h>
 #include <sys/mman.h>
 
-#if !defined(__x86_64__)
+// EMULATION_UCONTEXT: the C library's way to change fibers everywhere, a system call each.
+#if !defined(__x86_64__) && !defined(EMULATION_UCONTEXT)
+#define EMULATION_UCONTEXT
+#endif
+#if defined(EMULATION_UCONTEXT)
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -89,10 +93,10 @@ struct Page {
   Cell cell[kCells];
 };
 
-#if defined(__x86_64__)
-using Context = void*;  // the stack pointer; what must survive a call lies above it
-#else
+#if defined(EMULATION_UCONTEXT)
 using Context = ucontext_t;
+#else
+using Context = void*;  // the stack pointer; what must survive a call lies above it
 #endif
 
 struct Thread {
@@ -145,7 +149,16 @@ Emulator& self() {
 
 void fiber_main();
 
-#if defined(__x86_64__)
+#if defined(EMULATION_UCONTEXT)
+void change(Context& from, Context& to) { swapcontext(&from, &to); }
+
+void prepare(Thread& thread) {
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack;
+  thread.context.uc_stack.ss_size = kStack;
+  makecontext(&thread.context, fiber_main, 0);
+}
+#else
 extern "C" void emulation_switch(Context* save, Context load);
 asm(R"(
   .text
@@ -181,15 +194,6 @@ void prepare(Thread& thread) {
   std::fill(pointer, top, nullptr);
   pointer[6] = reinterpret_cast<void*>(&fiber_main);
   thread.context = pointer;
-}
-#else
-void change(Context& from, Context& to) { swapcontext(&from, &to); }
-
-void prepare(Thread& thread) {
-  getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack;
-  thread.context.uc_stack.ss_size = kStack;
-  makecontext(&thread.context, fiber_main, 0);
 }
 #endif
 
@@ -236,6 +240,7 @@ void fiber_main() {
 
 void make_threads(int64_t count) {
   Emulator& e = self();
+  e.threads.reserve(kMostThreads);  // contexts must not move
   while (static_cast<int64_t>(e.threads.size()) < count) {
     void* const memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -243,8 +248,8 @@ void make_threads(int64_t count) {
       throw std::runtime_error("emulation: no memory for the stacks of threads");
     Thread thread;
     thread.stack = static_cast<char*>(memory) + kGuard;
-    prepare(thread);
     e.threads.push_back(thread);
+    prepare(e.threads.back());
   }
 }
 
@@ -535,6 +540,7 @@ cudaError_t judge(const Launch& launch, size_t argument_bytes) {
   const bool threads_fit = 1 <= launch.threads && launch.threads <= kMostThreads;
   const bool blocks_fit = 1 <= launch.blocks && launch.blocks <= kMostBlocks;
   if (!threads_fit || !blocks_fit) return cudaErrorInvalidConfiguration;
+  if (launch.threads > launch.launch_bounds) return cudaErrorLaunchOutOfResources;
   if (argument_bytes > kMostArgumentBytes) return cudaErrorInvalidValue;
   return cudaSuccess;
 }
@@ -616,6 +622,7 @@ cudaError_t cudaGetLastError() {
 const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
   if (error == cudaErrorInvalidValue) return "invalid argument";
+  if (error == cudaErrorLaunchOutOfResources) return "too many resources requested for launch";
   return "no error";
 }
 

@@ -32,6 +32,7 @@ void copy(void* to, const void* from, size_t bytes);
 
 struct Launch {
   const char* kernel;
+  int64_t launch_bounds;  // threads
   int64_t blocks;
   int64_t threads;
   size_t dynamic_shared_bytes;
@@ -79,9 +80,10 @@ struct Launcher {
 // kernel<<<blocks, threads, bytes, stream>>>(...) is rewritten to launcher(...)(...). Launches are
 // finished when they return, in the order of the source, as on one stream.
 template <typename... Parameters, typename Stream>
-Launcher<Parameters...> launcher(const char* name, void (*kernel)(Parameters...), int64_t blocks,
-                                 int64_t threads, size_t dynamic_shared_bytes, Stream) {
-  return {{name, blocks, threads, dynamic_shared_bytes}, kernel};
+Launcher<Parameters...> launcher(const char* name, int64_t launch_bounds,
+                                 void (*kernel)(Parameters...), int64_t blocks, int64_t threads,
+                                 size_t dynamic_shared_bytes, Stream) {
+  return {{name, launch_bounds, blocks, threads, dynamic_shared_bytes}, kernel};
 }
 
 }  // namespace emulation
