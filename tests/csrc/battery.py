@@ -3,9 +3,9 @@
 Each check compares the emulated operators with the library's CPU operators or with float64, bit for
 bit where both promise that. All of them pass on csrc/ as it is; a planted bug must fail one.
 
-    python -m tests.csrc.battery     reads {"library": PATH, "seed": N, "checks": NAMES} line by line,
-                                     and answers {"caught": text or null}: what these checks say to
-                                     that library
+    python -m tests.csrc.battery     reads {"library": PATH, "seed": N, "checks": NAMES} line by
+                                     line, and answers {"caught": text or null}: what these checks
+                                     say to that library
 
 Every library is loaded in a process of its own, which may crash or hang.
 """

@@ -49,10 +49,9 @@ WRAPPED = (
     "aoti_torch_get_current_cuda_stream",
 )
 
-# As CMakeLists.txt has them. -O2: without it arrays in registers would be memory, and checked.
+# As CMakeLists.txt has them, but for the optimization.
 COMMON = (
     "-std=c++17",
-    "-O2",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
@@ -60,6 +59,8 @@ COMMON = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-DTORCH_STABLE_ONLY",
 )
+# Without it arrays in registers would be memory, and checked; with more of it compiling takes longer.
+SOME = "-O1"
 CHECKED = ("-fsanitize=thread",)  # its calls, not its library: see emulation.cpp
 SANITIZERS = "HEPTAPOD_EMULATION_SANITIZERS"  # environment: 1 for these flags instead
 SANITIZED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -173,12 +174,12 @@ def library(edits: Sequence[Edit] = (), flags: Sequence[str] = CHECKED) -> Path:
         BuildFailed: the compiler refuses the sources.
     """
     texts = edited(edits)
-    units = [_Unit(HEADERS / "emulation.cpp", None, _without_checks(flags))]
+    units = [_Unit(HEADERS / "emulation.cpp", None, ("-O2", *_without_checks(flags)))]
     units.append(_Unit(Path("schemas.cpp"), schemas(texts), ()))
     for name, text in texts.items():
         if name.endswith(".cu"):
             own = contraction(name, texts["CMakeLists.txt"])
-            units.append(_Unit(Path(name), rewritten(text), (*flags, *own)))
+            units.append(_Unit(Path(name), rewritten(text), (SOME, *flags, *own)))
     headers = {
         name: rewritten(text) for name, text in texts.items() if name.endswith((".cuh", ".h"))
     }

@@ -382,7 +382,8 @@ void check_race(uintptr_t at, size_t bytes, bool write, bool shared) {
     Cell& cell = cell_of(here);
     if (shared && !write && cell.write.run != run)
       fail_here(accesses(bytes, write) + "of shared memory that its block has not written");
-    if (unordered(cell.write, run)) tell_race(accesses(bytes, write) + memory, cell.write, "writes");
+    if (unordered(cell.write, run))
+      tell_race(accesses(bytes, write) + memory, cell.write, "writes");
     if (write && unordered(cell.read, run))
       tell_race(accesses(bytes, write) + memory, cell.read, "reads");
     note(write ? cell.write : cell.read, run);
@@ -501,8 +502,8 @@ void pass_barrier(int count) {
   const int line = e.threads[0].line;
   for (int t = 0; t < count; ++t) {
     if (e.threads[t].line != line)
-      return fail("threads of block " + std::to_string(e.block) + " wait at the barriers of lines " +
-                  std::to_string(line) + " and " + std::to_string(e.threads[t].line));
+      return fail("threads of block " + std::to_string(e.block) + " wait at the barriers of " +
+                  "lines " + std::to_string(line) + " and " + std::to_string(e.threads[t].line));
     e.threads[t].state = State::ready;
   }
   ++e.epoch;
