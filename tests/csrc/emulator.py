@@ -60,7 +60,8 @@ COMMON = (
     "-DTORCH_STABLE_ONLY",
 )
 # Without it arrays in registers would be memory, and checked; more of it takes longer to compile.
-OPTIMIZED = "-O1"
+# The second is when g++ contracts.
+OPTIMIZED = ("-O1", "-fexpensive-optimizations")
 CHECKED = ("-fsanitize=thread",)  # its calls, not its library: see emulation.cpp
 SANITIZERS = "HEPTAPOD_EMULATION_SANITIZERS"  # environment: 1 for these flags instead
 SANITIZED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -179,7 +180,7 @@ def library(edits: Sequence[Edit] = (), flags: Sequence[str] = CHECKED) -> Path:
     for name, text in texts.items():
         if name.endswith(".cu"):
             own = contraction(name, texts["CMakeLists.txt"])
-            units.append(_Unit(Path(name), rewritten(text), (OPTIMIZED, *flags, *own)))
+            units.append(_Unit(Path(name), rewritten(text), (*OPTIMIZED, *flags, *own)))
     headers = {
         name: rewritten(text) for name, text in texts.items() if name.endswith((".cuh", ".h"))
     }
