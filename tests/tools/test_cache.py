@@ -94,7 +94,9 @@ def test_settings_that_are_refused(folder, tmp_path, tokenizer, words, text):
 
 def test_names_that_are_refused(folder, tmp_path):
     refused(cache(folder, tmp_path / "cache"), "expected a name that ends in .zarr")
-    refused(cache(tmp_path / "nothing", tmp_path / "c.zarr"), "no such folder; check --data")
+    refused(
+        cache(tmp_path / "nothing", tmp_path / "c.zarr"), "no such folder or archive; check --data"
+    )
     (tmp_path / "file").write_text("")
     refused(cache(folder, tmp_path / "file" / "c.zarr"), "cannot write", "--out")
     refused(cache(folder, folder / "c.zarr"), "lies inside --data", "choose another place")
