@@ -102,8 +102,10 @@ def find_images(root: Path, progress: Progress | None = None) -> ImageFiles:
         raise _no_images(root, others, endings)
     labelled = labels_beside(str(root), images, others)
     if labelled is not None:
-        class_names, labels = labelled.class_names, labelled.labels
-        images, others = labelled.images, labelled.others
+        class_names = labelled.class_names
+        labels = labelled.labels
+        images = labelled.images
+        others = labelled.others
         notes.append(f"labels from the {LABEL} files beside the images")
     else:
         if notes:
@@ -137,8 +139,10 @@ def _sorted_out(contents: Contents, endings: tuple[str, ...]) -> tuple[list[Entr
     images: list[Entry] = []
     others: list[Entry] = []
     for entry in sorted(contents.files, key=by_parts):
-        is_image = entry.inner.lower().endswith(endings)
-        (images if is_image else others).append(entry)
+        if entry.inner.lower().endswith(endings):
+            images.append(entry)
+        else:
+            others.append(entry)
     return images, others
 
 
