@@ -255,4 +255,6 @@ def test_step_5_float32_from_pieces_of_bfloat16():
     exact = a.double() @ b.double()
     found = (step_5(a, b).double() - exact).abs().max()
     rounded = (a.bfloat16().double() @ b.bfloat16().double() - exact).abs().max()
-    assert float(found) < 2e-6 < 1e-3 < float(rounded)
+    # Some roundings of float32 at the size of the products that are added up.
+    allowed = 4 * torch.finfo(torch.float32).eps * (a.abs() @ b.abs()).max()
+    assert float(found) < float(allowed) < 1e-4 < float(rounded)
