@@ -76,10 +76,13 @@ def compare(
     exact: Callable | None = None,
     factor: float = 2.0,
     floor: float = 0.0,
+    rounded_in: torch.dtype = torch.float64,
 ) -> None:
     """Outputs and gradients of `kernel` against `reference` in float64 (or `exact`), by the rule.
 
-    floor: an absolute allowance, for results that cancel to zero. The kernel runs with
+    floor: an absolute allowance, for results that cancel to zero. rounded_in: gradients of float32
+    masters may come out of products in this dtype, and are allowed one rounding of it: of few
+    values, the reference's error is small by luck. The kernel runs with
     uninitialised memory filled with NaN, twice, and must give the same bits.
     """
     with torch.random.fork_rng(devices=[]):
@@ -98,7 +101,10 @@ def compare(
     ):
         assert len(found) == len(plain), f"{len(found)} {group}s, the reference has {len(plain)}"
         for i, (f, p, t) in enumerate(zip(found, plain, true, strict=True)):
-            assert_within_rule(f, p, t.double(), factor, f"{group} {i}", floor)
+            allowance = floor
+            if group == "gradient":
+                allowance += 0.5 * torch.finfo(rounded_in).eps * float(t.abs().max())
+            assert_within_rule(f, p, t.double(), factor, f"{group} {i}", allowance)
     for first, second in zip((*outputs, *grads), (*results[1][0], *results[1][1]), strict=True):
         assert torch.equal(first, second), "another run gave other bits"
 
