@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "adamw_ema.h"
 #include "bfloat16.h"
 #include "clones.h"
 
@@ -103,6 +104,7 @@ void adamw_ema_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
                       emas.size() == n * k && weight_decays.size() == n &&
                       (copies.empty() || copies.size() == n),
                   "adamw_ema: lists of different lengths");
+  heptapod::check_scalars(lr, step, grad_scale, ema_decays);
   const float scale = *read(grad_scale);
   if (n == 0 || scale == 0.0f) return;
   const double rate = *read(lr), now = *read(step);

@@ -5,6 +5,7 @@
 // Learning rate, step, gradient scale and decays are read on the device. No atomics: the same bits
 // every time. See multi_tensor.cuh for how tensors are found.
 
+#include "adamw_ema.h"
 #include "cuda_common.h"
 #include "multi_tensor.cuh"
 
@@ -39,8 +40,8 @@ struct Slot {
   __nv_bfloat16* copy;
   float* ema[K > 0 ? K : 1];
   int64_t numel;
-  float weight_decay;
-  bool vectors;  // every address is aligned for four elements at once
+  double weight_decay;  // as the CPU and the reference have it
+  bool vectors;         // every address is aligned for four elements at once
 };
 
 template <int K>
@@ -208,7 +209,7 @@ void fill(Slot<K>& s, const Lists& lists, size_t i) {
   s.v = write(lists.exp_avg_sqs[i]);
   s.g = lists.grads[i].const_data_ptr();
   s.numel = lists.params[i].numel();
-  s.weight_decay = static_cast<float>(lists.weight_decays[i]);
+  s.weight_decay = lists.weight_decays[i];
   s.vectors = aligned(s.p, 16) && aligned(s.m, 16) && aligned(s.v, 16) &&
               aligned(s.g, 4 * sizeof(G));
   for (int e = 0; e < K; ++e) {
@@ -284,6 +285,7 @@ void adamw_ema_cuda(std::vector<Tensor> params, std::vector<Tensor> grads,
                       emas.size() == n * static_cast<size_t>(k) && weight_decays.size() == n &&
                       (copies.empty() || copies.size() == n),
                   "adamw_ema: lists of different lengths");
+  heptapod::check_scalars(lr, step, grad_scale, ema_decays);
   if (n == 0) return;
   const int32_t device = params[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);

@@ -66,6 +66,9 @@ void fill(const int64_t* index, const int64_t* slot, int64_t blocks, uint32_t ke
 Tensor philox_cpu(const Tensor& index, const Tensor& slot, int64_t blocks, int64_t key0,
                   int64_t key1) {
   STD_TORCH_CHECK(index.is_contiguous() && slot.is_contiguous(), "philox: contiguous tensors only");
+  STD_TORCH_CHECK(index.scalar_type() == torch::headeronly::ScalarType::Long &&
+                      slot.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "philox: int64 tensors only");
   STD_TORCH_CHECK(index.numel() == slot.numel(), "philox: index and slot differ in shape");
   std::vector<int64_t> shape(index.sizes().begin(), index.sizes().end());
   shape.push_back(4 * blocks);

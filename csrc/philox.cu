@@ -51,6 +51,9 @@ __global__ void __launch_bounds__(kThreads)
 Tensor philox_cuda(const Tensor& index, const Tensor& slot, int64_t blocks, int64_t key0,
                    int64_t key1) {
   STD_TORCH_CHECK(index.is_contiguous() && slot.is_contiguous(), "philox: contiguous tensors only");
+  STD_TORCH_CHECK(index.scalar_type() == torch::headeronly::ScalarType::Long &&
+                      slot.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "philox: int64 tensors only");
   STD_TORCH_CHECK(index.numel() == slot.numel(), "philox: index and slot differ in shape");
   const int32_t device = index.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);

@@ -43,21 +43,30 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     """
     if "RANK" in environment:
         return _torchrun(environment)
-    if "SLURM_PROCID" in environment:
-        return _slurm(environment)
+    # Within a Slurm job mpirun starts its processes by srun, one on each machine, whose numbers
+    # they inherit: MPI's own go first.
     if "OMPI_COMM_WORLD_RANK" in environment:
         names = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
         return _mpi(environment, "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", names)
-    if "PMI_RANK" in environment:
+    if "PMI_RANK" in environment and "MPI_LOCALNRANKS" in environment:
         names = ("MPI_LOCALRANKID", "MPI_LOCALNRANKS")
         return _mpi(environment, "MPI", "PMI_RANK", "PMI_SIZE", names)
+    if "SLURM_PROCID" in environment:
+        return _slurm(environment)
     return Ranks()
 
 
 def _torchrun(environment: Mapping[str, str]) -> Ranks:
+    rank = _number(environment, "RANK", 0)
+    size = _number(environment, "WORLD_SIZE", 1)
+    if not 0 <= rank < size:
+        raise ValueError(
+            f"RANK is {rank} and WORLD_SIZE {environment.get('WORLD_SIZE', 'not set')}: expected a "
+            f"rank below the number of processes, as {TORCHRUN} sets them"
+        )
     return Ranks(
-        _number(environment, "RANK", 0),
-        _number(environment, "WORLD_SIZE", 1),
+        rank,
+        size,
         _number(environment, "LOCAL_RANK", 0),
         _number(environment, "LOCAL_WORLD_SIZE", 1),
         "torchrun",
@@ -112,10 +121,8 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
 
 def _first_host(nodes: str) -> str:
     """The first machine of a list such as "gpu[03-05,9],cpu1": gpu03."""
-    found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    if found is None:
-        return nodes
-    return "".join(part or "" for part in found.groups())
+    # Of every list in brackets its first number, then what stands before the first comma.
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
 def _mpi(

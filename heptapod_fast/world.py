@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from heptapod_fast.launchers import find_ranks
+from heptapod_fast.launchers import Ranks, find_ranks
 
 Result = TypeVar("Result")
 
@@ -59,12 +59,22 @@ class World:
 
     def gather(self, value: Tensor) -> list[Tensor]:
         """Tensors of one shape from all ranks, on rank 0, in the order of ranks; elsewhere an empty
-        list. Collective call."""
+        list. Collective call.
+
+        Raises:
+            OtherRankFailed: rank 0 has ended, and said why.
+        """
         if self.size == 1:
             return [value]
         value = value.to(self.device).contiguous()
         found = [torch.empty_like(value) for _ in range(self.size)] if self.main else None
-        dist.gather(value, found)
+        try:
+            dist.gather(value, found)
+        except RuntimeError as error:
+            if self.main:
+                raise
+            text = f"rank {self.rank} stops: rank 0, which takes its results, is gone ({error})"
+            raise OtherRankFailed(text) from error
         return found or []
 
     def barrier(self) -> None:
@@ -116,7 +126,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"rank {local_rank} of this machine has no GPU: there are "
-            f"{torch.cuda.device_count()} (torchrun --nproc_per_node)"
+            f"{torch.cuda.device_count()} (torchrun --nproc_per_node, srun --ntasks-per-node)"
         )
     return torch.device("cuda", local_rank)
 
@@ -173,7 +183,7 @@ def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> 
             others; says what to change.
     """
     ranks = find_ranks()
-    chosen = choose_device(device, ranks.local_rank)
+    chosen = choose_device(device, _gpu_of(ranks))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if ranks.size > 1:
@@ -189,6 +199,15 @@ def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> 
             timeout=patience,
         )
     return World(ranks.rank, ranks.size, chosen, ranks.local_rank, ranks.local_size)
+
+
+def _gpu_of(ranks: Ranks) -> int:
+    """The number of the GPU that belongs to this process. srun and mpirun may show every process
+    its own GPU alone (srun --gpus-per-task=1), which is number 0 for each."""
+    shows_all = ranks.launcher in ("", "torchrun")
+    if not shows_all and torch.cuda.is_available() and torch.cuda.device_count() == 1:
+        return 0
+    return ranks.local_rank
 
 
 def stop(world: World) -> None:

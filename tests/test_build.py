@@ -123,6 +123,30 @@ def test_machine_code_for_every_architecture(cuobjdump):
     assert len(re.findall(r"\.sm_80\.ptx", cuobjdump("--list-ptx"))) == files
 
 
+def test_the_optimizer_step_is_not_contracted(cuobjdump):
+    """No product and sum became one instruction, nor may the assembler make them one.
+
+    Otherwise the vector loop and the loop for the rest differ, and with them the bits of an update
+    at different alignments. CMakeLists.txt says -fmad=false.
+    """
+    kernels = {}
+    for part in cuobjdump("--dump-ptx").split(".entry ")[1:]:
+        name, _, body = part.partition("(")
+        kernels[name.strip()] = body
+    steps = [
+        body
+        for name, body in kernels.items()
+        if "adamw_ema_kernel" in name or "average_kernel" in name
+    ]
+    # Gradients of two dtypes with 0 to 4 averages; 1 to 4 further averages.
+    assert len(steps) == 2 * 5 + 4
+    for body in steps:
+        assert re.search(r"\bmul\.rn\.f32\b", body)
+        assert not re.search(r"\bfma\.rn\.f32\b", body)
+        # Without ".rn" the assembler may contract.
+        assert not re.search(r"\b(mul|add|sub)\.f32\b", body)
+
+
 def test_no_kernel_spills(cuobjdump):
     """No bytes of stack or local memory in any kernel, and no kernel left out."""
     arch, usage = None, {}

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from heptapod_fast.launchers import Ranks, find_ranks
-from tests.running import final_files, finish, flags, start, torchrun
+from tests.running import command, finish, flags, refused, start
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -55,6 +55,7 @@ def test_srun():
         ("gpu[7,9]-ib", "gpu7-ib"),
         ("a-1,b-2", "a-1"),
         ("rack1-gpu[003-004],x", "rack1-gpu003"),
+        ("rack[0-1]node[2-3]", "rack0node2"),
     ],
 )
 def test_the_first_machine_of_a_list(nodes, first):
@@ -105,6 +106,45 @@ def test_open_mpi_on_several_machines_has_to_be_told_where():
     assert found.size == 4 and found.address is None
 
 
+DAEMON = {  # of mpirun inside of a Slurm job: a step of one task on each machine
+    "SLURM_PROCID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "a,b",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+@pytest.mark.parametrize("mpi", [OPEN_MPI, HYDRA])
+@pytest.mark.parametrize("slurm", [DAEMON, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}])
+def test_mpirun_inside_of_a_slurm_job(mpi, slurm):
+    found = find_ranks(slurm | mpi)
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 2, 1, 2)
+
+
+def test_srun_that_speaks_pmi(monkeypatch):
+    """srun --mpi=pmi2 sets PMI_RANK too, and says no more of the machine."""
+    assert find_ranks(SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}).launcher == "srun"
+
+
+@pytest.mark.parametrize("size", [{}, {"WORLD_SIZE": "1"}])
+def test_a_rank_beyond_the_world(size):
+    with pytest.raises(ValueError, match="RANK is 1 and WORLD_SIZE"):
+        find_ranks({"RANK": "1"} | size)
+
+
+def test_help_and_what_needs_no_other_rank_are_for_every_process(tmp_path, monkeypatch):
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert command("verify", "--help").code == 0
+    assert command("train", "--help").code == 0
+    result = command("train", *flags(out=tmp_path / "run", images=16))
+    refused(result, "srun python tools/")
+    assert not (tmp_path / "run").exists()
+
+
 def test_nonsense_names_the_variable():
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"):
         find_ranks({"RANK": "0", "WORLD_SIZE": "two"})
@@ -112,34 +152,20 @@ def test_nonsense_names_the_variable():
         find_ranks(SRUN | {"SLURM_STEP_TASKS_PER_NODE": ""})
 
 
-def of_launcher(kind: str, rank: int) -> dict[str, str]:
-    """The environment of one of two processes on this machine."""
-    if kind == "srun":
-        return {
-            "SLURM_PROCID": str(rank),
-            "SLURM_LOCALID": str(rank),
-            "SLURM_NODEID": "0",
-            "SLURM_NTASKS": "2",
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_TASKS_PER_NODE": "2",
-            "SLURM_STEP_NODELIST": "127.0.0.1",
-            "SLURM_JOB_ID": str(os.getpid()),
-            "SLURM_STEP_ID": "0",
-        }
-    return OPEN_MPI | {
-        "OMPI_COMM_WORLD_RANK": str(rank),
-        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
-        "PMIX_NAMESPACE": f"job-{os.getpid()}",
+def test_two_processes_of_srun_train_together(tmp_path):
+    """As tasks of one step on this machine, with nothing but Slurm's variables."""
+    step = SRUN | {
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_JOB_ID": str(os.getpid()),
     }
-
-
-@pytest.mark.parametrize("kind", ["srun", "mpirun"])
-def test_two_processes_train_as_under_torchrun(tmp_path, kind):
     words = flags(out=tmp_path / "run", images=16)
-    processes = [start("train", *words, **of_launcher(kind, rank)) for rank in range(2)]
+    processes = [
+        start("train", *words, **step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in range(2)
+    ]
     results = [finish(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     assert "2 ranks" in results[0].out and results[1].out.strip() == ""
-    reference = flags(out=tmp_path / "reference", images=16)
-    assert finish(start("train", *reference, launcher=torchrun(2))).code == 0
-    assert final_files(tmp_path / "run") == final_files(tmp_path / "reference")

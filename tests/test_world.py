@@ -137,3 +137,27 @@ def test_ranks_meet_where_the_launcher_says_and_wait_as_long_as_they_are_told(
         "world_size": 2,
         "timeout": timedelta(days=7),
     }
+
+
+@pytest.mark.parametrize(
+    "launcher, seen, expected", [("srun", 1, 0), ("srun", 4, 3), ("Open MPI", 1, 0)]
+)
+def test_a_process_that_is_shown_one_gpu_takes_it(monkeypatch, launcher, seen, expected):
+    """As srun --gpus-per-task=1 shows them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    ranks = launchers.Ranks(3, 4, 3, 4, launcher)
+    assert world._gpu_of(ranks) == expected
+    assert world._gpu_of(launchers.Ranks(3, 4, 3, 4, "torchrun")) == 3
+
+
+def test_a_rank_whose_main_one_is_gone_stops_without_a_word_of_its_own(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(world.dist, "gather", broken)
+    value = torch.zeros(2)
+    with pytest.raises(OtherRankFailed, match="rank 0, which takes its results, is gone"):
+        World(1, 2, torch.device("cpu")).gather(value)
+    with pytest.raises(RuntimeError, match="connection closed"):
+        World(0, 2, torch.device("cpu")).gather(value)

@@ -188,8 +188,12 @@ def find_flag(
 
 
 def rank() -> int:
-    """The number of this process among those that were started together; 0 for one alone."""
-    return find_ranks().rank
+    """The number of this process among those that were started together; 0 for one alone, and
+    where that cannot be known, which those who train or sample together will refuse."""
+    try:
+        return find_ranks().rank
+    except ValueError:
+        return 0
 
 
 @contextlib.contextmanager

@@ -73,9 +73,10 @@ def sample(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     if arguments.save_npz:
         outputs.append(Arrays(Path(arguments.save_npz), labels))
     with contextlib.ExitStack() as stack:
-        if world.main:
-            for output in outputs:
-                stack.enter_context(output)
+        with world.together():
+            if world.main:
+                for output in outputs:
+                    stack.enter_context(output)
         for batch_labels, pixels in batches:
             for output in outputs:
                 output.add(batch_labels, pixels)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from heptapod_fast.config.settings import Settings, at_least, more_than, names_among, setting
@@ -94,4 +95,8 @@ class RunSettings(Settings):
             ValueError: a setting that cannot be; names the flag.
         """
         self.check()
-        return self.filled(defaults)
+        settings = self.filled(defaults)
+        if settings.init_from is None:
+            return settings
+        # One run, however the path is spelt.
+        return replace(settings, init_from=os.path.normpath(settings.init_from))

@@ -7,8 +7,10 @@ Compressed tars cannot be read that way and are refused with what to do.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import posixpath
+import stat
 import struct
 import tarfile
 import zipfile
@@ -28,6 +30,9 @@ _OFTEN = 1000  # files between two calls of progress
 # of the extra field, which stand between it and the data.
 _ZIP_HEADER = struct.Struct("<4s22xHH")
 _ZIP_MARK = b"PK\x03\x04"
+# How compressed files begin: gzip, bzip2, xz, zstd.
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_BLOCK = tarfile.BLOCKSIZE
 
 
 class ArchiveError(ValueError):
@@ -116,6 +121,33 @@ class ZipFile:
         return self.header + _ZIP_HEADER.size + name_length + extra_length
 
 
+@dataclass(frozen=True, slots=True)
+class BrokenLink:
+    """A link that leads nowhere: there, and not to be read, as in a folder."""
+
+    archive: str
+    inner: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.inner}"
+
+    def open(self, mode: Literal["rb"] = "rb", /) -> BinaryIO:
+        """See `Readable`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"a link to {self.target}, which is not in the archive")
+
+    def size(self) -> int:
+        """See `Entry`."""
+        return -1
+
+
+Member = TarFile | ZipFile | BrokenLink
+
+
 def _read(stream: BinaryIO, file: TarFile | ZipFile, offset: int, length: int) -> bytes:
     stream.seek(offset)
     data = stream.read(length)
@@ -130,19 +162,29 @@ def split(path: Path) -> tuple[Path, str] | None:
     Raises:
         ArchiveError: a compressed tar.
     """
+    path = Path(posixpath.normpath(path))
     for candidate in (path, *path.parents):
-        if not is_archive(candidate.name) and not candidate.name.endswith(COMPRESSED):
+        named_so = is_archive(candidate.name) or is_compressed(candidate.name)
+        if not named_so or not candidate.is_file():
             continue
-        if not candidate.is_file():
-            continue
-        if candidate.name.endswith(COMPRESSED):
-            raise ArchiveError(
-                f"{candidate}: a compressed tar cannot be read in place, and images gain nothing "
-                f"from it: unpack it to a plain .tar (as with gunzip {candidate}), or to a folder"
-            )
+        if is_compressed(candidate.name):
+            raise compressed_tar(str(candidate))
         inside = path.relative_to(candidate).as_posix()
         return candidate, "" if inside == "." else inside
     return None
+
+
+def is_compressed(name: str) -> bool:
+    """Whether a file of this name is a compressed tar."""
+    return name.lower().endswith(COMPRESSED)
+
+
+def compressed_tar(name: str) -> ArchiveError:
+    """What to say of a compressed tar."""
+    return ArchiveError(
+        f"{name}: a compressed tar cannot be read in place, and images gain nothing from it: "
+        f"unpack it to a plain .tar (as with gunzip {name}), or to a folder"
+    )
 
 
 def is_archive(name: str) -> bool:
@@ -163,18 +205,21 @@ def list_archive(path: Path, folder: str = "", progress: Progress | None = None)
         ArchiveError: damaged, or with something in it that cannot be read in place; the message
             names it.
     """
-    files = _files(str(path), str(path), 0, path.stat().st_size, progress)
+    found = _table(str(path), str(path), 0, path.stat().st_size, progress)
     if not folder:
-        return _contents(files)
+        return found.contents()
     inside = f"{folder}/"
-    below = [
-        replace(file, inner=file.inner.removeprefix(inside))
-        for file in files
-        if file.inner.startswith(inside)
-    ]
-    if not below:
+    below = _Table(
+        {
+            name.removeprefix(inside): replace(file, inner=name.removeprefix(inside))
+            for name, file in found.files.items()
+            if name.startswith(inside)
+        },
+        {name.removeprefix(inside) for name in found.folders if name.startswith(inside)},
+    )
+    if not below.files and folder not in found.folders:
         raise FileNotFoundError(f"{path} holds no folder {folder}; check --data")
-    return _contents(below)
+    return below.contents()
 
 
 def expand(entry: Entry) -> list[Entry]:
@@ -194,19 +239,27 @@ def expand(entry: Entry) -> list[Entry]:
         archive = entry.archive
         base = entry.offset
     folder = entry.inner[: entry.inner.rindex(".")]
-    files = _files(archive, str(entry), base, entry.size(), None)
-    return [replace(file, inner=f"{folder}/{file.inner}") for file in files]
+    files = _table(archive, str(entry), base, entry.size(), None).files
+    return [replace(file, inner=f"{folder}/{file.inner}") for file in files.values()]
 
 
-def _contents(files: list[TarFile | ZipFile]) -> Contents:
-    folders = {file.inner.split("/", 1)[0] for file in files if "/" in file.inner}
-    return Contents(list(files), folders)
+@dataclass(frozen=True)
+class _Table:
+    """What is in an archive: files by their paths, and folders that it names, empty ones too."""
+
+    files: dict[str, Member]
+    folders: set[str]
+
+    def contents(self) -> Contents:
+        """As of a folder."""
+        paths = [*self.folders, *(name for name in self.files if "/" in name)]
+        return Contents(
+            list(self.files.values()), {path.split("/", 1)[0] for path in paths if path}
+        )
 
 
-def _files(
-    archive: str, name: str, base: int, length: int, progress: Progress | None
-) -> list[TarFile | ZipFile]:
-    """The files of an archive that is `length` bytes at `base` of the file `archive`.
+def _table(archive: str, name: str, base: int, length: int, progress: Progress | None) -> _Table:
+    """The contents of an archive that is `length` bytes at `base` of the file `archive`.
 
     name: of this archive, for messages; its ending says which kind it is.
     """
@@ -214,9 +267,12 @@ def _files(
         window = io.BufferedReader(_Window(stream, base, length))
         try:
             if name.lower().endswith(".zip"):
-                return list(_zip_files(window, archive, name, base))
-            return _tar_files(window, archive, name, base, length, progress)
+                return _zip_table(window, archive, name, base)
+            return _tar_table(window, archive, name, base, length, progress)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+            window.seek(0)
+            if window.read(8).startswith(_PACKED):
+                raise compressed_tar(name) from error
             raise ArchiveError(f"{name} is damaged or no such archive: {error}") from error
 
 
@@ -252,38 +308,40 @@ class _Window(io.RawIOBase):
 # -------------------------------------------------------------------------------------------- tar
 
 
-def _tar_files(
+def _tar_table(
     stream: BinaryIO,
     archive: str,
     name: str,
     base: int,
     length: int,
     progress: Progress | None,
-) -> list[TarFile | ZipFile]:
+) -> _Table:
     """In a tar a file may be there twice, and then the last one counts, as when it is unpacked."""
-    found: dict[str, TarFile | ZipFile] = {}
+    table = _Table({}, set())
     links: dict[str, str] = {}
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for count, info in enumerate(_members(tar), 1):
             if progress is not None and count % _OFTEN == 0:
                 progress(min(info.offset, length) // 2**20, length // 2**20)
             inner = _inner(info.name, name)
-            if info.isdir() or _is_hidden(inner):
+            if _is_hidden(inner):
                 continue
-            if info.issym():
+            if info.isdir():
+                table.folders.add(inner)
+            elif info.issym():
                 links[inner] = posixpath.join(posixpath.dirname(inner), info.linkname)
             elif info.islnk():
-                links[inner] = info.linkname
+                links[inner] = _inner(info.linkname, name)
             elif info.issparse():
                 raise ArchiveError(f"{name}: {inner} is stored as a sparse file; unpack the tar")
             elif info.isfile():
                 links.pop(inner, None)
-                found[inner] = TarFile(archive, inner, base + info.offset_data, info.size)
+                table.files[inner] = TarFile(archive, inner, base + info.offset_data, info.size)
+        _check_end(stream, tar.offset, name)
     if progress is not None:
         progress(length // 2**20, length // 2**20)
-    for inner, target in links.items():
-        found[inner] = replace(_linked(found, links, target, f"{name}: {inner}"), inner=inner)
-    return list(found.values())
+    _follow(links, table, archive)
+    return table
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -293,24 +351,64 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield info
 
 
-def _linked(
-    found: dict[str, TarFile | ZipFile], links: dict[str, str], target: str, who: str
-) -> TarFile | ZipFile:
-    """The file that a link leads to, over other links."""
+def _check_end(stream: BinaryIO, offset: int, name: str) -> None:
+    """ArchiveError unless a tar ends where its members do, in zeros: Python's tarfile takes a
+    damaged header, or the end of the file, for the end of the archive."""
+    stream.seek(offset)
+    mark = stream.read(_BLOCK)
+    if len(mark) < _BLOCK:
+        raise ArchiveError(
+            f"{name} ends at byte {offset + len(mark):,} without the mark of an end: it was cut "
+            "short; copy or download it again"
+        )
+    if any(mark):
+        raise ArchiveError(
+            f"{name} is damaged at byte {offset:,}: no file begins there, and the rest cannot be "
+            "found; copy or download it again"
+        )
+    while rest := stream.read(2**20):
+        if rest.strip(b"\0"):
+            raise ArchiveError(
+                f"{name} goes on behind its end, as archives do that were joined with cat: join "
+                "them with tar --concatenate, or put them into one folder"
+            )
+
+
+def _follow(links: dict[str, str], table: _Table, archive: str) -> None:
+    """Adds what links lead to: files, and all that is in folders."""
+    for inner, target in links.items():
+        file = _linked(table.files, links, target)
+        if file is not None:
+            table.files[inner] = replace(file, inner=inner)
+            continue
+        below = f"{posixpath.normpath(target)}/"
+        copies = {
+            name.replace(below, f"{inner}/", 1): member
+            for name, member in table.files.items()
+            if name.startswith(below)
+        }
+        for name, member in copies.items():
+            table.files[name] = replace(member, inner=name)
+        if not copies:
+            table.files[inner] = BrokenLink(archive, inner, target)
+
+
+def _linked(files: dict[str, Member], links: dict[str, str], target: str) -> Member | None:
+    """The file that a link leads to, over other links; None where it leads to no file."""
     for _ in range(len(links) + 1):
         target = posixpath.normpath(target)
-        if target in found:
-            return found[target]
+        if target in files and target not in links:
+            return files[target]
         if target not in links:
-            break
+            return None
         target = links[target]
-    raise ArchiveError(f"{who} is a link to {target}, which is not in the archive; unpack the tar")
+    return None
 
 
 def _inner(path: str, archive: str) -> str:
     """A path in an archive as it is below the folder which that is unpacked to."""
     inner = posixpath.normpath(path.lstrip("/"))
-    if inner.startswith(".."):
+    if inner == ".." or inner.startswith("../"):
         raise ArchiveError(f"{archive} holds {path}, which would be outside of it when unpacked")
     return inner
 
@@ -322,21 +420,20 @@ def _is_hidden(inner: str) -> bool:
 # -------------------------------------------------------------------------------------------- zip
 
 
-def _zip_files(stream: BinaryIO, archive: str, name: str, base: int) -> Iterator[ZipFile]:
-    with zipfile.ZipFile(stream) as table:
-        entries = table.infolist()
+def _zip_table(stream: BinaryIO, archive: str, name: str, base: int) -> _Table:
+    """As in a tar, the last one of two files of a name counts."""
+    with zipfile.ZipFile(stream) as contents:
+        entries = contents.infolist()
+    table = _Table({}, set())
     for info in entries:
         inner = _inner(_zip_name(info), name)
-        if info.is_dir() or _is_hidden(inner):
+        if _is_hidden(inner):
             continue
-        if info.flag_bits & 1:
-            raise ArchiveError(f"{name}: {inner} is encrypted; unpack the zip")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ArchiveError(
-                f"{name}: {inner} is compressed with method {info.compress_type}, only stored (0) "
-                "and deflated (8) files are read in place; unpack the zip"
-            )
-        yield ZipFile(
+        if info.is_dir():
+            table.folders.add(inner)
+            continue
+        _refuse_unreadable(info, f"{name}: {inner}")
+        table.files[inner] = ZipFile(
             archive,
             inner,
             base + info.header_offset,
@@ -345,14 +442,29 @@ def _zip_files(stream: BinaryIO, archive: str, name: str, base: int) -> Iterator
             info.compress_type == zipfile.ZIP_DEFLATED,
             info.CRC,
         )
+    return table
+
+
+def _refuse_unreadable(info: zipfile.ZipInfo, what: str) -> None:
+    """ArchiveError for what cannot be read in place."""
+    if info.flag_bits & 1:
+        raise ArchiveError(f"{what} is encrypted; unpack the zip")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise ArchiveError(f"{what} is a link; unpack the zip")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ArchiveError(
+            f"{what} is compressed with method {info.compress_type}, only stored (0) and deflated "
+            "(8) files are read in place; unpack the zip"
+        )
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Names that are not marked as UTF-8 may be it all the same, as macOS writes them."""
+    """Names that are not marked as UTF-8 may be it all the same, as macOS writes them; Windows
+    separates folders in its own way."""
+    name = info.filename
     is_marked = bool(info.flag_bits & 0x800)
-    if is_marked:
-        return info.filename
-    try:
-        return info.filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return info.filename
+    if not is_marked:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    is_windows = info.create_system == 0
+    return name.replace("\\", "/") if is_windows else name

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from heptapod_fast.classes import as_text
-from heptapod_fast.data.archive import expand, is_archive, list_archive, split
+from heptapod_fast.data.archive import (
+    compressed_tar,
+    expand,
+    is_archive,
+    is_compressed,
+    list_archive,
+    split,
+)
 from heptapod_fast.data.entries import Contents, Entry, by_parts, list_folder
 from heptapod_fast.data.layout import (
     LABEL,
@@ -18,6 +25,7 @@ from heptapod_fast.data.layout import (
     hint_of_one,
     kinds,
     labels_beside,
+    refuse_shards,
     refuse_splits,
 )
 
@@ -82,23 +90,28 @@ def find_images(root: Path, progress: Progress | None = None) -> ImageFiles:
     """
     contents, name = _contents(root, progress)
     endings = image_endings()
-    images = [entry for entry in contents.files if entry.inner.lower().endswith(endings)]
-    others = [entry for entry in contents.files if not entry.inner.lower().endswith(endings)]
+    images, others = _sorted_out(contents, endings)
+    notes = []
     if not images:
-        contents = _unpacked(contents)
-        images = [entry for entry in contents.files if entry.inner.lower().endswith(endings)]
-        others = [entry for entry in contents.files if not entry.inner.lower().endswith(endings)]
-    images.sort(key=by_parts)
-    others.sort(key=by_parts)
+        archives = _archives(root, contents)
+        contents = _unpacked(root, contents, archives, progress)
+        images, others = _sorted_out(contents, endings)
+        if archives:
+            notes.append(f"{len(archives)} archives, each read as the folder of its name")
     if not images:
         raise _no_images(root, others, endings)
     labelled = labels_beside(str(root), images, others)
     if labelled is not None:
-        class_names, labels = labelled
-        notes = [f"labels from the {LABEL} files beside the images"]
-        others = [entry for entry in others if not entry.inner.endswith(LABEL)]
+        class_names = labelled.class_names
+        labels = labelled.labels
+        images = labelled.images
+        others = labelled.others
+        notes.append(f"labels from the {LABEL} files beside the images")
     else:
-        class_names, labels, notes = _classes_of_folders(root, name, contents, images)
+        if notes:
+            refuse_shards(str(root), sorted(contents.folders), images, others)
+        class_names, labels, hints = _classes_of_folders(root, name, contents, images)
+        notes += hints
     if others:
         notes.append(f"left aside, for they are no images that can be read: {kinds(others)}")
     files = list(zip(images, labels, strict=True))
@@ -115,22 +128,61 @@ def _contents(root: Path, progress: Progress | None) -> tuple[Contents, str]:
         name = folder.rsplit("/", 1)[-1] if folder else archive.stem
         return list_archive(archive, folder, progress), name
     if not root.exists():
-        raise FileNotFoundError(f"{root}: no such folder; check --data")
+        raise FileNotFoundError(f"{root}: no such folder or archive; check --data")
     raise ValueError(
         f"{root}: expected a folder of images, or a .tar or .zip of one, found a file; check --data"
     )
 
 
-def _unpacked(contents: Contents) -> Contents:
-    """The contents, archives in the root itself replaced by what they hold."""
-    archives = [
-        entry for entry in contents.files if "/" not in entry.inner and is_archive(entry.inner)
-    ]
-    files = [entry for entry in contents.files if entry not in set(archives)]
+def _sorted_out(contents: Contents, endings: tuple[str, ...]) -> tuple[list[Entry], list[Entry]]:
+    """(images, other files), both sorted."""
+    images: list[Entry] = []
+    others: list[Entry] = []
+    for entry in sorted(contents.files, key=by_parts):
+        if entry.inner.lower().endswith(endings):
+            images.append(entry)
+        else:
+            others.append(entry)
+    return images, others
+
+
+def _archives(root: Path, contents: Contents) -> list[Entry]:
+    """The archives in the root itself, of which each stands for a folder.
+
+    Raises:
+        ArchiveError: one of them is compressed, and its images would be missing.
+        ValueError: two of them stand for one folder.
+    """
+    in_root = sorted((e for e in contents.files if "/" not in e.inner), key=by_parts)
+    packed = [entry for entry in in_root if is_compressed(entry.inner)]
+    if packed:
+        raise compressed_tar(str(packed[0]))
+    archives = [entry for entry in in_root if is_archive(entry.inner)]
+    by_stem: dict[str, str] = {}
+    for entry in archives:
+        stem = entry.inner.rsplit(".", 1)[0]
+        other = by_stem.setdefault(stem, entry.inner)
+        if other != entry.inner or stem in contents.folders:
+            also = other if other != entry.inner else f"the folder {stem}"
+            raise ValueError(f"{root}: {entry.inner} and {also} are one class; remove one of them")
+    return archives
+
+
+def _unpacked(
+    root: Path, contents: Contents, archives: list[Entry], progress: Progress | None
+) -> Contents:
+    """The contents, archives replaced by what they hold."""
+    replaced = {entry.inner for entry in archives}
+    files = [entry for entry in contents.files if entry.inner not in replaced]
     folders = set(contents.folders)
-    for archive in sorted(archives, key=by_parts):
+    total = sum(entry.size() for entry in archives)
+    done = 0
+    for archive in archives:
         files += expand(archive)
         folders.add(archive.inner.rsplit(".", 1)[0])
+        done += archive.size()
+        if progress is not None:
+            progress(done // 2**20, total // 2**20)
     return Contents(files, folders)
 
 
@@ -223,35 +275,43 @@ def refuse_broken(
     return broken
 
 
-def refuse_small(folder: Path, files: Files, sizes: list, image_size: int, allow: bool) -> None:
+def refuse_small(
+    folder: Path, files: Files, sizes: list, image_size: int, allow: bool, crop_range: float = 1.0
+) -> None:
     """Warns of images that have to be enlarged; refuses them beyond `MAX_UPSCALE`.
 
-    `sizes` holds (width, height), or a string for files that cannot be read.
+    sizes: (width, height), or a string for files that cannot be read. crop_range: how much larger
+    than image_size the crop is that is cut out first.
     """
+    side = int(image_size * crop_range)
     small = [
         (min(size), str(file), size)
         for (file, _), size in zip(files, sizes, strict=True)
-        if not isinstance(size, str) and min(size) < image_size
+        if not isinstance(size, str) and min(size) < side
     ]
-    too_small = [entry for entry in small if entry[0] * MAX_UPSCALE < image_size]
+    why = f"--image-size {image_size}"
+    if side != image_size:
+        why += f", of which --crop-ranges {crop_range:g} makes {side} pixels"
+    too_small = [entry for entry in small if entry[0] * MAX_UPSCALE < side]
     if too_small and not allow:
         smallest = min(too_small)[0]
         lines = (f"{path}: {size[0]} x {size[1]} pixels" for _, path, size in too_small)
         raise ValueError(
             f"{folder}: {len(too_small)} of {len(files)} images are too small for "
-            f"--image-size {image_size} (the shorter side may be enlarged by "
-            f"{MAX_UPSCALE} at most); lower --image-size to {int(smallest * MAX_UPSCALE)} or "
+            f"{why} (the shorter side may be enlarged by "
+            f"{MAX_UPSCALE} at most); lower --image-size to "
+            f"{int(smallest * MAX_UPSCALE / crop_range)} or "
             "less, or pass --allow-upscale" + listing(lines, len(too_small), 10)
         )
     if small:
         _, path, size = min(small)
         logger.warning(
-            "%s: %d of %d images are smaller than --image-size %d and are enlarged; "
+            "%s: %d of %d images are smaller than %s and are enlarged; "
             "the smallest is %s (%d x %d pixels)",
             folder,
             len(small),
             len(files),
-            image_size,
+            why,
             path,
             *size,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from heptapod_fast.data.entries import Entry, by_parts
 
@@ -12,6 +13,7 @@ from heptapod_fast.data.entries import Entry, by_parts
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 # class_number.jpg, as in the flat folders that guided-diffusion reads, n01440764_123.JPEG.
 _PREFIXED = re.compile(r"([^/]*[^/_])_+[0-9]+\.[^./]+")
+_NUMBERED = re.compile(r"[0-9]+$")
 LABEL = ".cls"  # the ending of a label's file, in sets that webdataset has written
 _SHOWN = 5
 
@@ -57,11 +59,40 @@ def hint_of_one(name: str, images: Sequence[Entry]) -> str:
     )
 
 
-def labels_beside(
-    root: str, images: Sequence[Entry], others: Sequence[Entry]
-) -> tuple[tuple[str, ...], list[int]] | None:
-    """Class names and labels from the files KEY.cls beside KEY.jpg, in which webdataset keeps
-    labels; numbers are sorted as numbers. None where there are no such files.
+@dataclass(frozen=True)
+class Labelled:
+    """Images with labels of their own.
+
+    Attributes:
+        images: in their order. labels: one for each. class_names: one for each label.
+        others: files that are neither images nor labels.
+    """
+
+    images: list[Entry]
+    labels: list[int]
+    class_names: tuple[str, ...]
+    others: list[Entry]
+
+
+def refuse_shards(
+    root: str, names: Sequence[str], images: Sequence[Entry], others: Sequence[Entry]
+) -> None:
+    """LayoutError where archives that are read as classes are plainly shards of a set without
+    labels: numbered, with a text or a record beside every image (webdataset, img2dataset)."""
+    beside = {_key(entry) for entry in others if entry.inner.endswith((".json", ".txt"))}
+    are_numbered = len(names) > 1 and all(_NUMBERED.search(name) for name in names)
+    if are_numbered and all(_key(image) in beside for image in images):
+        raise LayoutError(
+            f"{root}: {len(names)} archives ({names[0]}, {names[1]}, ...) look like shards of one "
+            f"set, and there are no labels ({LABEL} files) in them: to train on classes, add the "
+            "labels or unpack them into one folder per class; without classes, into one folder"
+        )
+
+
+def labels_beside(root: str, images: Sequence[Entry], others: Sequence[Entry]) -> Labelled | None:
+    """Labels from the files KEY.cls beside KEY.jpg, in which webdataset keeps them; numbers are
+    sorted as numbers. None where there are no such files. Of KEY.jpg and KEY.mask.png, which is
+    something else of the same sample, the first one is the image.
 
     Raises:
         LayoutError: images without a label, or labels that are no short texts.
@@ -69,6 +100,10 @@ def labels_beside(
     by_key = {_key(entry): entry for entry in others if entry.inner.endswith(LABEL)}
     if not by_key:
         return None
+    pictures = [image for image in images if image.inner.rsplit("/", 1)[-1].count(".") == 1]
+    beside = [image for image in images if image.inner.rsplit("/", 1)[-1].count(".") > 1]
+    others = [entry for entry in [*others, *beside] if not entry.inner.endswith(LABEL)]
+    images = pictures or list(images)
     bare = [str(image) for image in images if _key(image) not in by_key]
     if bare:
         raise LayoutError(
@@ -79,7 +114,8 @@ def labels_beside(
     are_numbers = all(text.isdecimal() for text in texts)
     names = sorted(set(texts), key=int) if are_numbers else sorted(set(texts))
     number = {name: label for label, name in enumerate(names)}
-    return tuple(names), [number[text] for text in texts]
+    labels = [number[text] for text in texts]
+    return Labelled(images, labels, tuple(names), others)
 
 
 def _key(entry: Entry) -> str:

@@ -31,10 +31,13 @@ class Views:
     crop_ranges: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        is_crops = self.kind == "ten-crop"
-        if is_crops and not all(1 <= r <= 2 for r in self.crop_ranges or (0,)):
+        if self.kind != "ten-crop":
+            return
+        ranges = self.crop_ranges
+        are_fit = bool(ranges) and all(1 <= r <= 2 for r in ranges)
+        if not are_fit or len(set(ranges)) < len(ranges):
             raise ValueError(
-                f"--crop-ranges {' '.join(map(str, self.crop_ranges))}: expected numbers of 1 to "
+                f"--crop-ranges {' '.join(map(str, ranges))}: expected different numbers of 1 to "
                 "2, how much larger than the image the crop is that the ten are cut out of"
             )
 

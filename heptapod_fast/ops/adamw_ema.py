@@ -52,10 +52,10 @@ def adamw_ema(
     params, exp_avgs, exp_avg_sqs: n contiguous float32 tensors, shapes equal place by place; grads:
     likewise, all float32 or all bfloat16; emas: k >= 0 lists like params; copies: n bfloat16
     tensors or None. lr, step (1 at the first call) and grad_scale: 0-dim float32 on the params'
-    device; ema_decays: (k,) float32 there. weight_decays: n floats. DTensors are updated shard by
-    shard; what belongs to one parameter has its mesh and placements, and no partial sums.
-    implementation: "auto", "cuda", "cpu" or "reference". Raises ValueError on anything else, saying
-    what is supported.
+    device; ema_decays: (k,) float32 there, of any stride. weight_decays: n floats. DTensors are
+    updated shard by shard; what belongs to one parameter has its mesh and placements, and no
+    partial sums. implementation: "auto", "cuda", "cpu" or "reference". Raises ValueError on
+    anything else, saying what is supported.
     """
     state = _Lists(
         list(params),
@@ -73,9 +73,9 @@ def adamw_ema(
     if not state.params:
         return
     first = state.params[0]
-    chosen = dispatch.choose("adamw_ema", first.device, first.dtype, implementation)
+    chosen = dispatch.select("adamw_ema", first.device, first.dtype, implementation)
     with torch.no_grad():
-        if chosen.implementation == "reference":
+        if chosen == "reference":
             _reference(state, scalars, weight_decays, beta1, beta2, eps)
             return
         averages = [average for ema in state.emas for average in ema]
@@ -89,7 +89,7 @@ def adamw_ema(
             lr,
             step,
             grad_scale,
-            ema_decays,
+            ema_decays.contiguous(),  # read as a plain array
             [float(decay) for decay in weight_decays],
             beta1,
             beta2,

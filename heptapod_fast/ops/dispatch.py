@@ -165,8 +165,8 @@ def select(
     if chosen == "reference" and choice.reason != "asked for" and device.type == "cuda":
         _tell(f"{operation}: the plain-PyTorch reference runs, {choice.reason}")
     kernels = [name for name in implementations(operation) if name not in PLAIN]
-    if forward_ad._current_level >= 0:
-        # A kernel would pass a tangent over in silence.
+    if forward_ad._current_level >= 0 and dtype.is_floating_point:
+        # A kernel would pass a tangent over in silence; integers have none.
         unsupported = "kernels have no forward-mode derivatives; take implementation='reference'"
     if unsupported is None or isinstance(unsupported, str):
         unsupported = dict.fromkeys(kernels, unsupported)
@@ -204,7 +204,7 @@ _why_no_triton = _missing_triton()
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     """Of a CUDA device; that of the kernels where there is none, for questions without a GPU."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
 
@@ -218,9 +218,9 @@ def triton_check(
     """A check for `register`: Triton is there, and the tensors suit its kernels."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"runs on cuda tensors, these are on {device.type}"
-    if device.type == "cuda" and _capability(device) < (8, 0):
+    if device.type == "cuda" and capability(device) < (8, 0):
         return "needs compute capability 8.0 or newer, this GPU has {}.{}".format(
-            *_capability(device)
+            *capability(device)
         )
     if dtype not in dtypes:
         return f"takes {' and '.join(str(d) for d in dtypes)}, these are {dtype}"

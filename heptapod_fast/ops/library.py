@@ -8,10 +8,13 @@ fails: `status` says why in one line and every operation keeps its plain-PyTorch
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from heptapod_fast.ops import dispatch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 PATH = _PACKAGE / "libheptapod_fast.so"
@@ -62,13 +65,37 @@ def why_not(device_type: str) -> str | None:
     return f"the compiled operators know cpu and cuda, not {device_type}"
 
 
+def oldest_capability() -> tuple[int, int]:
+    """The lowest compute capability that the loaded library has CUDA code for.
+
+    Its PTX, of the lowest architecture too, serves every later GPU.
+    """
+    architectures = re.findall(r"sm_(\d+)(\d)", _holds)
+    return min((int(major), int(minor)) for major, minor in architectures)
+
+
+def _too_old(device: torch.device) -> str | None:
+    """None if the library has code for this GPU, else what it has code for."""
+    major, minor = dispatch.capability(device)
+    if (major, minor) >= oldest_capability():
+        return None
+    oldest = "{}.{}".format(*oldest_capability())
+    return (
+        f"the compiled operators ({_holds}) hold no code for GPUs older than compute capability "
+        f"{oldest}, this GPU has {major}.{minor}; CMakeLists.txt names the architectures"
+    )
+
+
 def check(device_type: str) -> Callable[[torch.device, torch.dtype], str | None]:
     """A check for `dispatch.register`: tensors on that device, operators for it loaded."""
 
     def usable(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != device_type:
             return f"runs on {device_type} tensors, these are on {device.type}"
-        return why_not(device_type)
+        missing = why_not(device_type)
+        if missing is None and device_type == "cuda":
+            return _too_old(device)
+        return missing
 
     return usable
 

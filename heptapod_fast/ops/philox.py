@@ -66,8 +66,8 @@ def philox(
         )
     if not 0 <= blocks < 2**32:
         raise ValueError(f"philox counts blocks in 32 bits, got {blocks}")
-    chosen = dispatch.choose("philox", index.device, index.dtype, implementation)
-    if chosen.implementation == "reference":
+    chosen = dispatch.select("philox", index.device, index.dtype, implementation)
+    if chosen == "reference":
         return reference(index, slot, blocks, key)
     return torch.ops.heptapod_fast.philox.default(
         index.contiguous(), slot.contiguous(), blocks, key[0], key[1]

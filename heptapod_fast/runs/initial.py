@@ -17,7 +17,7 @@ from heptapod_fast.runs.loading import weights_file
 from heptapod_fast.systems import System
 
 EXPORTED = "model.safetensors"
-_SHOWN = 8
+_A_LINE = 4
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,30 @@ def find_weights(path: str) -> Weights:
             checkpoint.state["tokenizer"],
         )
     if folder.is_dir() and run.meant():
-        raise RunError(f"--init-from {path} {run.meant()}, or one of the .safetensors files in it")
-    if (folder / EXPORTED).is_file():
-        return Weights(folder / EXPORTED, str(folder / EXPORTED), _exported_classes(folder))
-    if folder.is_file() and folder.suffix == ".safetensors":
-        return Weights(folder, str(folder))
+        raise RunError(f"--init-from {path}: {run.meant()}, or one of the .safetensors files in it")
+    file = folder / EXPORTED if folder.is_dir() else folder
+    if file.is_file() and file.suffix == ".safetensors":
+        return Weights(file, str(file), *_said_beside(file))
     found = "no such file or folder"
     if folder.exists():
         found = f"neither a run, nor a folder with {EXPORTED}, nor a .safetensors file"
     raise RunError(f"--init-from {path}: {found}")
 
 
-def _exported_classes(folder: Path) -> tuple[str, ...] | None:
-    file = folder / checkpoints.STATE
-    if not file.is_file():
-        return None
-    return tuple(json.loads(file.read_text())["class_names"])
+def _said_beside(file: Path) -> tuple[tuple[str, ...] | None, str | None]:
+    """Class names and the tokenizer's fingerprint, where the state of a checkpoint lies beside its
+    weights; else None each."""
+    state = file.with_name(checkpoints.STATE)
+    if not state.is_file():
+        return None, None
+    try:
+        found = json.loads(state.read_text())
+        return tuple(found["class_names"]), found["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"--init-from: {state} does not say on which classes {file.name} was trained "
+            f"({type(error).__name__}: {error}): restore it, or move the weights away from it"
+        ) from error
 
 
 def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> Taken:
@@ -176,11 +184,11 @@ def report(
             f"          classes: {taken.classes} of {len(class_names)} by their names, the others "
             "are drawn anew"
         )
+    elif weights.class_names is None and system.class_table() in taken.whole:
+        lines.append("          classes: by their numbers, the file does not name them")
     fresh = [f"{name} ({why})" for name, why in taken.fresh.items()]
-    if fresh:
-        lines.append(f"          drawn anew: {_listed(fresh)}")
-    if taken.unused:
-        lines.append(f"          not used: {_listed(taken.unused)}")
+    lines += _listed("drawn anew", fresh)
+    lines += _listed("not used", taken.unused)
     if weights.tokenizer is not None and weights.tokenizer != tokenizer:
         lines.append(
             "          WARNING: they were trained on the tokens of another tokenizer (another "
@@ -189,6 +197,9 @@ def report(
     return lines
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    """All names, a few a line."""
+    return [
+        f"          {what}: {', '.join(names[first : first + _A_LINE])}"
+        for first in range(0, len(names), _A_LINE)
+    ]

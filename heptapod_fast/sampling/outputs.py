@@ -4,6 +4,7 @@ and keeps no more than it has to."""
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import zipfile
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,13 @@ class Output(Protocol):
         ...
 
 
+def _check_writable(folder: Path) -> None:
+    """Makes a folder; OSError now, not after hours, if no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 class Grid:
     """The first images as one picture: `MOST_ROWS` rows at most."""
 
@@ -52,6 +60,7 @@ class Grid:
         self._seen = 0
 
     def __enter__(self) -> Self:
+        _check_writable(self.path.parent)
         return self
 
     def __exit__(
@@ -87,6 +96,7 @@ class Singles:
         self._count = 0
 
     def __enter__(self) -> Self:
+        _check_writable(self.folder)
         return self
 
     def __exit__(

@@ -242,12 +242,13 @@ def test_links_and_files_that_were_added_again(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["nowhere.png", "b.png", "/etc/hostname"])
-def test_links_that_lead_nowhere_are_named(tmp_path, target):
+def test_links_that_lead_nowhere_are_broken_files_as_in_a_folder(tmp_path, target):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "a.png", b"", type=tarfile.SYMTYPE, linkname=target)
         add(tar, "b.png", b"", type=tarfile.SYMTYPE, linkname="a.png")
-    with pytest.raises(ArchiveError, match=r"a\.tar: [ab]\.png is a link to"):
-        list_archive(tmp_path / "a.tar")
+        add(tar, "notes.txt", b"", type=tarfile.SYMTYPE, linkname="../../elsewhere")
+    with pytest.raises(ValueError, match=r"(?s)2 of 2 image.*a\.tar/a\.png: a link to .*not in"):
+        ImageFolder(tmp_path / "a.tar", 16)
 
 
 def test_names_that_are_not_ascii(tmp_path):
@@ -388,3 +389,130 @@ def test_a_million_files_do_not_pile_up_in_the_reader(tmp_path):
     finally:
         tarfile.TarFile.next = members
     assert max(seen) <= 1
+
+
+def test_links_to_folders(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "x/deep/1.png", b"1")
+        add(tar, "y", b"", type=tarfile.SYMTYPE, linkname="x/deep")
+        add(tar, "z/2.png", b"", type=tarfile.LNKTYPE, linkname="/x/deep/1.png")
+    found = list_archive(tmp_path / "a.tar")
+    assert found.folders == {"x", "y", "z"}
+    data = {file.inner: file.open().read() for file in found.files}
+    assert data == {"x/deep/1.png": b"1", "y/1.png": b"1", "z/2.png": b"1"}
+
+
+@pytest.mark.parametrize("inside", ["", "set"])
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_empty_class_folders_are_refused_as_in_a_folder(tmp_path, kind, inside):
+    source = image_folder(tmp_path / "set", 3)
+    (source / "dog").mkdir()
+    shutil.make_archive(tmp_path / "a", kind, *((tmp_path, "set") if inside else (source, None)))
+    for root in (source, tmp_path / f"a.{kind}" / inside):
+        with pytest.raises(FileNotFoundError, match="(?s)1 class folders .* hold no images.*dog"):
+            find_images(root)
+
+
+def whole_tar(tmp_path) -> bytes:
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        for number in range(10):
+            add(tar, f"{number}.png", bytes([number]) * 700)
+    return (tmp_path / "whole.tar").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["header", "cut in a header", "cut between two", "no end"])
+def test_a_tar_that_is_damaged_loses_nothing_in_silence(tmp_path, where):
+    """Python's tarfile takes a header that it cannot read for the end of the archive."""
+    raw = bytearray(whole_tar(tmp_path))
+    header = 7 * (512 + 1024)
+    if where == "header":
+        raw[header + 150] ^= 1
+    lengths = {"cut in a header": header + 100, "cut between two": header, "no end": 10 * 1536}
+    (tmp_path / "a.tar").write_bytes(raw[: lengths.get(where, len(raw))])
+    with pytest.raises(ArchiveError, match=r"a\.tar (ends|is damaged) at byte 1"):
+        list_archive(tmp_path / "a.tar")
+    assert len(list_archive(tmp_path / "whole.tar").files) == 10
+
+
+def test_tars_that_were_joined_with_cat(tmp_path):
+    raw = whole_tar(tmp_path)
+    (tmp_path / "a.tar").write_bytes(raw + raw)
+    with pytest.raises(ArchiveError, match="goes on behind its end.*tar --concatenate"):
+        list_archive(tmp_path / "a.tar")
+    (tmp_path / "b.tar").write_bytes(raw + bytes(100_000))
+    assert len(list_archive(tmp_path / "b.tar").files) == 10
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_of_two_files_of_a_name_in_a_zip_the_last_one_counts(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("1.png", b"old")
+        archive.writestr("1.png", b"new")
+    (file,) = list_archive(tmp_path / "a.zip").files
+    assert file.open().read() == b"new"
+
+
+def test_fields_behind_the_names_in_a_zip(tmp_path):
+    """As Info-ZIP writes them: other lengths in front of the data than in the table."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        info = zipfile.ZipInfo("1.png")
+        info.extra = b"UT\x05\x00\x03abcd"
+        archive.writestr(info, b"data")
+        archive.writestr("2.png", b"more")
+    data = {file.inner: file.open().read() for file in list_archive(tmp_path / "a.zip").files}
+    assert data == {"1.png": b"data", "2.png": b"more"}
+
+
+def test_zips_of_windows_and_links_in_zips(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        info = zipfile.ZipInfo("x")
+        info.filename = "ant\\1.png"
+        info.create_system = 0
+        archive.writestr(info, b"1")
+    (file,) = list_archive(tmp_path / "a.zip").files
+    assert file.inner == "ant/1.png"
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        info = zipfile.ZipInfo("2.png")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, b"1.png")
+    with pytest.raises(ArchiveError, match=r"2\.png is a link; unpack the zip"):
+        list_archive(tmp_path / "b.zip")
+
+
+def test_compressed_tars_among_others(folder, tmp_path):
+    tar_of(folder / "ant", tmp_path / "ant.tar")
+    (tmp_path / "bee.TAR.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(ArchiveError, match=r"bee\.TAR\.gz: a compressed tar"):
+        find_images(tmp_path)
+    (tmp_path / "really.tar").write_bytes(gzip.compress((tmp_path / "ant.tar").read_bytes()))
+    with pytest.raises(ArchiveError, match=r"really\.tar: a compressed tar"):
+        find_images(tmp_path / "really.tar")
+
+
+def test_archives_that_stand_for_one_folder(folder, tmp_path):
+    tar_of(folder / "ant", tmp_path / "ant.tar")
+    zip_of(folder / "ant", tmp_path / "ant.zip")
+    with pytest.raises(ValueError, match=r"ant\.zip and ant\.tar are one class"):
+        find_images(tmp_path)
+
+
+def test_archives_deeper_down_are_left_aside(folder, tmp_path):
+    (tmp_path / "more").mkdir()
+    tar_of(folder / "ant", tmp_path / "more" / "deep.tar")
+    tar_of(folder / "bee", tmp_path / "bee.tar")
+    with pytest.raises(FileNotFoundError, match="hold no images"):
+        find_images(tmp_path)
+    (tmp_path / "bee.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="found no images.*there are 1 .tar"):
+        find_images(tmp_path)
+
+
+def test_odd_names(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "x/..y.png", b"1")
+        add(tar, "x/z..png", b"1")
+    assert sorted(f.inner for f in list_archive(tmp_path / "a.tar").files) == ["x/z..png"]
+    with pytest.raises(FileNotFoundError, match="no such folder or archive"):
+        find_images(tmp_path / "none.tar")
+    assert len(list_archive(tmp_path / "a.tar", "x").files) == 1
+    assert find_images(tmp_path / "a.tar" / "y" / ".." / "x").class_names == ("x",)

@@ -1,8 +1,10 @@
 """Which folders are classes, what is left aside, and what is said of it."""
 
+import io
 import os
-import subprocess
-import sys
+import tarfile
+import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image, features
@@ -40,20 +42,26 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_a_folder_without_permission_for_another_user(tmp_path):
-    save(tmp_path / "a" / "x.png")
-    save(tmp_path / "b" / "y.png")
-    (tmp_path / "b").chmod(0)
-    for path in (tmp_path, *tmp_path.parents):
-        path.chmod(path.stat().st_mode | 0o055)
-    code = (
-        "import os, sys; from pathlib import Path;"
-        "from heptapod_fast.data.files import find_images;"
-        "os.setuid(65534); find_images(Path(sys.argv[1]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and f"cannot list {tmp_path}/b: Permission denied" in done.stderr
+    save(tmp_path / "set" / "a" / "x.png")
+    save(tmp_path / "set" / "b" / "y.png")
+    (tmp_path / "set" / "b").chmod(0)
+    (tmp_path / "set" / "a").chmod(0o755)
+    (tmp_path / "set").chmod(0o755)
+    image_endings()  # Pillow reads its modules while it may
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.chdir(tmp_path / "set")  # the folders above are root's own
+        os.setuid(65534)
+        try:
+            find_images(Path("."))
+        except OSError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with open(read) as said:
+        assert "cannot list b: Permission denied" in said.read()
 
 
 def test_a_link_whose_target_cannot_be_looked_at(tmp_path, monkeypatch):
@@ -200,8 +208,6 @@ def test_a_cache_is_not_taken_for_images(tmp_path):
         save(tmp_path / "outer" / "set_v2" / name, "{}")
     with pytest.raises(FileNotFoundError, match=r"holds a cache of tokens, set_v2: name that"):
         find_images(tmp_path / "outer")
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "set.zarr.zip", "w") as archive:
         archive.writestr("set.zarr/zarr.json", "{}")
         archive.writestr("set.zarr/manifest.json", "{}")
@@ -247,3 +253,44 @@ def test_a_run_on_names_that_are_no_utf8(tmp_path):
     result = command("sample", tmp_path / "run", "--count", 4, "--save-npz", npz)
     assert result.code == 0, result.err
     assert r"classes: 0 caf\xe9, 1 tea" in result.out and npz.exists()
+
+
+def shards(folder, beside):
+    """Two numbered archives of two images, and other files for each of them."""
+    for shard in range(2):
+        path = folder / f"{shard:05}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for number in range(2):
+                picture = io.BytesIO()
+                Image.new("RGB", (16, 16)).save(picture, "PNG")
+                for ending, data in {"png": picture.getvalue(), **beside}.items():
+                    info = tarfile.TarInfo(f"{shard}{number}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def test_shards_without_labels_are_no_classes(tmp_path):
+    with pytest.raises(LayoutError, match=r"2 archives \(00000, 00001, ...\) look like shards"):
+        find_images(shards(tmp_path, {"json": b"{}", "txt": b"a cat"}))
+
+
+def test_shards_with_labels(tmp_path):
+    found = find_images(shards(tmp_path, {"json": b"{}", "cls": b"7"}))
+    assert found.class_names == ("7",) and len(found.files) == 4
+    assert found.notes[0] == "2 archives, each read as the folder of its name"
+
+
+def test_numbered_archives_of_pictures_alone_may_be_classes(tmp_path):
+    assert find_images(shards(tmp_path, {})).class_names == ("00000", "00001")
+
+
+def test_masks_beside_labelled_images_are_no_images(tmp_path):
+    for name in ("1.png", "1.seg.png", "2.png"):
+        save(tmp_path / "s" / name)
+    for name in ("1.cls", "2.cls"):
+        save(tmp_path / "s" / name, "0")
+    found = find_images(tmp_path)
+    assert [file.inner for file, _ in found.files] == ["s/1.png", "s/2.png"]
+    assert "1 .png" in found.notes[1]

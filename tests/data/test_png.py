@@ -1,5 +1,6 @@
 """Every kind of PNG: transparency over white, and pixels whatever the metadata."""
 
+import functools
 import itertools
 import struct
 import zlib
@@ -81,12 +82,15 @@ def expected_of(samples, kind, depth, key, palette, alphas) -> np.ndarray:
     return (colour * share + 255 * (1 - share)).transpose(2, 0, 1)
 
 
+opened = functools.cache(functools.partial(open_decoder, workers=1))
+
+
 def pixels_of(path, decoder: str) -> np.ndarray:
     try:
-        opened = open_decoder(decoder)
+        found = opened(decoder)
     except ValueError as error:
         pytest.skip(str(error))
-    return ImageFolder(path, SIDE, decoder=opened).images(torch.tensor([0]))[0].numpy()
+    return ImageFolder(path, SIDE, decoder=found).images(torch.tensor([0]))[0].numpy()
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "dali"])

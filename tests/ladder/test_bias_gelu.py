@@ -179,7 +179,9 @@ def test_step_2_a_mask_that_is_computed(rows, width):
     block = triton.next_power_of_2(width)
     bias_gelu_dropout_kernel[(rows,)](x, bias, y, *mask_arguments(mask, width), BLOCK=block)
     torch.testing.assert_close(y, bias_gelu(x, bias, mask, "gelu", "reference"))
-    assert torch.equal(y == 0, ~mask.keep(rows, width))
+    # GELU itself rounds to 0 far below 0.
+    is_zero = bias_gelu(x, bias, None, "gelu", "reference") == 0
+    assert torch.equal(y == 0, ~mask.keep(rows, width) | is_zero)
 
 
 @pytest.mark.parametrize("rows, width", SHAPES)

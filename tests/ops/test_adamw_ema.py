@@ -184,6 +184,36 @@ def test_same_bits_every_time_and_at_every_alignment(implementation):
         assert all(torch.equal(a, b) for a, b in zip(results[0], others))
 
 
+def test_same_bits_at_every_alignment_and_tail_after_several_steps(implementation):
+    """Every element goes through the same arithmetic, wherever it is in memory.
+
+    From zero moments a first step would hide a contracted product: 0 * beta2 rounds to nothing.
+    """
+    device = device_of(implementation)
+    whole = State(device, shapes=[(67,)])
+    whole.weight_decays = [0.1]
+    whole.exp_avgs[0].copy_(whole.draw((67,)))
+    whole.exp_avg_sqs[0].copy_(whole.draw((67,)).square())
+    grads = [whole.grads()[0] for _ in range(4)]
+    slices = [(begin, end) for begin in range(5) for end in (62, 63, 64, 67)]
+    parts = []
+    for begin, end in slices:
+        part = State(device, shapes=[(end - begin,)])
+        part.weight_decays = [0.1]
+        for mine, tensor in zip(part.tensors(), whole.tensors()):
+            room = torch.zeros_like(tensor)  # of the same alignment
+            room[begin:end] = tensor[begin:end]
+            mine.set_(room[begin:end])
+        parts.append(part)
+    for step, grad in enumerate(grads, start=3):
+        whole.step([grad], step, implementation)
+        for (begin, end), part in zip(slices, parts):
+            part.step([grad.clone()[begin:end]], step, implementation)
+    for (begin, end), part in zip(slices, parts):
+        for mine, tensor in zip(part.tensors(), whole.tensors()):
+            assert torch.equal(mine, tensor[begin:end]), (begin, end)
+
+
 def test_many_tensors_take_several_launches(implementation):
     shapes = [(1 + 7 * i % 50,) for i in range(700)]
     ours = State(device_of(implementation), shapes=shapes)
@@ -238,6 +268,55 @@ def test_no_parameters_no_copies(implementation):
     before = state.params[3].clone()
     state.step(state.grads(), 1, implementation)
     assert not torch.equal(before, state.params[3])
+
+
+@pytest.mark.parametrize("layout", ["column", "expanded", "every other"])
+def test_strides_of_the_decays_do_not_matter(implementation, layout):
+    decays = (0.9, 0.9) if layout == "expanded" else (0.9, 0.25)
+    plain, strided = (State(device_of(implementation), decays) for _ in range(2))
+    table = plain.scalar([[0.9, 0.1], [0.25, 0.7]])
+    column = table[:, 0]
+    same = plain.scalar(0.9).expand(2)
+    wide = plain.scalar([0.9, 0.1, 0.25])[::2]
+    found = {"column": column, "expanded": same, "every other": wide}[layout]
+    assert not found.is_contiguous() and found.tolist() == plain.scalar(list(decays)).tolist()
+
+    make = strided.scalar
+    strided.scalar = lambda value: found if isinstance(value, list) else make(value)
+    grads = plain.grads()
+    plain.step(grads, 1, implementation)
+    strided.step(grads, 1, implementation)
+    assert all(map(torch.equal, plain.tensors(), strided.tensors()))
+
+
+@pytest.mark.parametrize(
+    "place, change, message",
+    [
+        (6, torch.Tensor.double, "lr, step and grad_scale are float32"),
+        (7, lambda x: x.repeat(2), "one element each"),
+        (8, torch.Tensor.half, "lr, step and grad_scale are float32"),
+        (9, torch.Tensor.double, "ema_decays are float32 and contiguous"),
+        (9, lambda x: x.repeat_interleave(2)[::2], "ema_decays are float32 and contiguous"),
+    ],
+)
+def test_the_operator_refuses_what_it_would_misread(implementation, place, change, message):
+    if implementation == "reference":
+        pytest.skip("the reference is plain PyTorch, no operator of its own")
+    state = State(device_of(implementation), shapes=[(5,)])
+    given = list(arguments(state, state.emas))
+    given[place] = change(given[place])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.heptapod_fast.adamw_ema.default(*given)
+
+
+def test_weight_decay_is_not_rounded_before_it_is_used(implementation):
+    """lr * decay is 1 - 2^-24 here, and 1 with the decay as a float32: p would become 0."""
+    state = State(device_of(implementation), shapes=[(5,)], decays=())
+    before = state.params[0].clone()
+    state.weight_decays = [1 - 2**-26]
+    grads = [torch.zeros_like(before)]
+    state.step(grads, 1, implementation, lr=1.0)
+    assert torch.equal(state.params[0], before * 2**-26)
 
 
 def spoil(state, grads, what):

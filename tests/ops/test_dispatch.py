@@ -112,3 +112,43 @@ def test_a_missing_library_is_reported_not_raised(tmp_path, monkeypatch):
     with pytest.raises(dispatch.Unavailable, match="does not fit torch"):
         dispatch.choose("philox", "cpu", torch.int64, "cpu")
     assert dispatch.choose("philox", "cpu", torch.int64).implementation == "reference"
+
+
+@pytest.mark.parametrize("capability, usable", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_gpus_that_the_library_has_no_code_for(monkeypatch, capability, usable):
+    """The CUDA operators are passed over there with a reason, and asking for them is an error."""
+    monkeypatch.setattr(library, "_missing", "")
+    monkeypatch.setattr(library, "_holds", "CPU + CUDA (sm_80, sm_90a)")
+    monkeypatch.setattr(dispatch, "capability", lambda device: capability)
+    for operation, dtype in (
+        ("adamw_ema", torch.float32),
+        ("global_norm", torch.float32),
+        ("philox", torch.int64),
+    ):
+        choice = dispatch.choose(operation, "cuda", dtype)
+        if usable:
+            assert choice.implementation == "cuda"
+            assert dispatch.choose(operation, "cuda", dtype, "cuda").reason == "asked for"
+            continue
+        assert choice.implementation == "reference"
+        assert "than compute capability 8.0, this GPU has 7.5" in choice.reason
+        with pytest.raises(dispatch.Unavailable, match="older than compute capability 8.0"):
+            dispatch.choose(operation, "cuda", dtype, "cuda")
+
+
+def test_the_oldest_architecture_of_a_library(monkeypatch):
+    for holds, oldest in (("sm_80, sm_90a", (8, 0)), ("sm_120, sm_100a, sm_103f", (10, 0))):
+        monkeypatch.setattr(library, "_holds", f"CPU + CUDA ({holds})")
+        assert library.oldest_capability() == oldest
+
+
+def test_integers_have_no_tangents_that_a_kernel_could_lose(monkeypatch):
+    monkeypatch.setattr(dispatch, "_registry", {})
+    monkeypatch.setattr(dispatch, "_told", set())
+    for name in ("cpu", "reference"):
+        dispatch.register("op", name, lambda device, dtype: None)
+    cpu = torch.device("cpu")
+    with torch.autograd.forward_ad.dual_level():
+        assert dispatch.select("op", cpu, torch.int64) == "cpu"
+        with pytest.warns(UserWarning, match="no forward-mode derivatives"):
+            assert dispatch.select("op", cpu, torch.float32) == "reference"

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heptapod_fast.ops import library
 from heptapod_fast.ops.philox import philox, philox4x32, reference
 from heptapod_fast.rng import Rng
 
@@ -19,17 +18,6 @@ KNOWN = [
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    """A device whose compiled operators are there; its name is the implementation's."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if not library.available(request.param):
-        pytest.skip(library.status())
-    return request.param
 
 
 @pytest.mark.parametrize("counter, key, answer", KNOWN)
@@ -127,6 +115,17 @@ def test_wrong_arguments_are_refused():
         philox(index, index, -1, (0, 0))
     with pytest.raises(ValueError, match="auto, cuda, cpu, reference"):
         philox(index, index, 1, (0, 0), implementation="fast")
+
+
+def test_the_operator_refuses_what_it_would_misread(device):
+    index = torch.arange(6, device=device)
+    operator = torch.ops.heptapod_fast.philox.default
+    for bad in ((index.int(), index), (index, index.int())):
+        with pytest.raises(RuntimeError, match="int64 tensors only"):
+            operator(*bad, 1, 1, 2)
+    for bad in ((index[::2], index[:3]), (index[:3], index[::2])):
+        with pytest.raises(RuntimeError, match="contiguous tensors only"):
+            operator(*bad, 1, 1, 2)
 
 
 def test_opcheck_and_compile(device):

@@ -125,7 +125,10 @@ def test_files_and_folders_of_weights(pictures, trained, tmp_path):
         taken = start_from(system, found, ("ant", "bee", "cat"))
         assert sorted(taken.whole) == sorted(weights) and taken.unused == ["something.else"]
         lines = report(taken, found, system, ("ant", "bee", "cat"), None)
-        assert lines[-1] == "          not used: something.else"
+        assert lines[1:] == [
+            "          classes: by their numbers, the file does not name them",
+            "          not used: something.else",
+        ]
         for name, parameter in system.named_parameters():
             assert torch.equal(parameter, weights[name])
 
@@ -164,3 +167,21 @@ def test_a_path_into_a_run_names_the_run(trained):
     for path in (step, trained / "checkpoints", step / "model.safetensors"):
         refused(command("sample", path), named)
         refused(command("verify", path), named)
+
+
+def test_a_file_of_a_checkpoint_knows_its_classes(trained):
+    found = find_weights(str(listed(trained / "checkpoints")[-1] / "model.safetensors"))
+    assert found.class_names == ("ant", "bee", "cat") and found.tokenizer is not None
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_state_that_says_nothing_of_classes(tmp_path, text):
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(RunError, match="state.json does not say on which classes"):
+        find_weights(str(tmp_path))
+
+
+def test_one_run_however_the_path_is_spelt(tmp_path):
+    settings = [tiny_config(tmp_path, init_from=text) for text in ("runs/a", "runs/a/", "./runs/a")]
+    assert len({config.run.init_from for config in settings}) == 1

@@ -18,12 +18,24 @@ import torch
 from heptapod_fast.ops import library
 from heptapod_fast.ops.adamw_ema import adamw_ema
 from heptapod_fast.ops.global_norm import global_norm
+from tests.csrc import emulator
 
 ROOT = Path(__file__).resolve().parents[2]
 # Uneven over 2 and 4 ranks, with fewer rows than ranks, and nothing at all.
 SHAPES = [(5, 3), (1, 4), (6,), (7, 2, 3), (0, 3), (8, 40)]
 DECAYS = (0.9, 0.99, 0.5, 0.0, 0.7)
-IMPLEMENTATIONS = ["reference", *(["cpu"] if library.available("cpu") else [])]
+IMPLEMENTATIONS = ["reference"]
+if library.available("cpu"):
+    IMPLEMENTATIONS.append("cpu")
+    if emulator.why_not() is None:
+        IMPLEMENTATIONS.append("emulated")  # the CUDA code, run on the CPU
+
+
+def each_implementation():
+    """The name to ask for each of them by; what one needs is in place until the next."""
+    for name in IMPLEMENTATIONS:
+        with emulator.running(name) as implementation:
+            yield implementation
 
 
 def tensors(seed, shapes=SHAPES):
@@ -93,7 +105,7 @@ class State:
 
 
 def check_the_update_has_the_bits_of_the_unsharded_one():
-    for implementation in IMPLEMENTATIONS:
+    for implementation in each_implementation():
         whole = State(lambda full: full)
         parts = [State(lambda full, at=at: spread(full, *at)) for at in layouts()]
         for now in (1, 2):
@@ -119,7 +131,7 @@ def same_everywhere(value):
 
 
 def check_the_norm_is_that_of_the_full_tensors():
-    for implementation in IMPLEMENTATIONS:
+    for implementation in each_implementation():
         expected = global_norm(tensors(3), implementation)
         for mesh, placements in layouts():
             norm = global_norm(spread(tensors(3), mesh, placements), implementation)
@@ -135,7 +147,7 @@ def check_the_norm_of_mixed_layouts():
     full = tensors(4, [(5, 6 + i) for i in range(len(places))])
     full[0] = full[0].bfloat16()
     mixed = [t if at is None else spread([t], *at)[0] for t, at in zip(full, places)]
-    for implementation in IMPLEMENTATIONS:
+    for implementation in each_implementation():
         expected = global_norm(full, implementation)
         norm = global_norm(mixed, implementation)
         torch.testing.assert_close(norm, expected, rtol=2**-23, atol=0.0)

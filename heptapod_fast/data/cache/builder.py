@@ -170,15 +170,10 @@ class Builder:
     def _decoded(self, sources: np.ndarray) -> Iterator[_Decoded]:
         """The images of a shard in batches, decoded one batch ahead."""
         plan = self.plan
-        sides = plan.augmentation.sides(plan.tokenizer.image_size)
 
         def decode(start: int) -> _Decoded:
             files = [plan.files[k][0] for k in sources[start : start + plan.batch]]
-            crops = [np.zeros((len(files), 3, side, side), np.uint8) for side in sides]
-            reasons = [plan.decoder.decode(files, crop) for crop in crops]
-            # What is wrong with a file at one size is enough to leave it out.
-            of_files = zip(*reasons, strict=True)
-            return _Decoded(start, crops, [next(filter(None, r), None) for r in of_files])
+            return _Decoded(start, *plan.crops_of(files))
 
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(decode, 0)

@@ -69,8 +69,9 @@ class CacheSettings:
     and centre, each also mirrored, of a larger crop, as LlamaGen trains on. Training draws one."""
     flip: bool = False
     """The same as --views flip."""
-    crop_ranges: tuple[float, ...] = CROP_RANGES
-    """For ten-crop: how much larger than the image the crop is; ten views for each."""
+    crop_ranges: tuple[float, ...] | None = None
+    """For ten-crop: how much larger than the image the crop is, ten views for each; default: 1.1
+    and 1.05."""
     max_broken: int = 0
     """Unreadable images that may be left out; they are listed in the manifest."""
     allow_upscale: bool = False
@@ -107,7 +108,7 @@ class CacheSettings:
         """The views that are stored."""
         kind = self.views or ("flip" if self.flip else "plain")
         if kind == "ten-crop":
-            return Views(kind, self.crop_ranges)
+            return Views(kind, self.crop_ranges or CROP_RANGES)
         return Views(kind)
 
     @property
@@ -241,7 +242,7 @@ def _check_settings(settings: CacheSettings) -> None:
         )
     if settings.flip and settings.views not in (None, "flip"):
         raise ValueError(f"--flip and --views {settings.views}: give one of them")
-    if settings.crop_ranges != CROP_RANGES and settings.augmentation.kind != "ten-crop":
+    if settings.crop_ranges is not None and settings.augmentation.kind != "ten-crop":
         raise ValueError("--crop-ranges needs --views ten-crop")
     spec = token_spec(name, settings.image_size, settings.patch_size, settings.codes)
     TOKENIZERS[name].stored_arrays(spec)
@@ -286,8 +287,8 @@ def _check_images(settings: CacheSettings, files: Files) -> None:
             f"{folder}: none of its {len(files)} images can be read (first: "
             f"{broken[0][1]}): choose another --data"
         )
-    side = max(settings.augmentation.sides(settings.image_size))
-    refuse_small(folder, files, sizes, side, settings.allow_upscale)
+    crop_range = max(settings.augmentation.crop_ranges, default=1.0)
+    refuse_small(folder, files, sizes, settings.image_size, settings.allow_upscale, crop_range)
 
 
 def _load(settings: CacheSettings, weights: str | Path | None) -> Tokenizer:

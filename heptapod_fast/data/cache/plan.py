@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from heptapod_fast.data.cache.format import CHUNK_ROWS, FORMAT
+from heptapod_fast.data.entries import Entry
 from heptapod_fast.data.files import Files, ImageFiles, listing
 from heptapod_fast.data.order import sample_ids
 from heptapod_fast.data.pixels import Decoder
@@ -104,6 +105,15 @@ class Plan:
     def stored(self) -> dict[str, StoredArray]:
         """The sharded arrays by name, one view of one image of each."""
         return self.tokenizer.stored_arrays(self.tokenizer.spec)
+
+    def crops_of(self, files: list[Entry]) -> tuple[list[np.ndarray], list[str | None]]:
+        """The crops that views are cut out of, (n, 3, side, side) uint8 for every side, and for
+        every file None or why it cannot be read: at one side is enough to leave it out."""
+        sides = self.augmentation.sides(self.tokenizer.image_size)
+        crops = [np.zeros((len(files), 3, side, side), np.uint8) for side in sides]
+        reasons = [self.decoder.decode(files, crop) for crop in crops]
+        of_files = zip(*reasons, strict=True)
+        return crops, [next(filter(None, found), None) for found in of_files]
 
     def head(self) -> dict[str, Any]:
         """The manifest but for contents."""

@@ -262,12 +262,9 @@ class Site:
 
     def _forget_readable(self) -> None:
         """Forgets shards some of whose images could not be read then and can be read now."""
-        side = self.plan.tokenizer.image_size
         for record in self.records():
             files = [self.plan.files[e["source_index"]][0] for e in record["quarantine"]]
-            pixels = np.empty((len(files), 3, side, side), np.uint8)
-            reasons = self.plan.decoder.decode(files, pixels)
-            if None in reasons:
+            if None in self.plan.crops_of(files)[1]:
                 self._record_file(record["shard"]).unlink()
 
     # ------------------------------------------------------------------------------ what is done
