@@ -15,22 +15,31 @@ upstream rounds n before it is multiplied by the weight; here the product is rou
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import at_least_float32, check_like, check_rows, check_shape
 from heptapod_fast.ops.dropout_mask import DropoutMask
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
+
+MAX_WIDTH = 4096  # kernels/configs/rms_norm.json
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, implementation: str = "auto") -> Tensor:
     """x (..., D) floating, weight (D,) float32 -> as x.
 
-    implementation: "auto" or "reference". Raises ValueError if the weight does not fit.
+    implementation: "auto", "triton" (float32 or bfloat16, D up to MAX_WIDTH) or "reference". Raises
+    ValueError if the weight does not fit.
     """
     check_rows("rms_norm", x=x, weight=weight)
     check_shape("rms_norm", x.shape[-1:], weight=weight)
-    dispatch.select("rms_norm", x.device, x.dtype, implementation)
-    return _reference(x, weight, eps)
+    if _select(x, implementation) == "reference":
+        return _reference(x, weight, eps)
+    y, _ = _operator(x.contiguous(), weight.float().contiguous(), eps)
+    return y
 
 
 def add_rms_norm(
@@ -51,9 +60,23 @@ def add_rms_norm(
     check_shape(name, x.shape[-1:], weight=weight)
     check_like(name, x, branch=branch)
     mask = DropoutMask.checked(mask, name, x)
-    dispatch.select("rms_norm", x.device, x.dtype, implementation)
-    total = x + (branch if mask is None else mask.apply(branch))
-    return total, _reference(total, weight, eps)
+    if _select(x, implementation) == "reference":
+        total = x + (branch if mask is None else mask.apply(branch))
+        return total, _reference(total, weight, eps)
+    total, y, _ = _add_operator(
+        x.contiguous(),
+        branch.contiguous(),
+        weight.float().contiguous(),
+        *DropoutMask.parts(mask),
+        eps,
+    )
+    return total, y
+
+
+def _select(x: Tensor, implementation: str) -> str:
+    width = x.shape[-1]
+    why = f"rows are {width} wide, at most {MAX_WIDTH} fit" if width > MAX_WIDTH else None
+    return dispatch.select("rms_norm", x.device, x.dtype, implementation, why)
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,4 +85,91 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight).to(x.dtype)
 
 
-dispatch.register("rms_norm", "reference", lambda device, dtype: None)
+# The operators and their gradients.
+
+
+def _forward(x, weight, eps):
+    from heptapod_fast.kernels import rms_norm as kernels
+
+    _, y, scales = kernels.forward(x, None, weight, None, eps)
+    return y, scales
+
+
+def _add_forward(x, branch, weight, key, counter, p, eps):
+    from heptapod_fast.kernels import rms_norm as kernels
+
+    return kernels.forward(x, branch, weight, DropoutMask.of(key, counter, p), eps)
+
+
+def _backward(grad, grad_sum, total, scales, weight, key, counter, p):
+    from heptapod_fast.kernels import rms_norm as kernels
+
+    mask = DropoutMask.of(key, counter, p)
+    return kernels.backward(grad, grad_sum, total, scales, weight, mask)
+
+
+def _scales_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() // max(1, x.shape[-1]), dtype=torch.float32)
+
+
+def _fake_backward(grad, grad_sum, total, scales, weight, key, counter, p):
+    dbranch = total.new_empty(0) if key is None else torch.empty_like(total)
+    return torch.empty_like(total), dbranch, torch.empty_like(weight)
+
+
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
+    x, weight, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], weight)
+
+
+def _gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
+    if grad is None:
+        return None, None, None
+    none = DropoutMask.parts(None)
+    dx, _, dweight = _backward_operator(grad.contiguous(), None, *ctx.saved_tensors, *none)
+    return dx, dweight, None
+
+
+def _add_setup(ctx: Context, inputs: Inputs, output: Any) -> None:
+    _, _, weight, key, counter, ctx.p, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], output[2], weight, key, counter)
+
+
+def _add_gradient(ctx: Context, grad_sum: Tensor | None, grad: Tensor | None, _: None) -> Gradients:
+    total, scales, weight, key, counter = ctx.saved_tensors
+    if grad is None and grad_sum is None:
+        return (None,) * 7
+    # A sum without its norm is rare (no block does it): it need not be fast.
+    grad = torch.zeros_like(total) if grad is None else grad.contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    dx, dbranch, dweight = _backward_operator(
+        grad, grad_sum, total, scales, weight, key, counter, ctx.p
+    )
+    if key is None:
+        dbranch = dx  # without dropout they are the same
+    return dx, dbranch, dweight, None, None, None, None
+
+
+_operator = operator(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, *_: (torch.empty_like(x), _scales_like(x)),
+)
+_add_operator = operator(
+    "add_rms_norm(Tensor x, Tensor branch, Tensor weight, Tensor? key, Tensor? counter, float p, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
+    _add_forward,
+    lambda x, *_: (torch.empty_like(x), torch.empty_like(x), _scales_like(x)),
+)
+_backward_operator = operator(
+    "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor total, Tensor scales, Tensor weight, "
+    "Tensor? key, Tensor? counter, float p) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+differentiable(_operator, _gradient, _setup)
+differentiable(_add_operator, _add_gradient, _add_setup)
+once(_backward_operator, "rms_norm")
+dispatch.register_triton("rms_norm")

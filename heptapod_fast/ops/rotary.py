@@ -12,11 +12,16 @@ rotation at all and part of what its published weights know
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import at_least_float32, refusal
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, operator
+
+MAX_WIDTH = 128  # kernels/configs/rotary.json
 
 
 def rotary(qkv: Tensor, table: Tensor, implementation: str = "auto") -> Tensor:
@@ -25,7 +30,7 @@ def rotary(qkv: Tensor, table: Tensor, implementation: str = "auto") -> Tensor:
     Args:
         qkv: (B, N, 3, H, E) floating, E even.
         table: (N, E / 2, 2) float32, cos and sin of every element and pair of channels.
-        implementation: "auto" or "reference".
+        implementation: "auto", "triton" (E up to MAX_WIDTH) or "reference".
 
     Returns:
         As qkv.
@@ -37,8 +42,13 @@ def rotary(qkv: Tensor, table: Tensor, implementation: str = "auto") -> Tensor:
     if not is_packed or table.shape != (qkv.shape[1], qkv.shape[-1] // 2, 2):
         expected = "qkv (B, N, 3, H, E) with E even and a table (N, E / 2, 2)"
         raise refusal("rotary", expected, qkv.shape, table.shape)
-    dispatch.select("rotary", qkv.device, qkv.dtype, implementation)
-    return _reference(qkv, table)
+    width = qkv.shape[-1]
+    unsupported = None
+    if width > MAX_WIDTH:
+        unsupported = f"heads are {width} wide, at most {MAX_WIDTH} fit"
+    if dispatch.select("rotary", qkv.device, qkv.dtype, implementation, unsupported) == "reference":
+        return _reference(qkv, table)
+    return _operator(qkv.contiguous(), table.float().contiguous(), False)
 
 
 def grid_table(side: int, head_width: int, base: float = 10_000.0) -> Tensor:
@@ -72,4 +82,29 @@ def _reference(qkv: Tensor, table: Tensor) -> Tensor:
     return torch.cat((rotated.to(qkv.dtype), qkv[:, :, 2:]), dim=2)
 
 
-dispatch.register("rotary", "reference", lambda device, dtype: None)
+# The operator, whose gradient is the rotation back.
+
+
+def _kernel(x: Tensor, table: Tensor, back: bool) -> Tensor:
+    from heptapod_fast.kernels import rotary as kernels
+
+    return kernels.rotate(x, table, back)
+
+
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
+    _, table, ctx.back = inputs
+    ctx.save_for_backward(table)
+
+
+def _gradient(ctx: Context, grad: Tensor) -> Gradients:
+    (table,) = ctx.saved_tensors
+    return _operator(grad.contiguous(), table, not ctx.back), None, None
+
+
+_operator = operator(
+    "rotary(Tensor x, Tensor table, bool back) -> Tensor",
+    _kernel,
+    lambda x, table, back: torch.empty_like(x),
+)
+differentiable(_operator, _gradient, _setup)
+dispatch.register_triton("rotary")

@@ -1,30 +1,65 @@
-"""swiglu: silu(gate) * value, what stands between the products of a LLaMA MLP.
+"""swiglu: silu(x) * y, the gate of LLaMA's MLP.
 
-    y      = gate * sigmoid(gate) * value
-    dgate  = dy * value * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
-    dvalue = dy * silu(gate)
-
-gate and value are the two products of one input (w1 and w3 of
-llamagen:autoregressive/models/gpt.py, FeedForward).
+s   = sigmoid(x)
+out = x * s * y
+dx  = dout * y * s * (1 + x * (1 - s))
+dy  = dout * x * s
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
-from heptapod_fast.ops.checks import check_like
+from heptapod_fast.ops.checks import check_like, check_rows
+from heptapod_fast.ops.operators import differentiable, once, operator
 
 
-def swiglu(gate: Tensor, value: Tensor, implementation: str = "auto") -> Tensor:
-    """gate, value (..., F) of one floating dtype -> the same.
+def swiglu(x: Tensor, y: Tensor, implementation: str = "auto") -> Tensor:
+    """x, y (..., F), float32 or bfloat16 -> silu(x) * y, of the same shape and dtype.
 
-    implementation: "auto" or "reference". Raises ValueError if they are not alike.
+    implementation: "auto", "triton" or "reference".
     """
-    check_like("swiglu", gate, value=value)
-    dispatch.select("swiglu", gate.device, gate.dtype, implementation)
-    return F.silu(gate) * value
+    check_rows("swiglu", x=x, y=y)
+    check_like("swiglu", x, y=y)
+    if dispatch.select("swiglu", x.device, x.dtype, implementation) == "reference":
+        return F.silu(x) * y
+    return _operator(x.contiguous(), y.contiguous())
 
 
-dispatch.register("swiglu", "reference", lambda device, dtype: None)
+# The operator and its gradient.
+
+
+def _forward(x, y):
+    from heptapod_fast.kernels import swiglu as kernels
+
+    return kernels.forward(x, y)
+
+
+def _backward(grad, x, y):
+    from heptapod_fast.kernels import swiglu as kernels
+
+    return kernels.backward(grad, x, y)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient(ctx, grad: Tensor):
+    return _backward_operator(grad.contiguous(), *ctx.saved_tensors)
+
+
+_operator = operator(
+    "swiglu(Tensor x, Tensor y) -> Tensor", _forward, lambda x, y: torch.empty_like(x)
+)
+_backward_operator = operator(
+    "swiglu_backward(Tensor grad, Tensor x, Tensor y) -> (Tensor, Tensor)",
+    _backward,
+    lambda grad, x, y: (torch.empty_like(x), torch.empty_like(y)),
+)
+differentiable(_operator, _gradient, _setup)
+once(_backward_operator, "swiglu")
+dispatch.register_triton("swiglu")

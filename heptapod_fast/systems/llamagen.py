@@ -1,7 +1,7 @@
 """LlamaGen, and Next Patch Prediction, which trains the same model cheaper.
 
-LlamaGen (Sun et al. 2024) is a LLaMA over the codes of an image in raster order: the class, then
-every code, each predicting the next. NPP (Pang et al. 2024) starts with coarse sequences: the
+LlamaGen (Sun et al.) is a LLaMA over the codes of an image in raster order: the class, then
+every code, each predicting the next. NPP (Pang et al.) starts with coarse sequences: the
 embeddings of a patch of p x p codes are averaged into one element, which predicts the next patch,
 one set of logits scored against all of its codes,
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model.llama import mlp_width
@@ -410,15 +409,3 @@ def test_levels_that_leave_no_images():
 def test_more_than_one_position_per_step_is_refused():
     with pytest.raises(ValueError, match="--positions-per-step 4: this system predicts one"):
         random_system().options(positions_per_step=4)
-
-
-@pytest.mark.parametrize("name", ["llamagen", "npp"])
-def test_reference_operations(name):
-    """The forms that the operations are defined by."""
-    x = torch.randn(5, 8, dtype=torch.float64)
-    w = torch.rand(8) + 0.5
-    from heptapod_fast import ops
-
-    torch.testing.assert_close(ops.rms_norm(x, w), torch.stack([rms(row, w.double()) for row in x]))
-    gate, value = torch.randn(2, 5, 8, dtype=torch.float64)
-    torch.testing.assert_close(ops.swiglu(gate, value), F.silu(gate) * value)
