@@ -8,13 +8,15 @@ dy  = dout * x * s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_like, check_rows
-from heptapod_fast.ops.operators import differentiable, once, operator
+from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
 
 def swiglu(x: Tensor, y: Tensor, implementation: str = "auto") -> Tensor:
@@ -44,11 +46,11 @@ def _backward(grad, x, y):
     return kernels.backward(grad, x, y)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradient(ctx, grad: Tensor):
+def _gradient(ctx: Context, grad: Tensor) -> Gradients:
     return _backward_operator(grad.contiguous(), *ctx.saved_tensors)
 
 
