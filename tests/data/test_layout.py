@@ -294,3 +294,13 @@ def test_masks_beside_labelled_images_are_no_images(tmp_path):
     found = find_images(tmp_path)
     assert [file.inner for file, _ in found.files] == ["s/1.png", "s/2.png"]
     assert "1 .png" in found.notes[1]
+
+
+def test_a_pillow_that_lacks_a_format(tmp_path, monkeypatch):
+    """Its files are left aside and named, not taken and then found broken."""
+    there = {k: v for k, v in Image.registered_extensions().items() if k != ".avif"}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: there)
+    save(tmp_path / "x.png")
+    save(tmp_path / "y.avif", "?")
+    found = find_images(tmp_path)
+    assert len(found.files) == 1 and "1 .avif" in found.notes[0]
