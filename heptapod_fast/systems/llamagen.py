@@ -120,9 +120,11 @@ class NppSettings(LlamaSettings):
     )
     patches: tuple[int, ...] | None = setting(
         "Sides of the patches, one phase each, instead of --levels: 4 1.",
+        rule=Rule("numbers of 1 or more", lambda values: all(v >= 1 for v in values)),
     )
     shares: tuple[float, ...] | None = setting(
         "Shares of the images of the phases of --patches, which add up to 1: 0.5 0.5.",
+        rule=Rule("numbers above 0", lambda values: all(v > 0 for v in values)),
     )
 
     def resolve(self, defaults: Any, spec: TokenSpec) -> Any:
@@ -154,17 +156,17 @@ class NppSettings(LlamaSettings):
                     f"--patches {len(self.patches)} sides, --shares {len(self.shares)} numbers: "
                     "one share for each"
                 )
-            if min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
+            if abs(sum(self.shares) - 1) > 1e-6:
                 raise ValueError(
-                    f"--shares {' '.join(map(str, self.shares))}: expected numbers above 0 that "
-                    f"add up to 1, these make {sum(self.shares):g}"
+                    f"--shares {' '.join(map(str, self.shares))}: expected numbers that add up to "
+                    f"1, these make {sum(self.shares):g}"
                 )
         sides = [patch for patch, _ in self.segments()]
         listed = " ".join(map(str, sides))
         if sides[-1] != 1:
             raise ValueError(f"--patches {listed}: the last phase has patches of 1, single codes")
         for patch in sides:
-            if patch < 1 or side % patch or patch >= side > 1:
+            if side % patch or patch >= side > 1:
                 raise ValueError(
                     f"patches of {patch} x {patch} ({listed}): expected sides that divide the grid "
                     f"of {side} x {side} tokens into several"
