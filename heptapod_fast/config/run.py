@@ -19,8 +19,8 @@ class RunSettings(Settings):
         "Run directory; default: runs/NAME-HASH made from the settings.", may_change=True
     )
     init_from: str | None = setting(
-        "Start from the weights of another run (its moving average), or of a .safetensors file: "
-        "what fits is taken, the rest drawn anew; classes are matched by name.",
+        "Start from the weights of another run (its moving average), or of a file (.safetensors, "
+        ".pt): what fits is taken, the rest drawn anew; classes are matched by name.",
         before=None,
     )
     checkpoint_every: int = setting(

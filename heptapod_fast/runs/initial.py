@@ -3,6 +3,7 @@ grid, what fits is taken and the rest keeps the values that were drawn for it.""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ from heptapod_fast.runs.loading import weights_file
 from heptapod_fast.systems import System
 
 EXPORTED = "model.safetensors"
+TORCH = (".pt", ".pth", ".ckpt", ".bin")
+# Where trainers keep weights in what they save, averages before the rest, and what wrappers of a
+# model put before its names.
+WRAPPERS = ("model_ema", "ema", "model", "module", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")
 _A_LINE = 4
 
 
@@ -25,7 +31,7 @@ class Weights:
     """Where weights are.
 
     Attributes:
-        file: safetensors.
+        file: safetensors, or a state dict of PyTorch.
         about: what they are, for messages.
         class_names: of the classes that they were trained on; None where that is not known.
         tokenizer: fingerprint of the one whose tokens they were trained on; None where that is not
@@ -43,6 +49,7 @@ class Taken:
     """What became of the parameters of a system.
 
     Attributes:
+        part: the part of the file that was taken, as "model_ema"; empty for all of it.
         whole: names of those that were taken over.
         classes: how many rows of the table of classes were, None where the table was taken or left
             as a whole.
@@ -50,6 +57,7 @@ class Taken:
         unused: names of weights that the system has no place for.
     """
 
+    part: str = ""
     whole: list[str] = field(default_factory=list)
     classes: int | None = None
     fresh: dict[str, str] = field(default_factory=dict)
@@ -58,7 +66,7 @@ class Taken:
 
 def find_weights(path: str) -> Weights:
     """What --init-from names: a run (its first moving average, of the newest checkpoint that
-    verifies), a folder with `model.safetensors`, or a .safetensors file.
+    verifies), a folder with `model.safetensors`, or a file: .safetensors, or what PyTorch saved.
 
     Raises:
         RunError, CheckpointError: there are no weights.
@@ -77,11 +85,12 @@ def find_weights(path: str) -> Weights:
     if folder.is_dir() and run.meant():
         raise RunError(f"--init-from {path}: {run.meant()}, or one of the .safetensors files in it")
     file = folder / EXPORTED if folder.is_dir() else folder
-    if file.is_file() and file.suffix == ".safetensors":
+    if file.is_file() and file.suffix in (".safetensors", *TORCH):
         return Weights(file, str(file), *_said_beside(file))
     found = "no such file or folder"
     if folder.exists():
-        found = f"neither a run, nor a folder with {EXPORTED}, nor a .safetensors file"
+        endings = ", ".join(TORCH)
+        found = f"neither a run, nor a folder with {EXPORTED}, nor a file .safetensors, {endings}"
     raise RunError(f"--init-from {path}: {found}")
 
 
@@ -112,8 +121,8 @@ def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> 
     Raises:
         RunError: the file cannot be read, or nothing in it fits.
     """
-    theirs = _read(weights)
-    taken = Taken()
+    theirs, where = _read(weights)
+    taken = Taken(part=where)
     table = system.class_table()
     same_classes = weights.class_names is None or weights.class_names == tuple(class_names)
     with torch.no_grad():
@@ -138,14 +147,45 @@ def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> 
     return taken
 
 
-def _read(weights: Weights) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _read(weights: Weights) -> tuple[dict[str, Tensor], str]:
+    """The tensors by their names in a system, and where in the file they were; "" for all of it."""
     from safetensors.torch import load_file
 
     try:
-        return load_file(weights.file)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"--init-from: {weights.file} cannot be read: {error}") from error
+        if weights.file.suffix not in TORCH:
+            return load_file(weights.file), ""
+        # Tensors and plain containers alone: nothing in the file is executed. Training scripts
+        # store their arguments beside the weights; a Namespace only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(weights.file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # unpickling garbage may raise anything
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"--init-from: {weights.file} cannot be read: {first}") from error
+    return _unwrapped(found, weights)
+
+
+def _unwrapped(found: object, weights: Weights) -> tuple[dict[str, Tensor], str]:
+    """The state dict in what trainers save: under one of `WRAPPERS`, names behind `PREFIXES`."""
+    where = ""
+    for wrapper in WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+            where = wrapper
+            break
+    tensors = {}
+    if isinstance(found, dict):
+        tensors = {str(name): t for name, t in found.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise RunError(
+            f"--init-from: {weights.file} holds no state dict, neither bare nor under one of "
+            f"{', '.join(WRAPPERS)}"
+        )
+    for prefix in PREFIXES * 2:  # one may stand in the other
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
+    return tensors, where
 
 
 def _take_classes(
@@ -175,9 +215,10 @@ def report(
     parameters = dict(system.named_parameters())
     values = sum(parameters[name].numel() for name in taken.whole)
     total = sum(parameter.numel() for parameter in parameters.values())
+    part = f"{taken.part} of " if taken.part else ""
     lines = [
         f"weights   {len(taken.whole)} of {len(parameters)} tensors, {values:,} of {total:,} "
-        f"values, from {weights.about}"
+        f"values, from {part}{weights.about}"
     ]
     if taken.classes is not None:
         lines.append(

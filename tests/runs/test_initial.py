@@ -1,5 +1,6 @@
 """--init-from: what is taken, what is drawn anew, what does not fit."""
 
+import argparse
 import shutil
 
 import pytest
@@ -185,3 +186,44 @@ def test_a_state_that_says_nothing_of_classes(tmp_path, text):
 def test_one_run_however_the_path_is_spelt(tmp_path):
     settings = [tiny_config(tmp_path, init_from=text) for text in ("runs/a", "runs/a/", "./runs/a")]
     assert len({config.run.init_from for config in settings}) == 1
+
+
+@pytest.mark.parametrize(
+    "wrap, part",
+    [
+        (lambda w: w, ""),
+        (lambda w: {"model": w, "args": argparse.Namespace(lr=1), "epoch": 3}, "model of "),
+        (lambda w: {"model": {}, "model_ema": w}, "model_ema of "),
+        (lambda w: {"module": {f"module.{n}": t for n, t in w.items()}}, "module of "),
+        (lambda w: {f"_orig_mod.module.{n}": t for n, t in w.items()}, ""),
+        (lambda w: {f"module._orig_mod.{n}": t for n, t in w.items()}, ""),
+    ],
+)
+def test_what_other_trainers_save(pictures, trained, tmp_path, wrap, part):
+    weights = of_checkpoint(trained, "model")
+    torch.save(wrap(weights), tmp_path / "theirs.pt")
+    session, text = said(tmp_path / "run", init_from=str(tmp_path / "theirs.pt"), **on(pictures[0]))
+    for name, parameter in session.system.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    assert f"from {part}{tmp_path}/theirs.pt" in text
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (Harmful(), "cannot be read"),
+        ({"epoch": 3}, "holds no state dict"),
+        ([torch.zeros(2)], "holds no state dict"),
+    ],
+)
+def test_files_that_hold_no_weights(pictures, tmp_path, capsys, content, why):
+    torch.save(content, tmp_path / "x.pt")
+    system = build_system(tiny_config(tmp_path / "y", **on(pictures[0])), 3)
+    with pytest.raises(RunError, match=f"x.pt {why}"):
+        start_from(system, find_weights(str(tmp_path / "x.pt")), ("a", "b", "c"))
+    assert "executed" not in capsys.readouterr().out
