@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import json
@@ -10,6 +11,16 @@ from pathlib import Path
 from typing import IO, Any
 
 BLOCK = 2**22
+
+
+def read_numbers(path: Path) -> object:
+    """What `torch.save` wrote: tensors and plain containers alone, on the CPU; nothing in the file
+    is executed. Raises anything where it holds something else, or garbage."""
+    import torch
+
+    # Training scripts store their arguments beside the weights; a Namespace only holds values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class InUseError(OSError):

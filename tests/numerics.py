@@ -76,15 +76,15 @@ def compare(
     exact: Callable | None = None,
     factor: float = 2.0,
     floor: float = 0.0,
-    rounded_in: torch.dtype = torch.float64,
 ) -> None:
     """Outputs and gradients of `kernel` against `reference` in float64 (or `exact`), by the rule.
 
-    floor: an absolute allowance, for results that cancel to zero. rounded_in: gradients of float32
-    masters may come out of products in this dtype, and are allowed one rounding of it: of few
-    values, the reference's error is small by luck. The kernel runs with
+    floor: an absolute allowance, for results that cancel to zero. Gradients are allowed one
+    rounding in the coarsest dtype of the arguments, those of float32 masters too, which are sums of
+    values of that dtype: of few, the reference's error may be small by luck. The kernel runs with
     uninitialised memory filled with NaN, twice, and must give the same bits.
     """
+    coarsest = max(torch.finfo(a.dtype).eps for a in arguments if _is_floating(a))
     with torch.random.fork_rng(devices=[]):
         exact_outputs, exact_grads = run(
             exact or reference, [double(a) for a in arguments], upstream
@@ -103,10 +103,14 @@ def compare(
         for i, (f, p, t) in enumerate(zip(found, plain, true, strict=True)):
             allowance = floor
             if group == "gradient":
-                allowance += 0.5 * torch.finfo(rounded_in).eps * float(t.abs().max())
+                allowance += 0.5 * coarsest * float(t.abs().max())
             assert_within_rule(f, p, t.double(), factor, f"{group} {i}", allowance)
     for first, second in zip((*outputs, *grads), (*results[1][0], *results[1][1]), strict=True):
         assert torch.equal(first, second), "another run gave other bits"
+
+
+def _is_floating(argument: object) -> bool:
+    return torch.is_tensor(argument) and argument.is_floating_point()
 
 
 class poisoned:

@@ -3,7 +3,6 @@ grid, what fits is taken and the rest keeps the values that were drawn for it.""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor
 from heptapod_fast import checkpoints
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.runs.loading import weights_file
+from heptapod_fast.storage import read_numbers
 from heptapod_fast.systems import System
 
 EXPORTED = "model.safetensors"
@@ -154,10 +154,7 @@ def _read(weights: Weights) -> tuple[dict[str, Tensor], str]:
     try:
         if weights.file.suffix not in TORCH:
             return load_file(weights.file), ""
-        # Tensors and plain containers alone: nothing in the file is executed. Training scripts
-        # store their arguments beside the weights; a Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(weights.file, map_location="cpu", weights_only=True)
+        found = read_numbers(weights.file)
     except MemoryError:
         raise
     except Exception as error:  # unpickling garbage may raise anything

@@ -7,7 +7,6 @@ the published files may hold beyond them is listed in `ORIGINS`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import re
@@ -18,6 +17,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from heptapod_fast.storage import read_numbers
 from heptapod_fast.tokenizers.autoencoder import LAYOUTS, file_shapes
 from heptapod_fast.tokenizers.base import saved_as
 
@@ -167,9 +167,7 @@ def _read_safetensors(name: str, path: Path) -> dict[str, Tensor]:
 
 def _read_torch(name: str, path: Path) -> object:
     try:
-        # Training scripts store their arguments beside the weights; a Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return read_numbers(path)
     except MemoryError:
         raise
     except Exception as error:  # unpickling garbage may raise anything

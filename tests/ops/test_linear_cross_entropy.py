@@ -123,7 +123,6 @@ def test_kernel_by_the_rule(rows, width, codes, targets, chunk, dtype, weighted)
         leaves,
         upstream,
         exact=lambda *leaves: exact(*leaves, target, row_weight),
-        rounded_in=dtype,
     )
 
 
@@ -149,7 +148,6 @@ def test_programs_of_several_rows(monkeypatch, dtype, rows, codes, targets, chun
         leaves,
         [torch.tensor(1.7, device=DEVICE), None],
         exact=lambda *leaves: exact(*leaves, target, row_weight),
-        rounded_in=dtype,
     )
 
 
