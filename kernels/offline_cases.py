@@ -24,6 +24,9 @@ from heptapod_fast.kernels import (
     gather_rows,
     layer_norm,
     linear_cross_entropy,
+    rms_norm,
+    rotary,
+    swiglu,
     tuning,
 )
 from heptapod_fast.kernels.offline_case import Case
@@ -691,6 +694,87 @@ def linear_cross_entropy_cases(arch: str) -> Iterator[Case]:
     )
 
 
+RMS_NORM_TYPES = dict(
+    x_ptr="*bf16",
+    branch_ptr="*bf16",
+    weight_ptr="*fp32",
+    sum_ptr="*bf16",
+    out_ptr="*bf16",
+    scale_ptr="*fp32",
+    grad_ptr="*bf16",
+    grad_sum_ptr="*bf16",
+    dx_ptr="*bf16",
+    dbranch_ptr="*bf16",
+    partial_ptr="*fp32",
+    rows="i32",
+    slab="i32",
+    eps="fp32",
+    **MASK,
+)
+
+
+def rms_norm_cases(arch: str) -> Iterator[Case]:
+    """The models' widths and the widest one, with dropout, without, and the norm alone."""
+    forward = rms_norm.rms_norm_forward_kernel
+    backward = rms_norm.rms_norm_backward_kernel
+    no_mask = ("key_ptr", "counter_ptr")
+    for width in (768, 1024, 1280, 1536, 4096):
+        for name, kernel, absent, p in (
+            ("add_rms_norm+dropout forward", forward, (), DROP),
+            ("add_rms_norm+dropout backward", backward, (), DROP),
+            ("add_rms_norm backward", backward, ("dbranch_ptr", *no_mask), 0.0),
+            ("rms_norm forward", forward, ("branch_ptr", "sum_ptr", *no_mask), 0.0),
+        ):
+            which = "forward" if kernel is forward else "backward"
+            config = tuning.config("rms_norm", which, width, arch)
+            block = 1 << (width - 1).bit_length()
+            yield make(
+                f"{name} {width}",
+                kernel,
+                RMS_NORM_TYPES,
+                dict(config, WIDTH=width, BLOCK=block),
+                dict(THRESHOLD=threshold(p)),
+                absent,
+                unaligned=("slab", "rows_per_key", "counters"),
+            )
+
+
+def rotary_cases(arch: str) -> Iterator[Case]:
+    """Heads of 64 and of 100 channels, both directions."""
+    types = dict(x_ptr="*bf16", table_ptr="*fp32", out_ptr="*bf16", elements="i32")
+    for width, heads in ((64, 16), (100, 32)):
+        config = tuning.config("rotary", "rotate", width, arch)
+        block = 1 << (width // 2 - 1).bit_length()
+        for back in (False, True):
+            yield make(
+                f"rotary {'back' if back else 'forward'} {heads} x {width}",
+                rotary.rotary_kernel,
+                types,
+                dict(config, HEADS=heads, WIDTH=width, PAIRS=block),
+                dict(BACK=back),
+                unaligned=("elements",),
+            )
+
+
+SWIGLU_TYPES = dict(
+    x_ptr="*bf16",
+    y_ptr="*bf16",
+    out_ptr="*bf16",
+    grad_ptr="*bf16",
+    dx_ptr="*bf16",
+    dy_ptr="*bf16",
+    elements="i32",
+)
+
+
+def swiglu_cases(arch: str) -> Iterator[Case]:
+    """Both directions."""
+    kernels = dict(forward=swiglu.swiglu_forward_kernel, backward=swiglu.swiglu_backward_kernel)
+    for direction, kernel in kernels.items():
+        for size, config in tuning.buckets("swiglu", direction, arch).items():
+            yield make(f"swiglu {direction} <= {size}", kernel, SWIGLU_TYPES, config)
+
+
 BY_MODULE: dict[str, Callable[[str], Iterator[Case]]] = {
     "adaln": adaln_cases,
     "attention": attention_cases,
@@ -704,4 +788,7 @@ BY_MODULE: dict[str, Callable[[str], Iterator[Case]]] = {
     "gather_rows": gather_rows_cases,
     "layer_norm": layer_norm_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
+    "rms_norm": rms_norm_cases,
+    "rotary": rotary_cases,
+    "swiglu": swiglu_cases,
 }

@@ -12,7 +12,7 @@ from bench.sections.training import Baseline, Steps
 from bench.sections.work import Section
 
 GATED = ("layer_norm", "adaln", "linear_cross_entropy", "adamw_ema", "diffusion_loss")
-OTHERS = ("diffusion_mlp", "bias_gelu", "gather_rows", "flow_loss")
+OTHERS = ("diffusion_mlp", "bias_gelu", "gather_rows", "flow_loss", "swiglu", "rms_norm", "rotary")
 OPERATIONS = ("attention", *GATED, *OTHERS)
 ONE_SIZE = ("diffusion_loss", "flow_loss")  # their cases are kinds of tokens
 BESIDE = {"adaln": ("diffusion_mlp",), "flow_loss": ("diffusion_loss",)}

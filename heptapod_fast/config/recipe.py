@@ -34,11 +34,16 @@ class RecipeSettings(Settings):
         may_change=True,
     )
     lr_per_256: float = setting("Learning rate per 256 images of batch.", rule=more_than(0))
-    lr_schedule: Literal["constant", "cosine"] = setting(
-        "After the warm-up: constant, or half a cosine down to 1% at the end."
+    lr_schedule: Literal["constant", "cosine", "trapezoid"] = setting(
+        "After the warm-up: constant; half a cosine down to 1% at the end; or constant, and over "
+        "the last fifth linearly down to 1e-5 (trapezoid). Systems that train in phases begin anew "
+        "in each."
     )
     warmup: float = setting(
-        "Share of the images over which the rate rises linearly from 0.", rule=share()
+        "Share of the images (of a phase) over which the rate rises linearly from 0.", rule=share()
+    )
+    warmup_images: int | None = setting(
+        "The same as a number of images, instead of --warmup.", rule=at_least(0), before=None
     )
     weight_decay: float = setting(
         "Decoupled weight decay of the parameters that decay.", rule=at_least(0)

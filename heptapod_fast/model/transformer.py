@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
-from heptapod_fast.model.layers import LayerNorm, Linear, Modules
+from heptapod_fast.model.layers import LayerNorm, Linear, Modules, RMSNorm
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import CAUSAL, FULL, Visible
 from heptapod_fast.sampling.kv_cache import KVCache, LayerCache
@@ -39,26 +39,20 @@ class Stream(NamedTuple):
     bias: Tensor | None = None
     mask: ops.DropoutMask | None = None
 
-    def normed(self, norm: LayerNorm) -> tuple[Tensor, Tensor]:
-        """(the sum, its LayerNorm)."""
+    def normed(self, norm: LayerNorm | RMSNorm) -> tuple[Tensor, Tensor]:
+        """(the sum, its norm)."""
         if self.branch is None:
             return self.x, norm(self.x)
-        return ops.add_layer_norm(
-            self.x,
-            self.branch,
-            self.bias,
-            norm.weight,
-            norm.bias,
-            self.mask,
-            norm.eps,
-            implementation=norm.operators["layer_norm"],
-        )
+        return norm.after(self.x, self.branch, self.bias, self.mask)
 
     def value(self) -> Tensor:
         """The sum alone."""
-        if self.branch is None or self.bias is None:
+        if self.branch is None:
             return self.x
-        return self.x + ops.dropout(self.branch + self.bias.to(self.x.dtype), self.mask)
+        branch = self.branch
+        if self.bias is not None:
+            branch = branch + self.bias.to(self.x.dtype)
+        return self.x + ops.dropout(branch, self.mask)
 
 
 class Packing(NamedTuple):

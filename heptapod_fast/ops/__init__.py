@@ -26,6 +26,9 @@ from heptapod_fast.ops.layer_norm import add_layer_norm, layer_norm
 from heptapod_fast.ops.linear_cross_entropy import linear_cross_entropy
 from heptapod_fast.ops.masks import CAUSAL, FULL, AttentionMask, Causal, Ends, Full, Visible
 from heptapod_fast.ops.philox import Draws, philox4x32
+from heptapod_fast.ops.rms_norm import add_rms_norm, rms_norm
+from heptapod_fast.ops.rotary import grid_table, rotary
+from heptapod_fast.ops.swiglu import swiglu
 
 __all__ = [
     "CAUSAL",
@@ -44,6 +47,7 @@ __all__ = [
     "adamw_ema",
     "add_layer_norm",
     "add_noise",
+    "add_rms_norm",
     "attention",
     "attention_limits",
     "bias_gelu",
@@ -59,10 +63,14 @@ __all__ = [
     "flow_loss",
     "gather_rows",
     "global_norm",
+    "grid_table",
     "layer_norm",
     "library",
     "linear_cross_entropy",
     "philox4x32",
+    "rms_norm",
+    "rotary",
     "scatter_rows",
     "schedule_tables",
+    "swiglu",
 ]

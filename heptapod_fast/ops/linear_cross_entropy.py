@@ -29,7 +29,7 @@ from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows, check_shape, refusal
 from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 
-MOST_TARGETS = 16
+MOST_TARGETS = 64  # a patch of 8 x 8 codes
 NO_INDEX = torch.iinfo(torch.int64).min  # -100 is out of range, not a target to be ignored
 # kernels/configs/linear_cross_entropy.json
 MAX_WIDTH = 65_536
@@ -48,7 +48,7 @@ def linear_cross_entropy(
     """-> (total (), float32, differentiable in z, weight and bias; losses (R,), float32, without).
 
     z (R, D) float32 or bfloat16; weight (V, D) and bias (V,), which follow the dtype of z; target
-    (R,) or (R, K) int64, K <= 16, repeats allowed; row_weight (R,): numbers without a gradient,
+    (R,) or (R, K) int64, K <= 64, repeats allowed; row_weight (R,): numbers without a gradient,
     None for 1. A row of weight 0 adds nothing, whatever it holds, and if it is finite it has no
     gradient. chunk: rows whose logits are held at a time (default: from the table), for the kernels
     alone. implementation: "auto", "triton" or "reference". Raises ValueError on shapes, dtypes of

@@ -15,12 +15,15 @@ from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.systems.autoregressive import RandomOrder, RasterOrder
 from heptapod_fast.systems.base import Loss, Phase, System
 from heptapod_fast.systems.heptapod import Heptapod
+from heptapod_fast.systems.llamagen import LlamaGen, NextPatch
 from heptapod_fast.tokenizers import TokenSpec
 
 SYSTEMS: dict[str, type[System]] = {
     "heptapod": Heptapod,
     "1d-raster": RasterOrder,
     "1d-random": RandomOrder,
+    "llamagen": LlamaGen,
+    "npp": NextPatch,
 }
 DEFAULT = "heptapod"
 
@@ -80,7 +83,9 @@ __all__ = [
     "DEFAULT",
     "SYSTEMS",
     "Heptapod",
+    "LlamaGen",
     "Loss",
+    "NextPatch",
     "Phase",
     "RandomOrder",
     "RasterOrder",

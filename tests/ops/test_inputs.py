@@ -57,6 +57,9 @@ CALLS = {
         x, x, VECTOR, VECTOR, VECTOR, implementation=how
     )[1],
     "bias_gelu": lambda x, how: ops.bias_gelu(x, VECTOR, implementation=how),
+    "swiglu": lambda x, how: ops.swiglu(x, x, how),
+    "rms_norm": lambda x, how: ops.rms_norm(x, VECTOR, implementation=how),
+    "add_rms_norm": lambda x, how: ops.add_rms_norm(x, x, VECTOR, implementation=how)[1],
     "adaln": lambda x, how: ops.adaln(x, x, VECTOR, x, x, x, VECTOR, VECTOR, 1e-6, how)[1],
     "diffusion_mlp": mlp,
     "linear_cross_entropy": cross_entropy,
@@ -214,6 +217,8 @@ def test_what_is_sent_to_the_kernels_has_a_configuration():
     for name, kernels, limit in (
         ("layer_norm", ("forward", "backward"), "MAX_WIDTH"),
         ("bias_gelu", ("forward", "backward"), "MAX_WIDTH"),
+        ("rms_norm", ("forward", "backward"), "MAX_WIDTH"),
+        ("rotary", ("rotate",), "MAX_WIDTH"),
         (
             "adaln",
             ("forward", "backward", "silu_sum", "condition_gradient", "time_gradient"),

@@ -14,6 +14,7 @@ SHAPES = [
     (1, 16, 1000, 1, None),
     (11, 8, 130, 4, 4),
     (5, 24, 13, 16, 2),
+    (3, 8, 70, 64, 2),
     (7, 8, 2050, 2, 4),
     (6, 8, 1101, 1, 6),
 ]
@@ -291,8 +292,8 @@ def test_refusals():
         linear_cross_entropy(z[:, :7], weight, bias, target)
     with pytest.raises(ValueError, match=r"bias of shape \(13,\), got \(12,\)"):
         linear_cross_entropy(z, weight, bias[:12], target)
-    for wrong in (target.int(), target[:8], target[:, None].repeat(1, 17), target[:, None][:, :0]):
-        with pytest.raises(ValueError, match=r"\(9,\) or \(9, K\) with K from 1 to 16, got"):
+    for wrong in (target.int(), target[:8], target[:, None].repeat(1, 65), target[:, None][:, :0]):
+        with pytest.raises(ValueError, match=r"\(9,\) or \(9, K\) with K from 1 to 64, got"):
             linear_cross_entropy(z, weight, bias, wrong)
     with pytest.raises(ValueError, match=r"row weights of shape \(9,\), got \(1,\)"):
         linear_cross_entropy(z, weight, bias, target, torch.ones(1))
