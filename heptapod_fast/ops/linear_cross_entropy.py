@@ -15,6 +15,10 @@ their chunk: dlogits are rounded to the dtype of z once, dW and db are float32 t
 multiplied by the total's gradient in the backward pass. A target outside 0..V-1 raises in the
 reference on CPU; the kernels take its logit for 0 and leave its onehot away, because finding out
 would mean waiting for the device. There is no index to be ignored: give such rows the weight 0.
+
+"chunked" does in plain PyTorch what the kernels do. It is what "auto" means wherever the reference
+would run and hold more than MOST_HELD logits: 8 sequences of 256 codes out of 16384 are 33 million,
+which the reference keeps several times over, in float32.
 """
 
 from __future__ import annotations
@@ -24,13 +28,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows, check_shape, refusal
-from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
+from heptapod_fast.ops.operators import (
+    Context,
+    Gradients,
+    Inputs,
+    differentiable,
+    once,
+    operator,
+    second_derivative,
+)
 
 MOST_TARGETS = 64  # a patch of 8 x 8 codes
 NO_INDEX = torch.iinfo(torch.int64).min  # -100 is out of range, not a target to be ignored
+# Logits that the reference may hold, and that "chunked" has at a time: 64 MiB in float32.
+MOST_HELD = 2**24
 # kernels/configs/linear_cross_entropy.json
 MAX_WIDTH = 65_536
 MAX_CODES = 1_000_000
@@ -50,17 +65,20 @@ def linear_cross_entropy(
     z (R, D) float32 or bfloat16; weight (V, D) and bias (V,), which follow the dtype of z; target
     (R,) or (R, K) int64, K <= 64, repeats allowed; row_weight (R,): numbers without a gradient,
     None for 1. A row of weight 0 adds nothing, whatever it holds, and if it is finite it has no
-    gradient. chunk: rows whose logits are held at a time (default: from the table), for the kernels
-    alone. implementation: "auto", "triton" or "reference". Raises ValueError on shapes, dtypes of
-    targets or chunks that do not fit.
+    gradient. chunk: rows whose logits are held at a time (default: from the table of the kernels,
+    as many as MOST_HELD allows for "chunked"). implementation: "auto", "triton", "chunked" or
+    "reference". Raises ValueError on shapes, dtypes of targets or chunks that do not fit.
     """
     _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk)
     row_weight_R = None if row_weight_R is None else row_weight_R.detach()
-    if _select(z_RD, weight_VD, implementation) == "reference":
+    chosen = _select(z_RD, weight_VD, implementation)
+    if chosen == "reference":
         return _reference(z_RD, weight_VD, bias_V, target, row_weight_R)
     gradients = torch.is_grad_enabled() and (
         z_RD.requires_grad or weight_VD.requires_grad or bias_V.requires_grad
     )
+    if chosen == "chunked":
+        return _Chunked.apply(z_RD, weight_VD, bias_V, target, row_weight_R, chunk, gradients)
     total, loss_R, *_ = _operator(
         z_RD.contiguous(),
         weight_VD.contiguous(),
@@ -104,9 +122,22 @@ def _select(z_RD: Tensor, weight_VD: Tensor, implementation: str) -> str:
         unsupported = (
             f"{codes} codes and width {width}, where {MAX_CODES} and {MAX_WIDTH} are the most"
         )
-    return dispatch.select(
-        "linear_cross_entropy", z_RD.device, z_RD.dtype, implementation, unsupported
+    chosen = dispatch.select(
+        "linear_cross_entropy",
+        z_RD.device,
+        z_RD.dtype,
+        implementation,
+        {"triton": unsupported},
     )
+    is_large = len(z_RD) * codes > MOST_HELD
+    if implementation == "auto" and chosen == "reference" and is_large and not _has_tangents():
+        return "chunked"
+    return chosen
+
+
+def _has_tangents() -> bool:
+    """Whether forward-mode derivatives are being taken, which only the reference has."""
+    return forward_ad._current_level >= 0
 
 
 def _reference(
@@ -117,10 +148,87 @@ def _reference(
         loss_R = F.cross_entropy(logits_RV, target, reduction="none", ignore_index=NO_INDEX)
     else:
         loss_R = logits_RV.logsumexp(1) - logits_RV.gather(1, target).mean(1)
+    return _weighted_sum(loss_R, row_weight_R), loss_R.detach()
+
+
+def _weighted_sum(loss_R: Tensor, row_weight_R: Tensor | None) -> Tensor:
+    """Rows of weight 0 add nothing, whatever they hold: inf * 0 would be NaN."""
     if row_weight_R is None:
-        return loss_R.sum(), loss_R.detach()
-    weighted_R = torch.where(row_weight_R == 0, 0.0, loss_R * row_weight_R.float())
-    return weighted_R.sum(), loss_R.detach()
+        return loss_R.sum()
+    return torch.where(row_weight_R == 0, 0.0, loss_R * row_weight_R.float()).sum()
+
+
+class _Chunked(torch.autograd.Function):
+    """Loss and gradients together, some rows at a time."""
+
+    @staticmethod
+    def forward(ctx, z_RD, weight_VD, bias_V, target, row_weight_R, chunk, gradients):
+        rows = len(z_RD)
+        codes = len(weight_VD)
+        dtype = z_RD.dtype
+        weight_rounded_VD = weight_VD.to(dtype)
+        bias_rounded_V = bias_V.to(dtype)
+        target_RK = target if target.dim() == 2 else target[:, None]
+        float32 = dict(dtype=torch.float32, device=z_RD.device)
+        loss_R = torch.empty(rows, **float32)
+        dz_RD = torch.empty_like(z_RD) if gradients else z_RD.new_empty(0)
+        dweight_VD = torch.zeros(weight_VD.shape if gradients else 0, **float32)
+        dbias_V = torch.zeros(codes if gradients else 0, **float32)
+
+        # Chunks alike in size, for a small one at the end would read the weight for few rows.
+        most = max(1, MOST_HELD // codes) if chunk is None else chunk
+        chunks = -(-rows // most)
+        size = -(-rows // max(1, chunks))
+        for start in range(0, rows, max(1, size)):
+            part = slice(start, start + size)
+            z_CD = z_RD[part]
+            target_CK = target_RK[part]
+            logits_CV = F.linear(z_CD, weight_rounded_VD, bias_rounded_V)
+            log_softmax_CV = torch.log_softmax(logits_CV, dim=1, dtype=torch.float32)
+            loss_R[part] = -log_softmax_CV.gather(1, target_CK).mean(1)
+            if not gradients:
+                continue
+
+            # weight * (softmax - hits), in the memory of the logarithms.
+            dlogits_CV = log_softmax_CV.exp_()
+            share = torch.full_like(target_CK, -1 / target_CK.shape[1], dtype=torch.float32)
+            dlogits_CV.scatter_add_(1, target_CK, share)
+            if row_weight_R is not None:
+                weight_C1 = row_weight_R[part, None].float()
+                dlogits_CV.mul_(weight_C1).masked_fill_(weight_C1 == 0, 0.0)
+            dbias_V += dlogits_CV.sum(0)
+            dlogits_CV = dlogits_CV.to(dtype)
+            torch.mm(dlogits_CV, weight_rounded_VD, out=dz_RD[part])
+            if dtype == torch.float32:
+                dweight_VD.addmm_(dlogits_CV.t(), z_CD)
+            else:
+                dweight_VD += dlogits_CV.t() @ z_CD
+
+        ctx.dtypes = weight_VD.dtype, bias_V.dtype
+        ctx.save_for_backward(z_RD, dz_RD, dweight_VD, dbias_V)
+        ctx.mark_non_differentiable(loss_R)
+        return _weighted_sum(loss_R, row_weight_R), loss_R
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        z_RD, dz_RD, dweight_VD, dbias_V = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        dz_RD = _ScaledOnce.apply(dz_RD, grad_total, z_RD)
+        dweight_VD = (dweight_VD * grad_total).to(weight_dtype)
+        dbias_V = (dbias_V * grad_total).to(bias_dtype)
+        return dz_RD, dweight_VD, dbias_V, None, None, None, None
+
+
+class _ScaledOnce(torch.autograd.Function):
+    """x times a factor. z is an argument so that a second derivative is refused, not forgotten."""
+
+    @staticmethod
+    def forward(ctx, x, factor, z):
+        return (x.float() * factor).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise second_derivative("linear_cross_entropy")
 
 
 # The operators: gradients are made with the loss and scaled when the total's own is known.
@@ -186,3 +294,4 @@ differentiable(_operator, _gradient, _setup)
 # z is an argument so that a second derivative is refused instead of forgotten.
 once(_scale_operator, "linear_cross_entropy")
 dispatch.register_triton("linear_cross_entropy")
+dispatch.register("linear_cross_entropy", "chunked", lambda device, dtype: None)

@@ -84,9 +84,15 @@ def once(backward_op: OpOverload, operation: str) -> None:
     """The gradient of a gradient is an error that says so, where PyTorch would pass over it."""
 
     def refuse(ctx: Context, *grads: Gradient) -> None:
-        raise RuntimeError(
-            f"{operation}: the kernels are differentiable once; take "
-            f"implementation='reference' for second derivatives"
-        )
+        raise second_derivative(operation)
 
     torch.library.register_autograd(backward_op._name, refuse, lib=_library)
+
+
+def second_derivative(operation: str) -> RuntimeError:
+    """What is raised where the gradient of a gradient is asked for and only the reference has
+    one."""
+    return RuntimeError(
+        f"{operation}: this implementation is differentiable once; take "
+        "implementation='reference' for second derivatives"
+    )

@@ -367,7 +367,16 @@ def test_large_scores_stay_finite(launch, visible):
     """Scores of hundreds, whose exp is infinite in float32."""
     qkv = random_qkv(20)
     qkv[:, :, :2] *= 10
-    assert_close(launch(qkv), attention(qkv, visible, "reference"))
+    found = launch(qkv)
+    expected = attention(qkv, visible, "reference")
+    # A product of E terms is off by a rounding of each at most; an error of a score is a relative
+    # one of its probability, and both sides have it.
+    q, k, v = qkv.unbind(2)
+    largest_score = torch.einsum("bnhe,bmhe->bhnm", q.abs(), k.abs()).max() / qkv.shape[-1] ** 0.5
+    score_error = qkv.shape[-1] * torch.finfo(torch.float32).eps * float(largest_score)
+    bound = 2 * 2 * score_error * float(v.abs().max())
+    assert bound < 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 def test_causal_skips_the_blocks_that_nobody_sees():

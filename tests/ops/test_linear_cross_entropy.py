@@ -1,11 +1,17 @@
 """linear_cross_entropy: the definition in float64, kernels against reference, operator."""
 
+import functools
+import importlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heptapod_fast.ops import linear_cross_entropy
-from heptapod_fast.ops.linear_cross_entropy import _operator
+from heptapod_fast.ops.linear_cross_entropy import MOST_HELD, _operator
 from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_triton
+
+operation = importlib.import_module("heptapod_fast.ops.linear_cross_entropy")
 
 # Rows, width, codes, targets per row, chunk. bf16 with an even number of codes takes the kernel
 # that holds a row, the rest the one that works in blocks of 1024 codes and 4 rows.
@@ -123,6 +129,145 @@ def test_kernel_by_the_rule(rows, width, codes, targets, chunk, dtype, weighted)
         leaves,
         upstream,
         exact=lambda *leaves: exact(*leaves, target, row_weight),
+    )
+
+
+@pytest.mark.parametrize("rows, width, codes, targets, chunk", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chunked_by_the_rule(rows, width, codes, targets, chunk, dtype, weighted):
+    *leaves, target, row_weight = draw(rows, width, codes, targets, dtype)
+    row_weight = row_weight if weighted else None
+
+    def run(implementation):
+        return lambda *leaves: linear_cross_entropy(
+            *leaves, target, row_weight, chunk, implementation
+        )
+
+    compare(
+        run("chunked"),
+        run("reference"),
+        leaves,
+        [torch.tensor(1.7, device=DEVICE), None],
+        exact=lambda *leaves: exact(*leaves, target, row_weight),
+    )
+
+
+class Allocations(TorchDispatchMode):
+    """Keeps the bytes of the largest tensor that any call of PyTorch returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for each in found if isinstance(found, (tuple, list)) else (found,):
+            if torch.is_tensor(each):
+                self.largest = max(self.largest, each.nbytes)
+        return found
+
+
+def largest_allocation(function, *arguments):
+    """Bytes of the largest tensor made by a forward and a backward pass."""
+    with Allocations() as seen:
+        total, _ = function(*arguments)
+        total.backward()
+    return seen.largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_logits_are_never_held(dtype):
+    """At LlamaGen's 16384 codes: 8 images have 2048 rows."""
+    rows, codes = 2048, 16_384
+    *leaves, target = inputs(rows=rows, codes=codes, dtype=dtype)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    in_float32 = 4 * rows * codes
+    assert largest_allocation(linear_cross_entropy, *leaves, target) <= 4 * MOST_HELD < in_float32
+    reference = functools.partial(linear_cross_entropy, implementation="reference")
+    assert largest_allocation(reference, *leaves, target) == in_float32
+
+
+@needs_triton
+def test_kernels_never_hold_many_logits(monkeypatch):
+    from heptapod_fast.kernels import linear_cross_entropy as kernels
+
+    # As in a large batch, where programs are few beside rows.
+    plan = kernels._plan
+    monkeypatch.setattr(kernels, "_plan", lambda logits: (*plan(logits)[:2], 2))
+    rows, codes = 24, 16_384
+    z, weight, bias, target = inputs(rows=rows, codes=codes, dtype=torch.bfloat16)
+    with Allocations() as seen:
+        kernels.forward(z, weight, bias, target[:, None], None, 8, True)
+    assert seen.largest < 4 * rows * codes
+
+
+def test_many_logits_are_done_in_chunks(monkeypatch):
+    *leaves, target, row_weight = draw(9, 8, 64, 1, torch.float32)
+
+    def grad_of_z(implementation, chunk=None):
+        total, _ = linear_cross_entropy(*leaves, target, row_weight, chunk, implementation)
+        (grad,) = torch.autograd.grad(total, leaves[0], create_graph=True)
+        return grad
+
+    # Only the reference's gradient has a gradient of its own.
+    assert has_second_derivative(grad_of_z("auto"))
+    monkeypatch.setattr(operation, "MOST_HELD", 9 * 64 - 1)
+    assert not has_second_derivative(grad_of_z("auto"))
+    assert has_second_derivative(grad_of_z("reference"))
+    assert torch.equal(grad_of_z("auto"), grad_of_z("chunked", 5))
+
+
+def has_second_derivative(grad):
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        assert "differentiable once" in str(error)
+        return False
+    return True
+
+
+def test_many_logits_with_tangents_are_the_reference(monkeypatch):
+    monkeypatch.setattr(operation, "MOST_HELD", 8)
+    z, weight, bias, target = inputs()
+    derivative = torch.func.jvp(
+        lambda z: linear_cross_entropy(z, weight, bias, target)[0], (z,), (torch.ones_like(z),)
+    )[1]
+    leaf = z.clone().requires_grad_()
+    linear_cross_entropy(leaf, weight, bias, target)[0].backward()
+    torch.testing.assert_close(derivative, leaf.grad.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_chunked_losses_alone_when_no_gradient_is_wanted():
+    z, weight, bias, target = inputs(codes=64)
+    alone = linear_cross_entropy(z, weight, bias, target, None, 4, "chunked")
+    full = linear_cross_entropy(z.requires_grad_(), weight, bias, target, None, 4, "chunked")
+    assert not alone[0].requires_grad and full[0].requires_grad and not full[1].requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(alone, full))
+
+
+def test_chunked_no_rows_and_rows_of_weight_zero():
+    z, weight, bias, target, row_weight = draw(9, 8, 64, 1, torch.float32)
+    z = z.detach()
+    z[row_weight == 0] = 3e38
+    leaves = [z.requires_grad_(), weight, bias]
+    total, _ = linear_cross_entropy(*leaves, target, row_weight, 4, "chunked")
+    total.backward()
+    assert bool(total.isfinite())
+    assert torch.equal(z.grad[row_weight == 0], torch.zeros_like(z[row_weight == 0]))
+    total, loss = linear_cross_entropy(z[:0], weight, bias, target[:0], None, 4, "chunked")
+    weight.grad = None
+    total.backward()
+    assert float(total.detach()) == 0 and loss.shape == (0,)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_chunked_compiles():
+    *leaves, target, row_weight = draw(9, 8, 64, 2, torch.float32)
+    check_compiles(
+        lambda *leaves: linear_cross_entropy(*leaves, target, row_weight, 4, "chunked"),
+        leaves,
+        [torch.tensor(0.5, device=DEVICE), None],
     )
 
 
