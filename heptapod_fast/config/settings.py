@@ -139,16 +139,22 @@ def fits(value: Any, kind: Any) -> bool:
 
 def in_words(kind: Any) -> str:
     """What an annotation asks for, as errors say it."""
-    if NoneType in get_args(kind):
-        kind = _without_none(kind)
+    kind = _without_none(kind)
     if get_origin(kind) is tuple:
         return f"a tuple, each part {in_words(get_args(kind)[0])}"
     return _IN_WORDS[kind]
 
 
 def _without_none(kind: Any) -> Any:
-    """int for `int | None`."""
+    """int for `int | None`, and for int."""
+    if NoneType not in get_args(kind):
+        return kind
     return next(part for part in get_args(kind) if part is not NoneType)
+
+
+def _is_tuple(kind: Any) -> bool:
+    """Whether an annotation is of tuples, with or without None."""
+    return get_origin(_without_none(kind)) is tuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +235,9 @@ class Settings:
         ]
         if missing:
             raise ValueError(f"it does not say {', '.join(missing)}: restore it from a copy")
+        # JSON has lists alone.
         restored = {
-            name: tuple(value) if get_origin(kinds[name]) is tuple and value is not None else value
+            name: tuple(value) if isinstance(value, list) and _is_tuple(kinds[name]) else value
             for name, value in values.items()
         }
         return cls(**restored)

@@ -65,6 +65,13 @@ class SystemSettings(Settings):
         self.check()
         return self.filled(defaults)
 
+    def check_images(self, total: int) -> None:
+        """Whether the phases of training fit into `total` images.
+
+        Raises:
+            ValueError: one of them would have none.
+        """
+
     def micro_batch_multiple(self) -> tuple[int, str]:
         """What a micro-batch is a multiple of, and the reason where it is not 1."""
         return 1, ""

@@ -16,9 +16,9 @@ multiplied by the total's gradient in the backward pass. A target outside 0..V-1
 reference on CPU; the kernels take its logit for 0 and leave its onehot away, because finding out
 would mean waiting for the device. There is no index to be ignored: give such rows the weight 0.
 
-"chunked" does in plain PyTorch what the kernels do. It is what "auto" means wherever the reference
-would run and hold more than MOST_HELD logits: 8 sequences of 256 codes out of 16384 are 33 million,
-which the reference keeps several times over, in float32.
+"chunked" does in plain PyTorch what the kernels do. It is what "auto" means where there are no
+kernels, and many codes and rows: 8 sequences of 256 codes out of 16384 are 33 million logits, which
+the reference keeps several times over, in float32.
 """
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ from heptapod_fast.ops.operators import (
 
 MOST_TARGETS = 64  # a patch of 8 x 8 codes
 NO_INDEX = torch.iinfo(torch.int64).min  # -100 is out of range, not a target to be ignored
-# Logits that the reference may hold, and that "chunked" has at a time: 64 MiB in float32.
-MOST_HELD = 2**24
+# "chunked" has this many bytes of logits at a time, in the dtype of z, and turns this many of them
+# into float32 at a time. From MANY_CODES codes on it takes over where the reference would hold more
+# float32 than that: at 16384 codes from 129 rows on.
+MOST_HELD = 2**26
+MOST_FLOATS = 2**21
+MANY_CODES = 4096
 # kernels/configs/linear_cross_entropy.json
 MAX_WIDTH = 65_536
 MAX_CODES = 1_000_000
@@ -66,7 +70,7 @@ def linear_cross_entropy(
     (R,) or (R, K) int64, K <= 64, repeats allowed; row_weight (R,): numbers without a gradient,
     None for 1. A row of weight 0 adds nothing, whatever it holds, and if it is finite it has no
     gradient. chunk: rows whose logits are held at a time (default: from the table of the kernels,
-    as many as MOST_HELD allows for "chunked"). implementation: "auto", "triton", "chunked" or
+    what MOST_HELD allows for "chunked"). implementation: "auto", "triton", "chunked" or
     "reference". Raises ValueError on shapes, dtypes of targets or chunks that do not fit.
     """
     _check(z_RD, weight_VD, bias_V, target, row_weight_R, chunk)
@@ -129,7 +133,7 @@ def _select(z_RD: Tensor, weight_VD: Tensor, implementation: str) -> str:
         implementation,
         {"triton": unsupported},
     )
-    is_large = len(z_RD) * codes > MOST_HELD
+    is_large = codes >= MANY_CODES and len(z_RD) * codes > MOST_FLOATS
     if implementation == "auto" and chosen == "reference" and is_large and not _has_tangents():
         return "chunked"
     return chosen
@@ -158,6 +162,17 @@ def _weighted_sum(loss_R: Tensor, row_weight_R: Tensor | None) -> Tensor:
     return torch.where(row_weight_R == 0, 0.0, loss_R * row_weight_R.float()).sum()
 
 
+def _chunk_rows(rows: int, codes: int, dtype: torch.dtype, most: int | None) -> int:
+    """Rows of a chunk: at most `most`, or what MOST_HELD allows, and all chunks alike, for a small
+    one at the end would read the weight for few rows. In float32 there are two or more."""
+    if most is None:
+        most = max(1, MOST_HELD // (codes * dtype.itemsize))
+    chunks = -(-rows // most)
+    if dtype == torch.float32:
+        chunks = max(2, chunks)
+    return max(1, -(-rows // max(1, chunks)))
+
+
 class _Chunked(torch.autograd.Function):
     """Loss and gradients together, some rows at a time."""
 
@@ -175,34 +190,37 @@ class _Chunked(torch.autograd.Function):
         dweight_VD = torch.zeros(weight_VD.shape if gradients else 0, **float32)
         dbias_V = torch.zeros(codes if gradients else 0, **float32)
 
-        # Chunks alike in size, for a small one at the end would read the weight for few rows.
-        most = max(1, MOST_HELD // codes) if chunk is None else chunk
-        chunks = -(-rows // most)
-        size = -(-rows // max(1, chunks))
-        for start in range(0, rows, max(1, size)):
-            part = slice(start, start + size)
-            z_CD = z_RD[part]
-            target_CK = target_RK[part]
-            logits_CV = F.linear(z_CD, weight_rounded_VD, bias_rounded_V)
-            log_softmax_CV = torch.log_softmax(logits_CV, dim=1, dtype=torch.float32)
-            loss_R[part] = -log_softmax_CV.gather(1, target_CK).mean(1)
+        size = _chunk_rows(rows, codes, dtype, chunk)
+        step = max(1, MOST_FLOATS // codes)
+        for start in range(0, rows, size):
+            part = slice(start, min(start + size, rows))
+            # One product for all rows of a chunk, then softmax for few of them at a time.
+            logits_CV = F.linear(z_RD[part], weight_rounded_VD, bias_rounded_V)
+            for first in range(part.start, part.stop, step):
+                rows_now = slice(first, min(first + step, part.stop))
+                logits_SV = logits_CV[first - start : rows_now.stop - start]
+                target_SK = target_RK[rows_now]
+                log_softmax_SV = torch.log_softmax(logits_SV, dim=1, dtype=torch.float32)
+                loss_R[rows_now] = -log_softmax_SV.gather(1, target_SK).mean(1)
+                if not gradients:
+                    continue
+                # weight * (softmax - hits), in the memory of the logarithms.
+                dlogits_SV = log_softmax_SV.exp_()
+                share = torch.full_like(target_SK, -1 / target_SK.shape[1], dtype=torch.float32)
+                dlogits_SV.scatter_add_(1, target_SK, share)
+                if row_weight_R is not None:
+                    weight_S1 = row_weight_R[rows_now, None].float()
+                    dlogits_SV.mul_(weight_S1).masked_fill_(weight_S1 == 0, 0.0)
+                dbias_V += dlogits_SV.sum(0)
+                logits_SV.copy_(dlogits_SV)
             if not gradients:
                 continue
-
-            # weight * (softmax - hits), in the memory of the logarithms.
-            dlogits_CV = log_softmax_CV.exp_()
-            share = torch.full_like(target_CK, -1 / target_CK.shape[1], dtype=torch.float32)
-            dlogits_CV.scatter_add_(1, target_CK, share)
-            if row_weight_R is not None:
-                weight_C1 = row_weight_R[part, None].float()
-                dlogits_CV.mul_(weight_C1).masked_fill_(weight_C1 == 0, 0.0)
-            dbias_V += dlogits_CV.sum(0)
-            dlogits_CV = dlogits_CV.to(dtype)
-            torch.mm(dlogits_CV, weight_rounded_VD, out=dz_RD[part])
+            # From here on the logits are dlogits.
+            torch.mm(logits_CV, weight_rounded_VD, out=dz_RD[part])
             if dtype == torch.float32:
-                dweight_VD.addmm_(dlogits_CV.t(), z_CD)
+                dweight_VD.addmm_(logits_CV.t(), z_RD[part])
             else:
-                dweight_VD += dlogits_CV.t() @ z_CD
+                dweight_VD += logits_CV.t() @ z_RD[part]
 
         ctx.dtypes = weight_VD.dtype, bias_V.dtype
         ctx.save_for_backward(z_RD, dz_RD, dweight_VD, dbias_V)

@@ -140,9 +140,12 @@ def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> 
                 taken.whole.append(name)
     taken.unused = sorted(theirs)
     if not taken.whole:
+        why = [f"{name}: {reason}" for name, reason in taken.fresh.items()]
+        why += [f"{name}: this system has no such tensor" for name in taken.unused]
+        listed = "".join(f"\n  {line}" for line in why)
         raise RunError(
-            f"--init-from: nothing in {weights.about} fits this system; the first of its tensors "
-            f"are {', '.join([*taken.unused, *taken.fresh][:3])}"
+            f"--init-from: nothing in {weights.about} fits this system; take weights of the same "
+            f"--system and --size{listed}"
         )
     return taken
 

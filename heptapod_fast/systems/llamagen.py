@@ -143,10 +143,38 @@ class NppSettings(LlamaSettings):
     def segments(self) -> list[tuple[int, float]]:
         """(side of the patches, share of the images at which they end), phase after phase."""
         if self.patches is not None and self.shares is not None:
-            ends = [sum(self.shares[: k + 1]) for k in range(len(self.shares))]
-            return list(zip(self.patches, [*ends[:-1], 1.0], strict=True))
-        assert self.levels is not None and self.segment_factor is not None  # resolved
-        return [(2**level, self.segment_factor**level) for level in reversed(range(self.levels))]
+            ends = [sum(self.shares[: k + 1]) for k in range(len(self.shares) - 1)]
+            sides = self.patches
+        else:
+            assert self.levels is not None and self.segment_factor is not None  # resolved
+            levels = range(self.levels - 1, -1, -1)
+            ends = [self.segment_factor**level for level in levels if level > 0]
+            sides = tuple(2**level for level in levels)
+        # 0.7 + 0.1 is 0.7999999999999999, which would end a segment an image early.
+        return list(zip(sides, [*(round(end, 12) for end in ends), 1.0], strict=True))
+
+    def bounds(self, total: int) -> list[tuple[int, int, int]]:
+        """(side of the patches, first image, image behind the last) of a run of `total` images.
+
+        Raises:
+            ValueError: a segment without images.
+        """
+        found = []
+        first = 0
+        for patch, share_of_all in self.segments():
+            end = int(total * share_of_all)
+            if end <= first:
+                raise ValueError(
+                    f"--images {total} leave none to patches of {patch} x {patch}: fewer --levels, "
+                    "other --shares, or more images"
+                )
+            found.append((patch, first, end))
+            first = end
+        return found
+
+    def check_images(self, total: int) -> None:
+        """See SystemSettings.check_images."""
+        self.bounds(total)
 
     def _check_phases(self, side: int) -> None:
         """ValueError unless all patches divide the grid, fall to 1, and have images."""
@@ -530,20 +558,8 @@ class NextPatch(LlamaGen):
         return tuple(dict.fromkeys([*(patch for patch, _ in self.settings.segments()), 1]))
 
     def phase(self, images: int, total: int) -> Phase:
-        """The segment that a step begins in. Host arithmetic.
-
-        Raises:
-            ValueError: a segment without images.
-        """
-        first = 0
-        for patch, share_of_all in self.settings.segments():
-            end = int(total * share_of_all)
-            if end <= first:
-                raise ValueError(
-                    f"--images {total} leave none to patches of {patch} x {patch}: fewer --levels, "
-                    "other --shares, or more images"
-                )
+        """The segment that a step begins in. Host arithmetic."""
+        for patch, first, end in self.settings.bounds(total):
             if images < end:
                 return Phase(first, end, f"patch {patch}", patch)
-            first = end
         raise ValueError(f"image {images} lies behind the end of training, {total}")

@@ -356,6 +356,15 @@ def test_the_null_class_cannot_be_asked_for():
             {"patches": (4, 1), "shares": (0.3, 0.7)},
             [(4, 0, 300), (1, 300, 1000)],
         ),
+        # 0.7 + 0.1 and 0.7^2 are a little less in binary.
+        (
+            {"patches": (4, 2, 1), "shares": (0.7, 0.1, 0.2)},
+            [(4, 0, 700), (2, 700, 800), (1, 800, 1000)],
+        ),
+        (
+            {"levels": 3, "segment_factor": 0.7},
+            [(4, 0, 490), (2, 490, 700), (1, 700, 1000)],
+        ),
     ],
 )
 def test_phases(flags, expected):

@@ -1,0 +1,161 @@
+"""Runs of llamagen and npp through the loop and the command lines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from heptapod_fast import load_run
+from heptapod_fast.rng import Rng
+from heptapod_fast.train.records import read_metrics
+from heptapod_fast.train.session import Ending
+from tests.running import NO_HEAD, command, final_files, flags, refused, start_here, train_here
+
+LLAMAGEN = NO_HEAD | {"system": "llamagen", "label_dropout": 0.25, "dropout": 0.1}
+# Patches of 3 x 3 up to image 24, of 2 x 2 up to image 48, then single codes.
+NPP = NO_HEAD | {
+    "system": "npp",
+    "label_dropout": 0.25,
+    "dropout": 0.1,
+    "patches": (3, 2, 1),
+    "shares": (0.25, 0.25, 0.5),
+    "images": 96,
+}
+
+
+@pytest.fixture(scope="module")
+def npp(tmp_path_factory):
+    """A finished run through three segments."""
+    out = tmp_path_factory.mktemp("npp")
+    train_here(out, **NPP)
+    return out
+
+
+@pytest.fixture(scope="module")
+def llamagen(tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("llamagen")
+    train_here(out, **LLAMAGEN)
+    return out
+
+
+def test_segments_follow_each_other(npp):
+    records = read_metrics(npp / "metrics.jsonl")
+    assert [record["phase"] for record in records] == (
+        ["patch 3"] * 3 + ["patch 2"] * 3 + ["patch 1"] * 6
+    )
+    # Each begins at the bottom of its own warm-up and ends at 1e-5.
+    rates = [record["lr"] for record in records]
+    assert [rates[2], rates[5], rates[11]] == pytest.approx([1e-5] * 3)
+    assert rates[3] > rates[2] and rates[6] > rates[5]
+
+
+# In the first segment, on both sides of a border (a step from 16 ends at 24), in the last.
+@pytest.mark.parametrize("stop_at", [8, 16, 24, 40, 48, 72])
+def test_it_resumes_anywhere_bit_for_bit(npp, tmp_path, stop_at):
+    _, state, ending = train_here(tmp_path, stop_at=stop_at, **NPP)
+    assert (ending, state.images) == (Ending.STOPPED, stop_at + 8)
+    _, state, ending = train_here(tmp_path, **NPP)
+    assert (ending, state.images) == (Ending.FINISHED, 96)
+    assert final_files(tmp_path) == final_files(npp)
+
+
+def test_micro_batches_do_not_change_it(npp, tmp_path):
+    session, _, _ = train_here(tmp_path, micro_batch=2, **NPP)
+    whole = load_run(npp, device="cpu", ema="none").system.state_dict()
+    for name, value in session.system.state_dict().items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_finished_run_is_a_llamagen_run(npp, tmp_path):
+    """Its weights, taken by the other system, draw the same images."""
+    trained = load_run(npp, device="cpu", ema="none").system
+    session, _ = start_here(tmp_path, init_from=str(npp), **LLAMAGEN)
+    taken = session.system.eval()
+    for name, value in load_run(npp, device="cpu").system.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], value), name
+    taken.load_state_dict(trained.state_dict())
+    classes = torch.arange(4) % taken.num_classes
+    samples = [
+        system.sample(classes, Rng(3), system.options(guidance=2.0)) for system in (trained, taken)
+    ]
+    assert torch.equal(*samples)
+
+
+def test_it_samples_guided(tmp_path):
+    """After so many large steps that classes differ."""
+    run = tmp_path / "run"
+    train_here(run, **LLAMAGEN | {"images": 400, "lr_per_256": 0.3, "checkpoint_every": 400})
+    drawn = {}
+    for name, words in {
+        "none": (),
+        "constant": ("--guidance", 100.0),
+        "linear": ("--guidance", 100.0, "--guidance-schedule", "linear"),
+    }.items():
+        out = tmp_path / f"{name}.png"
+        result = command("sample", run, "--classes", "0,1", *words, "--out", out)
+        assert result.code == 0, result.err
+        drawn[name] = out.read_bytes()
+    assert len(set(drawn.values())) == 3
+
+
+def test_it_is_evaluated_and_reported(npp, tmp_path):
+    out = tmp_path / "numbers.json"
+    result = command("evaluate", npp, "--count", 10, "--guidance", 2.0, "--out", out)
+    assert result.code == 0, result.err
+    assert json.loads(out.read_text())["guidance"] == 2.0
+    for tool in ("report", "verify"):
+        result = command(tool, npp)
+        assert result.code == 0, result.err
+    assert "# npp tiny on logograms" in (npp / "report.md").read_text()
+
+
+def test_a_dry_run_shows_the_segments():
+    result = command("train", *flags(**NPP | {"images": 9600}), "--dry-run")
+    assert result.code == 0, result.err
+    for line in (
+        "patch 3, images 0 to 2,400",
+        "patch 2, images 2,400 to 4,800",
+        "patch 1, images 4,800 to 9,600",
+    ):
+        assert line in result.out
+
+
+def test_bad_input_is_refused_with_the_reason(llamagen, tmp_path):
+    classes = load_run(llamagen, device="cpu").system.num_classes
+    refused(
+        command("sample", llamagen, "--positions-per-step", 4),
+        "--positions-per-step 4",
+        "predicts one next token",
+    )
+    refused(command("sample", llamagen, "--classes", classes), f"{classes}", "--classes")
+    train_here(tmp_path / "sure", **LLAMAGEN | {"label_dropout": 0.0, "images": 16})
+    refused(
+        command("sample", tmp_path / "sure", "--guidance", 2.0),
+        "--guidance 2: this run was trained with --label-dropout 0",
+    )
+
+    npp = NPP | {"out": tmp_path / "never"}
+    refused(
+        command("train", *flags(**npp | {"patches": (4, 1), "shares": (0.5, 0.5)})),
+        "patches of 4 x 4 (4 1): expected sides that divide the grid of 6 x 6",
+    )
+    refused(
+        command("train", *flags(**npp | {"shares": (0.25, 0.25, 0.25)})),
+        "--shares 0.25 0.25 0.25: expected numbers that add up to 1, these make 0.75",
+    )
+    refused(
+        command("train", *flags(**npp | {"images": 8, "shares": (0.1, 0.4, 0.5)})),
+        "--images 8 leave none to patches of 3 x 3",
+    )
+    refused(
+        command("train", *flags(**LLAMAGEN | {"tokenizer": "patch", "codes": None})),
+        "--tokenizer patch: this system predicts codes",
+    )
+    refused(
+        command("train", *flags(**LLAMAGEN | {"init_from": llamagen, "width": 64})),
+        "layers.0.attention.wqkv.weight: (192, 64) here, (96, 32) there",
+    )
+    assert not (tmp_path / "never").exists()
