@@ -81,6 +81,67 @@ class Steps(Training):
 
 
 @dataclass(frozen=True)
+class LlamaSteps(Training):
+    """llamagen with the kernels, npp's segments, and llamagen by plain PyTorch, eager and compiled
+    block by block. size: "B" or "L"."""
+
+    size: str
+
+    code = (*Training.code, "bench/plain_llamagen.py", "bench/bench_llamagen.py")
+
+    @property
+    def name(self) -> str:
+        """step-llamagen-B."""
+        return f"step-llamagen-{self.size}"
+
+    @property
+    def about(self) -> str:
+        """One line."""
+        return f"Training steps of llamagen {self.size} and of npp's segments; plain PyTorch."
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """{name: flags}; a step is of the first segment."""
+        return {
+            "llamagen, every code": dict(system="llamagen"),
+            "npp, patches of 2 x 2": dict(system="npp", levels=2),
+            "npp, patches of 4 x 4": dict(system="npp", levels=3),
+        }
+
+    def measure(self, work: Work) -> None:
+        """See Section.measure. Memory, or a graph that cannot be compiled, is a row too."""
+        batch = BATCH[self.size]
+        for name, settings in self.variants().items():
+            case = f"{self.size}, {name}"
+            if work.wants(case):
+                step = synthetic_step(self.size, "cuda", batch, settings | OURS)
+                is_profiled = settings["system"] == "llamagen"
+                work.emit(measured(case, step, is_profiled))
+        for how in ("eager", "compiled"):
+            case = f"{self.size}, llamagen, plain PyTorch, {how}"
+            if not work.wants(case):
+                continue
+            try:
+                work.emit(plain_llamagen(case, self.size, batch, how))
+            except Exception as error:
+                work.emit({"case": case, "failed": reason(error)})
+
+
+def plain_llamagen(case: str, size: str, batch: int, how: str) -> Row:
+    """The row of `bench/plain_llamagen.py`, with the FLOPs of our own step."""
+    from bench.bench_llamagen import flops_of, plain_model, settings_of
+    from bench.plain_llamagen import PlainStep
+
+    gc.collect()
+    settings = settings_of(size, batch, "cuda", "llamagen")
+    model = plain_model(settings, "cuda")
+    if how == "compiled":
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    found = timed_row(case, PlainStep(model, batch), batch, flops_of(settings))
+    return found | {"estimated_GB": None}
+
+
+@dataclass(frozen=True)
 class Baseline(Training):
     """The same step by plain PyTorch: eager, and torch.compile of backbone, head and MLP."""
 
@@ -130,33 +191,40 @@ def compile_parts(step: Step) -> None:
 
 def measured(case: str, step: Step, is_profiled: bool = False) -> Row:
     """images/s, TFLOP/s, MFU and memory."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    begin = time.monotonic()
-    step.call()
-    torch.cuda.synchronize()
-    first = time.monotonic() - begin
-    watches = {case: timer.WallWatch(step.call, "cuda")}
-    timing = timer.in_turns(watches, ROUNDS)[case]
-    low, high = timing.quartiles
     config, system = step.session.config, step.session.system
-    peak = peak_flops(step.session.world.device)
     estimate = memory.estimate(config, system, step.session.split.micro_batch)
-    row = {
-        "case": case,
-        "batch": step.batch,
-        "images_per_second": round(step.batch / timing.median, 1),
-        "quartiles": [round(step.batch / high, 1), round(step.batch / low, 1)],
-        "tflops": round(step.flops / timing.median / 1e12, 1),
-        "mfu": round(step.flops / timing.median / peak, 4) if peak else None,
-        "memory_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    row = timed_row(case, step.call, step.batch, step.flops)
+    row |= {
         "estimated_GB": round(estimate.total / 1e9, 2),
-        "first_step_seconds": round(first, 1),
         "operators": [text for text in step.lines if text.startswith("operator")],
     }
     if is_profiled:
         row["kernels"] = kernel_times(step.call)
     return row
+
+
+def timed_row(case: str, call: timer.Call, batch: int, flops: float) -> Row:
+    """What any step has."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.monotonic()
+    call()
+    torch.cuda.synchronize()
+    first = time.monotonic() - begin
+    watches = {case: timer.WallWatch(call, "cuda")}
+    timing = timer.in_turns(watches, ROUNDS)[case]
+    low, high = timing.quartiles
+    peak = peak_flops(torch.device("cuda"))
+    return {
+        "case": case,
+        "batch": batch,
+        "images_per_second": round(batch / timing.median, 1),
+        "quartiles": [round(batch / high, 1), round(batch / low, 1)],
+        "tflops": round(flops / timing.median / 1e12, 1),
+        "mfu": round(flops / timing.median / peak, 4) if peak else None,
+        "memory_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "first_step_seconds": round(first, 1),
+    }
 
 
 def kernel_times(call: timer.Call) -> list[Row]:
@@ -192,10 +260,11 @@ def line(row: Row) -> str:
     if "failed" in row:
         return f"| {row['case']} | | failed: {row['failed'][:120]} | | | | | |"
     mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+    estimated = "" if row["estimated_GB"] is None else row["estimated_GB"]
     low, high = row["quartiles"]
     return (
         f"| {row['case']} | {row['batch']} | {row['images_per_second']} | {low} to {high} | "
-        f"{row['tflops']} | {mfu} | {row['memory_GB']} | {row['estimated_GB']} |"
+        f"{row['tflops']} | {mfu} | {row['memory_GB']} | {estimated} |"
     )
 
 

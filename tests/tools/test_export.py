@@ -1,0 +1,69 @@
+"""tools/export.py: what it writes is read by others, and by --init-from."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from heptapod_fast import load_run
+from tests.running import NO_HEAD, command, final_tensors, refused, start_here, train_here
+
+LLAMAGEN = NO_HEAD | {"system": "llamagen", "images": 16, "ema": (0.9,)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with an average."""
+    out = tmp_path_factory.mktemp("run")
+    train_here(out, **LLAMAGEN)
+    return out
+
+
+@pytest.mark.parametrize("ema, file", [(None, "ema-0.9"), ("none", "model")])
+def test_weights_in_a_folder(run, tmp_path, ema, file):
+    words = [] if ema is None else ["--ema", ema]
+    result = command("export", run, "--out", tmp_path / "folder", *words)
+    assert result.code == 0, result.err
+    found = load_file(tmp_path / "folder" / "model.safetensors")
+    expected = final_tensors(run, file)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    with safe_open(tmp_path / "folder" / "model.safetensors", "pt") as opened:
+        about = opened.metadata()
+    assert (about["system"], about["weights"], about["images_seen"]) == ("llamagen", file, "16")
+
+
+def test_the_layout_of_published_files(run, tmp_path):
+    """{"model": state dict}, float32, names of gpt.py (tests/systems/test_llamagen.py has them)."""
+    file = tmp_path / "c2i_tiny.pt"
+    result = command("export", run, "--out", file)
+    assert result.code == 0, result.err
+    found = torch.load(file, weights_only=True)
+    assert list(found) == ["model"]
+    assert found["model"]["layers.0.attention.wqkv.weight"].dtype == torch.float32
+    system = load_run(run, device="cpu").system
+    assert found["model"].keys() == dict(system.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("out", ["folder", "weights.safetensors", "weights.pt"])
+def test_a_run_starts_from_it(run, tmp_path, out):
+    assert command("export", run, "--out", tmp_path / out).code == 0
+    said = []
+    session, _ = start_here(
+        tmp_path / "next", said.append, **LLAMAGEN | {"init_from": str(tmp_path / out)}
+    )
+    for name, value in load_run(run, device="cpu").system.state_dict().items():
+        assert torch.equal(session.system.state_dict()[name], value), name
+    is_wrapped = any("from model of" in line for line in said)
+    assert is_wrapped == out.endswith(".pt")
+
+
+def test_bad_input(run, tmp_path):
+    taken = tmp_path / "weights.pt"
+    taken.write_bytes(b"mine")
+    refused(command("export", run, "--out", taken), "exists; move it away")
+    assert taken.read_bytes() == b"mine"
+    refused(command("export", run, "--out", tmp_path / "weights.bin"), ".safetensors or .pt")
+    refused(command("export", run, "--out", tmp_path / "new", "--ema", "0.5"), "keeps ema-0.9")
+    refused(command("export", tmp_path / "nothing", "--out", tmp_path / "new"), "nothing")
+    assert not (tmp_path / "new").exists()
