@@ -349,6 +349,11 @@ def cases(device: str) -> list[Case]:
         case(local, BACKWARD),
         case(decoding, FORWARD),
     ]
+    # NPP's patches, four times as many codes each, on the same images.
+    for patch in (2, 4, 8) if device == "cuda" else (2,):
+        count = length // patch**2
+        patches = Shape("causal", device, size, batch, count, count)
+        found += [case(patches, FORWARD), case(patches, BACKWARD)]
     if device == "cuda":
         for size, batch in (("B", 256), ("H", 128), ("H", 256), ("L", 128)):
             found += plain(device, size, batch)

@@ -208,7 +208,9 @@ def attention_shapes(width: int) -> list[tuple[str, int]]:
     is_width_of_a_model = width in (64, 80)
     if not is_width_of_a_model:
         return [("full", 257), ("causal", 255)]
+    of_patches = [("causal", 64), ("causal", 16)] if width == 64 else []
     return [
+        *of_patches,
         ("full", 256),
         ("causal", 256),
         ("full", 257),  # a tail

@@ -176,6 +176,10 @@ SHORT = [
     (65, 64, "full"),
     (512, 64, "mask"),
     (63, 80, "causal"),
+    # Of NPP's patches of 2 x 2, 4 x 4 and 8 x 8 on a grid of 16 x 16.
+    (64, 64, "causal"),
+    (16, 64, "causal"),
+    (4, 64, "causal"),
     (321, 64, "full"),
 ]
 
