@@ -115,12 +115,26 @@ def runs_table(folder: Path) -> list[str]:
             f"{run['system']} {run['size']}, {run['data']} {run['image_size']} px, "
             f"{run['tokenizer']}"
         )
-        accuracy = run.get("evaluation", {}).get("symmetry_accuracy")
+        seconds = run.get("training_seconds")
         rate = f"{run['images_per_second_median']:.0f}"
-        rows.append((name, run["images"], rate, accuracy, f"{run['device']}, torch {run['torch']}"))
-    head = ["run", "images", "images/s, median", "symmetry accuracy", "device"]
+        if "images_per_second_of_phases" in run:
+            phases = run["images_per_second_of_phases"].items()
+            rate = ", ".join(f"{phase}: {value:.0f}" for phase, value in phases)
+        rows.append(
+            (
+                name,
+                run["images"],
+                None if seconds is None else round(seconds),
+                rate,
+                run["loss"],
+                run.get("evaluation", {}).get("symmetry_accuracy"),
+                f"{run['device']}, torch {run['torch']}",
+            )
+        )
+    head = ["run", "images", "seconds of steps", "images/s, median", "loss", "symmetry accuracy"]
+    head.append("device")
     title = "**Training runs** (`report.json` of each in `bench/results/runs`)"
-    return [f"{title}\n\n{table(head, rows, numbers=[1, 2, 3])}"]
+    return [f"{title}\n\n{table(head, rows, numbers=[1, 2, 3, 4, 5])}"]
 
 
 # -------------------------------------------------------------------------------------- README.md

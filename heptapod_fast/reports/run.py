@@ -87,10 +87,32 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
         "loss": last["loss"],
         "images_per_second_median": median(rates),
         "images_per_second_range": [min(rates), max(rates)],
+        "training_seconds": training_seconds(records),
         "tflops_median": median(record["tflops"] for record in records),
         "skipped_steps": last["skipped"],
     }
+    by_phase = rates_of_phases(records)
+    if len(by_phase) > 1:
+        numbers["images_per_second_of_phases"] = by_phase
     shares = [record["mfu"] for record in records if "mfu" in record]
     if shares:
         numbers["mfu_median"] = median(shares)
     return numbers
+
+
+def training_seconds(records: list[Record]) -> float:
+    """Of steps alone: without starts, samples and checkpoints."""
+    seconds = 0.0
+    before = 0
+    for record in records:
+        seconds += (record["images"] - before) / record["images_per_second"]
+        before = record["images"]
+    return round(seconds, 1)
+
+
+def rates_of_phases(records: list[Record]) -> dict[str, float]:
+    """{name of a phase: median rate of its progress lines}, in their order."""
+    rates: dict[str, list[float]] = {}
+    for record in records:
+        rates.setdefault(record.get("phase", ""), []).append(record["images_per_second"])
+    return {phase: median(found) for phase, found in rates.items()}

@@ -31,9 +31,12 @@ def properties(values: Mapping[str, Any], leave_out: Sequence[str] = ()) -> str:
 
 
 def show(value: Any) -> str:
-    """A number with four digits that count, thousands set apart; a list as a range."""
+    """A number with four digits that count, thousands set apart; a list as a range, a dictionary
+    as names and values."""
     if value is None:
         return ""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {show(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return " to ".join(show(part) for part in value)
     if isinstance(value, float):

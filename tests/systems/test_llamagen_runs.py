@@ -109,7 +109,14 @@ def test_it_is_evaluated_and_reported(npp, tmp_path):
     for tool in ("report", "verify"):
         result = command(tool, npp)
         assert result.code == 0, result.err
-    assert "# npp tiny on logograms" in (npp / "report.md").read_text()
+    page = (npp / "report.md").read_text()
+    assert "# npp tiny on logograms" in page
+    rates = json.loads((npp / "report.json").read_text())["images_per_second_of_phases"]
+    assert list(rates) == ["patch 3", "patch 2", "patch 1"]
+    records = read_metrics(npp / "metrics.jsonl")
+    of_first = sorted(record["images_per_second"] for record in records[:3])
+    assert rates["patch 3"] == of_first[1]
+    assert "| images per second of phases | patch 3 " in page
 
 
 def test_a_dry_run_shows_the_segments():

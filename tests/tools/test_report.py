@@ -86,6 +86,9 @@ def test_a_report_has_the_figures_of_the_run(trained):
     assert numbers["evaluation"]["samples"] == 10
     assert numbers["system"] == "heptapod"
     assert "mfu_median" not in numbers
+    assert "images_per_second_of_phases" not in numbers  # of one phase
+    seconds = sum(8 / record["images_per_second"] for record in records)
+    assert numbers["training_seconds"] == pytest.approx(seconds, abs=0.051)
 
 
 def test_a_report_has_a_table_a_chart_and_the_evaluation(trained):
