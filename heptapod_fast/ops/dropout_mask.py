@@ -20,6 +20,7 @@ from torch import Tensor
 from heptapod_fast.ops.checks import refusal
 
 _WORD = 0xFFFFFFFF
+_LOWEST = -(2**31)
 
 
 class DropoutMask(NamedTuple):
@@ -100,14 +101,32 @@ def _divides(x: Tensor, rows: int) -> bool:
 
 
 def keep_mask(key0: Tensor, key1: Tensor, counter: Tensor, width: int, p: float) -> Tensor:
-    """keys and counter: int64, broadcastable to the leading shape of x -> boolean (..., width)."""
-    columns = torch.arange(width, device=counter.device)
-    element = (counter[..., None] * width + columns) & _WORD
-    hashed = _mix(_mix(element ^ key0[..., None]) ^ key1[..., None])
-    return hashed >= round(p * 2**32)
+    """keys and counter: int64, broadcastable to the leading shape of x -> boolean (..., width).
+
+    Words of 32 bits are held as int32, half of the memory of int64: sums and products keep the low
+    32 bits either way.
+    """
+    columns = torch.arange(width, dtype=torch.int32, device=counter.device)
+    word = _as_int32(counter * width)[..., None] + columns
+    word = _mix(word ^ _as_int32(key0)[..., None])
+    word = _mix(word.bitwise_xor_(_as_int32(key1)[..., None]))
+    threshold = round(p * 2**32)
+    if threshold > _WORD:  # p is 1 but for a rounding
+        return torch.zeros_like(word, dtype=torch.bool)
+    # With the highest bit turned over, int32 are in the order of the words.
+    return word.bitwise_xor_(_LOWEST) >= threshold + _LOWEST
+
+
+def _as_int32(x: Tensor) -> Tensor:
+    """The low 32 bits of int64."""
+    low = x & _WORD
+    return torch.where(low > 2**31 - 1, low - 2**32, low).to(torch.int32)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
-    return x ^ (x >> 16)
+    """The hash, in place. A shift of a negative int32 brings ones in, which the masks take out."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    x.mul_(0x7FEB352D)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
+    x.mul_(0x846CA68B - 2**32)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))

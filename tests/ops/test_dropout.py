@@ -35,11 +35,14 @@ def test_rate_and_scale(p):
         assert float((kept.double().mean(dims) - (1 - p)).abs().max()) < 0.1
 
 
-def test_mask_is_the_documented_hash():
-    key0, key1, counter, width = 0xDEADBEEF, 0x12345678, 2**31 + 5, 7
-    mask = keep_mask(*(torch.tensor(word) for word in (key0, key1, counter)), width, 0.3)
+@pytest.mark.parametrize("p", [0.0, 2**-32, 0.3, 0.5, 0.9, 1 - 2**-40])
+@pytest.mark.parametrize("key0", [0, 0xDEADBEEF])
+@pytest.mark.parametrize("counter", [0, 2**29 - 1, 2**31 + 5, 2**32 - 1, 2**40 + 3])
+def test_mask_is_the_documented_hash(counter, key0, p):
+    key1, width = 0x12345678, 70
+    mask = keep_mask(*(torch.tensor(word) for word in (key0, key1, counter)), width, p)
     element = [(counter * width + column) % 2**32 for column in range(width)]
-    assert mask.tolist() == [mix(mix(e ^ key0) ^ key1) >= round(0.3 * 2**32) for e in element]
+    assert mask.tolist() == [mix(mix(e ^ key0) ^ key1) >= round(p * 2**32) for e in element]
 
 
 def test_mask_depends_on_keys_rows_and_columns():
