@@ -190,7 +190,7 @@ def test_one_pass_is_a_pass_per_group(grouping, injection, kind, grid):
         by_position = naive_vectors(system, label, tokens)
         expected += [by_position[p] for p in system.order_N.tolist()]
     expected = torch.stack(expected)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
     loss = system(batch, Rng(1))
     assert loss.count == 2 * system.num_tokens
@@ -201,7 +201,8 @@ def test_one_pass_is_a_pass_per_group(grouping, injection, kind, grid):
     for (name, parameter), a, b in zip(system.named_parameters(), ours, theirs, strict=True):
         zero = torch.zeros_like(parameter)
         a, b = (zero if grad is None else grad for grad in (a, b))
-        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9), name
+        # Shares of a third are float32.
+        assert torch.allclose(a, b, rtol=0, atol=1e-6 * float(b.abs().max())), name
 
 
 @pytest.mark.parametrize("grid", [4, (5, 7)])
@@ -218,7 +219,8 @@ def test_a_token_changes_later_groups_alone(grouping, injection, grid):
         for position in range(system.num_tokens):
             tokens = batch.tokens.clone()
             tokens[0, position] += 1.0
-            after = system.vectors(batch._replace(tokens=tokens), rows, Rng(1))
+            changed = Batch(tokens, batch.labels, batch.index)
+            after = system.vectors(changed, rows, Rng(1))
             is_changed = (after != before).any(1)
             is_later = group_N[system.order_N] > group_N[position]
             assert not bool((is_changed & ~is_later).any())
