@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from heptapod_fast import load_run
 from heptapod_fast.rng import Rng
 from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.session import Ending
+from heptapod_fast.tokenizers.autoencoder import file_shapes
+from tests.caches import image_folder
 from tests.running import NO_HEAD, command, final_files, flags, refused, start_here, train_here
 
 LLAMAGEN = NO_HEAD | {"system": "llamagen", "label_dropout": 0.25, "dropout": 0.1}
@@ -117,6 +120,31 @@ def test_it_is_evaluated_and_reported(npp, tmp_path):
     of_first = sorted(record["images_per_second"] for record in records[:3])
     assert rates["patch 3"] == of_first[1]
     assert "| images per second of phases | patch 3 " in page
+
+
+def test_from_published_codes_to_samples(tmp_path):
+    """Images, a cache of vq16 codes made with random weights of the published names, a run, a
+    picture."""
+    images = image_folder(tmp_path / "images", count=12, size=64)
+    weights = tmp_path / "vq16.safetensors"
+    shapes = file_shapes("vq16").items()
+    save_file({name: 0.02 * torch.randn(shape) for name, shape in shapes}, weights)
+    cache = tmp_path / "codes.zarr"
+    made = command(
+        *("cache", "--data", images, "--image-size", 64, "--out", cache),
+        *("--tokenizer", "vq16", "--tokenizer-weights", weights),
+    )
+    assert made.code == 0, made.err
+    of_a_cache = {"tokenizer": None, "codes": None, "logogram_count": None, "image_size": None}
+    settings = NPP | of_a_cache | {"data": cache, "batch": 4, "images": 16, "log_every": 4}
+    settings |= {"patches": (2, 1), "shares": (0.5, 0.5), "checkpoint_every": 8}
+    run = tmp_path / "run"
+    trained = command("train", *flags(**settings | {"out": run}))
+    assert trained.code == 0, trained.err
+    assert load_run(run, device="cpu").system.spec.vocabulary == 16_384
+    drawn = command("sample", run, "--classes", "0,1", "--count", 2, "--out", tmp_path / "grid.png")
+    assert drawn.code == 0, drawn.err
+    assert (tmp_path / "grid.png").exists()
 
 
 def test_a_dry_run_shows_the_segments():
