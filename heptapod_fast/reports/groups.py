@@ -1,6 +1,6 @@
 """SAR's groups and masks as the code makes them: the picture of docs/sar.md.
 
-    python -m heptapod_fast.reports.groups docs/images/sar.png [--side 6]
+python -m heptapod_fast.reports.groups docs/images/sar.png [--side 6]
 """
 
 from __future__ import annotations
