@@ -49,7 +49,7 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     """Sample on all ranks; the main one measures, and writes and says what it found."""
     with world.together():
         loaded = arguments.load(world)
-        options = loaded.system.options(**given)
+        options = loaded.system.settled(loaded.system.options(**given))
         metrics = metrics_of(arguments.metrics, loaded) if world.main else []
     labels = spread(list(range(len(loaded.class_names))), arguments.count)
     shown = set(some_of_each(labels))

@@ -84,7 +84,7 @@ class Steps(Training):
 @dataclass(frozen=True)
 class LlamaSteps(Training):
     """llamagen with the kernels, npp's segments, and llamagen by plain PyTorch, eager and compiled
-    block by block. size: "B" or "L"."""
+    whole, with its loss. size: "B" or "L"."""
 
     size: str
 
@@ -172,8 +172,7 @@ def plain_llamagen(case: str, size: str, batch: int, how: str) -> Row:
     settings = settings_of(size, batch, "cuda", "llamagen")
     model = plain_model(settings, "cuda")
     if how == "compiled":
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        model.compile(dynamic=False)
     found = timed_row(case, PlainStep(model, batch), batch, flops_of(settings))
     return found | {"estimated_GB": None}
 

@@ -78,7 +78,7 @@ class Config:
         recipe = self.recipe.resolve(size.recipe)
         run = self.run.resolve(size.run)
         model = self.model.resolve(size.model, data.spec)
-        model.check_images(recipe.images)
+        model.check_images(recipe.images, recipe.batch)
         return dataclasses.replace(self, data=data, recipe=recipe, run=run, model=model)
 
     def replace(self, **settings: Any) -> Config:

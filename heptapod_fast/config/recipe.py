@@ -69,6 +69,13 @@ class RecipeSettings(Settings):
             ValueError: a setting that cannot be, or that contradicts another; names the flag.
         """
         self.check()
+        if self.warmup is not None and self.warmup_images is None:
+            defaults = defaults.without("warmup_images")
+        is_given = self.warmup is not None and self.warmup != defaults.warmup
+        if is_given and self.warmup_images is not None:
+            raise ValueError(
+                f"--warmup {self.warmup} and --warmup-images {self.warmup_images}: give one of them"
+            )
         settings = self.filled(defaults)
         if settings.batch > settings.images:
             raise ValueError(

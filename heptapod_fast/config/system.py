@@ -65,11 +65,11 @@ class SystemSettings(Settings):
         self.check()
         return self.filled(defaults)
 
-    def check_images(self, total: int) -> None:
-        """Whether the phases of training fit into `total` images.
+    def check_images(self, total: int, batch: int) -> None:
+        """Whether the phases of training fit into `total` images in steps of `batch`.
 
         Raises:
-            ValueError: one of them would have none.
+            ValueError: one of them would have no step.
         """
 
     def micro_batch_multiple(self) -> tuple[int, str]:

@@ -153,14 +153,17 @@ def select(
     dtype: torch.dtype,
     forced: str = "auto",
     unsupported: str | Mapping[str, str | None] | None = None,
+    unwanted: Mapping[str, str | None] | None = None,
 ) -> str:
     """The name alone, for the call itself; torch.compile takes it for a constant.
 
     unsupported: why an implementation cannot take these arguments (layout, width), None if it can;
     a string speaks for all kernels. Then "auto" means the next one, and says so once;
-    asking for it by name raises `Unavailable`.
+    asking for it by name raises `Unavailable`. unwanted: {implementation: why "auto" passes it over
+    for these arguments, or None}, of which nothing is said.
     """
-    choice = choose(operation, device, dtype, forced)
+    passed_over = unwanted if forced == "auto" else None
+    choice = choose(operation, device, dtype, forced, passed_over)
     chosen = choice.implementation
     if chosen == "reference" and choice.reason != "asked for" and device.type == "cuda":
         _tell(f"{operation}: the plain-PyTorch reference runs, {choice.reason}")
@@ -175,7 +178,8 @@ def select(
     message = f"{operation}: {chosen!r} cannot take these tensors: {unsupported[chosen]}"
     if choice.reason == "asked for":
         raise Unavailable(message)
-    instead = choose(operation, device, dtype, unsupported=unsupported).implementation
+    left = {**(unwanted or {}), **{k: why for k, why in unsupported.items() if why is not None}}
+    instead = choose(operation, device, dtype, unsupported=left).implementation
     runs = "the plain-PyTorch reference" if instead == "reference" else instead
     _tell(f"{message}; {runs} runs instead")
     return instead

@@ -16,9 +16,10 @@ multiplied by the total's gradient in the backward pass. A target outside 0..V-1
 reference on CPU; the kernels take its logit for 0 and leave its onehot away, because finding out
 would mean waiting for the device. There is no index to be ignored: give such rows the weight 0.
 
-"chunked" does in plain PyTorch what the kernels do. It is what "auto" means where there are no
-kernels, and many codes and rows: 8 sequences of 256 codes out of 16384 are 33 million logits, which
-the reference keeps several times over, in float32.
+"chunked" does the like in plain PyTorch, where dW of a chunk is rounded to the dtype of z before it
+is added up. It is what "auto" means where there are no kernels, and many codes and rows: 8
+sequences of 256 codes out of 16384 are 33 million logits, which the reference keeps several times
+over, in float32.
 """
 
 from __future__ import annotations
@@ -82,7 +83,11 @@ def linear_cross_entropy(
         z_RD.requires_grad or weight_VD.requires_grad or bias_V.requires_grad
     )
     if chosen == "chunked":
-        return _Chunked.apply(z_RD, weight_VD, bias_V, target, row_weight_R, chunk, gradients)
+        with torch.autocast(z_RD.device.type, enabled=False):
+            total, loss_R, *_ = _Chunked.apply(
+                z_RD, weight_VD, bias_V, target, row_weight_R, chunk, gradients
+            )
+        return total, loss_R
     total, loss_R, *_ = _operator(
         z_RD.contiguous(),
         weight_VD.contiguous(),
@@ -122,26 +127,25 @@ def _check(
 def _select(z_RD: Tensor, weight_VD: Tensor, implementation: str) -> str:
     codes, width = weight_VD.shape
     unsupported = None
+    is_forward_mode = forward_ad._current_level >= 0
     if width > MAX_WIDTH or codes > MAX_CODES:
         unsupported = (
             f"{codes} codes and width {width}, where {MAX_CODES} and {MAX_WIDTH} are the most"
         )
-    chosen = dispatch.select(
+    return dispatch.select(
         "linear_cross_entropy",
         z_RD.device,
         z_RD.dtype,
         implementation,
         {"triton": unsupported},
+        passed_over(0 if is_forward_mode else len(z_RD), codes),
     )
-    is_large = codes >= MANY_CODES and len(z_RD) * codes > MOST_FLOATS
-    if implementation == "auto" and chosen == "reference" and is_large and not _has_tangents():
-        return "chunked"
-    return chosen
 
 
-def _has_tangents() -> bool:
-    """Whether forward-mode derivatives are being taken, which only the reference has."""
-    return forward_ad._current_level >= 0
+def passed_over(rows: int, codes: int) -> dict[str, str | None]:
+    """What "auto" passes over for so many rows and codes, and why."""
+    is_large = codes >= MANY_CODES and rows * codes > MOST_FLOATS
+    return {"chunked": None if is_large else "logits are few enough to be held"}
 
 
 def _reference(
@@ -164,7 +168,8 @@ def _weighted_sum(loss_R: Tensor, row_weight_R: Tensor | None) -> Tensor:
 
 def _chunk_rows(rows: int, codes: int, dtype: torch.dtype, most: int | None) -> int:
     """Rows of a chunk: at most `most`, or what MOST_HELD allows, and all chunks alike, for a small
-    one at the end would read the weight for few rows. In float32 there are two or more."""
+    one at the end would read the weight for few rows. In float32 there are two or more, so that
+    not even few rows have all their logits in float32 at once."""
     if most is None:
         most = max(1, MOST_HELD // (codes * dtype.itemsize))
     chunks = -(-rows // most)
@@ -177,7 +182,7 @@ class _Chunked(torch.autograd.Function):
     """Loss and gradients together, some rows at a time."""
 
     @staticmethod
-    def forward(ctx, z_RD, weight_VD, bias_V, target, row_weight_R, chunk, gradients):
+    def forward(z_RD, weight_VD, bias_V, target, row_weight_R, chunk, gradients):
         rows = len(z_RD)
         codes = len(weight_VD)
         dtype = z_RD.dtype
@@ -222,27 +227,43 @@ class _Chunked(torch.autograd.Function):
             else:
                 dweight_VD += logits_CV.t() @ z_RD[part]
 
-        ctx.dtypes = weight_VD.dtype, bias_V.dtype
-        ctx.save_for_backward(z_RD, dz_RD, dweight_VD, dbias_V)
-        ctx.mark_non_differentiable(loss_R)
-        return _weighted_sum(loss_R, row_weight_R), loss_R
+        total = _weighted_sum(loss_R, row_weight_R)
+        return total, loss_R, dz_RD, dweight_VD, dbias_V
 
     @staticmethod
-    def backward(ctx, grad_total, _):
-        z_RD, dz_RD, dweight_VD, dbias_V = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        dz_RD = _ScaledOnce.apply(dz_RD, grad_total, z_RD)
-        dweight_VD = (dweight_VD * grad_total).to(weight_dtype)
-        dbias_V = (dbias_V * grad_total).to(bias_dtype)
-        return dz_RD, dweight_VD, dbias_V, None, None, None, None
+    def setup_context(ctx, inputs, output):
+        z_RD, weight_VD, bias_V, *_ = inputs
+        _, *others = output
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z_RD, weight_VD, bias_V, *others[1:])
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):
+        if grad_total is None:
+            return (None,) * 7
+        *arguments, dz_RD, dweight_VD, dbias_V = ctx.saved_tensors
+        gradients = (dz_RD, dweight_VD, dbias_V)
+        scaled = [
+            _ScaledOnce.apply(gradient, grad_total, argument) if is_wanted else None
+            for gradient, argument, is_wanted in zip(
+                gradients, arguments, ctx.needs_input_grad, strict=False
+            )
+        ]
+        return *scaled, None, None, None, None
 
 
 class _ScaledOnce(torch.autograd.Function):
-    """x times a factor. z is an argument so that a second derivative is refused, not forgotten."""
+    """A gradient times a factor, in the dtype of what it is the gradient of: an argument, so that a
+    second derivative is refused, not forgotten."""
 
     @staticmethod
-    def forward(ctx, x, factor, z):
-        return (x.float() * factor).to(x.dtype)
+    def forward(gradient, factor, argument):
+        return (gradient.float() * factor).to(argument.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -311,5 +332,8 @@ _operator = operator(
 differentiable(_operator, _gradient, _setup)
 # z is an argument so that a second derivative is refused instead of forgotten.
 once(_scale_operator, "linear_cross_entropy")
-dispatch.register_triton("linear_cross_entropy")
+dispatch.register(
+    "linear_cross_entropy", "triton", dispatch.triton_check, avoid=dispatch.avoid_interpreter
+)
 dispatch.register("linear_cross_entropy", "chunked", lambda device, dtype: None)
+dispatch.register("linear_cross_entropy", "reference", lambda device, dtype: None)

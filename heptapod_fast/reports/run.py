@@ -101,13 +101,16 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
 
 
 def training_seconds(records: list[Record]) -> float:
-    """Of steps alone: without starts, samples and checkpoints."""
-    seconds = 0.0
-    before = 0
+    """Of steps alone: without samples and checkpoints. Clocks of records start with their
+    session."""
+    total = 0.0
+    before = 0.0
     for record in records:
-        seconds += (record["images"] - before) / record["images_per_second"]
-        before = record["images"]
-    return round(seconds, 1)
+        of_steps = record["seconds"] - record["other_seconds"]
+        is_new_session = of_steps < before
+        total += of_steps if is_new_session else of_steps - before
+        before = of_steps
+    return round(total, 1)
 
 
 def rates_of_phases(records: list[Record]) -> dict[str, float]:

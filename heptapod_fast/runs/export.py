@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from heptapod_fast import checkpoints
 from heptapod_fast.runs.directory import RunError
 from heptapod_fast.runs.initial import EXPORTED
 from heptapod_fast.runs.loading import LoadedRun
@@ -63,6 +64,9 @@ def export_weights(loaded: LoadedRun, path: Path) -> int:
             "images_seen": str(loaded.images_seen),
             "class_names": json.dumps(loaded.class_names),
         }
+        fingerprint = checkpoints.load(loaded.checkpoint).state["tokenizer"]
+        if fingerprint is not None:
+            about["tokenizer"] = fingerprint
         save_file(tensors, unfinished, metadata=about)
     sync(unfinished)
     os.replace(unfinished, path)

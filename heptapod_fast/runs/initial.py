@@ -99,7 +99,7 @@ def _said_beside(file: Path) -> tuple[tuple[str, ...] | None, str | None]:
     weights; else None each."""
     state = file.with_name(checkpoints.STATE)
     if not state.is_file():
-        return None, None
+        return _said_inside(file)
     try:
         found = json.loads(state.read_text())
         return tuple(found["class_names"]), found["tokenizer"]
@@ -108,6 +108,21 @@ def _said_beside(file: Path) -> tuple[tuple[str, ...] | None, str | None]:
             f"--init-from: {state} does not say on which classes {file.name} was trained "
             f"({type(error).__name__}: {error}): restore it, or move the weights away from it"
         ) from error
+
+
+def _said_inside(file: Path) -> tuple[tuple[str, ...] | None, str | None]:
+    """The same of a file that `runs/export.py` wrote; None each for any other."""
+    from safetensors import safe_open
+
+    if file.suffix in TORCH:
+        return None, None
+    try:
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata() or {}
+        names = json.loads(about["class_names"])
+        return tuple(names), about.get("tokenizer")
+    except Exception:  # what reads the weights says what is wrong with a file
+        return None, None
 
 
 def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> Taken:
@@ -130,7 +145,7 @@ def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> 
             found = theirs.pop(name, None)
             if found is None:
                 taken.fresh[name] = "not there"
-            elif name == table and not same_classes:
+            elif name == table and not (same_classes and found.shape == parameter.shape):
                 taken.classes = _take_classes(parameter, found, weights, class_names)
             elif found.shape != parameter.shape:
                 here, there = (tuple(t.shape) for t in (parameter, found))
@@ -191,10 +206,16 @@ def _unwrapped(found: object, weights: Weights) -> tuple[dict[str, Tensor], str]
 def _take_classes(
     table: Tensor, theirs: Tensor, weights: Weights, class_names: Sequence[str]
 ) -> int:
-    """Rows of the classes that both know; returns how many. The table's row r is class r."""
-    if theirs.shape[1:] != table.shape[1:] or weights.class_names is None:
+    """Rows of the classes that both know; returns how many. The table's row r is class r; rows
+    behind the classes, as that of no class, are taken where both tables have as many."""
+    if theirs.shape[1:] != table.shape[1:]:
         return 0
-    row_of = {name: row for row, name in enumerate(weights.class_names)}
+    extra = len(table) - len(class_names)
+    # A file that does not name its classes is believed to have the rows that this system has.
+    known = len(theirs) - extra if weights.class_names is None else len(weights.class_names)
+    if extra and len(theirs) - known == extra:
+        table[-extra:].copy_(theirs[-extra:])
+    row_of = {name: row for row, name in enumerate(weights.class_names or ())}
     both = [(row, row_of[name]) for row, name in enumerate(class_names) if name in row_of]
     for row, there in both:
         table[row].copy_(theirs[there])

@@ -249,6 +249,10 @@ class System(nn.Module, ABC):
             )
         return options
 
+    def settled(self, options: SampleOptions) -> SampleOptions:
+        """Options as `sample` takes them: with what the run decides where nothing was said."""
+        return options
+
     def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
         """Refuse classes out of range and options that cannot be with these tokens."""
         options.check_tokens(self.spec)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ from heptapod_fast.model.layers import Linear, Modules, RMSNorm
 from heptapod_fast.model.llama import LlamaBlock, block_flops, block_values, mlp_width
 from heptapod_fast.model.transformer import Stream
 from heptapod_fast.ops.dispatch import AUTO, Operators
+from heptapod_fast.ops.linear_cross_entropy import MOST_TARGETS
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions, sample_codes
 from heptapod_fast.systems.base import Loss, Phase, System
@@ -150,34 +152,32 @@ class NppSettings(LlamaSettings):
             levels = range(self.levels - 1, -1, -1)
             ends = [self.segment_factor**level for level in levels if level > 0]
             sides = tuple(2**level for level in levels)
-        # 0.7 + 0.1 is 0.7999999999999999, which would end a segment an image early.
-        return list(zip(sides, [*(round(end, 12) for end in ends), 1.0], strict=True))
+        return list(zip(sides, [*ends, 1.0], strict=True))
 
     def bounds(self, total: int) -> list[tuple[int, int, int]]:
-        """(side of the patches, first image, image behind the last) of a run of `total` images.
-
-        Raises:
-            ValueError: a segment without images.
-        """
+        """(side of the patches, first image, image behind the last) of a run of `total` images."""
         found = []
         first = 0
         for patch, share_of_all in self.segments():
-            end = int(total * share_of_all)
-            if end <= first:
-                raise ValueError(
-                    f"--images {total} leave none to patches of {patch} x {patch}: fewer --levels, "
-                    "other --shares, or more images"
-                )
+            # 0.7 + 0.1 and 100 * 0.29 are a little less than 0.8 and 29 in binary.
+            end = math.floor(total * share_of_all * (1 + 1e-12))
             found.append((patch, first, end))
             first = end
         return found
 
-    def check_images(self, total: int) -> None:
+    def check_images(self, total: int, batch: int) -> None:
         """See SystemSettings.check_images."""
-        self.bounds(total)
+        for patch, first, end in self.bounds(total):
+            first_step = -(-first // batch) * batch
+            if first_step >= end:
+                raise ValueError(
+                    f"--images {total} leave no step of {batch} to patches of {patch} x {patch}, "
+                    f"which have images {first} to {end}: fewer --levels, other --shares, a "
+                    "smaller --batch, or more images"
+                )
 
     def _check_phases(self, side: int) -> None:
-        """ValueError unless all patches divide the grid, fall to 1, and have images."""
+        """ValueError unless all patches divide the grid and fall to 1."""
         if self.patches is not None and self.shares is not None:
             if len(self.patches) != len(self.shares) or not self.patches:
                 raise ValueError(
@@ -193,6 +193,13 @@ class NppSettings(LlamaSettings):
         listed = " ".join(map(str, sides))
         if sides[-1] != 1:
             raise ValueError(f"--patches {listed}: the last phase has patches of 1, single codes")
+        if any(later >= earlier for earlier, later in pairwise(sides)):
+            raise ValueError(f"--patches {listed}: expected sides that fall from phase to phase")
+        if sides[0] ** 2 > MOST_TARGETS:
+            raise ValueError(
+                f"patches of {sides[0]} x {sides[0]} ({listed}): at most {MOST_TARGETS} codes are "
+                "scored together"
+            )
         for patch in sides:
             if side % patch or patch >= side > 1:
                 raise ValueError(
@@ -360,22 +367,16 @@ class LlamaGen(System):
     def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
         """Sum over the elements of all sequences; see System.forward. `phase.level` is the side of
         the patches."""
-        patch = 1 if phase is None else max(1, phase.level)
-        labels = self.dropped_labels(batch.labels, batch.index, rng) if self.training else None
-        label_B = batch.labels if labels is None else labels
-        table = self.table(patch)
-        elements = len(table) - 1
+        patch = self.patch_of(phase)
+        elements = self.num_tokens // patch**2
+        label_B = batch.labels
         dropout = NO_DROPOUT
         if self.training:
+            label_B = self.dropped_labels(label_B, batch.index, rng)
             dropout = Dropout.draw(
                 self.settings.dropout, "llama", batch.index, 0, self.sites, elements, rng
             )
-        x_BMD = self.embed(label_B, batch.tokens, patch)
-        stream = Stream(ops.dropout(x_BMD, dropout.sites(0, 1)[0]))
-        for number, block in enumerate(self.layers):
-            masks = dropout.sites(1 + LlamaBlock.SITES * number, LlamaBlock.SITES)
-            stream = block(stream, table[:elements], masks)
-        _, y_BMD = stream.normed(self.norm)
+        y_BMD = self.vectors(label_B, batch.tokens, patch, dropout)
         targets = self.targets(batch.tokens, patch)
         total, _ = ops.linear_cross_entropy(
             y_BMD.flatten(0, 1),
@@ -385,6 +386,28 @@ class LlamaGen(System):
             implementation=self.operators["linear_cross_entropy"],
         )
         return Loss(total, float(len(batch) * elements))
+
+    @staticmethod
+    def patch_of(phase: Phase | None) -> int:
+        """Side of the patches of a phase; None is the last one, of single codes."""
+        return 1 if phase is None else max(1, phase.level)
+
+    def vectors(
+        self, label_B: Tensor, tokens_BN: Tensor, patch: int = 1, dropout: Dropout = NO_DROPOUT
+    ) -> Tensor:
+        """What the output layer makes logits of: (B, M, D), element i predicts patch i."""
+        x_BMD = self.embed(label_B, tokens_BN, patch)
+        table = self.table(patch)[: x_BMD.shape[1]]
+        stream = Stream(ops.dropout(x_BMD, dropout.sites(0, 1)[0]))
+        for number, block in enumerate(self.layers):
+            masks = dropout.sites(1 + LlamaBlock.SITES * number, LlamaBlock.SITES)
+            stream = block(stream, table, masks)
+        return stream.normed(self.norm)[1]
+
+    def logits(self, label_B: Tensor, tokens_BN: Tensor, patch: int = 1) -> Tensor:
+        """Of a teacher-forced pass without dropout: (B, M, V) float32. Training never makes all of
+        them at once."""
+        return self.output(self.vectors(label_B, tokens_BN, patch)).float()
 
     def dropped_labels(self, label_B: Tensor, index_B: Tensor, rng: Rng) -> Tensor:
         """Labels, of which the share `label_dropout` is the null class."""
@@ -398,8 +421,11 @@ class LlamaGen(System):
         """The class, then all patches but the last, each the mean of its codes' embeddings:
         (B, M, D) in the dtype of the activations."""
         start_B1D = self.cls_embedding.embedding_table(label_B)[:, None]
-        codes_BMK = self.in_patches(tokens_BN, patch)[:, :-1]
-        x_BMD = self.tok_embeddings(codes_BMK).mean(2)
+        if patch == 1:
+            x_BMD = self.tok_embeddings(tokens_BN[:, :-1])
+        else:
+            codes_BMK = self.in_patches(tokens_BN, patch)[:, :-1]
+            x_BMD = self.tok_embeddings(codes_BMK).mean(2)
         return torch.cat((start_B1D, x_BMD), dim=1).to(self.dtype)
 
     def in_patches(self, tokens_BN: Tensor, patch: int) -> Tensor:
@@ -425,8 +451,7 @@ class LlamaGen(System):
 
     def expected_count(self, batch: int, phase: Phase | None = None) -> float:
         """Every element of every sequence."""
-        patch = 1 if phase is None else max(1, phase.level)
-        return float(batch * self.num_tokens // patch**2)
+        return float(batch * self.num_tokens // self.patch_of(phase) ** 2)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """See System.set_dtype."""
@@ -526,6 +551,11 @@ class LlamaGen(System):
                 "never saw the null class that guidance needs"
             )
         return 1.0
+
+    def settled(self, options: SampleOptions) -> SampleOptions:
+        """See System.settled."""
+        chosen = self.own_options(options, LlamaOptions)
+        return replace(chosen, guidance=self._scale(chosen))
 
     def _next_logits(self, x_R1D: Tensor, step: int, cache: KVCache) -> Tensor:
         """(R, V) float32 of the code behind the newest element."""

@@ -74,8 +74,10 @@ def derived(
     yield "learning rate", f"{recipe.learning_rate:.4g} = {rate}"
     for phase in phases:
         warmup = f"{warmup_images(recipe, phase):,}"
+        if recipe.warmup_images is None:
+            warmup += f" = {recipe.warmup:g} x {phase.end - phase.first:,}"
         whose = f" of phase {phase.name}" if phase.name else ""
-        yield "warm-up images", f"{warmup} = {recipe.warmup:g} x {phase.end - phase.first:,}{whose}"
+        yield "warm-up images", warmup + whose
     steps = -(-recipe.images // recipe.batch)
     yield "steps", f"{steps:,} = {recipe.images:,} / {recipe.batch}"
     yield (

@@ -9,6 +9,7 @@ import torch
 from heptapod_fast import ops
 from heptapod_fast.config import Config
 from heptapod_fast.ops.dispatch import Operators, Unavailable, choose, operations
+from heptapod_fast.ops.linear_cross_entropy import passed_over
 from heptapod_fast.world import choose_precision
 
 
@@ -36,8 +37,14 @@ def choose_operators(config: Config, device: torch.device) -> Operators:
         _Wish("--adamw-ema", run.adamw_ema, "global_norm", torch.float32),
         _Wish("--kernels", "auto", "philox", torch.int64),
     ]
+    rows = config.split_batch(1).micro_batch * config.spec.num_tokens
+    limits = {
+        "linear_cross_entropy": passed_over(rows, config.spec.vocabulary),
+    }
+    if run.kernels != "auto":
+        limits = {}  # it is asked for by name
     wishes += [
-        _Wish("--kernels", run.kernels, operation, dtype)
+        _Wish("--kernels", run.kernels, operation, dtype, limits.get(operation))
         for operation in operations("triton")
         if operation != "attention"
     ]

@@ -19,6 +19,14 @@ def warmup_images(recipe: RecipeSettings, phase: Phase) -> int:
     return round(recipe.warmup * length)
 
 
+def leaves_no_peak(recipe: RecipeSettings, phase: Phase) -> bool:
+    """Whether the warm-up of a phase lasts until its end, or until its rate falls."""
+    length = phase.end - phase.first
+    share = 1 - FALLING_SHARE if recipe.lr_schedule == "trapezoid" else 1.0
+    warmup = warmup_images(recipe, phase)
+    return warmup > 0 and warmup >= share * length
+
+
 def learning_rate(recipe: RecipeSettings, images: int, phase: Phase) -> float:
     """Rate of the step that ends at `images`: linear from 0, then as `lr_schedule` says, over the
     images of the phase."""

@@ -36,7 +36,7 @@ from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
 from heptapod_fast.train.parallelize import Model, wrap
 from heptapod_fast.train.records import read_metrics
-from heptapod_fast.train.schedule import warmup_images
+from heptapod_fast.train.schedule import leaves_no_peak, warmup_images
 from heptapod_fast.train.step import Buffers
 from heptapod_fast.world import World, choose_precision, device_name, processor_kind
 
@@ -242,6 +242,13 @@ def describe(
         f"rate      {recipe.learning_rate:.3g} = {recipe.lr_per_256:g} x {recipe.batch} / 256, "
         f"warm-up over {warmups} images, then {recipe.lr_schedule}",
     ]
+    for phase in phases:
+        if leaves_no_peak(recipe, phase):
+            whose = f" of phase {phase.name}" if phase.name else ""
+            lines.append(
+                f"          the warm-up takes what there is{whose}, the full rate is not reached: "
+                "shorten it with --warmup-images, or train on more --images"
+            )
     lines += [f"operator  {line}" for line in operators.lines()]
     return [*lines, f"          {ops.library.status()}"]
 

@@ -86,7 +86,7 @@ def test_gradients(targets):
 
 
 @pytest.mark.parametrize(
-    "implementation", ["reference", pytest.param("triton", marks=needs_triton)]
+    "implementation", ["reference", "chunked", pytest.param("triton", marks=needs_triton)]
 )
 def test_bf16_keeps_float32_masters_and_statistics(implementation):
     z, weight, bias, target = inputs(codes=14)
@@ -266,6 +266,29 @@ def test_chunked_no_rows_and_rows_of_weight_zero():
     total.backward()
     assert float(total.detach()) == 0 and loss.shape == (0,)
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("leaf", [0, 1, 2])
+def test_chunked_second_derivatives_are_refused(leaf):
+    *leaves, target, _ = draw(9, 8, 64, 1, torch.float32)
+    leaves = [each if i == leaf else each.detach() for i, each in enumerate(leaves)]
+    total, _ = linear_cross_entropy(*leaves, target, None, 4, "chunked")
+    (grad,) = torch.autograd.grad(total, leaves[leaf], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once.*reference"):
+        grad.sum().backward()
+
+
+def test_chunked_under_autocast_and_functional_gradients():
+    z, weight, bias, target = inputs(codes=64)
+
+    def total(z):
+        return linear_cross_entropy(z, weight, bias, target, None, 4, "chunked")[0]
+
+    expected = torch.func.grad(total)(z)
+    leaf = z.clone().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        total(leaf).backward()
+    assert torch.equal(leaf.grad, expected)
 
 
 def test_chunked_compiles():

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from heptapod_fast.checkpoints import CheckpointError, listed
 from heptapod_fast.runs import RunError
-from heptapod_fast.runs.initial import find_weights, report, start_from
+from heptapod_fast.runs.initial import Weights, find_weights, report, start_from
 from heptapod_fast.systems import build_system
 from tests.caches import image_folder
 from tests.running import (
+    NO_HEAD,
     command,
     final_tensors,
     flags,
@@ -84,6 +85,28 @@ def test_classes_are_found_by_their_names(pictures, trained, tmp_path):
     assert "classes: 1 of 2 by their names" in text
     # The codebook was fitted on other images.
     assert "tokens of another tokenizer" in text
+
+
+@pytest.mark.parametrize("names", [("c", "a"), None])
+def test_the_row_of_no_class_stays_behind_the_classes(names, tmp_path):
+    """Of a table of another run, and of a published file that names nothing."""
+    config = tiny_config(tmp_path / "run", system="llamagen", **NO_HEAD)
+    system = build_system(config, 3)
+    name = system.class_table()
+    theirs = {key: torch.randn_like(value) for key, value in system.state_dict().items()}
+    theirs[name] = torch.arange(3.0)[:, None].expand(3, 32).contiguous()  # two classes, and none
+    save_file(theirs, tmp_path / "x.safetensors")
+    weights = Weights(tmp_path / "x.safetensors", "x", class_names=names)
+    before = system.state_dict()[name].clone()
+    taken = start_from(system, weights, ("a", "b", "c"))
+    table = system.state_dict()[name]
+    assert bool((table[3] == 2).all())
+    if names is None:
+        assert taken.classes == 0 and torch.equal(table[:3], before[:3])
+    else:
+        assert taken.classes == 2
+        assert bool((table[0] == 1).all()) and bool((table[2] == 0).all())
+        assert torch.equal(table[1], before[1])
 
 
 def test_another_grid_and_depth_are_listed(pictures, trained, tmp_path):

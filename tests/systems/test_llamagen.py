@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from heptapod_fast.data.tokens import Batch
+from heptapod_fast.model.dropout import Dropout
 from heptapod_fast.model.llama import mlp_width
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import sample_codes
@@ -197,10 +198,50 @@ def test_nothing_of_a_code_reaches_what_predicts_it():
     for changed in range(SIDE**2):
         other = tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % VOCABULARY
-        x, y = (system.embed(torch.tensor([1]), t, 1) for t in (tokens, other))
+        with torch.no_grad():
+            x, y = (system.logits(torch.tensor([1]), t) for t in (tokens, other))
         assert torch.equal(x[:, : changed + 1], y[:, : changed + 1])
-        if changed + 1 < SIDE**2:
-            assert not torch.equal(x[:, changed + 1], y[:, changed + 1])
+        for later in range(changed + 1, SIDE**2):
+            assert not torch.equal(x[:, later], y[:, later])
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_logits_are_the_papers(patch):
+    system = random_system("npp").eval()
+    batch = batch_of(2)
+    weights = double(system)
+    with torch.no_grad():
+        found = system.logits(batch.labels, batch.tokens, patch)
+        for row, codes, label in zip(found, batch.tokens, batch.labels.tolist(), strict=True):
+            elements, positions, _ = sequence(weights, label, codes, patch)
+            expected = logits_of(weights, elements, positions)
+            torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_dropout_acts_on_tokens_attention_and_mlp(patch):
+    """Three places, each with a mask of its own, written out (gpt.py: tok_dropout, resid_dropout,
+    ffn_dropout)."""
+    p = 0.5
+    system = random_system("npp", dropout=p).train()
+    batch = batch_of(2)
+    elements = SIDE**2 // patch**2
+    masks = Dropout.draw(p, "llama", batch.index, 0, system.sites, elements, Rng(2))
+
+    def dropped(x_BMD, site):
+        (mask,) = masks.sites(site, 1)
+        keep = mask.keep(len(batch) * elements, WIDTH).view(x_BMD.shape)
+        assert 0 < int(keep.sum()) < keep.numel()
+        return x_BMD * keep / (1 - p)
+
+    table = system.table(patch)[:elements]
+    x_BMD = dropped(system.embed(batch.labels, batch.tokens, patch), 0)
+    for number, layer in enumerate(system.layers):
+        attended = layer.attention(layer.attention_norm(x_BMD), table)
+        x_BMD = x_BMD + dropped(attended, 1 + 2 * number)
+        x_BMD = x_BMD + dropped(layer.feed_forward(layer.ffn_norm(x_BMD)), 2 + 2 * number)
+    found = system.vectors(batch.labels, batch.tokens, patch, masks)
+    torch.testing.assert_close(found, system.norm(x_BMD), rtol=1e-4, atol=1e-5)
 
 
 def test_labels_are_dropped_by_the_counter():
@@ -365,6 +406,8 @@ def test_the_null_class_cannot_be_asked_for():
             {"levels": 3, "segment_factor": 0.7},
             [(4, 0, 490), (2, 490, 700), (1, 700, 1000)],
         ),
+        # So is 0.29 * 1000 * 0.1.
+        ({"patches": (2, 1), "shares": (0.29, 0.71)}, [(2, 0, 290), (1, 290, 1000)]),
     ],
 )
 def test_phases(flags, expected):
@@ -384,7 +427,6 @@ def test_elements_of_the_default():
     config = configure("B", "npp", data="synthetic", num_classes=1000)
     lines = dict(config.model.derived(config.spec))
     assert lines["elements a step"].startswith("160 of 256")
-    assert 160 / 256 == 0.625
 
 
 @pytest.mark.parametrize(
@@ -397,6 +439,9 @@ def test_elements_of_the_default():
         ("npp", {"patches": (2, 1)}, "--patches needs --shares"),
         ("npp", {"shares": (0.5, 0.5)}, "--shares .* needs --patches"),
         ("npp", {"patches": (1, 2), "shares": (0.5, 0.5)}, "the last phase has patches of 1"),
+        ("npp", {"patches": (1, 2, 1), "shares": (0.5, 0.2, 0.3)}, "fall from phase to phase"),
+        ("npp", {"patches": (2, 2, 1), "shares": (0.5, 0.2, 0.3)}, "fall from phase to phase"),
+        ("npp", {"patches": (16, 1), "shares": (0.5, 0.5), "image_size": 96}, "at most 64 codes"),
         ("npp", {"patches": (2, 1), "shares": (0.5, 0.5), "levels": 2}, "give one of them"),
         ("npp", {"segment_factor": 1.0}, "--segment-factor 1.0: expected between 0 and 1"),
         ("llamagen", {"tokenizer": "patch", "codes": None}, "takes? a discrete tokenizer"),
@@ -409,10 +454,43 @@ def test_what_cannot_be_is_refused(system, flags, text):
         small(system, **flags)
 
 
-def test_levels_that_leave_no_images():
-    system = build_system(small("npp", grid=8, levels=3), CLASSES, "meta", fill=False)
-    with pytest.raises(ValueError, match="--images 3 leave none to patches of 4 x 4"):
-        list(system.phases(3))
+@pytest.mark.parametrize(
+    "flags, text",
+    [
+        ({"levels": 3, "images": 3, "batch": 1}, "--images 3 leave no step of 1 to patches of 4"),
+        # Steps begin at 0 and 512.
+        (
+            {"patches": (2, 1), "shares": (0.99, 0.01), "images": 1000, "batch": 512},
+            "no step of 512 to patches of 1 x 1, which have images 990 to 1000",
+        ),
+        ({"levels": 4, "images": 1000, "batch": 512, "grid": 16}, "to patches of 4 x 4"),
+    ],
+)
+def test_segments_without_a_step(flags, text):
+    with pytest.raises(ValueError, match=text):
+        small("npp", **{"grid": 8} | flags)
+
+
+def test_a_phase_behind_the_end():
+    system = build_system(small("npp", grid=8), CLASSES, "meta", fill=False)
+    with pytest.raises(ValueError, match="image 100 lies behind the end of training, 100"):
+        system.phase(100, 100)
+
+
+def test_scales_below_one_are_refused():
+    with pytest.raises(ValueError, match="--guidance 0.5: expected at least 1"):
+        random_system().options(guidance=0.5).check()
+
+
+def test_warm_up_may_be_given_either_way():
+    """npp's sizes count it in images; a share that is given goes before that."""
+    plain = configure("B", "npp", data="synthetic").recipe
+    assert (plain.warmup_images, plain.lr_schedule) == (1_281_167, "trapezoid")
+    given = configure("B", "npp", data="synthetic", warmup=0.1).recipe
+    assert (given.warmup, given.warmup_images) == (0.1, None)
+    assert given.resolve(plain) == given
+    with pytest.raises(ValueError, match="--warmup 0.1 and --warmup-images 5: give one"):
+        configure("B", "npp", data="synthetic", warmup=0.1, warmup_images=5)
 
 
 def test_more_than_one_position_per_step_is_refused():

@@ -6,6 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from heptapod_fast import load_run
+from heptapod_fast.runs.initial import find_weights
 from tests.running import NO_HEAD, command, final_tensors, refused, start_here, train_here
 
 LLAMAGEN = NO_HEAD | {"system": "llamagen", "images": 16, "ema": (0.9,)}
@@ -56,6 +57,18 @@ def test_a_run_starts_from_it(run, tmp_path, out):
         assert torch.equal(session.system.state_dict()[name], value), name
     is_wrapped = any("from model of" in line for line in said)
     assert is_wrapped == out.endswith(".pt")
+
+
+def test_it_says_its_classes_and_its_tokenizer(run, tmp_path):
+    """As a run does: classes go by name, another codebook is a warning."""
+    assert command("export", run, "--out", tmp_path).code == 0
+    said = []
+    settings = LLAMAGEN | {"init_from": str(tmp_path), "logogram_count": 65}
+    start_here(tmp_path / "next", said.append, **settings)
+    assert any("another codebook" in line for line in said)
+    assert not any("does not name them" in line for line in said)
+    weights = find_weights(str(tmp_path))
+    assert weights.class_names == load_run(run, device="cpu").class_names
 
 
 def test_bad_input(run, tmp_path):

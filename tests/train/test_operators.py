@@ -4,7 +4,7 @@ import pytest
 
 from heptapod_fast import ops
 from heptapod_fast.ops.dispatch import Unavailable
-from heptapod_fast.systems import build_system
+from heptapod_fast.systems import build_system, configure
 from heptapod_fast.train.operators import choose_operators
 from tests.running import CPU, start_here, tiny_config
 
@@ -34,6 +34,16 @@ def test_the_choice_of_one_run_holds_for_it_alone(tmp_path):
     second, _ = start_here(tmp_path / "b")
     assert first.system.operators["layer_norm"] == "reference"
     assert second.system.operators["layer_norm"] == "auto"
+
+
+def test_many_codes_are_said_to_go_in_chunks():
+    found = chosen(configure("B", "llamagen", data="synthetic", batch=8, device="cpu"))
+    assert found["linear_cross_entropy"].implementation == "chunked"
+    few = chosen(tiny_config("out"))["linear_cross_entropy"]
+    assert few.implementation == "reference"
+    assert "not chunked: logits are few enough to be held" in few.reason
+    asked = configure("B", "llamagen", data="synthetic", batch=8, kernels="reference", device="cpu")
+    assert chosen(asked)["linear_cross_entropy"].implementation == "reference"
 
 
 def test_the_optimizers_flag_decides_about_its_two_operations():
