@@ -5,7 +5,7 @@
     pytest bench/bench_sar.py --benchmark-only
 
 One stream is `--grouping next-token --injection shift`, as many tokens in half of the elements:
-"ours is 2x" beside it would mean that two streams are twice as fast. The slides give twice the cost.
+"ours is 0.5x" beside it means that two streams take twice the time, which is what the slides say.
 Continuous tokens and flow matching; size tiny and its logograms without --size, other sizes take
 synthetic latents.
 """

@@ -451,6 +451,12 @@ class Sar(MarSystem):
                 cache.advance(size)
         return tokens_BN
 
+    def settled(self, options: SampleOptions) -> SampleOptions:
+        """See System.settled."""
+        chosen = self.own_options(options, SarOptions)
+        scales = self.guidance_of(chosen)
+        return replace(chosen, guidance=scales.cfg, guidance_x=scales.x, guidance_z=scales.z)
+
     def guidance_of(self, options: SarOptions) -> Guidance:
         """The scales to draw with; ValueError where training left nothing to guide against."""
         settings = self.settings

@@ -90,7 +90,8 @@ def test_it_is_evaluated_reported_and_verified(trained, tmp_path):
     words = ("--count", 10, "--guidance-x", 1.5, *FEW, "--out", out)
     result = command("evaluate", trained, *words)
     assert result.code == 0, result.err
-    assert json.loads(out.read_text())["guidance_x"] == 1.5
+    numbers = json.loads(out.read_text())
+    assert (numbers["guidance"], numbers["guidance_x"], numbers["guidance_z"]) == (1.0, 1.5, 1.0)
     for tool in ("report", "verify"):
         result = command(tool, trained)
         assert result.code == 0, result.err
