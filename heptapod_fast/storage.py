@@ -27,6 +27,14 @@ class InUseError(OSError):
     """Another process holds a lock."""
 
 
+def write_numbers(value: object, path: Path) -> None:
+    """What `read_numbers` and other code read: tensors and plain containers, as PyTorch saves them.
+    For what leaves the project; it keeps its own in safetensors."""
+    import torch
+
+    torch.save(value, path)
+
+
 def lock(file: IO[str]) -> str:
     """Lock an open file for this process, until it is closed or the process ends.
 

@@ -6,13 +6,11 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 from heptapod_fast import checkpoints
 from heptapod_fast.runs.directory import RunError
 from heptapod_fast.runs.initial import EXPORTED
 from heptapod_fast.runs.loading import LoadedRun
-from heptapod_fast.storage import sync
+from heptapod_fast.storage import sync, write_numbers
 
 SAFETENSORS, PYTORCH = ".safetensors", ".pt"
 
@@ -54,7 +52,7 @@ def export_weights(loaded: LoadedRun, path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     if path.suffix == PYTORCH:
-        torch.save({"model": tensors}, unfinished)
+        write_numbers({"model": tensors}, unfinished)
     else:
         about = {
             "system": loaded.config.system,
