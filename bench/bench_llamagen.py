@@ -96,31 +96,10 @@ def cases_of(device, size, batch):
 
 def cases(device):
     """Shapes that show that everything works on a CPU, size B on a GPU."""
-    return cases_of(device, "B" if device == "cuda" else "tiny", BATCH[device])
+    return cases_of(device, harness.default_size(device), BATCH[device])
 
 
 bench_llamagen = harness.bench(cases)
 
-
-def main():
-    """The command line, which takes a size."""
-    parser = harness.parser(__doc__)
-    parser.add_argument("--size", help="of the model: B, L, ... (default: B on a GPU, else tiny)")
-    parser.add_argument("--batch", type=int, help="images of a step")
-    options = parser.parse_args()
-    device = harness.device_here() if options.device == "auto" else options.device
-    size = options.size or ("B" if device == "cuda" else "tiny")
-    chosen = [
-        case
-        for case in cases_of(device, size, options.batch or BATCH[device])
-        if options.only in f"{case.operation}: {case.name}"
-    ]
-    if not chosen:
-        raise SystemExit(f"--only {options.only!r}: no case has that in its name")
-    rows = harness.run(chosen, device, options.rounds)
-    if options.out is not None:
-        harness.write_results(options.out, rows, harness.machine(device))
-
-
 if __name__ == "__main__":
-    main()
+    harness.main_of_sizes(cases_of, BATCH)

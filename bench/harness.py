@@ -58,6 +58,35 @@ def main(*lists: Cases) -> None:
         write_results(options.out, rows, machine(options.device))
 
 
+def main_of_sizes(cases_of: Callable[[str, str, int], list[Case]], batch: dict[str, int]) -> None:
+    """As `main`, for steps of a model of a size and a batch that the command line names.
+
+    cases_of: (device, size, batch) -> cases. batch: {device: images of a step}.
+    """
+    described = sys.modules[cases_of.__module__].__doc__
+    flags = parser(described)
+    flags.add_argument("--size", help="of the model: B, L, ... (default: B on a GPU, else tiny)")
+    flags.add_argument("--batch", type=int, help="images of a step")
+    options = flags.parse_args()
+    device = device_here() if options.device == "auto" else options.device
+    size = options.size or default_size(device)
+    chosen = [
+        case
+        for case in cases_of(device, size, options.batch or batch[device])
+        if options.only in f"{case.operation}: {case.name}"
+    ]
+    if not chosen:
+        raise SystemExit(f"--only {options.only!r}: no case has that in its name")
+    rows = run(chosen, device, options.rounds)
+    if options.out is not None:
+        write_results(options.out, rows, machine(device))
+
+
+def default_size(device: str) -> str:
+    """Of a model whose steps are measured."""
+    return "B" if device == "cuda" else "tiny"
+
+
 def parser(described: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The flags that all bench files share. described: the docstring of the file."""
     columns = "\n".join(f"  {name:10}{what}" for name, what in figures.COLUMNS.items())

@@ -246,3 +246,158 @@ def group_sizes(num_tokens: int, positions_per_step: int, schedule: str = "const
         sizes.append(left - keep)
         left = keep
     return [*sizes, left]
+
+
+# ------------------------------------------------------------------------------------------- groups
+
+
+class Groups(NamedTuple):
+    """An ordered partition of the positions of a grid: G_1 to G_T, predicted one after the other.
+
+    Made on the CPU, once. Another grouping is another function that returns one (`grouped`).
+
+    height, width: of the grid, N = height * width positions in raster order.
+    sizes: how many positions each group has.
+    order_N: the positions, group by group, in raster order within a group.
+    group_N: which group (0 to T - 1) each position belongs to, by position.
+    """
+
+    height: int
+    width: int
+    sizes: tuple[int, ...]
+    order_N: Tensor
+    group_N: Tensor
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where in the order each group begins."""
+        return tuple(sum(self.sizes[:group]) for group in range(len(self.sizes)))
+
+
+def grouped(group_HW: Tensor) -> Groups:
+    """The groups of a grid whose positions say which one they belong to.
+
+    group_HW: (height, width) int64.
+
+    Raises:
+        ValueError: a group number below 0, or one between 0 and the last without positions.
+    """
+    height, width = group_HW.shape
+    group_N = group_HW.flatten()
+    if int(group_N.min()) < 0:
+        raise ValueError(f"groups are numbered from 0, got {int(group_N.min())}")
+    sizes = group_N.bincount().tolist()
+    if 0 in sizes:
+        raise ValueError(
+            f"groups have to cover the grid in turn: group {sizes.index(0)} of {len(sizes)} has no "
+            "position"
+        )
+    order_N = group_N.argsort(stable=True)
+    return Groups(height, width, tuple(sizes), order_N, group_N)
+
+
+def next_token_groups(height: int, width: int) -> Groups:
+    """One position after the other, in raster order: T = height * width."""
+    return grouped(torch.arange(height * width).view(height, width))
+
+
+def next_row_groups(height: int, width: int) -> Groups:
+    """Row by row: T = height."""
+    return grouped(torch.arange(height)[:, None].repeat(1, width))
+
+
+def next_layer_groups(height: int, width: int) -> Groups:
+    """Rings around the centre, from there outwards: T = max(height, width) / 2, rounded up."""
+    row_H1 = _from_centre(height)[:, None]
+    column_1W = _from_centre(width)[None]
+    ring_HW = torch.maximum(row_H1.expand(height, width), column_1W.expand(height, width))
+    return grouped(ring_HW)
+
+
+def _from_centre(length: int) -> Tensor:
+    """(length,) int64: steps from the middle, which is one element of an odd length and two of an
+    even one."""
+    # Twice the distance is a whole number: 1, 3, 5, ... or 0, 2, 4, ...
+    return (2 * torch.arange(length) - (length - 1)).abs() // 2
+
+
+def next_neighbor_groups(height: int, width: int) -> Groups:
+    """Anti-diagonals, from the top left corner: T = height + width - 1."""
+    return grouped(torch.arange(height)[:, None] + torch.arange(width))
+
+
+GROUPINGS = {
+    "next-token": next_token_groups,
+    "next-row": next_row_groups,
+    "next-layer": next_layer_groups,
+    "next-neighbor": next_neighbor_groups,
+}
+
+
+class Sources(NamedTuple):
+    """Which earlier tokens make up the input of every position (SAR's h).
+
+    position_NK: (N, K) positions, by position; what is beyond the weights may be any.
+    weight_NK: (N, K) float32: shares, which add up to 1, or to 0 where there is no earlier token.
+    """
+
+    position_NK: Tensor
+    weight_NK: Tensor
+
+
+def shifted_sources(groups: Groups) -> Sources:
+    """`shift`: the i-th position of a group takes the i-th of the group before.
+
+    Raises:
+        ValueError: two groups that follow each other differ in size.
+    """
+    sizes = groups.sizes
+    differing = [t for t in range(1, len(sizes)) if sizes[t] != sizes[t - 1]]
+    if differing:
+        t = differing[0]
+        raise ValueError(
+            f"shift takes every group from the one before, of the same size, but group {t} has "
+            f"{sizes[t - 1]} tokens and group {t + 1} has {sizes[t]}"
+        )
+    count = sizes[0]
+    position_N1 = torch.zeros(len(groups.order_N), 1, dtype=torch.int64)
+    weight_N1 = torch.zeros(len(groups.order_N), 1)
+    position_N1[groups.order_N[count:], 0] = groups.order_N[:-count]
+    weight_N1[groups.order_N[count:]] = 1.0
+    return Sources(position_N1, weight_N1)
+
+
+def nearest_sources(groups: Groups) -> Sources:
+    """`nearest`: the closest position of an earlier group; of several the one of the latest group,
+    then the first in raster order."""
+    is_earlier_NN, distance_NN = _earlier(groups)
+    count = len(groups.sizes)
+    later_NN = (count - 1 - groups.group_N)[None].expand_as(distance_NN)
+    place_N = torch.arange(len(groups.group_N))
+    cost_NN = (distance_NN * count + later_NN) * len(place_N) + place_N
+    cost_NN = cost_NN.masked_fill(~is_earlier_NN, torch.iinfo(torch.int64).max)
+    position_N1 = cost_NN.argmin(1, keepdim=True)
+    weight_N1 = is_earlier_NN.any(1, keepdim=True).float()
+    return Sources(position_N1, weight_N1)
+
+
+def average_sources(groups: Groups) -> Sources:
+    """`average`: the mean of those of the 8 neighbours that are of an earlier group."""
+    is_earlier_NN, distance_NN = _earlier(groups)
+    is_source_NN = is_earlier_NN & (distance_NN <= 2)  # squared: 1 beside, 2 across
+    ranked = is_source_NN.int().argsort(dim=1, descending=True, stable=True)
+    position_N8 = ranked[:, :8]
+    weight_N8 = is_source_NN.gather(1, position_N8).float()
+    weight_N8 = weight_N8 / weight_N8.sum(1, keepdim=True).clamp(min=1.0)
+    return Sources(position_N8, weight_N8)
+
+
+def _earlier(groups: Groups) -> tuple[Tensor, Tensor]:
+    """(N, N) each: whether the second position is of an earlier group than the first; squared
+    distance between them, int64."""
+    group_N = groups.group_N
+    place_N = torch.arange(len(group_N))
+    row_N = place_N // groups.width
+    column_N = place_N % groups.width
+    distance_NN = (row_N[:, None] - row_N).square() + (column_N[:, None] - column_N).square()
+    return group_N[None] < group_N[:, None], distance_NN

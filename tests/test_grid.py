@@ -289,3 +289,93 @@ def test_bad_groups_are_refused():
 def test_orders_are_uniform():
     counts = Counter(map(tuple, orders_of(12_000, 3).tolist()))
     assert len(counts) == 6 and chi_square(torch.tensor(list(counts.values()))) < 25
+
+
+# ------------------------------------------------------------------------------------------- groups
+
+GRIDS = [(1, 1), (1, 5), (4, 4), (5, 5), (4, 5), (5, 7), (6, 6)]
+
+
+def by_definition(name, height, width):
+    """{group: positions in raster order}."""
+    found = {}
+    for y in range(height):
+        for x in range(width):
+            from_centre = max(abs(2 * y - (height - 1)), abs(2 * x - (width - 1)))
+            group = {
+                "next-token": y * width + x,
+                "next-row": y,
+                "next-layer": from_centre // 2,
+                "next-neighbor": y + x,
+            }[name]
+            found.setdefault(group, []).append(y * width + x)
+    return [found[group] for group in sorted(found)]
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+@pytest.mark.parametrize("name", grid.GROUPINGS)
+def test_groups_are_their_definitions(name, height, width):
+    groups = grid.GROUPINGS[name](height, width)
+    expected = by_definition(name, height, width)
+    assert groups.sizes == tuple(map(len, expected))
+    assert groups.order_N.tolist() == [p for group in expected for p in group]
+    assert all(groups.group_N[p] == t for t, group in enumerate(expected) for p in group)
+    assert groups.starts == tuple(sum(groups.sizes[:t]) for t in range(len(expected)))
+    steps = {
+        "next-token": height * width,
+        "next-row": height,
+        "next-layer": -(-max(height, width) // 2),
+        "next-neighbor": height + width - 1,
+    }
+    assert len(groups.sizes) == steps[name]
+
+
+def test_another_grouping_is_one_function():
+    groups = grid.grouped(torch.tensor([[1, 0], [2, 0]]))
+    assert groups.sizes == (2, 1, 1) and groups.order_N.tolist() == [1, 3, 0, 2]
+    with pytest.raises(ValueError, match="group 1 of 3 has no position"):
+        grid.grouped(torch.tensor([[0, 0], [2, 0]]))
+    with pytest.raises(ValueError, match="numbered from 0, got -1"):
+        grid.grouped(torch.tensor([[0, -1]]))
+
+
+def weights_of(sources, position):
+    """{source: share} of a position, shares of 0 left out."""
+    found = {}
+    for source, weight in zip(sources.position_NK[position], sources.weight_NK[position]):
+        if weight:
+            found[int(source)] = found.get(int(source), 0.0) + float(weight)
+    return found
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+@pytest.mark.parametrize("name", grid.GROUPINGS)
+def test_sources_are_their_definitions(name, height, width):
+    groups = grid.GROUPINGS[name](height, width)
+    group = groups.group_N.tolist()
+    nearest, average = grid.nearest_sources(groups), grid.average_sources(groups)
+    for p in range(height * width):
+
+        def distance(q):
+            return (p // width - q // width) ** 2 + (p % width - q % width) ** 2  # noqa: B023
+
+        earlier = [q for q in range(height * width) if group[q] < group[p]]
+        beside = [q for q in earlier if distance(q) <= 2]
+        if group[p] == 0:
+            assert weights_of(nearest, p) == weights_of(average, p) == {}
+            continue
+        closest = min(earlier, key=lambda q: (distance(q), -group[q], q))
+        assert weights_of(nearest, p) == {closest: 1.0}
+        assert beside  # every position behind the first group has an earlier neighbour
+        assert weights_of(average, p) == pytest.approx(dict.fromkeys(beside, 1 / len(beside)))
+
+
+@pytest.mark.parametrize("name", ["next-token", "next-row"])
+def test_shift_takes_the_group_before(name):
+    groups = grid.GROUPINGS[name](4, 5)
+    before = 1 if name == "next-token" else 5
+    sources = grid.shifted_sources(groups)
+    for p in range(20):
+        assert weights_of(sources, p) == ({} if p < before else {p - before: 1.0})
+    with pytest.raises(ValueError, match="group 1 has 1 tokens and group 2 has 2"):
+        grid.shifted_sources(grid.GROUPINGS["next-neighbor"](4, 5))

@@ -8,7 +8,7 @@ from bench.process import ROOT
 from bench.sections import suites
 from bench.sections.ceilings import CeilingsSection
 from bench.sections.operations import LARGER, SLOW, Operation
-from bench.sections.training import Baseline, LlamaSteps, Steps
+from bench.sections.training import Baseline, LlamaSteps, SarSteps, Steps
 from bench.sections.work import Section
 
 GATED = ("layer_norm", "adaln", "linear_cross_entropy", "adamw_ema", "diffusion_loss")
@@ -32,6 +32,7 @@ def by_worth() -> list[Section]:
     if (ROOT / "tests" / "ladder").is_dir():
         found.append(suites.LADDER)
     found += [Steps("L"), Steps("H"), LlamaSteps("B"), LlamaSteps("L")]
+    found.append(SarSteps("B"))
     found += [Baseline(size) for size in ("B", "L", "H")]
     found += [operation(name) for name in OTHERS]
     found += [operation(name, LARGER) for name in (*GATED, *OTHERS) if name not in ONE_SIZE]

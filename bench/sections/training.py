@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bench.steps import Step
 
 BATCH = {"B": 128, "L": 128, "H": 64}
+SAR_BATCH = {"B": 64}
 ROUNDS = 12
 PROFILED_STEPS = 3
 KERNELS_KEPT, KERNELS_SHOWN = 40, 25
@@ -124,6 +125,42 @@ class LlamaSteps(Training):
                 work.emit(plain_llamagen(case, self.size, batch, how))
             except Exception as error:
                 work.emit({"case": case, "failed": reason(error)})
+
+
+@dataclass(frozen=True)
+class SarSteps(Training):
+    """SAR B with the kernels: two streams, and one for comparison."""
+
+    size: str
+
+    code = (*Training.code, "bench/bench_sar.py")
+
+    @property
+    def name(self) -> str:
+        """step-sar-B."""
+        return f"step-sar-{self.size}"
+
+    @property
+    def about(self) -> str:
+        """One line."""
+        return f"Training steps of SAR {self.size}: two streams, one stream, DDPM for flow."
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """{name: flags}."""
+        two = dict(system="sar", tokenizer="kl16", grouping="next-neighbor", injection="average")
+        return {
+            "two streams, flow": two,
+            "two streams, ddpm": two | dict(token_loss="ddpm"),
+            "one stream, flow": two | dict(grouping="next-token", injection="shift"),
+        }
+
+    def measure(self, work: Work) -> None:
+        """See Section.measure."""
+        for name, settings in self.variants().items():
+            case = f"{self.size}, sar, {name}"
+            if work.wants(case):
+                step = synthetic_step(self.size, "cuda", SAR_BATCH[self.size], settings | OURS)
+                work.emit(measured(case, step, is_profiled=name == "two streams, flow"))
 
 
 def plain_llamagen(case: str, size: str, batch: int, how: str) -> Row:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,26 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import (
     DIFFUSION_STEPS,
     Denoiser,
+    Path,
     SampleOptions,
     respaced,
     sample_codes,
 )
+
+# Times of flow matching in the features' units, which are timesteps.
+TIME_SCALE = 1000.0
+
+
+class Contrast(NamedTuple):
+    """Guidance at the head: what it says of z is moved away from what it says of `z_RD`, by
+    other + scale * (own - other). A scale of 1 changes nothing."""
+
+    z_RD: Tensor
+    scale: float
+
+    def guided(self, own: Tensor, other: Tensor) -> Tensor:
+        """Of two predictions of one shape."""
+        return other + self.scale * (own - other)
 
 
 class TokenLoss(nn.Module, ABC):
@@ -57,10 +75,29 @@ class TokenLoss(nn.Module, ABC):
 
     @abstractmethod
     def draw(
-        self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor, options: SampleOptions
+        self,
+        z_RD: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        options: SampleOptions,
+        contrast: Contrast | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One token per row, (R,) codes or (R, C) float32, and its probability, (R,) or None where
-        there is none. Draws are keyed as in `loss`."""
+        there is none. Draws are keyed as in `loss`. contrast: what to guide away from; None costs
+        no pass."""
+
+    # The samplers that `draw` takes, the default first.
+    SAMPLERS: ClassVar[tuple[str, ...]] = ()
+
+    def check_options(self, options: SampleOptions) -> None:
+        """ValueError for a sampler that draws from another kind of distribution."""
+        asked = options.diffusion_sampler
+        if asked is not None and asked not in self.SAMPLERS:
+            raise ValueError(
+                f"--diffusion-sampler {asked}: tokens of this run are drawn by "
+                f"{' or '.join(self.SAMPLERS) or 'none'}"
+            )
 
     @abstractmethod
     def flops(self, rows: float) -> float:
@@ -109,11 +146,20 @@ class Categorical(TokenLoss):
         return self.output(z_RD).float()
 
     def draw(
-        self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor, options: SampleOptions
+        self,
+        z_RD: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        options: SampleOptions,
+        contrast: Contrast | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See TokenLoss.draw."""
         uniform_R = rng.uniform("sample.token", index_R, 1, slot_R)[:, 0]
-        return sample_codes(self.logits(z_RD), uniform_R, options)
+        logits_RV = self.logits(z_RD)
+        if contrast is not None:
+            logits_RV = contrast.guided(logits_RV, self.logits(contrast.z_RD))
+        return sample_codes(logits_RV, uniform_R, options)
 
     def flops(self, rows: float) -> float:
         """One product to V logits."""
@@ -148,22 +194,122 @@ class ResBlock(nn.Module):
         )
 
 
-class Diffusion(TokenLoss):
-    """Continuous tokens: MAR's diffusion MLP (mar:models/diffloss.py) and its loss.
+class Denoising(TokenLoss):
+    """Continuous tokens: MAR's diffusion MLP (mar:models/diffloss.py), a network of a noisy token,
+    a time and a condition, which the kinds of denoising share.
 
     Layers and initialisation as upstream; the work is arranged differently: the conditioning is
-    projected once per token instead of once per noise, SiLU(y) is taken once for all blocks, and
-    timesteps are embedded through a table of the 1000 values.
+    projected once per token instead of once per noise, and SiLU(y) is taken once for all blocks.
 
     Args:
         width: D.
         channels: C.
+        outputs: values that the network gives per token.
         blocks, mlp_width: residual blocks of the MLP, and F.
-        repeat: fresh (timestep, noise) pairs per token.
-        bound: add the variational bound of the learned variance to the MSE.
+        repeat: fresh (time, noise) pairs per token.
         limit: tokens lie in [-limit, limit], which sampling makes use of; 0: not known.
     """
 
+    def __init__(
+        self,
+        width: int,
+        channels: int,
+        outputs: int,
+        *,
+        blocks: int,
+        mlp_width: int,
+        repeat: int,
+        limit: float = 0.0,
+        operators: Operators = AUTO,
+    ):
+        super().__init__()
+        self.operators = operators
+        self.channels = channels
+        self.repeat = repeat
+        self.limit = limit
+        self.time1 = Linear(256, mlp_width, init="normal")
+        self.time2 = Linear(mlp_width, mlp_width, init="normal")
+        self.condition = Linear(width, mlp_width)
+        self.input = Linear(channels, mlp_width)
+        self.blocks = Modules[ResBlock](ResBlock(mlp_width) for _ in range(blocks))
+        self.modulation = Linear(mlp_width, 2 * mlp_width, init="zero")
+        self.output = Linear(mlp_width, outputs, init="zero")
+
+    def weights(self) -> ops.DiffusionWeights:
+        """What `ops.diffusion_mlp` takes."""
+        return ops.DiffusionWeights(
+            self.input.weight,
+            self.input.bias,
+            self.modulation.weight,
+            self.modulation.bias,
+            self.output.weight,
+            self.output.bias,
+            tuple(block.weights() for block in self.blocks),
+        )
+
+    def mlp(self, xt_RC: Tensor, t_R: Tensor, time_TF: Tensor, condition_MF: Tensor) -> Tensor:
+        """Noisy tokens and projected conditions -> (R, outputs) float32. t: the row of the table of
+        embedded times. There are R / M rows in a row to each condition."""
+        return ops.diffusion_mlp(
+            xt_RC, t_R, time_TF, condition_MF, self.weights(), EPS, self.operators["diffusion_mlp"]
+        )
+
+    def embed(self, sinusoids: Tensor) -> Tensor:
+        """(..., 256) features of times -> (..., F)."""
+        return self.time2(F.silu(self.time1(sinusoids)))
+
+    def run(self, xt_RC: Tensor, y_RF: Tensor) -> Tensor:
+        """The MLP in plain PyTorch, given the sum of time embedding and condition:
+        (R, outputs)."""
+        return reference_of_sum(xt_RC, y_RF, self.weights(), EPS)
+
+    def predictor(
+        self, z_RD: Tensor, time_TF: Tensor, contrast: Contrast | None
+    ) -> Callable[[Tensor, int], Tensor]:
+        """(x_t (R, C), row of the table of times) -> (R, outputs), guided where there is a
+        contrast, which is a second pass of the network."""
+        condition_RF = self.condition(z_RD)
+        if contrast is None:
+            return lambda x_RC, step: self.run(x_RC, time_TF[step] + condition_RF)
+        conditions = torch.cat((condition_RF, self.condition(contrast.z_RD.to(z_RD.dtype))))
+
+        def predict(x_RC: Tensor, step: int) -> Tensor:
+            both = self.run(torch.cat((x_RC, x_RC)), time_TF[step] + conditions)
+            return self.combine(contrast, *both.chunk(2))
+
+        return predict
+
+    def combine(self, contrast: Contrast, own: Tensor, other: Tensor) -> Tensor:
+        """Two predictions (R, outputs) -> one."""
+        return contrast.guided(own, other)
+
+    def times_per_row(self, rows: float) -> float:
+        """Times that are embedded for so many rows."""
+        return 0.0
+
+    def flops(self, rows: float) -> float:
+        """The condition's product once per row, all others once per (time, noise) pair."""
+        once = (self.condition, self.time1, self.time2)
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear) and m not in once]
+        per_repeat = sum(layer.weight.numel() for layer in layers)
+        of_times = self.time1.weight.numel() + self.time2.weight.numel()
+        embedding = 2 * self.times_per_row(rows) * of_times
+        return embedding + 2 * rows * (self.repeat * per_repeat + self.condition.weight.numel())
+
+    def saved_values(self, rows: float) -> float:
+        """9 F per block and 6 F beside them, for each (time, noise) pair."""
+        mlp_width = len(self.input.weight)
+        return rows * self.repeat * mlp_width * (9 * len(self.blocks) + 6)
+
+
+class Diffusion(Denoising):
+    """MAR's diffusion loss: 1000 timesteps, whose embeddings are one table.
+
+    Args:
+        bound: add the variational bound of the learned variance to the MSE.
+    """
+
+    SAMPLERS = ("ddpm", "ddim")
     tables: Tensor
     sinusoids: Tensor
 
@@ -179,22 +325,21 @@ class Diffusion(TokenLoss):
         limit: float = 0.0,
         operators: Operators = AUTO,
     ):
-        super().__init__()
-        self.operators = operators
-        self.channels = channels
-        self.repeat = repeat
+        super().__init__(
+            width,
+            channels,
+            2 * channels,
+            blocks=blocks,
+            mlp_width=mlp_width,
+            repeat=repeat,
+            limit=limit,
+            operators=operators,
+        )
         self.bound = bound
-        self.limit = limit
-        self.time1 = Linear(256, mlp_width, init="normal")
-        self.time2 = Linear(mlp_width, mlp_width, init="normal")
-        self.condition = Linear(width, mlp_width)
-        self.input = Linear(channels, mlp_width)
-        self.blocks = Modules[ResBlock](ResBlock(mlp_width) for _ in range(blocks))
-        self.modulation = Linear(mlp_width, 2 * mlp_width, init="zero")
-        self.output = Linear(mlp_width, 2 * channels, init="zero")
         tables = ops.schedule_tables(ops.cosine_betas())
         self.register_buffer("tables", tables, persistent=False)
-        self.register_buffer("sinusoids", timestep_features(len(tables[0])), persistent=False)
+        times = torch.arange(len(tables[0])).float()
+        self.register_buffer("sinusoids", timestep_features(times), persistent=False)
 
     def loss(
         self,
@@ -220,29 +365,20 @@ class Diffusion(TokenLoss):
 
         There are R / M rows in a row to each condition.
         """
-        time_TF = self.embed_time(condition_MF.dtype)
-        return ops.diffusion_mlp(
-            xt_RC, t_R, time_TF, condition_MF, self.weights(), EPS, self.operators["diffusion_mlp"]
-        )
-
-    def weights(self) -> ops.DiffusionWeights:
-        """What `ops.diffusion_mlp` takes."""
-        return ops.DiffusionWeights(
-            self.input.weight,
-            self.input.bias,
-            self.modulation.weight,
-            self.modulation.bias,
-            self.output.weight,
-            self.output.bias,
-            tuple(block.weights() for block in self.blocks),
-        )
+        return self.mlp(xt_RC, t_R, self.embed_time(condition_MF.dtype), condition_MF)
 
     def embed_time(self, dtype: torch.dtype) -> Tensor:
         """(T, F): the embedding of every timestep."""
-        return self.time2(F.silu(self.time1(self.sinusoids.to(dtype))))
+        return self.embed(self.sinusoids.to(dtype))
 
     def draw(
-        self, z_RD: Tensor, rng: Rng, index_R: Tensor, slot_R: Tensor, options: SampleOptions
+        self,
+        z_RD: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        options: SampleOptions,
+        contrast: Contrast | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See TokenLoss.draw.
 
@@ -251,36 +387,96 @@ class Diffusion(TokenLoss):
         """
         z_RD = z_RD.float()
         times = respaced(options.diffusion_steps or DIFFUSION_STEPS).to(z_RD.device)
-        condition_RF = self.condition(z_RD)
         time_TF = self.embed_time(z_RD.dtype)[times]
-
-        def predict(x_RC: Tensor, step: int) -> Tensor:
-            return self.run(x_RC, time_TF[step] + condition_RF)
-
+        predict = self.predictor(z_RD, time_TF, contrast)
         denoiser = Denoiser(predict, rng, index_R, slot_R, options, self.limit)
         return denoiser.sample(self.channels), None
 
-    def run(self, xt_RC: Tensor, y_RF: Tensor) -> Tensor:
-        """The MLP in plain PyTorch, given the sum of time embedding and condition: (R, 2C)."""
-        return reference_of_sum(xt_RC, y_RF, self.weights(), EPS)
-
-    def flops(self, rows: float) -> float:
-        """The condition's product once per row, all others once per (timestep, noise) pair; the
-        table of times once per step, which does not count."""
-        once = (self.condition, self.time1, self.time2)
-        layers = [m for m in self.modules() if isinstance(m, nn.Linear) and m not in once]
-        per_repeat = sum(layer.weight.numel() for layer in layers)
-        return 2 * rows * (self.repeat * per_repeat + self.condition.weight.numel())
-
-    def saved_values(self, rows: float) -> float:
-        """9 F per block and 6 F beside them, for each (timestep, noise) pair."""
-        mlp_width = len(self.input.weight)
-        return rows * self.repeat * mlp_width * (9 * len(self.blocks) + 6)
+    def combine(self, contrast: Contrast, own: Tensor, other: Tensor) -> Tensor:
+        """eps is guided, the learned variance is the own one (mar:models/diffloss.py,
+        forward_with_cfg)."""
+        own_eps, variance = own.chunk(2, dim=-1)
+        other_eps, _ = other.chunk(2, dim=-1)
+        return torch.cat((contrast.guided(own_eps, other_eps), variance), dim=-1)
 
 
-def timestep_features(steps: int, size: int = 256) -> Tensor:
-    """(steps, size) float32: cosines, then sines, of t * 10000^(-k / (size / 2))."""
+class Flow(Denoising):
+    """Flow matching: the velocity from data to noise along straight lines (ops/flow_loss.py), time
+    uniform on (0, 1). Times are no table: every (time, noise) pair has one of its own."""
+
+    SAMPLERS = ("euler", "heun")
+
+    def __init__(
+        self,
+        width: int,
+        channels: int,
+        *,
+        blocks: int,
+        mlp_width: int,
+        repeat: int,
+        limit: float = 0.0,
+        operators: Operators = AUTO,
+    ):
+        super().__init__(
+            width,
+            channels,
+            channels,
+            blocks=blocks,
+            mlp_width=mlp_width,
+            repeat=repeat,
+            limit=limit,
+            operators=operators,
+        )
+
+    def loss(
+        self,
+        z_RD: Tensor,
+        target: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        weight_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See TokenLoss.loss; a row's loss is the mean over its (time, noise) pairs."""
+        how = self.operators["flow_loss"]
+        draws = ops.Draws(index_R, slot_R, self.repeat, rng.key("flow.time"), rng.key("flow.noise"))
+        xt_RC, time_R = ops.flow_inputs(target, draws, how)
+        prediction_RC = self.net(xt_RC, time_R, self.condition(z_RD))
+        return weighted_sum(ops.flow_loss(prediction_RC, target, draws, how), weight_R)
+
+    def net(self, xt_RC: Tensor, time_R: Tensor, condition_MF: Tensor) -> Tensor:
+        """Noisy tokens, times in (0, 1) and projected conditions -> (R, C) float32 velocities."""
+        row_R = torch.arange(len(time_R), device=time_R.device)
+        time_RF = self.embed_time(time_R, condition_MF.dtype)
+        return self.mlp(xt_RC, row_R, time_RF, condition_MF)
+
+    def embed_time(self, time_R: Tensor, dtype: torch.dtype) -> Tensor:
+        """(R,) in [0, 1] -> (R, F); 1 has the features of timestep 1000."""
+        return self.embed(timestep_features(TIME_SCALE * time_R).to(dtype))
+
+    def draw(
+        self,
+        z_RD: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        options: SampleOptions,
+        contrast: Contrast | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See TokenLoss.draw; float32, as Diffusion.draw."""
+        z_RD = z_RD.float()
+        path = Path(rng, index_R, slot_R, options, self.limit)
+        time_TF = self.embed_time(path.times().to(z_RD.device), z_RD.dtype)
+        return path.sample(self.predictor(z_RD, time_TF, contrast), self.channels), None
+
+    def times_per_row(self, rows: float) -> float:
+        """One for each pair."""
+        return rows * self.repeat
+
+
+def timestep_features(time: Tensor, size: int = 256) -> Tensor:
+    """(...) float32 -> (..., size): cosines, then sines, of t * 10000^(-k / (size / 2))."""
     half = size // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half) / half)
-    angle = torch.arange(steps).float()[:, None] * frequency
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / half)
+    angle = time[..., None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

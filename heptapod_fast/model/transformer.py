@@ -167,9 +167,9 @@ class Backbone(nn.Module):
     """Causal Transformer over [S], tokens in sampling order: h_t has seen the class and t tokens.
 
     Learned tables: class, token (an embedding of codes or a projection of vectors), N grid
-    positions, N time steps. Which position goes with which token is the system's choice: Heptapod
-    adds a token's own position and gives [S] none; the 1D baselines add the position of the next
-    target.
+    positions, N time steps (or `times`). Which position goes with which token is the system's
+    choice: Heptapod adds a token's own position and gives [S] none; the 1D baselines add the
+    position of the next target.
 
     Attributes:
         dtype: of the activations.
@@ -185,13 +185,14 @@ class Backbone(nn.Module):
         num_tokens: int,
         channels: int,
         vocabulary: int,
+        times: int | None = None,
         operators: Operators = AUTO,
     ):
         super().__init__()
         self.token = Linear(channels, width) if channels else nn.Embedding(vocabulary, width)
         self.label = nn.Embedding(num_classes, width)
         self.position = nn.Embedding(num_tokens, width)
-        self.time = nn.Embedding(num_tokens, width)
+        self.time = nn.Embedding(num_tokens if times is None else times, width)
         self.blocks = Modules[Block](Block(width, heads, operators) for _ in range(depth))
         self.norm = LayerNorm(width, operators=operators)
         self.dtype = torch.float32
@@ -215,13 +216,21 @@ class Backbone(nn.Module):
         dropout: Dropout = NO_DROPOUT,
         cache: KVCache | None = None,
         visible: Visible = CAUSAL,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, N, D) -> h (B, N, D), after the final LayerNorm. visible: who sees whom."""
+        """(B, N, D) -> h (B, N, D), after the final LayerNorm. visible: who sees whom. packing: the
+        last block lets only these elements out, and h is (R, D)."""
         stream = Stream(x_BND)
-        for i, block in enumerate(self.blocks):
-            masks = dropout.sites(Block.SITES * i, Block.SITES)
+        last = len(self.blocks) - 1
+        for i in range(last):
             layer = None if cache is None else cache.layer(i)
-            stream = block(stream, visible, masks, layer)
+            masks = dropout.sites(Block.SITES * i, Block.SITES)
+            stream = self.blocks[i](stream, visible, masks, layer)
+        layer = None if cache is None else cache.layer(last)
+        if packing is not None:
+            dropout = dropout.packed(*packing)
+        masks = dropout.sites(Block.SITES * last, Block.SITES)
+        stream = self.blocks[last](stream, visible, masks, layer, packing)
         return stream.normed(self.norm)[1]
 
     @property

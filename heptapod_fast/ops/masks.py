@@ -192,23 +192,27 @@ def group_mask(groups: list[int]) -> AttentionMask:
     return _one_range(sizes.cumsum(0).repeat_interleave(sizes))
 
 
-def two_stream_mask(groups: list[int], prefix: int = 1) -> AttentionMask:
+def two_stream_mask(
+    groups: list[int], prefix: int = 1, has_last_context: bool = True
+) -> AttentionMask:
     """SAR's two streams: `prefix` elements (the class), context, generation.
 
     groups: sizes of G_1..G_T. Context is the true tokens in the order of the groups, generation
     their copy in the same order. The prefix sees itself; context of G_s sees prefix and context of
     G_1..G_s; generation of G_t sees prefix, context of G_1..G_{t-1}, and its own group of the copy.
+    has_last_context: whether the context has G_T, which nothing but itself sees.
     """
     sizes = _group_sizes(groups)
     _at_least("prefix", prefix, 0)
     ends = sizes.cumsum(0).repeat_interleave(sizes)
     starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     tokens = int(sizes.sum())
-    ranges = torch.zeros(prefix + 2 * tokens, 2, 2, dtype=torch.int32)
+    context = tokens if has_last_context else tokens - groups[-1]
+    ranges = torch.zeros(prefix + context + tokens, 2, 2, dtype=torch.int32)
     ranges[:prefix, 0, 1] = prefix
-    ranges[prefix : prefix + tokens, 0, 1] = prefix + ends
-    ranges[prefix + tokens :, 0, 1] = prefix + starts
-    ranges[prefix + tokens :, 1] = prefix + tokens + torch.stack((starts, ends), 1)
+    ranges[prefix : prefix + context, 0, 1] = prefix + ends[:context]
+    ranges[prefix + context :, 0, 1] = prefix + starts
+    ranges[prefix + context :, 1] = prefix + context + torch.stack((starts, ends), 1)
     return AttentionMask.from_ranges(ranges, len(ranges))
 
 

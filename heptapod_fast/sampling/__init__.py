@@ -2,7 +2,17 @@
 
 from heptapod_fast.sampling.codes import sample_codes
 from heptapod_fast.sampling.diffusion import Denoiser, respaced
+from heptapod_fast.sampling.flow import FLOW_STEPS, Path
 from heptapod_fast.sampling.kv_cache import KVCache
 from heptapod_fast.sampling.options import DIFFUSION_STEPS, SampleOptions
 
-__all__ = ["DIFFUSION_STEPS", "Denoiser", "KVCache", "SampleOptions", "respaced", "sample_codes"]
+__all__ = [
+    "DIFFUSION_STEPS",
+    "FLOW_STEPS",
+    "Denoiser",
+    "KVCache",
+    "Path",
+    "SampleOptions",
+    "respaced",
+    "sample_codes",
+]

@@ -31,12 +31,13 @@ class SampleOptions(Settings):
         rule=Rule("more than 0, and at most 1", lambda value: 0 < value <= 1),
     )
     diffusion_steps: int | None = setting(
-        f"Denoising steps per token, out of the {STEPS} trained (default {DIFFUSION_STEPS}).",
+        f"Denoising steps per token (default {DIFFUSION_STEPS} out of the {STEPS} trained; 50 of "
+        "a flow).",
         rule=between(1, STEPS),
     )
-    diffusion_sampler: Literal["ddpm", "ddim"] | None = setting(
+    diffusion_sampler: Literal["ddpm", "ddim", "euler", "heun"] | None = setting(
         "Ancestral sampling with the learned variance (ddpm, the default), or the deterministic "
-        "DDIM.",
+        "DDIM; of a flow euler (the default), or heun, two passes in each step.",
     )
 
     def check_tokens(self, spec: TokenSpec) -> None:

@@ -16,6 +16,7 @@ from heptapod_fast.systems.autoregressive import RandomOrder, RasterOrder
 from heptapod_fast.systems.base import Loss, Phase, System
 from heptapod_fast.systems.heptapod import Heptapod
 from heptapod_fast.systems.llamagen import LlamaGen, NextPatch
+from heptapod_fast.systems.sar import Sar
 from heptapod_fast.tokenizers import TokenSpec
 
 SYSTEMS: dict[str, type[System]] = {
@@ -24,6 +25,7 @@ SYSTEMS: dict[str, type[System]] = {
     "1d-random": RandomOrder,
     "llamagen": LlamaGen,
     "npp": NextPatch,
+    "sar": Sar,
 }
 DEFAULT = "heptapod"
 
@@ -89,6 +91,7 @@ __all__ = [
     "Phase",
     "RandomOrder",
     "RasterOrder",
+    "Sar",
     "System",
     "TokenSpec",
     "build_system",

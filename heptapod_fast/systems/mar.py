@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, Self, TypeVar, cast
 
 import torch
@@ -20,10 +21,17 @@ from heptapod_fast.config.settings import between, more_than, setting, share
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.grid import Rows
 from heptapod_fast.model import initial
-from heptapod_fast.model.token_losses import Categorical, Diffusion, TokenLoss
+from heptapod_fast.model.token_losses import (
+    Categorical,
+    Denoising,
+    Diffusion,
+    Flow,
+    TokenLoss,
+)
 from heptapod_fast.model.transformer import Backbone
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
+from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.systems.base import System
 from heptapod_fast.tokenizers import TokenSpec
 
@@ -33,6 +41,7 @@ DIFFUSION_SETTINGS = (
     "diffusion_width",
     "diffusion_repeat",
     "diffusion_loss",
+    "token_loss",
 )
 
 
@@ -54,6 +63,10 @@ class MarSettings(SystemSettings):
         "Fresh timesteps and noises per supervised token (MAR's diffusion_batch_mul).",
         rule=between(1, 2**10),
     )
+    token_loss: Literal["ddpm", "flow"] | None = setting(
+        "How continuous tokens are denoised: MAR's diffusion (ddpm), or flow matching.",
+        before=None,
+    )
     diffusion_loss: Literal["mse+vb", "mse"] | None = setting(
         "MAR's MSE plus variational bound of the learned variance, or the plain MSE."
     )
@@ -73,7 +86,13 @@ class MarSettings(SystemSettings):
         if not continuous:
             self.refuse(DIFFUSION_SETTINGS, f"needs continuous tokens; {spec.name} is discrete")
             defaults = defaults.without(*DIFFUSION_SETTINGS)
-        settings = self.filled(defaults)
+        settings = self
+        if self.token_loss == "ddpm" and defaults.token_loss is None:
+            settings = self.without("token_loss")  # it is what None means there
+        elif (self.token_loss or defaults.token_loss) == "flow":
+            self.refuse(("diffusion_loss",), "needs --token-loss ddpm")
+            defaults = defaults.without("diffusion_loss")
+        settings = settings.filled(defaults)
         if settings.width % settings.heads:
             raise ValueError(
                 f"--width {settings.width} is not a multiple of --heads {settings.heads}"
@@ -149,10 +168,15 @@ TABLE_3 = {
 AnySettings = TypeVar("AnySettings", bound=MarSettings)
 
 
-def sizes(settings_of: Callable[[NetworkSize], AnySettings]) -> dict[str, Size]:
+def sizes(
+    settings_of: Callable[[NetworkSize], AnySettings],
+    table: Mapping[str, NetworkSize] = MappingProxyType(TABLE_3),
+    tiny_data: DataSettings = TINY_DATA,
+) -> dict[str, Size]:
     """tiny with a recipe of its own, then the sizes of the paper with the paper's.
 
     settings_of: what a system adds to a network's size: its depths, and settings of its own.
+    table: the sizes of the paper.
     """
 
     def with_network(network: NetworkSize) -> AnySettings:
@@ -168,8 +192,8 @@ def sizes(settings_of: Callable[[NetworkSize], AnySettings]) -> dict[str, Size]:
             embedding_std=network.embedding_std,
         )
 
-    found = {"tiny": Size(with_network(TINY), TINY_DATA, TINY_RECIPE, TINY_RUN, TINY.micro_batch)}
-    for name, network in TABLE_3.items():
+    found = {"tiny": Size(with_network(TINY), tiny_data, TINY_RECIPE, TINY_RUN, TINY.micro_batch)}
+    for name, network in table.items():
         found[name] = Size(
             with_network(network), PAPER_DATA, PAPER_RECIPE, PAPER_RUN, network.micro_batch
         )
@@ -180,6 +204,8 @@ class MarSystem(System):
     """A causal backbone and a token loss; what stands between them is the system's."""
 
     settings: MarSettings
+    # Rows of the table of classes behind those of the classes: 1 where there is a null class.
+    null_classes = 0
 
     def __init__(
         self,
@@ -193,13 +219,23 @@ class MarSystem(System):
             depth=settings.depth,
             width=settings.width,
             heads=settings.heads,
-            num_classes=num_classes,
+            num_classes=num_classes + self.null_classes,
             num_tokens=spec.num_tokens,
             channels=spec.channels,
             vocabulary=spec.vocabulary,
+            times=self.times(),
             operators=operators,
         )
         self.token_loss = token_loss_of(settings, spec, operators)
+
+    def times(self) -> int:
+        """Rows of the table of times."""
+        return self.num_tokens
+
+    def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
+        """See System.check_sampling."""
+        super().check_sampling(classes, options)
+        self.token_loss.check_options(options)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """See System.set_dtype."""
@@ -223,7 +259,7 @@ class MarSystem(System):
         MLP. Embeddings, position tables and the mask token are decayed, as upstream."""
         if parameter.dim() < 2 or name.endswith(".bias"):
             return False
-        is_diffusion = isinstance(self.token_loss, Diffusion) and name.startswith("token_loss.")
+        is_diffusion = isinstance(self.token_loss, Denoising) and name.startswith("token_loss.")
         return not is_diffusion
 
     def initial_value(
@@ -254,16 +290,22 @@ class MarSystem(System):
 
 
 def token_loss_of(settings: MarSettings, spec: TokenSpec, operators: Operators) -> TokenLoss:
-    """Diffusion for continuous tokens, a categorical distribution for discrete ones."""
+    """Diffusion or flow matching for continuous tokens, a categorical distribution for discrete
+    ones."""
     if spec.kind == "discrete":
         return Categorical(settings.width, spec.vocabulary, operators)
     # Not None where tokens are continuous: `MarSettings.resolve` has filled them in.
-    return Diffusion(
-        settings.width,
-        spec.channels,
+    network = dict(
         blocks=cast(int, settings.diffusion_blocks),
         mlp_width=cast(int, settings.diffusion_width),
         repeat=cast(int, settings.diffusion_repeat),
+    )
+    if settings.token_loss == "flow":
+        return Flow(settings.width, spec.channels, **network, limit=spec.limit, operators=operators)
+    return Diffusion(
+        settings.width,
+        spec.channels,
+        **network,
         bound=settings.diffusion_loss == "mse+vb",
         limit=spec.limit,
         operators=operators,

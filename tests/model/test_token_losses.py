@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from heptapod_fast import ops
-from heptapod_fast.model.token_losses import Categorical, Diffusion, timestep_features
+from heptapod_fast.model.token_losses import (
+    Categorical,
+    Contrast,
+    Diffusion,
+    Flow,
+    timestep_features,
+)
 from heptapod_fast.ops.diffusion_loss import row_losses
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
@@ -161,7 +167,7 @@ def test_condition_runs_once_per_token_and_time_once_per_call(monkeypatch):
 
 
 def test_time_features_are_cosines_then_sines():
-    features = timestep_features(1000)
+    features = timestep_features(torch.arange(1000).float())
     for t, k in ((0, 0), (1, 0), (999, 0), (37, 50), (999, 127)):
         angle = t * 10000 ** (-k / 128)
         assert float(features[t, k]) == pytest.approx(math.cos(angle), abs=1e-4)
@@ -258,3 +264,108 @@ def test_a_diffusion_draw_denoises_with_its_own_network():
         x = math.sqrt(before) * x0 + math.sqrt(1 - before) * eps
     assert x.abs().max() <= limit
     torch.testing.assert_close(drawn, x.float(), rtol=1e-2, atol=1e-2)
+
+
+# --------------------------------------------------------------------------------- flow matching
+
+
+def flow(limit=0.0, operators=AUTO):
+    return fill(Flow(D, C, blocks=2, mlp_width=W, repeat=REPEAT, limit=limit, operators=operators))
+
+
+def test_flow_loss_is_its_definition():
+    """Straight lines from data at time 0 to noise at 1, in float64, row by row."""
+    m, (z, x0, index, slot) = flow(), rows()
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0])
+    total, loss = m.loss(z, x0, Rng(1), index, slot, weight)
+    double = copy.deepcopy(m).double()
+    for row in range(5):
+        losses = []
+        for k in range(REPEAT):
+            one = index[row : row + 1], slot[row : row + 1] * REPEAT + k
+            t = Rng(1).uniform("flow.time", one[0], 1, one[1]).double()
+            noise = Rng(1).normal("flow.noise", one[0], C, one[1]).double()
+            xt = (1 - t) * x0[row].double() + t * noise
+            v = upstream_mlp(double, xt, 1000 * t[0], z[row : row + 1].double())
+            losses.append((v - (noise - x0[row])).square().mean())
+        expected = torch.stack(losses).mean()
+        torch.testing.assert_close(loss[row].double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total, (weight * loss).sum())
+
+
+@needs_triton
+def test_flow_kernels_give_every_parameter_its_gradient():
+    z, x0, index, slot = rows()
+    names = ("flow_loss", "diffusion_mlp")
+    found = []
+    for how in ("reference", "triton"):
+        m = flow(operators=Operators(dict.fromkeys(names, how)))
+        leaf = z.clone().requires_grad_()
+        m.loss(leaf, x0, Rng(1), index, slot)[0].backward()
+        assert all(p.grad is not None and p.grad.any() for p in m.parameters())
+        found.append([leaf.grad, *(p.grad for p in m.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+def test_flops_of_the_flow_loss():
+    m, (z, x0, index, slot) = flow(), rows()
+    assert m.flops(5) == linear_products(lambda: m.loss(z, x0, Rng(1), index, slot))
+
+
+@pytest.mark.parametrize("sampler", [None, "euler", "heun"])
+def test_a_flow_draw_follows_its_own_network(sampler):
+    m, (z, _, index, slot) = flow(), rows()
+    options = SampleOptions(diffusion_steps=3, diffusion_sampler=sampler, temperature=0.5)
+    drawn, chance = m.draw(z, Rng(3), index, slot, options)
+    assert chance is None
+    double = copy.deepcopy(m).double()
+
+    def velocity(x, time):
+        return upstream_mlp(double, x, torch.full((len(z),), 1000.0 * time), z.double())
+
+    x = 0.5 * Rng(3).normal("sample.start", index, C, slot).double()
+    for time in (1.0, 2 / 3, 1 / 3):
+        first = velocity(x, time)
+        end = x - first / 3
+        if sampler == "heun":
+            end = x - (first + velocity(end, time - 1 / 3)) / 6
+        x = end
+    torch.testing.assert_close(drawn, x.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_flow_draw_stays_within_the_limit():
+    m, (z, _, index, slot) = flow(limit=0.5), rows()
+    with torch.no_grad():
+        m.output.bias += 100.0
+    for sampler in ("euler", "heun"):
+        options = SampleOptions(diffusion_steps=5, diffusion_sampler=sampler)
+        drawn, _ = m.draw(z, Rng(3), index, slot, options)
+        assert float(drawn.detach().abs().max()) <= 0.5
+
+
+@pytest.mark.parametrize("make", [flow, diffusion, lambda: fill(Categorical(D, 7))])
+def test_guidance_of_scale_one_is_none(make):
+    m, (z, _, index, slot) = make(), rows()
+    steps = {} if isinstance(m, Categorical) else {"diffusion_steps": 2}
+    options = SampleOptions(**steps)
+    plain, _ = m.draw(z, Rng(3), index, slot, options)
+    one, _ = m.draw(z, Rng(3), index, slot, options, Contrast(torch.zeros_like(z), 1.0))
+    other, _ = m.draw(z, Rng(3), index, slot, options, Contrast(torch.zeros_like(z), 9.0))
+    torch.testing.assert_close(plain, one, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(plain, other)
+
+
+def test_guidance_of_diffusion_leaves_the_variance():
+    m, (z, *_) = diffusion(), rows()
+    own, other = torch.randn(2, 5, 2 * C)
+    found = m.combine(Contrast(z, 3.0), own, other)
+    assert torch.equal(found[:, C:], own[:, C:])
+    torch.testing.assert_close(found[:, :C], other[:, :C] + 3 * (own - other)[:, :C])
+
+
+def test_samplers_of_another_kind_are_refused():
+    for m, wrong in ((flow(), "ddpm"), (diffusion(), "heun")):
+        with pytest.raises(ValueError, match=f"--diffusion-sampler {wrong}: .* drawn by"):
+            m.check_options(SampleOptions(diffusion_sampler=wrong))
+        m.check_options(SampleOptions(diffusion_sampler=m.SAMPLERS[1]))

@@ -233,6 +233,8 @@ def test_half_precision_by_the_rule(length, width, kind):
         masks.chunk_mask(256, 64),
         masks.group_mask([1, 100, 7, 60]),
         masks.two_stream_mask([60, 9, 30]),
+        # SAR's on 16 x 16: 512 elements with the class.
+        masks.two_stream_mask(SAR, 1, has_last_context=False),
         AttentionMask(torch.eye(4).int().flip(0) * 2, torch.zeros(256, 2, 2).int(), 256),
     ],
     ids=["prefix", "chunk 48", "chunk 64", "groups", "two streams", "antidiagonal"],

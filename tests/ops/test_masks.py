@@ -66,6 +66,19 @@ def test_two_streams(groups, prefix):
     check_mask(mask)
 
 
+@pytest.mark.parametrize("groups, prefix", [([1, 2, 3, 2, 1], 1), ([70, 9, 60], 0), ([4], 1)])
+def test_two_streams_without_the_last_context(groups, prefix):
+    mask = masks.two_stream_mask(groups, prefix, has_last_context=False)
+    whole = brute_two_streams(groups, prefix)
+    end = prefix + sum(groups)
+    keep = torch.ones(len(whole), dtype=torch.bool)
+    keep[end - groups[-1] : end] = False
+    # Nothing but itself sees it.
+    assert not whole[keep][:, ~keep].any()
+    assert torch.equal(mask.dense_NM, whole[keep][:, keep])
+    check_mask(mask)
+
+
 def test_the_usual_masks():
     ones, i = torch.ones(130, 130, dtype=torch.bool), torch.arange(130)
     assert torch.equal(masks.prefix_mask(130, 1).dense_NM, ones.tril())

@@ -9,6 +9,7 @@ from PIL import Image
 
 from heptapod_fast.reports.bench import CHART, MARKS, report_bench
 from heptapod_fast.reports.charts import save_bars, save_line
+from heptapod_fast.reports.groups import save_groups
 from heptapod_fast.reports.run import report_run
 from heptapod_fast.reports.tables import properties, show, table
 from tests.running import ROOT, command, refused, train_here
@@ -57,6 +58,13 @@ def is_a_chart(path) -> bool:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     is_coloured = pixels.max(axis=2) - pixels.min(axis=2) > 60
     return min(pixels.shape[:2]) > 100 and bool(is_coloured.sum() > 200)
+
+
+def test_the_picture_of_groups_and_masks(tmp_path):
+    for name in ("a.png", "b.png"):
+        save_groups(tmp_path / name, side=4)
+    assert is_a_chart(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------- a run
