@@ -178,7 +178,7 @@ def test_window_and_head_follow_from_each_other(settings, head, window):
         (dict(seed=-1), "--seed -1"),
         (dict(seed=2**63), "--seed"),
         (dict(size="XXL"), "--size XXL: expected one of tiny, B, L, H"),
-        (dict(system="sar"), "--system sar: expected one of heptapod, 1d-raster"),
+        (dict(system="var"), "--system var: expected one of heptapod, 1d-raster"),
         (dict(steps="mirrored"), "--steps mirrored"),
         (dict(loss_weight="token"), "--loss-weight token"),
         (dict(tokenizer="vae"), "--tokenizer vae"),

@@ -104,7 +104,7 @@ def test_a_run_of_version_1_goes_on_and_is_written_anew(tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"sead": 1}, "sead"), ({"sead": None}, "sead"), ({"system": "sar"}, "--system sar")],
+    [({"sead": 1}, "sead"), ({"sead": None}, "sead"), ({"system": "var"}, "--system var")],
 )
 def test_a_version_1_that_cannot_be_understood_is_refused(change, message):
     plain = json.loads((VERSION_1 / "default.json").read_text()) | change

@@ -237,7 +237,7 @@ def test_half_precision_by_the_rule(length, width, kind):
         masks.two_stream_mask(SAR, 1, has_last_context=False),
         AttentionMask(torch.eye(4).int().flip(0) * 2, torch.zeros(256, 2, 2).int(), 256),
     ],
-    ids=["prefix", "chunk 48", "chunk 64", "groups", "two streams", "antidiagonal"],
+    ids=["prefix", "chunk 48", "chunk 64", "groups", "two streams", "sar", "antidiagonal"],
 )
 def test_masks_by_the_rule(mask):
     by_the_rule(1, mask.num_queries, 2, 32, mask.to(DEVICE))

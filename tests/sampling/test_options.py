@@ -30,7 +30,7 @@ VECTORS = token_spec("patch", 4, 1)
         (VECTORS, {"diffusion_steps": 1001}, "--diffusion-steps 1001"),
         (CODES, {"position_order": "likely"}, "--position-order likely"),
         (CODES, {"position_schedule": "linear"}, "--position-schedule linear"),
-        (VECTORS, {"diffusion_sampler": "heun"}, "--diffusion-sampler heun"),
+        (VECTORS, {"diffusion_sampler": "rk4"}, "--diffusion-sampler rk4"),
     ],
 )
 def test_bad_options_name_the_flag(spec, options, message):
