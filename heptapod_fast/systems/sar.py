@@ -477,10 +477,12 @@ class Sar(MarSystem):
                 "--guidance-x guides away from no vector of the backbone, which this run, trained "
                 "with --z-dropout 0, never saw"
             )
-        if options.guidance is not None:
+        if options.guidance not in (None, 1.0):
             return Guidance(cfg=options.guidance)
-        own_x = settings.guidance_x if settings.z_dropout > 0 else 1.0
-        own_z = settings.guidance_z if settings.label_dropout > 0 else 1.0
+        # --guidance 1 turns the run's own scales off; those that are given act beside it.
+        has_defaults = options.guidance is None
+        own_x = settings.guidance_x if has_defaults and settings.z_dropout > 0 else 1.0
+        own_z = settings.guidance_z if has_defaults and settings.label_dropout > 0 else 1.0
         return Guidance(
             x=own_x if options.guidance_x is None else options.guidance_x,
             z=own_z if options.guidance_z is None else options.guidance_z,

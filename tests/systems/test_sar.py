@@ -382,6 +382,19 @@ def test_passes_are_the_slides(monkeypatch, given, backbone, head, injection, gr
     assert rows == {"backbone": backbone * elements, "head": head * tokens}
 
 
+@pytest.mark.parametrize("own", [{}, {"guidance_x": 1.25, "guidance_z": 2.7}])
+@pytest.mark.parametrize("given", [*GUIDANCE, {"guidance": 1.0, "guidance_x": 1.5}])
+def test_settled_options_draw_the_same(given, own):
+    """evaluate.py records settled options and samples with them."""
+    system = small_system(**own).eval()
+    options = system.options(diffusion_steps=2, **given)
+    settled = system.settled(options)
+    assert system.guidance_of(settled) == system.guidance_of(options)
+    classes = torch.tensor([0, 1])
+    drawn = [system.sample(classes, Rng(1), each) for each in (options, settled)]
+    assert torch.equal(*drawn)
+
+
 # -------------------------------------------------------------------------------- counts, refusals
 
 
