@@ -14,31 +14,14 @@ take synthetic codes.
 import functools
 
 from bench import harness
-from bench.case import Case
 from bench.plain_llamagen import PlainLlamaGen, PlainStep, Products
-from bench.steps import prepared_step
+from bench.steps import CLASSES, case_of, sized
 from heptapod_fast import configure
-from heptapod_fast.systems import build_system
-from heptapod_fast.train.metrics import training_flops
 
-CLASSES = 1000
 BATCH = {"cpu": 8, "cuda": 128}
 
 
-def settings_of(size, batch, device, system):
-    """Flags of a step."""
-    data = {"logogram_count": 500} if size == "tiny" else {"data": "synthetic"}
-    if device == "cuda":
-        data |= {"kernels": "triton", "attention": "triton"}
-    return dict(size=size, batch=batch, micro_batch=batch, system=system, **data)
-
-
-def ours(settings, device, made):
-    """The trainer's step."""
-    return prepared_step(device=device, **settings).call
-
-
-def plain_model(settings, device):
+def plain_model(settings):
     """The same network by plain PyTorch."""
     config = configure(**settings)
     model, spec = config.model, config.spec
@@ -48,50 +31,36 @@ def plain_model(settings, device):
         heads=model.heads,
         codes=spec.vocabulary,
         classes=CLASSES,
-        side=int(spec.num_tokens**0.5),
+        side=spec.grid,
         dropout=model.dropout,
         label_dropout=model.label_dropout,
-    ).to(device)
+    ).to(settings["device"])
 
 
-def plain(settings, device, made):
+def plain(settings, made):
     """The step by plain PyTorch."""
-    return PlainStep(plain_model(settings, device), settings["batch"])
+    return PlainStep(plain_model(settings), settings["batch"])
 
 
-def products(settings, device, made):
+def products(settings, made):
     """The products alone."""
     tokens = configure(**settings).spec.num_tokens
-    return Products(plain_model(settings, device), settings["batch"] * tokens)
-
-
-def flops_of(settings):
-    """FLOPs of a step in the first phase, without building anything but shapes."""
-    config = configure(**settings)
-    system = build_system(config, CLASSES, "meta", fill=False)
-    phase = system.phase(0, config.recipe.images)
-    return config.recipe.batch * training_flops(system, phase)
+    return Products(plain_model(settings), settings["batch"] * tokens)
 
 
 def cases_of(device, size, batch):
-    """llamagen in turns with plain PyTorch; npp's first segment beside it."""
-    found = []
-    for system, name in (("llamagen", "llamagen"), ("npp", "npp, patches of 2 x 2")):
-        settings = settings_of(size, batch, device, system)
-        contenders = {"ours": functools.partial(ours, settings, device)}
-        if system == "llamagen":
-            contenders["plain PyTorch"] = functools.partial(plain, settings, device)
-            contenders["products"] = functools.partial(products, settings, device)
-        case = Case(
-            f"training step, {size}, batch {batch}",
-            name,
-            lambda: None,
-            contenders,
-            flops=flops_of(settings),
-            images=batch,
-        )
-        found.append(case)
-    return found
+    """llamagen in turns with plain PyTorch and with its products; npp's first segment."""
+    llamagen = sized(size, batch, device, system="llamagen")
+    npp = sized(size, batch, device, system="npp")
+    return [
+        case_of(
+            "llamagen",
+            llamagen,
+            plain_PyTorch=functools.partial(plain, llamagen),
+            products=functools.partial(products, llamagen),
+        ),
+        case_of("npp, patches of 2 x 2", npp),
+    ]
 
 
 def cases(device):

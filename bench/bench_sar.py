@@ -13,11 +13,7 @@ synthetic latents.
 import functools
 
 from bench import harness
-from bench.case import Case
-from bench.steps import prepared_step
-from heptapod_fast import configure
-from heptapod_fast.systems import build_system
-from heptapod_fast.train.metrics import training_flops
+from bench.steps import case_of, ours, sized
 
 BATCH = {"cpu": 8, "cuda": 64}
 ONE_STREAM = dict(grouping="next-token", injection="shift")
@@ -27,46 +23,14 @@ TWO_STREAMS = {
 }
 
 
-def settings_of(size, batch, device, kind):
-    """Flags of a step."""
-    data = {"logogram_count": 500} if size == "tiny" else {"data": "synthetic"}
-    if device == "cuda":
-        data |= {"kernels": "triton", "attention": "triton"}
-    return dict(size=size, batch=batch, micro_batch=batch, system="sar", **data, **kind)
-
-
-def step_of(settings, device, made):
-    """A call; nothing is compared, so that no inputs are shared."""
-    return prepared_step(device=device, **settings).call
-
-
-def flops_of(settings):
-    """FLOPs of a step, without building anything but shapes."""
-    config = configure(**settings)
-    system = build_system(config, 10, "meta", fill=False)
-    return config.recipe.batch * training_flops(system, system.phase(0, config.recipe.images))
-
-
 def cases_of(device, size, batch):
     """Two streams in turns with one."""
-    one = settings_of(size, batch, device, ONE_STREAM)
-    found = []
-    for name, kind in TWO_STREAMS.items():
-        two = settings_of(size, batch, device, kind)
-        contenders = {
-            "ours": functools.partial(step_of, two, device),
-            "one stream": functools.partial(step_of, one, device),
-        }
-        case = Case(
-            f"training step, {size}, batch {batch}",
-            f"two streams, {name}",
-            lambda: None,
-            contenders,
-            flops=flops_of(two),
-            images=batch,
-        )
-        found.append(case)
-    return found
+    step = functools.partial(sized, size, batch, device, system="sar")
+    one_stream = functools.partial(ours, step(**ONE_STREAM))
+    return [
+        case_of(f"two streams, {name}", step(**kind), one_stream=one_stream)
+        for name, kind in TWO_STREAMS.items()
+    ]
 
 
 def cases(device):

@@ -7,14 +7,8 @@ Size tiny on CPU with both kinds of tokens, the local head and the baselines; si
 synthetic tokens. `bench/gpu.py` measures more on a GPU: sizes L and H, plain PyTorch, memory.
 """
 
-import functools
-
 from bench import harness
-from bench.case import Case
-from bench.steps import prepared_step
-from heptapod_fast import configure
-from heptapod_fast.systems import build_system
-from heptapod_fast.train.metrics import training_flops
+from bench.steps import case_of
 
 SETTINGS = {
     "cpu": {
@@ -35,31 +29,9 @@ SHARED = {
 }
 
 
-def step_of(settings, made):
-    """A call; nothing is compared, so that no inputs are shared."""
-    return prepared_step(**settings).call
-
-
-def flops_of(settings):
-    """FLOPs of a step, without building anything but shapes."""
-    config = configure(**settings)
-    system = build_system(config, 10, "meta", fill=False)
-    phase = system.phase(0, config.recipe.images)
-    return config.recipe.batch * training_flops(system, phase)
-
-
 def case(device, name):
     """One configuration."""
-    settings = SHARED[device] | SETTINGS[device][name]
-    size, batch = settings["size"], settings["batch"]
-    return Case(
-        f"training step, {size}, batch {batch}",
-        name,
-        lambda: None,
-        {"ours": functools.partial(step_of, settings | dict(device=device))},
-        flops=flops_of(settings),
-        images=batch,
-    )
+    return case_of(name, SHARED[device] | SETTINGS[device][name] | dict(device=device))
 
 
 def tiny_cases(device):

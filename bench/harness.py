@@ -43,19 +43,8 @@ def main(*lists: Cases) -> None:
     """Measure the cases of a bench file and print a table; the command line picks some."""
     described = sys.modules[lists[0].__module__].__doc__
     options = parser(described).parse_args()
-    if options.device == "auto":
-        options.device = device_here()
-    chosen = [
-        case
-        for cases in lists
-        for case in cases(options.device)
-        if options.only in f"{case.operation}: {case.name}"
-    ]
-    if not chosen:
-        raise SystemExit(f"--only {options.only!r}: no case has that in its name")
-    rows = run(chosen, options.device, options.rounds)
-    if options.out is not None:
-        write_results(options.out, rows, machine(options.device))
+    device = device_asked(options)
+    report([case for cases in lists for case in cases(device)], device, options)
 
 
 def main_of_sizes(cases_of: Callable[[str, str, int], list[Case]], batch: dict[str, int]) -> None:
@@ -68,13 +57,19 @@ def main_of_sizes(cases_of: Callable[[str, str, int], list[Case]], batch: dict[s
     flags.add_argument("--size", help="of the model: B, L, ... (default: B on a GPU, else tiny)")
     flags.add_argument("--batch", type=int, help="images of a step")
     options = flags.parse_args()
-    device = device_here() if options.device == "auto" else options.device
+    device = device_asked(options)
     size = options.size or default_size(device)
-    chosen = [
-        case
-        for case in cases_of(device, size, options.batch or batch[device])
-        if options.only in f"{case.operation}: {case.name}"
-    ]
+    report(cases_of(device, size, options.batch or batch[device]), device, options)
+
+
+def device_asked(options: argparse.Namespace) -> str:
+    """--device, "auto" being the one that is there."""
+    return device_here() if options.device == "auto" else options.device
+
+
+def report(cases: Sequence[Case], device: str, options: argparse.Namespace) -> None:
+    """Measure the cases that the command line picks; print a table, and write a file if asked."""
+    chosen = [case for case in cases if options.only in f"{case.operation}: {case.name}"]
     if not chosen:
         raise SystemExit(f"--only {options.only!r}: no case has that in its name")
     rows = run(chosen, device, options.rounds)

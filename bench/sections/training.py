@@ -133,8 +133,6 @@ class SarSteps(Training):
 
     size: str
 
-    code = (*Training.code, "bench/bench_sar.py")
-
     @property
     def name(self) -> str:
         """step-sar-B."""
@@ -165,12 +163,13 @@ class SarSteps(Training):
 
 def plain_llamagen(case: str, size: str, batch: int, how: str) -> Row:
     """The row of `bench/plain_llamagen.py`, with the FLOPs of our own step."""
-    from bench.bench_llamagen import flops_of, plain_model, settings_of
+    from bench.bench_llamagen import plain_model
     from bench.plain_llamagen import PlainStep
+    from bench.steps import flops_of, sized
 
     gc.collect()
-    settings = settings_of(size, batch, "cuda", "llamagen")
-    model = plain_model(settings, "cuda")
+    settings = sized(size, batch, "cuda", system="llamagen")
+    model = plain_model(settings)
     if how == "compiled":
         model.compile(dynamic=False)
     found = timed_row(case, PlainStep(model, batch), batch, flops_of(settings))
