@@ -334,19 +334,9 @@ GROUPINGS = {
 }
 
 
-class Sources(NamedTuple):
-    """Which earlier tokens make up the input of every position (SAR's h).
-
-    position_NK: (N, K) positions, by position; what is beyond the weights may be any.
-    weight_NK: (N, K) float32: shares, which add up to 1, or to 0 where there is no earlier token.
-    """
-
-    position_NK: Tensor
-    weight_NK: Tensor
-
-
-def shifted_sources(groups: Groups) -> Sources:
-    """`shift`: the i-th position of a group takes the i-th of the group before.
+def shifted_sources(groups: Groups) -> Tensor:
+    """`shift`: (N,) the position whose token each position takes: the i-th of a group takes the
+    i-th of the group before; 0 in the first group.
 
     Raises:
         ValueError: two groups that follow each other differ in size.
@@ -360,36 +350,29 @@ def shifted_sources(groups: Groups) -> Sources:
             f"{sizes[t - 1]} tokens and group {t + 1} has {sizes[t]}"
         )
     count = sizes[0]
-    position_N1 = torch.zeros(len(groups.order_N), 1, dtype=torch.int64)
-    weight_N1 = torch.zeros(len(groups.order_N), 1)
-    position_N1[groups.order_N[count:], 0] = groups.order_N[:-count]
-    weight_N1[groups.order_N[count:]] = 1.0
-    return Sources(position_N1, weight_N1)
+    source_N = torch.zeros_like(groups.order_N)
+    source_N[groups.order_N[count:]] = groups.order_N[:-count]
+    return source_N
 
 
-def nearest_sources(groups: Groups) -> Sources:
-    """`nearest`: the closest position of an earlier group; of several the one of the latest group,
-    then the first in raster order."""
+def nearest_sources(groups: Groups) -> Tensor:
+    """`nearest`: (N,) the closest position of an earlier group; of several that of the latest
+    group, then the first in raster order; 0 in the first group."""
     is_earlier_NN, distance_NN = _earlier(groups)
     count = len(groups.sizes)
-    later_NN = (count - 1 - groups.group_N)[None].expand_as(distance_NN)
+    later_N = count - 1 - groups.group_N
     place_N = torch.arange(len(groups.group_N))
-    cost_NN = (distance_NN * count + later_NN) * len(place_N) + place_N
+    cost_NN = (distance_NN * count + later_N) * len(place_N) + place_N
     cost_NN = cost_NN.masked_fill(~is_earlier_NN, torch.iinfo(torch.int64).max)
-    position_N1 = cost_NN.argmin(1, keepdim=True)
-    weight_N1 = is_earlier_NN.any(1, keepdim=True).float()
-    return Sources(position_N1, weight_N1)
+    return torch.where(groups.group_N > 0, cost_NN.argmin(1), 0)
 
 
-def average_sources(groups: Groups) -> Sources:
-    """`average`: the mean of those of the 8 neighbours that are of an earlier group."""
+def average_shares(groups: Groups) -> Tensor:
+    """`average`: (N, N) float32, what share each position has in the input of another: those of the
+    8 neighbours that are of an earlier group have equal ones. Rows of the first group are zero."""
     is_earlier_NN, distance_NN = _earlier(groups)
-    is_source_NN = is_earlier_NN & (distance_NN <= 2)  # squared: 1 beside, 2 across
-    ranked = is_source_NN.int().argsort(dim=1, descending=True, stable=True)
-    position_N8 = ranked[:, :8]
-    weight_N8 = is_source_NN.gather(1, position_N8).float()
-    weight_N8 = weight_N8 / weight_N8.sum(1, keepdim=True).clamp(min=1.0)
-    return Sources(position_N8, weight_N8)
+    share_NN = (is_earlier_NN & (distance_NN <= 2)).float()  # squared: 1 beside, 2 across
+    return share_NN / share_NN.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def _earlier(groups: Groups) -> tuple[Tensor, Tensor]:

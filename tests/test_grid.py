@@ -339,13 +339,9 @@ def test_another_grouping_is_one_function():
         grid.grouped(torch.tensor([[0, -1]]))
 
 
-def weights_of(sources, position):
+def shares_of(share_NN, position):
     """{source: share} of a position, shares of 0 left out."""
-    found = {}
-    for source, weight in zip(sources.position_NK[position], sources.weight_NK[position]):
-        if weight:
-            found[int(source)] = found.get(int(source), 0.0) + float(weight)
-    return found
+    return {q: float(share) for q, share in enumerate(share_NN[position]) if share}
 
 
 @pytest.mark.parametrize("height, width", GRIDS)
@@ -353,7 +349,7 @@ def weights_of(sources, position):
 def test_sources_are_their_definitions(name, height, width):
     groups = grid.GROUPINGS[name](height, width)
     group = groups.group_N.tolist()
-    nearest, average = grid.nearest_sources(groups), grid.average_sources(groups)
+    nearest, average = grid.nearest_sources(groups), grid.average_shares(groups)
     for p in range(height * width):
 
         def distance(q):
@@ -362,12 +358,12 @@ def test_sources_are_their_definitions(name, height, width):
         earlier = [q for q in range(height * width) if group[q] < group[p]]
         beside = [q for q in earlier if distance(q) <= 2]
         if group[p] == 0:
-            assert weights_of(nearest, p) == weights_of(average, p) == {}
+            assert nearest[p] == 0 and shares_of(average, p) == {}
             continue
         closest = min(earlier, key=lambda q: (distance(q), -group[q], q))
-        assert weights_of(nearest, p) == {closest: 1.0}
+        assert nearest[p] == closest
         assert beside  # every position behind the first group has an earlier neighbour
-        assert weights_of(average, p) == pytest.approx(dict.fromkeys(beside, 1 / len(beside)))
+        assert shares_of(average, p) == pytest.approx(dict.fromkeys(beside, 1 / len(beside)))
 
 
 @pytest.mark.parametrize("name", ["next-token", "next-row"])
@@ -376,6 +372,6 @@ def test_shift_takes_the_group_before(name):
     before = 1 if name == "next-token" else 5
     sources = grid.shifted_sources(groups)
     for p in range(20):
-        assert weights_of(sources, p) == ({} if p < before else {p - before: 1.0})
+        assert sources[p] == max(0, p - before)
     with pytest.raises(ValueError, match="group 1 has 1 tokens and group 2 has 2"):
         grid.shifted_sources(grid.GROUPINGS["next-neighbor"](4, 5))

@@ -60,6 +60,12 @@ class Dropout:
             for site in range(first, first + count)
         )
 
+    def last(self, count: int) -> Dropout:
+        """The last `count` sites alone, counted from 0."""
+        if self.key_PS2 is None:
+            return self
+        return Dropout(self.key_PS2[:, -count:], self.counter_N, self.p)
+
     def packed(self, sequence_R: Tensor, element_R: Tensor) -> Dropout:
         """The same masks for packed rows: row r is element element_R[r] of sequence_R[r]."""
         if self.key_PS2 is None:
@@ -68,3 +74,11 @@ class Dropout:
 
 
 NO_DROPOUT = Dropout()
+
+
+def drop_labels(label_B: Tensor, index_B: Tensor, rate: float, null_class: int, rng: Rng) -> Tensor:
+    """Labels, of which the share `rate` is the null class; a sample's own draw decides."""
+    if rate == 0:
+        return label_B
+    is_dropped_B = rng.uniform("label", index_B, 1)[:, 0] < rate
+    return torch.where(is_dropped_B, null_class, label_B)

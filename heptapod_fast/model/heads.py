@@ -68,7 +68,7 @@ class GlobalHead(nn.Module):
         for i in range(last):
             stream = self.blocks[i](stream, FULL, dropout.sites(Block.SITES * i, Block.SITES))
         packing = Packing(pair_R, position_R + 1)
-        masks = dropout.packed(*packing).sites(Block.SITES * last, Block.SITES)
+        masks = dropout.last(Block.SITES).packed(*packing).sites(0, Block.SITES)
         rows = self.blocks[last](stream, FULL, masks, packing=packing)
         return rows.normed(self.norm)[1]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -201,20 +201,23 @@ class Denoising(TokenLoss):
     Layers and initialisation as upstream; the work is arranged differently: the conditioning is
     projected once per token instead of once per noise, and SiLU(y) is taken once for all blocks.
 
+    Class attributes:
+        OUTPUTS: values that the network gives for every channel.
+
     Args:
         width: D.
         channels: C.
-        outputs: values that the network gives per token.
         blocks, mlp_width: residual blocks of the MLP, and F.
         repeat: fresh (time, noise) pairs per token.
         limit: tokens lie in [-limit, limit], which sampling makes use of; 0: not known.
     """
 
+    OUTPUTS: ClassVar[int]
+
     def __init__(
         self,
         width: int,
         channels: int,
-        outputs: int,
         *,
         blocks: int,
         mlp_width: int,
@@ -233,7 +236,7 @@ class Denoising(TokenLoss):
         self.input = Linear(channels, mlp_width)
         self.blocks = Modules[ResBlock](ResBlock(mlp_width) for _ in range(blocks))
         self.modulation = Linear(mlp_width, 2 * mlp_width, init="zero")
-        self.output = Linear(mlp_width, outputs, init="zero")
+        self.output = Linear(mlp_width, self.OUTPUTS * channels, init="zero")
 
     def weights(self) -> ops.DiffusionWeights:
         """What `ops.diffusion_mlp` takes."""
@@ -248,8 +251,8 @@ class Denoising(TokenLoss):
         )
 
     def mlp(self, xt_RC: Tensor, t_R: Tensor, time_TF: Tensor, condition_MF: Tensor) -> Tensor:
-        """Noisy tokens and projected conditions -> (R, outputs) float32. t: the row of the table of
-        embedded times. There are R / M rows in a row to each condition."""
+        """Noisy tokens and projected conditions -> (R, OUTPUTS * C) float32. t: the row of the
+        table of embedded times. There are R / M rows in a row to each condition."""
         return ops.diffusion_mlp(
             xt_RC, t_R, time_TF, condition_MF, self.weights(), EPS, self.operators["diffusion_mlp"]
         )
@@ -259,15 +262,14 @@ class Denoising(TokenLoss):
         return self.time2(F.silu(self.time1(sinusoids)))
 
     def run(self, xt_RC: Tensor, y_RF: Tensor) -> Tensor:
-        """The MLP in plain PyTorch, given the sum of time embedding and condition:
-        (R, outputs)."""
+        """`mlp` in plain PyTorch, given the sum of time embedding and condition."""
         return reference_of_sum(xt_RC, y_RF, self.weights(), EPS)
 
     def predictor(
         self, z_RD: Tensor, time_TF: Tensor, contrast: Contrast | None
     ) -> Callable[[Tensor, int], Tensor]:
-        """(x_t (R, C), row of the table of times) -> (R, outputs), guided where there is a
-        contrast, which is a second pass of the network."""
+        """(x_t (R, C), row of the table of times) -> prediction (R, OUTPUTS * C), guided where
+        there is a contrast, which is a second pass of the network."""
         condition_RF = self.condition(z_RD)
         if contrast is None:
             return lambda x_RC, step: self.run(x_RC, time_TF[step] + condition_RF)
@@ -280,11 +282,11 @@ class Denoising(TokenLoss):
         return predict
 
     def combine(self, contrast: Contrast, own: Tensor, other: Tensor) -> Tensor:
-        """Two predictions (R, outputs) -> one."""
+        """Two predictions -> one."""
         return contrast.guided(own, other)
 
-    def times_per_row(self, rows: float) -> float:
-        """Times that are embedded for so many rows."""
+    def times_embedded(self, rows: float) -> float:
+        """Times that are embedded for so many rows; a table of all of them does not count."""
         return 0.0
 
     def flops(self, rows: float) -> float:
@@ -293,48 +295,33 @@ class Denoising(TokenLoss):
         layers = [m for m in self.modules() if isinstance(m, nn.Linear) and m not in once]
         per_repeat = sum(layer.weight.numel() for layer in layers)
         of_times = self.time1.weight.numel() + self.time2.weight.numel()
-        embedding = 2 * self.times_per_row(rows) * of_times
+        embedding = 2 * self.times_embedded(rows) * of_times
         return embedding + 2 * rows * (self.repeat * per_repeat + self.condition.weight.numel())
 
     def saved_values(self, rows: float) -> float:
-        """9 F per block and 6 F beside them, for each (time, noise) pair."""
+        """9 F per block and 6 F beside them, for each (time, noise) pair; of each embedded time its
+        features, both layers and what lies between them."""
         mlp_width = len(self.input.weight)
-        return rows * self.repeat * mlp_width * (9 * len(self.blocks) + 6)
+        per_pair = mlp_width * (9 * len(self.blocks) + 6)
+        per_time = len(self.time1.weight[0]) + 3 * mlp_width
+        return rows * self.repeat * per_pair + self.times_embedded(rows) * per_time
 
 
 class Diffusion(Denoising):
     """MAR's diffusion loss: 1000 timesteps, whose embeddings are one table.
 
     Args:
+        width, channels, network: as of `Denoising`.
         bound: add the variational bound of the learned variance to the MSE.
     """
 
+    OUTPUTS = 2  # the noise, and where its variance lies
     SAMPLERS = ("ddpm", "ddim")
     tables: Tensor
     sinusoids: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        channels: int,
-        *,
-        blocks: int,
-        mlp_width: int,
-        repeat: int,
-        bound: bool,
-        limit: float = 0.0,
-        operators: Operators = AUTO,
-    ):
-        super().__init__(
-            width,
-            channels,
-            2 * channels,
-            blocks=blocks,
-            mlp_width=mlp_width,
-            repeat=repeat,
-            limit=limit,
-            operators=operators,
-        )
+    def __init__(self, width: int, channels: int, *, bound: bool, **network: Any):
+        super().__init__(width, channels, **network)
         self.bound = bound
         tables = ops.schedule_tables(ops.cosine_betas())
         self.register_buffer("tables", tables, persistent=False)
@@ -404,29 +391,8 @@ class Flow(Denoising):
     """Flow matching: the velocity from data to noise along straight lines (ops/flow_loss.py), time
     uniform on (0, 1). Times are no table: every (time, noise) pair has one of its own."""
 
+    OUTPUTS = 1
     SAMPLERS = ("euler", "heun")
-
-    def __init__(
-        self,
-        width: int,
-        channels: int,
-        *,
-        blocks: int,
-        mlp_width: int,
-        repeat: int,
-        limit: float = 0.0,
-        operators: Operators = AUTO,
-    ):
-        super().__init__(
-            width,
-            channels,
-            channels,
-            blocks=blocks,
-            mlp_width=mlp_width,
-            repeat=repeat,
-            limit=limit,
-            operators=operators,
-        )
 
     def loss(
         self,
@@ -469,7 +435,7 @@ class Flow(Denoising):
         time_TF = self.embed_time(path.times().to(z_RD.device), z_RD.dtype)
         return path.sample(self.predictor(z_RD, time_TF, contrast), self.channels), None
 
-    def times_per_row(self, rows: float) -> float:
+    def times_embedded(self, rows: float) -> float:
         """One for each pair."""
         return rows * self.repeat
 

@@ -227,9 +227,10 @@ class Backbone(nn.Module):
             masks = dropout.sites(Block.SITES * i, Block.SITES)
             stream = self.blocks[i](stream, visible, masks, layer)
         layer = None if cache is None else cache.layer(last)
+        of_last = dropout.last(Block.SITES)
         if packing is not None:
-            dropout = dropout.packed(*packing)
-        masks = dropout.sites(Block.SITES * last, Block.SITES)
+            of_last = of_last.packed(*packing)
+        masks = of_last.sites(0, Block.SITES)
         stream = self.blocks[last](stream, visible, masks, layer, packing)
         return stream.normed(self.norm)[1]
 

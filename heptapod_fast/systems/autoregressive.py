@@ -51,7 +51,7 @@ class NextTokenSettings(MarSettings):
         yield "head dim", f"{self.head_width} = {self.width} / {self.heads}"
 
 
-def _defaults(network: NetworkSize) -> NextTokenSettings:
+def _defaults(name: str, network: NetworkSize) -> NextTokenSettings:
     # Same parameters as Heptapod's backbone and head together.
     return NextTokenSettings(depth=2 * network.depth)
 

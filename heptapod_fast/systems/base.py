@@ -23,6 +23,7 @@ from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.tokenizers import TokenSpec
 
 AnyOptions = TypeVar("AnyOptions", bound=SampleOptions)
+AnySettings = TypeVar("AnySettings", bound=SystemSettings)
 
 
 class Loss(NamedTuple):
@@ -40,6 +41,30 @@ class Loss(NamedTuple):
     def mean(self) -> Tensor:
         """The loss of this micro-batch alone."""
         return self.total / self.count
+
+
+def with_possible_scale(
+    settings: AnySettings, given: AnySettings, scale: str, dropout: str
+) -> AnySettings:
+    """Settings whose scale of guidance is 1 where nothing is dropped that it could guide away from.
+
+    Args:
+        settings: filled in.
+        given: what was asked for.
+        scale, dropout: names of two settings.
+
+    Raises:
+        ValueError: another scale was asked for.
+    """
+    if getattr(settings, dropout) > 0:
+        return settings
+    asked = getattr(given, scale)
+    if asked not in (None, 1.0):
+        raise ValueError(
+            f"{flag(scale)} {asked:g} guides away from what {flag(dropout)} 0 never trains: give "
+            f"{flag(dropout)} a share above 0, or leave {flag(scale)} away"
+        )
+    return settings.changed({scale: 1.0})
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
 from heptapod_fast.systems.base import Loss, Phase
 from heptapod_fast.systems.mar import (
-    TINY,
     MarSettings,
     MarSystem,
     NetworkSize,
@@ -144,10 +143,10 @@ class HeptapodSettings(MarSettings):
         yield "supervision", f"w{self.window}n{self.density}, {how}"
 
 
-def _defaults(network: NetworkSize) -> HeptapodSettings:
+def _defaults(name: str, network: NetworkSize) -> HeptapodSettings:
     return HeptapodSettings(
         head_depth=network.depth,
-        density=2 if network is TINY else 1,
+        density=2 if name == "tiny" else 1,
         steps="antithetic",
         loss_weight="position",
     )

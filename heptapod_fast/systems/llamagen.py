@@ -35,7 +35,7 @@ from heptapod_fast.config import (
 from heptapod_fast.config.settings import Rule, at_least, between, more_than, setting, share
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model import initial
-from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
+from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, drop_labels
 from heptapod_fast.model.layers import Linear, Modules, RMSNorm
 from heptapod_fast.model.llama import LlamaBlock, block_flops, block_values, mlp_width
 from heptapod_fast.model.transformer import Stream
@@ -43,7 +43,7 @@ from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.linear_cross_entropy import MOST_TARGETS
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions, sample_codes
-from heptapod_fast.systems.base import Loss, Phase, System
+from heptapod_fast.systems.base import Loss, Phase, System, with_possible_scale
 from heptapod_fast.tokenizers import TokenSpec
 
 _ONE_AT_A_TIME = (
@@ -82,7 +82,7 @@ class LlamaSettings(SystemSettings):
                 f"--tokenizer {spec.name}: this system predicts codes, take a discrete tokenizer "
                 "(vq16, patch-vq)"
             )
-        settings = self.filled(defaults)
+        settings = with_possible_scale(self.filled(defaults), self, "guidance", "label_dropout")
         if settings.width % (4 * settings.heads):
             raise ValueError(
                 f"--width {settings.width} with --heads {settings.heads}: the width of a head has "
@@ -372,7 +372,8 @@ class LlamaGen(System):
         label_B = batch.labels
         dropout = NO_DROPOUT
         if self.training:
-            label_B = self.dropped_labels(label_B, batch.index, rng)
+            rate = self.settings.label_dropout
+            label_B = drop_labels(label_B, batch.index, rate, self.num_classes, rng)
             dropout = Dropout.draw(
                 self.settings.dropout, "llama", batch.index, 0, self.sites, elements, rng
             )
@@ -408,14 +409,6 @@ class LlamaGen(System):
         """Of a teacher-forced pass without dropout: (B, M, V) float32. Training never makes all of
         them at once."""
         return self.output(self.vectors(label_B, tokens_BN, patch)).float()
-
-    def dropped_labels(self, label_B: Tensor, index_B: Tensor, rng: Rng) -> Tensor:
-        """Labels, of which the share `label_dropout` is the null class."""
-        rate = self.settings.label_dropout
-        if rate == 0:
-            return label_B
-        is_dropped = rng.uniform("label", index_B, 1)[:, 0] < rate
-        return torch.where(is_dropped, self.num_classes, label_B)
 
     def embed(self, label_B: Tensor, tokens_BN: Tensor, patch: int) -> Tensor:
         """The class, then all patches but the last, each the mean of its codes' embeddings:
@@ -543,14 +536,14 @@ class LlamaGen(System):
 
     def _scale(self, options: LlamaOptions) -> float:
         """Of the guidance; ValueError where the run has nothing to guide against."""
-        if self.settings.label_dropout > 0:
-            return self.settings.guidance if options.guidance is None else options.guidance
-        if options.guidance is not None and options.guidance != 1:
+        if options.guidance is None:
+            return self.settings.guidance
+        if self.settings.label_dropout == 0 and options.guidance != 1:
             raise ValueError(
                 f"--guidance {options.guidance:g}: this run was trained with --label-dropout 0, it "
                 "never saw the null class that guidance needs"
             )
-        return 1.0
+        return options.guidance
 
     def settled(self, options: SampleOptions) -> SampleOptions:
         """See System.settled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class MarSettings(SystemSettings):
         rule=between(1, 2**10),
     )
     token_loss: Literal["ddpm", "flow"] | None = setting(
-        "How continuous tokens are denoised: MAR's diffusion (ddpm), or flow matching.",
+        "How continuous tokens are denoised: MAR's diffusion (ddpm, the default but for sar), or "
+        "flow matching.",
         before=None,
     )
     diffusion_loss: Literal["mse+vb", "mse"] | None = setting(
@@ -169,19 +170,19 @@ AnySettings = TypeVar("AnySettings", bound=MarSettings)
 
 
 def sizes(
-    settings_of: Callable[[NetworkSize], AnySettings],
-    table: Mapping[str, NetworkSize] = MappingProxyType(TABLE_3),
+    settings_of: Callable[[str, NetworkSize], AnySettings],
+    networks: Mapping[str, NetworkSize] = MappingProxyType({"tiny": TINY, **TABLE_3}),
     tiny_data: DataSettings = TINY_DATA,
 ) -> dict[str, Size]:
-    """tiny with a recipe of its own, then the sizes of the paper with the paper's.
+    """tiny with a recipe of its own, the other sizes with the paper's.
 
-    settings_of: what a system adds to a network's size: its depths, and settings of its own.
-    table: the sizes of the paper.
+    settings_of: what a system adds to a size, given its name and its network: its depths, and
+        settings of its own.
     """
 
-    def with_network(network: NetworkSize) -> AnySettings:
+    def with_network(name: str, network: NetworkSize) -> AnySettings:
         return replace(
-            settings_of(network),
+            settings_of(name, network),
             width=network.width,
             heads=network.heads,
             diffusion_blocks=network.diffusion_blocks,
@@ -192,11 +193,12 @@ def sizes(
             embedding_std=network.embedding_std,
         )
 
-    found = {"tiny": Size(with_network(TINY), tiny_data, TINY_RECIPE, TINY_RUN, TINY.micro_batch)}
-    for name, network in table.items():
-        found[name] = Size(
-            with_network(network), PAPER_DATA, PAPER_RECIPE, PAPER_RUN, network.micro_batch
-        )
+    found = {}
+    for name, network in networks.items():
+        rest = (PAPER_DATA, PAPER_RECIPE, PAPER_RUN)
+        if name == "tiny":
+            rest = (tiny_data, TINY_RECIPE, TINY_RUN)
+        found[name] = Size(with_network(name, network), *rest, network.micro_batch)
     return found
 
 
@@ -295,21 +297,17 @@ def token_loss_of(settings: MarSettings, spec: TokenSpec, operators: Operators) 
     if spec.kind == "discrete":
         return Categorical(settings.width, spec.vocabulary, operators)
     # Not None where tokens are continuous: `MarSettings.resolve` has filled them in.
-    network = dict(
-        blocks=cast(int, settings.diffusion_blocks),
-        mlp_width=cast(int, settings.diffusion_width),
-        repeat=cast(int, settings.diffusion_repeat),
-    )
-    if settings.token_loss == "flow":
-        return Flow(settings.width, spec.channels, **network, limit=spec.limit, operators=operators)
-    return Diffusion(
-        settings.width,
-        spec.channels,
-        **network,
-        bound=settings.diffusion_loss == "mse+vb",
+    network: dict[str, Any] = dict(
+        blocks=settings.diffusion_blocks,
+        mlp_width=settings.diffusion_width,
+        repeat=settings.diffusion_repeat,
         limit=spec.limit,
         operators=operators,
     )
+    if settings.token_loss == "flow":
+        return Flow(settings.width, spec.channels, **network)
+    has_bound = settings.diffusion_loss == "mse+vb"
+    return Diffusion(settings.width, spec.channels, bound=has_bound, **network)
 
 
 def put(tokens_BN: Tensor, position_Bk: Tensor, token_Bk: Tensor) -> None:

@@ -30,8 +30,8 @@ from heptapod_fast import grid as gridlib
 from heptapod_fast.config import AttentionUse
 from heptapod_fast.config.settings import at_least, setting, share
 from heptapod_fast.data.tokens import Batch
-from heptapod_fast.grid import Groups, Rows, Sources
-from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
+from heptapod_fast.grid import Groups, Rows
+from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, drop_labels
 from heptapod_fast.model.token_losses import Contrast
 from heptapod_fast.model.transformer import Packing, block_flops, block_values
 from heptapod_fast.ops import CAUSAL, FULL, AttentionMask
@@ -39,8 +39,9 @@ from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import MAX_LENGTH, Visible, group_mask, two_stream_mask
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
-from heptapod_fast.systems.base import Loss, Phase
+from heptapod_fast.systems.base import Loss, Phase, with_possible_scale
 from heptapod_fast.systems.mar import (
+    TINY,
     TINY_DATA,
     MarSettings,
     MarSystem,
@@ -90,46 +91,66 @@ class SarSettings(MarSettings):
     def resolve(self, defaults: Self, spec: TokenSpec) -> Self:
         """See SystemSettings.resolve."""
         settings = super().resolve(defaults.without("injection"), spec)
-        groups = gridlib.GROUPINGS[settings.grouping](spec.grid, spec.grid)
-        can_shift = len(set(groups.sizes)) == 1
+        settings = with_possible_scale(settings, self, "guidance_x", "z_dropout")
+        settings = with_possible_scale(settings, self, "guidance_z", "label_dropout")
+        sizes_of_groups = settings.groups(spec).sizes
+        can_shift = len(set(sizes_of_groups)) == 1
         if settings.injection is None:
             settings = replace(settings, injection="shift" if can_shift else "average")
         if settings.injection == "shift" and not can_shift:
-            few, many = min(groups.sizes), max(groups.sizes)
+            few, many = min(sizes_of_groups), max(sizes_of_groups)
             raise ValueError(
                 f"--injection shift takes every group from the one before, of the same size, but "
                 f"the groups of --grouping {settings.grouping} have {few} to {many} tokens: use "
                 "--grouping next-token or next-row, or another --injection"
             )
-        length = 2 * spec.num_tokens + 1
-        if settings.injection != "shift" and length > MAX_LENGTH:
+        elements = settings.elements(spec)
+        if settings.has_mask and elements > MAX_LENGTH:
             raise ValueError(
-                f"--injection {settings.injection} trains two streams, {length} elements for "
-                f"{spec.num_tokens} tokens, where masks have {MAX_LENGTH} at most: use --injection "
-                "shift, or fewer tokens"
+                f"--grouping {settings.grouping} --injection {settings.injection} makes {elements} "
+                f"elements of {spec.num_tokens} tokens, where masks have {MAX_LENGTH} at most: use "
+                "fewer tokens (a smaller --image-size), or --grouping next-token --injection shift"
             )
         return settings
 
+    def groups(self, spec: TokenSpec) -> Groups:
+        """The groups of the grid, on the CPU wherever a system is built."""
+        with torch.device("cpu"):
+            return gridlib.GROUPINGS[self.grouping](spec.grid, spec.grid)
+
+    @property
+    def has_two_streams(self) -> bool:
+        """Whether context and generation are apart."""
+        return self.injection != "shift"
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether who sees whom is more than causal."""
+        return self.has_two_streams or self.grouping != "next-token"
+
+    def elements(self, spec: TokenSpec) -> int:
+        """Elements of a forward pass: of the context all but the last group's, which nothing
+        sees."""
+        if not self.has_two_streams:
+            return spec.num_tokens
+        return 1 + 2 * spec.num_tokens - self.groups(spec).sizes[-1]
+
     def attention_uses(self, spec: TokenSpec) -> list[AttentionUse]:
         """See SystemSettings.attention_uses."""
-        length = 2 * spec.num_tokens + 1
-        visible: Visible | type = AttentionMask
-        if self.injection == "shift":
-            length = spec.num_tokens
-            if self.grouping == "next-token":
-                visible = CAUSAL
+        visible = AttentionMask if self.has_mask else CAUSAL
         return [
-            AttentionUse(self.head_width, length, visible),
+            AttentionUse(self.head_width, self.elements(spec), visible),
             AttentionUse(self.head_width, spec.num_tokens + 1, FULL),
         ]
 
     def derived(self, spec: TokenSpec) -> Iterator[tuple[str, str]]:
         """See SystemSettings.derived."""
-        groups = gridlib.GROUPINGS[self.grouping](spec.grid, spec.grid)
-        streams = "one" if self.injection == "shift" else "two"
+        sizes_of_groups = self.groups(spec).sizes
+        few, many = min(sizes_of_groups), max(sizes_of_groups)
+        streams = "two" if self.has_two_streams else "one"
         yield "head dim", f"{self.head_width} = {self.width} / {self.heads}"
-        yield "steps", f"{len(groups.sizes)} groups of {min(groups.sizes)} to {max(groups.sizes)}"
-        yield "streams", streams
+        yield "steps", f"{len(sizes_of_groups)} groups of {few} to {many}"
+        yield "streams", f"{streams}, {self.elements(spec)} elements"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +175,10 @@ class SarOptions(SampleOptions):
 
 
 # (guidance_x, guidance_z) of the slides' Table 4.
-_GUIDANCE = {"B": (1.35, 3.0), "L": (1.25, 2.7), "H": (1.2, 2.5)}
-_TABLE = {
+_GUIDANCE = {"tiny": (1.0, 1.0), "B": (1.35, 3.0), "L": (1.25, 2.7), "H": (1.2, 2.5)}
+_NETWORKS = {
+    # As many blocks as the other systems' tiny has in backbone and head.
+    "tiny": replace(TINY, depth=2 * TINY.depth),
     "B": NetworkSize(
         depth=14, width=768, heads=12, diffusion_blocks=7, diffusion_width=1024, micro_batch=64
     ),
@@ -168,12 +191,10 @@ _TABLE = {
 }
 
 
-def _defaults(network: NetworkSize) -> SarSettings:
-    names = [name for name, known in _TABLE.items() if known == network]
-    guidance_x, guidance_z = _GUIDANCE[names[0]] if names else (1.0, 1.0)
-    # tiny has as many blocks as the other systems' tiny.
+def _defaults(name: str, network: NetworkSize) -> SarSettings:
+    guidance_x, guidance_z = _GUIDANCE[name]
     return SarSettings(
-        depth=network.depth if names else 2 * network.depth,
+        depth=network.depth,
         grouping="next-neighbor",
         injection="average",
         token_loss="flow",
@@ -184,7 +205,7 @@ def _defaults(network: NetworkSize) -> SarSettings:
     )
 
 
-SarSettings.SIZES = sizes(_defaults, _TABLE, tiny_data=replace(TINY_DATA, tokenizer="patch"))
+SarSettings.SIZES = sizes(_defaults, _NETWORKS, tiny_data=replace(TINY_DATA, tokenizer="patch"))
 
 
 class Sar(MarSystem):
@@ -202,8 +223,8 @@ class Sar(MarSystem):
     order_N: Tensor
     time_N: Tensor
     is_first_N: Tensor
-    source_NK: Tensor
-    weight_NK: Tensor
+    source_N: Tensor
+    share_NN: Tensor
 
     def __init__(
         self,
@@ -213,53 +234,38 @@ class Sar(MarSystem):
         operators: Operators = AUTO,
     ):
         super().__init__(settings, spec, num_classes, operators)
-        with torch.device("cpu"):
-            self.groups = self.make_groups(settings, spec)
-            sources = self.make_sources(settings, self.groups)
-        self.has_two_streams = settings.injection != "shift"
         self.query = nn.Parameter(torch.empty(1, settings.width))
 
-        # All below in the order of the groups.
-        order_N = self.groups.order_N
-        time_N = self.groups.group_N[order_N]
-        for name, values in {
-            "order_N": order_N,
-            "time_N": time_N,
-            "is_first_N": time_N == 0,
-            "source_NK": sources.position_NK[order_N],
-            "weight_NK": sources.weight_NK[order_N],
-        }.items():
-            self.register_buffer(name, values.to(self.query.device), persistent=False)
-        self.context_length = self.num_tokens - self.groups.sizes[-1] if self.has_two_streams else 0
-        with torch.device("cpu"):
+        self.groups = settings.groups(spec)
+        with torch.device("cpu"):  # where masks are made
             self.visible = self.make_visible()
+            tables = self.tables()
+        for name, values in tables.items():
+            self.register_buffer(name, values.to(self.query.device), persistent=False)
         self._visible_there: dict[torch.device, Visible] = {}
 
-    @staticmethod
-    def make_groups(settings: SarSettings, spec: TokenSpec) -> Groups:
-        """The groups of the grid."""
-        return gridlib.GROUPINGS[settings.grouping](spec.grid, spec.grid)
-
-    @staticmethod
-    def make_sources(settings: SarSettings, groups: Groups) -> Sources:
-        """Which tokens make up every element; for `shared` none."""
-        if settings.injection == "shift":
-            return gridlib.shifted_sources(groups)
-        if settings.injection == "nearest":
-            return gridlib.nearest_sources(groups)
-        sources = gridlib.average_sources(groups)
-        if settings.injection == "shared":
-            return Sources(sources.position_NK[:, :1], torch.zeros(len(groups.order_N), 1))
-        return sources
+    def tables(self) -> dict[str, Tensor]:
+        """What elements are made of, in the order of the groups: positions, numbers of groups,
+        which elements are the first group's, and earlier tokens: one for each (`source_N`), or
+        shares of all (`share_NN`)."""
+        order_N = self.groups.order_N
+        time_N = self.groups.group_N[order_N]
+        found = {"order_N": order_N, "time_N": time_N, "is_first_N": time_N == 0}
+        injection = self.settings.injection
+        if injection == "shift":
+            found["source_N"] = gridlib.shifted_sources(self.groups)[order_N]
+        elif injection == "nearest":
+            found["source_N"] = gridlib.nearest_sources(self.groups)[order_N]
+        elif injection == "average":
+            found["share_NN"] = gridlib.average_shares(self.groups)[order_N]
+        return found
 
     def make_visible(self) -> Visible:
         """Who sees whom in training."""
         sizes_of_groups = list(self.groups.sizes)
-        if self.has_two_streams:
+        if self.settings.has_two_streams:
             return two_stream_mask(sizes_of_groups, prefix=1, has_last_context=False)
-        if max(sizes_of_groups) == 1:
-            return CAUSAL
-        return group_mask(sizes_of_groups)
+        return group_mask(sizes_of_groups) if self.settings.has_mask else CAUSAL
 
     def visible_on(self, device: torch.device) -> Visible:
         """`visible` with its tables on a device."""
@@ -271,8 +277,7 @@ class Sar(MarSystem):
 
     def times(self) -> int:
         """Rows of the table of times: a group each."""
-        with torch.device("cpu"):
-            return len(self.make_groups(self.settings, self.spec).sizes)
+        return len(self.settings.groups(self.spec).sizes)
 
     def units(self) -> list[nn.Module]:
         """See System.units."""
@@ -289,7 +294,10 @@ class Sar(MarSystem):
 
     def vectors(self, batch: Batch, rows: Rows, rng: Rng) -> Tensor:
         """The backbone's vector of every token, in the order of the groups: (B * N, D)."""
-        label_B = self.dropped_labels(batch.labels, batch.index, rng)
+        label_B = batch.labels
+        if self.training:
+            rate = self.settings.label_dropout
+            label_B = drop_labels(label_B, batch.index, rate, self.num_classes, rng)
         x_BMD = self.embed(label_B, batch.tokens)
         length = x_BMD.shape[1]
         dropout = NO_DROPOUT
@@ -298,19 +306,13 @@ class Sar(MarSystem):
             dropout = Dropout.draw(
                 self.settings.dropout, "backbone", batch.index, 0, sites, length, rng
             )
-        generation_R = length - self.num_tokens + rows.step_R
-        packing = Packing(rows.sequence_R, generation_R)
+        packing = None
+        if self.settings.has_two_streams:
+            packing = Packing(rows.sequence_R, length - self.num_tokens + rows.step_R)
         visible = self.visible_on(x_BMD.device)
         z_RD = self.backbone(x_BMD, dropout, visible=visible, packing=packing)
+        z_RD = z_RD.view(-1, z_RD.shape[-1])  # of one stream nothing was packed
         return self.dropped_vectors(z_RD, batch.index[rows.sequence_R], rows.slot_R, rng)
-
-    def dropped_labels(self, label_B: Tensor, index_B: Tensor, rng: Rng) -> Tensor:
-        """Labels; in training the share `label_dropout` of them is the null class."""
-        rate = self.settings.label_dropout
-        if rate == 0 or not self.training:
-            return label_B
-        is_dropped_B = rng.uniform("label", index_B, 1)[:, 0] < rate
-        return torch.where(is_dropped_B, self.num_classes, label_B)
 
     def dropped_vectors(self, z_RD: Tensor, index_R: Tensor, slot_R: Tensor, rng: Rng) -> Tensor:
         """z; in training the share `z_dropout` of the rows is zero."""
@@ -326,9 +328,9 @@ class Sar(MarSystem):
         token_BND = self.backbone.token(tokens_BN)
         everything = slice(0, self.num_tokens)
         generation_BND = self.generation(label_B, token_BND, everything)
-        if not self.has_two_streams:
+        if not self.settings.has_two_streams:
             return generation_BND
-        context_BMD = self.context(token_BND, slice(0, self.context_length))
+        context_BMD = self.context(token_BND, slice(0, self.num_tokens - self.groups.sizes[-1]))
         return torch.cat((self.prefix(label_B), context_BMD, generation_BND), dim=1)
 
     def prefix(self, label_B: Tensor) -> Tensor:
@@ -343,18 +345,22 @@ class Sar(MarSystem):
     def generation(self, label_B: Tensor, token_BND: Tensor, part: slice) -> Tensor:
         """Elements that are scored: h of earlier tokens, the class in the first group; part: which
         of the order. Tokens of `part` itself and later ones are not used."""
-        weight_GK = self.weight_NK[part]
-        source_GK = self.source_NK[part]
-        if weight_GK.shape[1] == 1:
-            x_BGD = token_BND[:, source_GK[:, 0]] * weight_GK
-        else:
-            # A product with a matrix that is mostly zeros: cheaper than K gathered copies.
-            share_GN = weight_GK.new_zeros(len(weight_GK), self.num_tokens)
-            share_GN = share_GN.scatter_add(1, source_GK, weight_GK)
-            x_BGD = share_GN @ token_BND
         label_B1D = self.backbone.label(label_B)[:, None]
-        x_BGD = torch.where(self.is_first_N[part, None], label_B1D, x_BGD)
-        return (x_BGD + self.query + self.place(part)).to(self.backbone.dtype)
+        x_BGD = self.injected(token_BND, part) + self.query
+        start_B1D = label_B1D + self.query
+        x_BGD = torch.where(self.is_first_N[part, None], start_B1D, x_BGD)
+        return (x_BGD + self.place(part)).to(self.backbone.dtype)
+
+    def injected(self, token_BND: Tensor, part: slice) -> Tensor:
+        """h: (B, G, D), of the first group anything finite; (1, 1, 1) for `shared`, where `query`
+        is all there is."""
+        injection = self.settings.injection
+        if injection == "shared":
+            return token_BND.new_zeros(1, 1, 1)
+        if injection == "average":
+            # A product with a matrix that is mostly zeros: cheaper than 8 gathered copies.
+            return self.share_NN[part] @ token_BND
+        return token_BND[:, self.source_N[part]]
 
     def place(self, part: slice) -> Tensor:
         """(G, D): embeddings of position and group."""
@@ -367,26 +373,24 @@ class Sar(MarSystem):
         """Every token of every sequence."""
         return float(batch * self.num_tokens)
 
-    @property
-    def elements(self) -> int:
-        """Elements of a forward pass."""
-        return self.num_tokens + (1 + self.context_length if self.has_two_streams else 0)
-
     def keys_seen(self) -> float:
         """How many elements one sees, on average."""
+        elements = self.settings.elements(self.spec)
         if isinstance(self.visible, AttentionMask):
-            return float(self.visible.dense_NM.sum()) / self.elements
-        return (self.elements + 1) / 2
+            return float(self.visible.dense_NM.sum()) / elements
+        return (elements + 1) / 2
 
     def flops_per_image(self, phase: Phase | None = None) -> dict[str, float]:
         """See System.flops_per_image."""
         settings = self.settings
         width = settings.width
         tokens = self.num_tokens
-        whole = block_flops(width, self.elements, self.keys_seen())
-        last = block_flops(width, self.elements, self.keys_seen(), rows=tokens)
+        elements = settings.elements(self.spec)
+        whole = block_flops(width, elements, self.keys_seen())
+        last = block_flops(width, elements, self.keys_seen(), rows=tokens)
+        injected = 2 * width * tokens**2 if settings.injection == "average" else 0
         return {
-            "embedding": 2 * width * self.spec.channels * tokens,
+            "embedding": 2 * width * self.spec.channels * tokens + injected,
             "backbone": (settings.depth - 1) * whole + last,
             "token loss": self.token_loss.flops(tokens),
         }
@@ -394,7 +398,7 @@ class Sar(MarSystem):
     def saved_values(self, phase: Phase | None = None) -> float:
         """See System.saved_values."""
         settings = self.settings
-        elements = self.elements
+        elements = settings.elements(self.spec)
         block = block_values(settings.width, settings.heads, elements, elements)
         return settings.depth * block + self.token_loss.saved_values(self.num_tokens)
 
@@ -415,16 +419,19 @@ class Sar(MarSystem):
         guidance = self.guidance_of(chosen)
         label_B, index_B = self.place_sampling(classes, index)
         batch = len(label_B)
+        has_two_streams = self.settings.has_two_streams
         # With a guided backbone every image is two rows: of its class and of none.
         label_R = label_B
+        copies = 1
         if guidance.guides_backbone:
             label_R = torch.cat((label_B, torch.full_like(label_B, self.num_classes)))
+            copies = 2
         tokens_BN = self.empty_tokens(batch, label_B.device)
-        cache = KVCache(len(self.backbone.blocks), self.num_tokens + self.has_two_streams)
+        cache = KVCache(len(self.backbone.blocks), self.num_tokens + has_two_streams)
         token_RND = self.backbone.label.weight.new_zeros(
             len(label_R), self.num_tokens, self.settings.width
         )
-        if self.has_two_streams:
+        if has_two_streams:
             self.backbone(self.prefix(label_R), cache=cache, visible=FULL)
             cache.advance(1)
         starts = self.groups.starts
@@ -432,7 +439,7 @@ class Sar(MarSystem):
             part = slice(start, start + size)
             x_RGD = self.generation(label_R, token_RND, part)
             z_RGD = self.backbone(x_RGD, cache=cache, visible=FULL)
-            if not self.has_two_streams:
+            if not has_two_streams:
                 cache.advance(size)
             z_TD, contrast = guidance.of_head(z_RGD.flatten(0, 1))
             position_BG = self.order_N[part].expand(batch, -1)
@@ -445,8 +452,8 @@ class Sar(MarSystem):
             if step + 1 == len(starts):
                 break
             embedded_BGD = self.backbone.token(token_BG)
-            token_RND[:, self.order_N[part]] = embedded_BGD.repeat(len(label_R) // batch, 1, 1)
-            if self.has_two_streams:
+            token_RND[:, self.order_N[part]] = embedded_BGD.repeat(copies, 1, 1)
+            if has_two_streams:
                 self.backbone(self.context(token_RND, part), cache=cache, visible=FULL)
                 cache.advance(size)
         return tokens_BN
@@ -481,8 +488,8 @@ class Sar(MarSystem):
             return Guidance(cfg=options.guidance)
         # --guidance 1 turns the run's own scales off; those that are given act beside it.
         has_defaults = options.guidance is None
-        own_x = settings.guidance_x if has_defaults and settings.z_dropout > 0 else 1.0
-        own_z = settings.guidance_z if has_defaults and settings.label_dropout > 0 else 1.0
+        own_x = settings.guidance_x if has_defaults else 1.0
+        own_z = settings.guidance_z if has_defaults else 1.0
         return Guidance(
             x=own_x if options.guidance_x is None else options.guidance_x,
             z=own_z if options.guidance_z is None else options.guidance_z,
@@ -508,7 +515,8 @@ class Guidance:
         guided, rows of classes and, behind them, as many of none."""
         contrast = None
         if self.guides_backbone:
-            z_RD, none_RD = z_RD.chunk(2)
+            # float32 as the head is: a scale multiplies roundings too.
+            z_RD, none_RD = z_RD.float().chunk(2)
             if self.cfg != 1:
                 return z_RD, Contrast(none_RD, self.cfg)
             z_RD = none_RD + self.z * (z_RD - none_RD)

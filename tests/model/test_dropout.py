@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
+from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, drop_labels
 from heptapod_fast.ops import dropout
 from heptapod_fast.rng import Rng
 
@@ -51,3 +51,26 @@ def test_nothing_is_dropped_at_zero():
     assert none is NO_DROPOUT
     assert none.sites(3, 2) == (None, None)
     assert none.packed(torch.tensor([0]), torch.tensor([0])) is none
+
+
+def test_the_last_sites_are_the_last():
+    masks = Dropout.draw(0.5, "here", torch.arange(3), 0, 7, 5, Rng(1))
+    sequence_R, element_R = torch.tensor([2, 0, 0]), torch.tensor([4, 1, 3])
+    whole = masks.packed(sequence_R, element_R).sites(4, 3)
+    found = masks.last(3).packed(sequence_R, element_R).sites(0, 3)
+    for a, b in zip(whole, found, strict=True):
+        assert torch.equal(a.keep(3, 16), b.keep(3, 16))
+    assert NO_DROPOUT.last(3).sites(0, 3) == (None,) * 3
+
+
+def test_labels_are_dropped_by_the_sample():
+    index = torch.arange(20_000)
+    labels = torch.full_like(index, 2)
+    dropped = drop_labels(labels, index, 0.25, 9, Rng(3))
+    assert set(dropped.tolist()) == {2, 9}
+    share = float((dropped == 9).double().mean())
+    assert share == pytest.approx(0.25, abs=0.02)  # six deviations
+    part = drop_labels(labels[:100], index[700:800], 0.25, 9, Rng(3))
+    assert torch.equal(dropped[700:800], part)
+    assert not torch.equal(dropped, drop_labels(labels, index, 0.25, 9, Rng(4)))
+    assert torch.equal(drop_labels(labels, index, 0.0, 9, Rng(3)), labels)

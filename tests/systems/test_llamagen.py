@@ -244,22 +244,6 @@ def test_dropout_acts_on_tokens_attention_and_mlp(patch):
     torch.testing.assert_close(found, system.norm(x_BMD), rtol=1e-4, atol=1e-5)
 
 
-def test_labels_are_dropped_by_the_counter():
-    system = random_system(label_dropout=0.25)
-    index = torch.arange(20_000)
-    labels = torch.full_like(index, 2)
-    dropped = system.dropped_labels(labels, index, Rng(3))
-    share = float((dropped == CLASSES).float().mean())
-    assert share == pytest.approx(0.25, abs=0.02)  # six deviations
-    assert torch.equal(
-        dropped[700:800], system.dropped_labels(labels[:100], index[700:800], Rng(3))
-    )
-    assert not torch.equal(dropped, system.dropped_labels(labels, index, Rng(4)))
-    assert torch.equal(
-        random_system(label_dropout=0.0).dropped_labels(labels, index, Rng(3)), labels
-    )
-
-
 def test_without_a_class_the_null_row_is_trained():
     system = random_system(label_dropout=0.9).train()
     system(batch_of(40), Rng(0)).total.backward()
@@ -371,7 +355,7 @@ def test_guidance_is_the_runs_unless_told_otherwise():
 
 
 def test_guidance_without_a_null_class_is_refused():
-    system = random_system(label_dropout=0.0, guidance=2.0).eval()
+    system = random_system(label_dropout=0.0).eval()
     with pytest.raises(ValueError, match="--guidance 3: .* --label-dropout 0"):
         system.sample(torch.tensor([0]), Rng(1), system.options(guidance=3.0))
     system.sample(torch.tensor([0]), Rng(1))  # and does without
@@ -447,6 +431,7 @@ def test_elements_of_the_default():
         ("llamagen", {"tokenizer": "patch", "codes": None}, "takes? a discrete tokenizer"),
         ("llamagen", {"width": 36}, "multiple of 4"),
         ("llamagen", {"levels": 2}, "--levels"),
+        ("llamagen", {"label_dropout": 0.0, "guidance": 2.0}, "--guidance 2 guides away from what"),
     ],
 )
 def test_what_cannot_be_is_refused(system, flags, text):

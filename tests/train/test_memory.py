@@ -26,6 +26,24 @@ CASES = {
         "diffusion_blocks": 3,
         "diffusion_width": 64,
     },
+    "flow": {
+        "depth": 2,
+        "head_depth": 2,
+        "tokenizer": "patch",
+        "codes": None,
+        "token_loss": "flow",
+        "diffusion_blocks": 1,
+        "diffusion_width": 96,
+    },
+    "two streams": {
+        "system": "sar",
+        "depth": 3,
+        "codes": None,
+        "diffusion_blocks": 2,
+        "diffusion_width": 64,
+    }
+    | NO_HEAD,
+    "llamagen": {"system": "llamagen", "depth": 3} | NO_HEAD,
 }
 
 
