@@ -121,8 +121,8 @@ def local_ends(shape: Shape) -> Tensor:
 
 @functools.cache
 def streams(device: str) -> AttentionMask:
-    """SAR's mask, without a class element: 512 elements on a 16 x 16 grid."""
-    return two_stream_mask(GROUPS[device], prefix=0).to(device)
+    """SAR's mask for a device, made on the CPU: 512 elements on a 16 x 16 grid, or few."""
+    return two_stream_mask(GROUPS[device], has_last_context=False)
 
 
 # --------------------------------------------------------------------------------- ours, flash-attn
@@ -133,7 +133,7 @@ def visible_of(shape: Shape, made: Inputs) -> Visible:
     if shape.visible == "local head":
         return Ends(made.ends)
     if shape.visible == "two streams":
-        return streams(shape.device)
+        return streams(shape.device).to(shape.device)
     return FULL if shape.visible == "full" else CAUSAL
 
 
@@ -192,7 +192,7 @@ def split_heads(packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def dense(shape: Shape, made: Inputs) -> Tensor | None:
     """Booleans that broadcast to (B, H, N, M), or None."""
     if shape.visible == "two streams":
-        return streams(shape.device).dense_NM[None, None]
+        return streams(shape.device).dense_NM[None, None].to(shape.device)
     if shape.visible == "local head":
         return torch.arange(shape.keys, device=shape.device) < made.ends[:, None, :, None]
     return None
@@ -257,7 +257,7 @@ def flex_causal(b, h, i, j):
 
 def flex_streams(device: str):
     """The same for SAR's mask."""
-    ranges = streams(device).ranges_N22.permute(1, 2, 0).contiguous()
+    ranges = streams(device).ranges_N22.to(device).permute(1, 2, 0).contiguous()
     (first, end), (own_first, own_end) = ranges
 
     def seen(b, h, i, j):
@@ -301,7 +301,7 @@ def pairs(shape: Shape) -> float:
     if shape.visible == "local head":
         return shape.queries * (shape.keys + 1) / 2
     if shape.visible == "two streams":
-        return float(two_stream_mask(GROUPS[shape.device], prefix=0).dense_NM.sum())
+        return float(streams(shape.device).dense_NM.sum())
     return shape.queries * shape.keys
 
 
@@ -338,7 +338,7 @@ def plain(device: str, size: str, batch: int) -> list[Case]:
 def cases(device: str) -> list[Case]:
     """All kinds at the first size, self-attention at the others."""
     size, batch, length = ("B", 128, 256) if device == "cuda" else ("tiny", 2, 16)
-    elements = 2 * sum(GROUPS[device])
+    elements = streams(device).num_queries
     two_streams = Shape("two streams", device, size, batch, elements, elements)
     local = Shape("local head", device, size, batch, length, length)
     decoding = Shape("decoding", device, size, max(batch // 2, 2), 1, length + 1)

@@ -178,6 +178,38 @@ def _chunk_rows(rows: int, codes: int, dtype: torch.dtype, most: int | None) -> 
     return max(1, -(-rows // max(1, chunks)))
 
 
+def _losses(
+    logits_CV: Tensor,
+    target_CK: Tensor,
+    row_weight_C: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+) -> Tensor:
+    """(C,) float32 losses of the rows of a chunk; softmax for few of them at a time.
+
+    Given dbias_V, the logits become their gradient, weight * (softmax - hits), whose sum over rows
+    is added to it before it is rounded.
+    """
+    few = max(1, MOST_FLOATS // logits_CV.shape[1])
+    losses = []
+    for first in range(0, len(logits_CV), few):
+        part = slice(first, first + few)
+        logits_SV = logits_CV[part]
+        target_SK = target_CK[part]
+        log_softmax_SV = torch.log_softmax(logits_SV, dim=1, dtype=torch.float32)
+        losses.append(-log_softmax_SV.gather(1, target_SK).mean(1))
+        if dbias_V is None:
+            continue
+        dlogits_SV = log_softmax_SV.exp_()  # in the memory of the logarithms
+        share_SK = torch.full_like(target_SK, -1 / target_SK.shape[1], dtype=torch.float32)
+        dlogits_SV.scatter_add_(1, target_SK, share_SK)
+        if row_weight_C is not None:
+            weight_S1 = row_weight_C[part, None].float()
+            dlogits_SV.mul_(weight_S1).masked_fill_(weight_S1 == 0, 0.0)
+        dbias_V += dlogits_SV.sum(0)
+        logits_SV.copy_(dlogits_SV)
+    return torch.cat(losses)
+
+
 class _Chunked(torch.autograd.Function):
     """Loss and gradients together, some rows at a time."""
 
@@ -196,30 +228,14 @@ class _Chunked(torch.autograd.Function):
         dbias_V = torch.zeros(codes if gradients else 0, **float32)
 
         size = _chunk_rows(rows, codes, dtype, chunk)
-        step = max(1, MOST_FLOATS // codes)
         for start in range(0, rows, size):
-            part = slice(start, min(start + size, rows))
-            # One product for all rows of a chunk, then softmax for few of them at a time.
+            part = slice(start, start + size)
             logits_CV = F.linear(z_RD[part], weight_rounded_VD, bias_rounded_V)
-            for first in range(part.start, part.stop, step):
-                rows_now = slice(first, min(first + step, part.stop))
-                logits_SV = logits_CV[first - start : rows_now.stop - start]
-                target_SK = target_RK[rows_now]
-                log_softmax_SV = torch.log_softmax(logits_SV, dim=1, dtype=torch.float32)
-                loss_R[rows_now] = -log_softmax_SV.gather(1, target_SK).mean(1)
-                if not gradients:
-                    continue
-                # weight * (softmax - hits), in the memory of the logarithms.
-                dlogits_SV = log_softmax_SV.exp_()
-                share = torch.full_like(target_SK, -1 / target_SK.shape[1], dtype=torch.float32)
-                dlogits_SV.scatter_add_(1, target_SK, share)
-                if row_weight_R is not None:
-                    weight_S1 = row_weight_R[rows_now, None].float()
-                    dlogits_SV.mul_(weight_S1).masked_fill_(weight_S1 == 0, 0.0)
-                dbias_V += dlogits_SV.sum(0)
-                logits_SV.copy_(dlogits_SV)
             if not gradients:
+                loss_R[part] = _losses(logits_CV, target_RK[part])
                 continue
+            row_weight_C = None if row_weight_R is None else row_weight_R[part]
+            loss_R[part] = _losses(logits_CV, target_RK[part], row_weight_C, dbias_V)
             # From here on the logits are dlogits.
             torch.mm(logits_CV, weight_rounded_VD, out=dz_RD[part])
             if dtype == torch.float32:

@@ -38,11 +38,7 @@ def choose_operators(config: Config, device: torch.device) -> Operators:
         _Wish("--kernels", "auto", "philox", torch.int64),
     ]
     rows = config.split_batch(1).micro_batch * config.spec.num_tokens
-    limits = {
-        "linear_cross_entropy": passed_over(rows, config.spec.vocabulary),
-    }
-    if run.kernels != "auto":
-        limits = {}  # it is asked for by name
+    limits = {"linear_cross_entropy": passed_over(rows, config.spec.vocabulary)}
     wishes += [
         _Wish("--kernels", run.kernels, operation, dtype, limits.get(operation))
         for operation in operations("triton")
