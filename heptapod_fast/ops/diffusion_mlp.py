@@ -12,7 +12,8 @@
 Row r of R belongs to token r // repeat. time is a table of embeddings: of all timesteps (T = 1000,
 diffusion), or of each row's own time (T = R, flow matching). out has as many columns as Wout has
 rows, 2 C or C. The first layer works in float32 because at small t the noise is finer than bfloat16
-resolves, the last because the loss is; the rest runs in the dtype of the condition. Parameters are float32 masters and so are their gradients.
+resolves, the last because the loss is; the rest runs in the dtype of the condition. Parameters are
+float32 masters and so are their gradients.
 
 The kernels compute the modulation of all blocks in one product, and so its gradients, 60% of the
 work; weight gradients come out of their products in float32; biases and affine parameters get their
@@ -46,8 +47,9 @@ def diffusion_mlp(
     eps: float = 1e-6,
     implementation: str = "auto",
 ) -> Tensor:
-    """Noisy tokens, timesteps, the table of their embeddings, conditions -> (R, outputs) float32, as many
-    as the output weight has rows.
+    """Noisy tokens, timesteps, the table of their embeddings, conditions -> (R, outputs) float32.
+
+    There are as many outputs as the output weight has rows.
 
     xt (R, C) float32, which gets no gradient; t (R,) int64 in 0..T-1, not checked; time (T, F) and
     condition (M, F) of one dtype, float32 or bfloat16, with R = M * repeat. implementation: "auto",
