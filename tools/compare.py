@@ -78,6 +78,7 @@ SAMPLINGS: tuple[dict[str, object], ...] = ({}, {"positions-per-step": 4, "tempe
 TIMES = (
     "images_per_second",
     "seconds",
+    "step_seconds",
     "other_seconds",
     "eta_seconds",
     "tflops",

@@ -87,10 +87,12 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
         "loss": last["loss"],
         "images_per_second_median": median(rates),
         "images_per_second_range": [min(rates), max(rates)],
-        "training_seconds": training_seconds(records),
         "tflops_median": median(record["tflops"] for record in records),
         "skipped_steps": last["skipped"],
     }
+    if all("step_seconds" in record for record in records):  # not in records of older versions
+        seconds = sum(record["step_seconds"] for record in records)
+        numbers["training_seconds"] = round(seconds, 1)
     by_phase = rates_of_phases(records)
     if len(by_phase) > 1:
         numbers["images_per_second_of_phases"] = by_phase
@@ -98,19 +100,6 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
     if shares:
         numbers["mfu_median"] = median(shares)
     return numbers
-
-
-def training_seconds(records: list[Record]) -> float:
-    """Of steps alone: without samples and checkpoints. Clocks of records start with their
-    session."""
-    total = 0.0
-    before = 0.0
-    for record in records:
-        of_steps = record["seconds"] - record["other_seconds"]
-        is_new_session = of_steps < before
-        total += of_steps if is_new_session else of_steps - before
-        before = of_steps
-    return round(total, 1)
 
 
 def rates_of_phases(records: list[Record]) -> dict[str, float]:

@@ -82,7 +82,8 @@ class Meter:
         loss = float(self.loss) / max(self.steps, 1)
         norm = float(self.norm)
         now = time.monotonic()
-        rate = self.images / max(now - self.mark - self.away, 1e-9)
+        of_steps = now - self.mark - self.away
+        rate = self.images / max(of_steps, 1e-9)
         self.images_of_session += self.images
         overall = self.images_of_session / max(now - self.started, 1e-9)
         left = max(self.total - images, 0)
@@ -92,6 +93,7 @@ class Meter:
             "grad_norm": norm,
             "images_per_second": round(rate, 1),
             "seconds": round(now - self.started, 3),
+            "step_seconds": round(of_steps, 3),
             "other_seconds": round(self.away, 3),
             "eta_seconds": round(left / max(overall, 1e-9), 1),
             "tflops": round(rate * self.flops / 1e12, 4),

@@ -59,6 +59,13 @@ def test_derived_values_carry_their_formula():
     assert line_of(text, "run directory") == "out"
 
 
+def test_the_warmup_shows_its_formula_where_it_has_one():
+    of_a_share = dry_run(tiny_config("out", images=400, warmup=0.05))
+    assert line_of(of_a_share, "warm-up images") == "20 = 0.05 x 400"
+    of_a_number = dry_run(tiny_config("out", images=400, warmup_images=48))
+    assert line_of(of_a_number, "warm-up images") == "48"
+
+
 def test_micro_batches_are_those_of_a_rank():
     text = dry_run(tiny_config("out", micro_batch=2), world_size=2)
     assert line_of(text, "micro-batches") == "2 = 8 / 2 ranks / 2"

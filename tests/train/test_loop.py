@@ -37,7 +37,7 @@ SYSTEMS = {
     "patch": PATCH,
 }
 SMALL_GRID = {"image_size": 12, "patch_size": 4}
-TIMES = ("images_per_second", "seconds", "other_seconds", "eta_seconds", "tflops")
+TIMES = ("images_per_second", "seconds", "step_seconds", "other_seconds", "eta_seconds", "tflops")
 
 
 def records(out):

@@ -29,6 +29,7 @@ def test_rates_leave_out_samples_and_checkpoints(clock):
     assert record["images_per_second"] == 50.0
     assert record["loss"] == 2.0
     assert record["seconds"] == 10.0
+    assert record["step_seconds"] == 4.0
     assert record["other_seconds"] == 6.0
     assert record["eta_seconds"] == 40.0  # 800 images at 20 a second, pauses included
     assert record["tflops"] == pytest.approx(0.1)

@@ -3,7 +3,13 @@
 import pytest
 
 from heptapod_fast.systems import Phase
-from heptapod_fast.train.schedule import ema_decay, learning_rate, warmup_images
+from heptapod_fast.train.schedule import (
+    ema_decay,
+    learning_rate,
+    leaves_no_peak,
+    warmup_images,
+)
+from tests.running import start_here
 
 
 def rates(recipe, phase, images):
@@ -49,6 +55,35 @@ def test_the_share_of_the_warmup_is_that_of_the_only_phase(make_config):
     assert at == 123
     assert learning_rate(recipe, before, phase) < recipe.learning_rate
     assert learning_rate(recipe, at, phase) == pytest.approx(recipe.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("cosine", 0, False),
+        ("cosine", 99, False),
+        ("cosine", 100, True),
+        ("constant", 99, False),
+        ("constant", 1000, True),
+        ("trapezoid", 79, False),
+        ("trapezoid", 80, True),
+        ("trapezoid", 0, False),
+    ],
+)
+def test_a_warmup_that_leaves_no_peak(make_config, schedule, warmup, expected):
+    """A trapezoid falls over the last fifth of its phase."""
+    recipe = make_config(images=1000, lr_schedule=schedule, warmup_images=warmup).recipe
+    phase = Phase(900, 1000)
+    assert leaves_no_peak(recipe, phase) is expected
+
+
+def test_a_run_says_that_its_full_rate_is_not_reached(tmp_path):
+    said = []
+    start_here(tmp_path / "all", said.append, images=16, warmup_images=16)
+    assert any("the full rate is not reached" in line for line in said)
+    said.clear()
+    start_here(tmp_path / "half", said.append, images=16, warmup_images=8)
+    assert not any("the full rate is not reached" in line for line in said)
 
 
 def test_average_ramps():
