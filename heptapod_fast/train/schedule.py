@@ -24,7 +24,7 @@ def leaves_no_peak(recipe: RecipeSettings, phase: Phase) -> bool:
     length = phase.end - phase.first
     share = 1 - FALLING_SHARE if recipe.lr_schedule == "trapezoid" else 1.0
     warmup = warmup_images(recipe, phase)
-    return warmup > 0 and warmup >= share * length
+    return warmup >= share * length
 
 
 def learning_rate(recipe: RecipeSettings, images: int, phase: Phase) -> float:
