@@ -84,12 +84,19 @@ def test_one_of_the_two_gradients(wanted):
 
 
 @needs_triton
-def test_a_slab_of_many_rows():
-    """More rows than a program takes, and a number that does not divide."""
-    x, branch, weight, _, upstream = draw((1337, 16), torch.float32)
+def test_slabs_of_several_rows(monkeypatch):
+    """4, 4, 2 rows a program forward, 3, 3, 3, 1 backward."""
+    from heptapod_fast.kernels import rms_norm as kernels
+
+    def lookup(operation, kernel, width, device):
+        shared = {"num_warps": 1, "STAGES": 2}
+        return shared | ({"rows": 4} if kernel == "forward" else {"programs": 4})
+
+    monkeypatch.setattr(kernels.tuning, "lookup", lookup)
+    x, branch, weight, mask, upstream = draw((5, 2, 20), torch.float32, 0.2)
     compare(
-        lambda *a: add_rms_norm(*a, implementation="triton"),
-        lambda *a: add_rms_norm(*a, implementation="reference"),
+        lambda *a: add_rms_norm(*a, mask, implementation="triton"),
+        lambda *a: add_rms_norm(*a, mask, implementation="reference"),
         (x, branch, weight),
         upstream,
     )
