@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from _cli import main, parse, tyro
 
-from heptapod_fast.runs import load_run
-from heptapod_fast.runs.export import export_file, export_weights
+from heptapod_fast.runs.export import export_run
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Arguments:
     """Run directory."""
     out: str
     """FOLDER (model.safetensors in it), FILE.safetensors, or FILE.pt ({"model": weights} as
-    PyTorch saves it, the layout of LlamaGen's published files)."""
+    PyTorch saves it; of llamagen and npp runs the layout of LlamaGen's published files)."""
     ema: str | None = None
     """A moving average by its decay, or "none" for the raw weights; default: the run's first."""
     checkpoint: int | None = None
@@ -26,18 +25,14 @@ class Arguments:
 
 
 def work() -> int:
-    """Load, write, say what was written."""
+    """Read, write, say what was written."""
     arguments = parse(Arguments)
-    path = export_file(arguments.out)
-    loaded = load_run(
-        arguments.run, arguments.checkpoint, arguments.ema, device="cpu", precision="fp32"
-    )
-    values = export_weights(loaded, path)
+    done = export_run(arguments.run, arguments.out, arguments.checkpoint, arguments.ema)
     print(
-        f"written: {path}, {values:,} values, {loaded.weights} of {loaded.checkpoint} "
-        f"({loaded.images_seen:,} images)"
+        f"written: {done.path}, {done.values:,} values, {done.weights} of {done.checkpoint} "
+        f"({done.images_seen:,} images)"
     )
-    print(f"start another run from it with: python tools/train.py --init-from {path} ...")
+    print(f"start another run from it with: python tools/train.py --init-from {done.path} ...")
     return 0
 
 

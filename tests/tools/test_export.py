@@ -1,11 +1,17 @@
 """tools/export.py: what it writes is read by others, and by --init-from."""
 
+import errno
+import os
+import shutil
+import stat
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from heptapod_fast import load_run
+from heptapod_fast.runs import export
 from heptapod_fast.runs.initial import find_weights
 from heptapod_fast.storage import read_numbers
 from tests.running import NO_HEAD, command, final_tensors, refused, start_here, train_here
@@ -70,6 +76,38 @@ def test_it_says_its_classes_and_its_tokenizer(run, tmp_path):
     assert not any("does not name them" in line for line in said)
     weights = find_weights(str(tmp_path))
     assert weights.class_names == load_run(run, device="cpu").class_names
+
+
+def test_neither_tokenizer_nor_private_files(run, tmp_path):
+    """What was trained from a cache may be far from the tokenizer's weights."""
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    (moved / "tokenizer.safetensors").unlink()
+    before = os.umask(0o027)
+    try:
+        result = command("export", moved, "--out", tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert result.code == 0, result.err
+    mode = stat.S_IMODE((tmp_path / "new" / "model.safetensors").stat().st_mode)
+    assert mode == 0o640
+
+
+def test_a_full_disk_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "sync", full)
+    for out in ("weights.pt", "weights.safetensors"):
+        with pytest.raises(OSError, match="No space left"):
+            export.export_run(run, tmp_path / out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_may_have_a_dot_in_its_name(run, tmp_path):
+    assert export.export_file(tmp_path / "run-0.5") == tmp_path / "run-0.5" / "model.safetensors"
+    (tmp_path / "notes").write_text("mine")
+    refused(command("export", run, "--out", tmp_path / "notes"), "exists; move it away")
 
 
 def test_bad_input(run, tmp_path):
