@@ -51,7 +51,8 @@ def diffusion_inputs(
     """
     _check("diffusion_inputs", x0_MC, draws, tables)
     x0_MC = at_least_float32(x0_MC.detach())
-    if _select(x0_MC, x0_MC, implementation) == "reference":
+    chosen = select_by_channels("diffusion_loss", x0_MC, x0_MC.shape[1], implementation)
+    if chosen == "reference":
         t_R = to_integer(draws.times(), tables.shape[1])
         noise_RC = draws.noise(x0_MC.shape[1], x0_MC.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
@@ -87,7 +88,8 @@ def diffusion_loss(
     _check_rows(prediction_RK, x0_MC, xt_RC, t_R, draws)
     channels = x0_MC.shape[1]
     x0_MC = at_least_float32(x0_MC.detach())
-    if _select(prediction_RK, x0_MC, implementation) == "reference":
+    chosen = select_by_channels("diffusion_loss", prediction_RK, x0_MC.shape[1], implementation)
+    if chosen == "reference":
         prediction = at_least_float32(prediction_RK)
         noise_RC = draws.noise(channels, prediction.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
@@ -164,11 +166,11 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _select(x: Tensor, x0_MC: Tensor, implementation: str) -> str:
-    """x: whose device and dtype decide."""
-    channels = x0_MC.shape[1]
+def select_by_channels(operation: str, x: Tensor, channels: int, implementation: str) -> str:
+    """Which implementation takes so many channels, here and in flow_loss; x: whose device and dtype
+    decide."""
     wide = None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
-    return dispatch.select("diffusion_loss", x.device, x.dtype, implementation, wide)
+    return dispatch.select(operation, x.device, x.dtype, implementation, wide)
 
 
 def _check(operation: str, x0_MC: Tensor, draws: Draws, tables: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import at_least_float32, refusal
-from heptapod_fast.ops.diffusion_loss import WIDEST
+from heptapod_fast.ops.diffusion_loss import select_by_channels
 from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
 from heptapod_fast.ops.philox import Draws, to_uniform
 
@@ -32,7 +32,8 @@ def flow_inputs(x0_MC: Tensor, draws: Draws, implementation: str = "auto") -> tu
     """
     draws.check("flow_inputs", x0_MC)
     x0_MC = at_least_float32(x0_MC.detach())
-    if _select(x0_MC, x0_MC, implementation) == "reference":
+    chosen = select_by_channels("flow_loss", x0_MC, x0_MC.shape[1], implementation)
+    if chosen == "reference":
         time_R = to_uniform(draws.times())
         noise_RC = draws.noise(x0_MC.shape[1], x0_MC.dtype)
         x0_RC = x0_MC.repeat_interleave(draws.repeat, dim=0)
@@ -58,7 +59,8 @@ def flow_loss(
         wanted = f"a prediction of shape ({rows}, {channels}) for {tokens} tokens and repeat = "
         raise refusal("flow_loss", f"{wanted}{draws.repeat}", prediction_RC.shape)
     x0_MC = at_least_float32(x0_MC.detach())
-    if _select(prediction_RC, x0_MC, implementation) == "reference":
+    chosen = select_by_channels("flow_loss", prediction_RC, x0_MC.shape[1], implementation)
+    if chosen == "reference":
         prediction = at_least_float32(prediction_RC)
         noise_RC = draws.noise(channels, prediction.dtype)
         velocity = noise_RC - x0_MC.repeat_interleave(draws.repeat, dim=0)
@@ -71,13 +73,6 @@ def flow_loss(
         draws.repeat,
         list(draws.noise_key),
     )
-
-
-def _select(x: Tensor, x0_MC: Tensor, implementation: str) -> str:
-    """x: whose device and dtype decide."""
-    channels = x0_MC.shape[1]
-    wide = None if channels <= WIDEST else f"{channels} channels, the kernels take {WIDEST}"
-    return dispatch.select("flow_loss", x.device, x.dtype, implementation, wide)
 
 
 # The operators and their gradient.

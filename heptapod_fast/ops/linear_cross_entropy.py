@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from heptapod_fast.ops import dispatch
 from heptapod_fast.ops.checks import check_rows, check_shape, refusal
@@ -127,7 +126,6 @@ def _check(
 def _select(z_RD: Tensor, weight_VD: Tensor, implementation: str) -> str:
     codes, width = weight_VD.shape
     unsupported = None
-    is_forward_mode = forward_ad._current_level >= 0
     if width > MAX_WIDTH or codes > MAX_CODES:
         unsupported = (
             f"{codes} codes and width {width}, where {MAX_CODES} and {MAX_WIDTH} are the most"
@@ -138,7 +136,7 @@ def _select(z_RD: Tensor, weight_VD: Tensor, implementation: str) -> str:
         z_RD.dtype,
         implementation,
         {"triton": unsupported},
-        passed_over(0 if is_forward_mode else len(z_RD), codes),
+        passed_over(len(z_RD), codes),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from heptapod_fast.config import SystemSettings, flag
+from heptapod_fast.config import DataSettings, RunSettings, SystemSettings, flag
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
@@ -24,6 +24,10 @@ from heptapod_fast.tokenizers import TokenSpec
 
 AnyOptions = TypeVar("AnyOptions", bound=SampleOptions)
 AnySettings = TypeVar("AnySettings", bound=SystemSettings)
+
+# What size tiny trains on, whatever the system: nothing has to be downloaded.
+TINY_DATA = DataSettings(data="logograms", tokenizer="patch-vq", image_size=24, flip=False)
+TINY_RUN = RunSettings(sample_every=30_000, checkpoint_every=30_000, log_every=1_600)
 
 
 class Loss(NamedTuple):
@@ -277,6 +281,12 @@ class System(nn.Module, ABC):
     def settled(self, options: SampleOptions) -> SampleOptions:
         """Options as `sample` takes them: with what the run decides where nothing was said."""
         return options
+
+    def place_sampling(self, classes: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Classes and keys of the draws (default 0..B-1) on the device of the parameters."""
+        device = next(self.parameters()).device
+        index = torch.arange(len(classes)) if index is None else index
+        return classes.to(device), index.to(device)
 
     def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
         """Refuse classes out of range and options that cannot be with these tokens."""

@@ -43,7 +43,14 @@ from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.linear_cross_entropy import MOST_TARGETS
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions, sample_codes
-from heptapod_fast.systems.base import Loss, Phase, System, with_possible_scale
+from heptapod_fast.systems.base import (
+    TINY_DATA,
+    TINY_RUN,
+    Loss,
+    Phase,
+    System,
+    with_possible_scale,
+)
 from heptapod_fast.tokenizers import TokenSpec
 
 _ONE_AT_A_TIME = (
@@ -252,7 +259,6 @@ PAPER_RECIPE = RecipeSettings(
 # npp: train_c2i.py:60-101: in every phase one epoch of warm-up, and down to 1e-5 at its end.
 NPP_RECIPE = replace(PAPER_RECIPE, lr_schedule="trapezoid", warmup_images=1_281_167)
 PAPER_RUN = RunSettings(sample_every=5_000_000, checkpoint_every=1_281_167, log_every=25_600)
-TINY_DATA = DataSettings(data="logograms", tokenizer="patch-vq", image_size=24, flip=False)
 TINY_RECIPE = replace(
     PAPER_RECIPE,
     images=150_000,
@@ -262,7 +268,6 @@ TINY_RECIPE = replace(
     warmup=0.02,
     ema=(0.9999,),
 )
-TINY_RUN = RunSettings(sample_every=30_000, checkpoint_every=30_000, log_every=1_600)
 
 
 @dataclass(frozen=True)
@@ -399,7 +404,8 @@ class LlamaGen(System):
         """What the output layer makes logits of: (B, M, D), element i predicts patch i."""
         x_BMD = self.embed(label_B, tokens_BN, patch)
         table = self.table(patch)[: x_BMD.shape[1]]
-        stream = Stream(ops.dropout(x_BMD, dropout.sites(0, 1)[0]))
+        (of_tokens,) = dropout.sites(0, 1)
+        stream = Stream(ops.dropout(x_BMD, of_tokens, self.operators["dropout"]))
         for number, block in enumerate(self.layers):
             masks = dropout.sites(1 + LlamaBlock.SITES * number, LlamaBlock.SITES)
             stream = block(stream, table, masks)
@@ -513,16 +519,15 @@ class LlamaGen(System):
         chosen = self.own_options(options, LlamaOptions)
         self.check_sampling(classes, chosen)
         scale = self._scale(chosen)
-        device = self.output.weight.device
-        label_B = classes.to(device)
-        index_B = torch.arange(len(classes)) if index is None else index
-        index_B = index_B.to(device)
-        tokens_BN = torch.zeros(len(classes), self.num_tokens, dtype=torch.int64, device=device)
-        rows = label_B
+        label_B, index_B = self.place_sampling(classes, index)
+        tokens_BN = label_B.new_zeros(len(label_B), self.num_tokens)
+        label_R = label_B
+        copies = 1
         if scale > 1:
-            rows = torch.cat((label_B, torch.full_like(label_B, self.num_classes)))
+            label_R = torch.cat((label_B, torch.full_like(label_B, self.num_classes)))
+            copies = 2
         cache = KVCache(len(self.layers), self.num_tokens)
-        x_R1D = self.cls_embedding.embedding_table(rows)[:, None].to(self.dtype)
+        x_R1D = self.cls_embedding.embedding_table(label_R)[:, None].to(self.dtype)
         for step in range(self.num_tokens):
             logits_RV = self._next_logits(x_R1D, step, cache)
             logits_BV = self._guided(logits_RV, scale, step, chosen)
@@ -530,8 +535,8 @@ class LlamaGen(System):
             uniform_B = rng.at(step).uniform("sample.token", index_B, 1, slot_B)[:, 0]
             code_B, _ = sample_codes(logits_BV, uniform_B, chosen)
             tokens_BN[:, step] = code_B
-            again = code_B.repeat(len(rows) // max(1, len(code_B)))
-            x_R1D = self.tok_embeddings(again)[:, None].to(self.dtype)
+            code_R = code_B.repeat(copies)
+            x_R1D = self.tok_embeddings(code_R)[:, None].to(self.dtype)
         return tokens_BN
 
     def _scale(self, options: LlamaOptions) -> float:

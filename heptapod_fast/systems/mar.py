@@ -1,4 +1,4 @@
-"""What Heptapod and the 1D baselines share: MAR's Transformer, its settings and its recipe."""
+"""What Heptapod, the 1D baselines and SAR share: MAR's Transformer, its settings and its recipe."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from heptapod_fast.model.transformer import Backbone
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import SampleOptions
-from heptapod_fast.systems.base import System
+from heptapod_fast.systems.base import TINY_DATA, TINY_RUN, System
 from heptapod_fast.tokenizers import TokenSpec
 
 DIFFUSION_REPEAT = 4  # MAR's diffusion_batch_mul
@@ -122,11 +122,9 @@ PAPER_RECIPE = RecipeSettings(
     ema=(0.9999,),
 )
 PAPER_RUN = RunSettings(sample_every=10_000_000, checkpoint_every=1_281_167, log_every=102_400)
-TINY_DATA = DataSettings(data="logograms", tokenizer="patch-vq", image_size=24, flip=False)
 TINY_RECIPE = replace(
     PAPER_RECIPE, images=150_000, batch=64, lr_per_256=8e-3, lr_schedule="cosine", warmup=0.02
 )
-TINY_RUN = RunSettings(sample_every=30_000, checkpoint_every=30_000, log_every=1_600)
 
 
 @dataclass(frozen=True)
@@ -283,12 +281,6 @@ class MarSystem(System):
         if self.spec.kind == "continuous":
             return torch.zeros(batch, self.num_tokens, self.spec.channels, device=device)
         return torch.zeros(batch, self.num_tokens, dtype=torch.int64, device=device)
-
-    def place_sampling(self, classes: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Classes and keys of the draws (default 0..B-1) on the device of the parameters."""
-        device = self.backbone.label.weight.device
-        index = torch.arange(len(classes)) if index is None else index
-        return classes.to(device), index.to(device)
 
 
 def token_loss_of(settings: MarSettings, spec: TokenSpec, operators: Operators) -> TokenLoss:

@@ -39,10 +39,9 @@ from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import MAX_LENGTH, Visible, group_mask, two_stream_mask
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
-from heptapod_fast.systems.base import Loss, Phase, with_possible_scale
+from heptapod_fast.systems.base import TINY_DATA, Loss, Phase, with_possible_scale
 from heptapod_fast.systems.mar import (
     TINY,
-    TINY_DATA,
     MarSettings,
     MarSystem,
     NetworkSize,
