@@ -1,9 +1,9 @@
 """Index arithmetic of the token grid: orders, supervised steps, packed rows, windows.
 
-Everything here is pure arithmetic on tensors, free of host synchronisation, with shapes that depend
-on settings alone. Suffixes as in docs/legend.md: B sequences, N tokens of the grid, n supervised
-steps per sequence, S = B * n supervised (sequence, step) pairs, R packed rows, W tokens of a
-window.
+Everything here is pure arithmetic on tensors with shapes that depend on settings alone; what a step
+of training takes is free of host synchronisation (groups are made on the CPU, once). Suffixes as in
+docs/legend.md: B sequences, N tokens of the grid, n supervised steps per sequence, S = B * n
+supervised (sequence, step) pairs, R packed rows, W tokens of a window.
 
 Step t means: t tokens are visible (order[0..t-1]), the tokens order[t..N-1] are to be predicted.
 """
@@ -11,6 +11,7 @@ Step t means: t tokens are visible (order[0..t-1]), the tokens order[t..N-1] are
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -269,9 +270,10 @@ class Groups(NamedTuple):
     group_N: Tensor
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """Where in the order each group begins."""
-        return tuple(sum(self.sizes[:group]) for group in range(len(self.sizes)))
+    def parts(self) -> tuple[slice, ...]:
+        """Where in the order each group is."""
+        ends = list(accumulate(self.sizes))
+        return tuple(slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True))
 
 
 def grouped(group_HW: Tensor) -> Groups:

@@ -320,7 +320,9 @@ def test_groups_are_their_definitions(name, height, width):
     assert groups.sizes == tuple(map(len, expected))
     assert groups.order_N.tolist() == [p for group in expected for p in group]
     assert all(groups.group_N[p] == t for t, group in enumerate(expected) for p in group)
-    assert groups.starts == tuple(sum(groups.sizes[:t]) for t in range(len(expected)))
+    starts = [sum(groups.sizes[:t]) for t in range(len(expected))]
+    assert [part.start for part in groups.parts] == starts
+    assert [part.stop - part.start for part in groups.parts] == list(groups.sizes)
     steps = {
         "next-token": height * width,
         "next-row": height,

@@ -22,7 +22,8 @@ class KVCache:
         return self._layers[number]
 
     def advance(self, count: int) -> None:
-        """To be called once after all layers have appended `count` elements."""
+        """To be called once after all layers have appended their elements: the first `count` of
+        them stay, the others are overwritten by those that come next."""
         self.filled += count
 
 

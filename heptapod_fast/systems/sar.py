@@ -14,7 +14,8 @@ group; that the class is the first element of the context, and the input of G_1;
 the generation carry one learned vector (`query`), which alone is the injection `shared`; that the
 context of G_T, which nothing sees, is left out; that z is dropped token by token. Depths and widths
 are chosen for their totals of 141M, 714M and 1.3B. Suffixes as in docs/legend.md; M elements of a
-forward pass, G tokens of a group, K tokens that make up an element.
+forward pass, G tokens of a group, P sequences that are sampled: one for every image, or two where
+the backbone is guided.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from heptapod_fast.grid import Groups, Rows
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, drop_labels
 from heptapod_fast.model.token_losses import Contrast
 from heptapod_fast.model.transformer import Packing, block_flops, block_values
-from heptapod_fast.ops import CAUSAL, FULL, AttentionMask
+from heptapod_fast.ops import CAUSAL, FULL, AttentionMask, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import MAX_LENGTH, Visible, group_mask, two_stream_mask
 from heptapod_fast.rng import Rng
@@ -411,8 +412,7 @@ class Sar(MarSystem):
         options: SampleOptions | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
-        """One group per step with a KV cache; where there are two streams, the tokens of a group
-        then go through the context. See System.sample."""
+        """One group per step, and one pass of the backbone, with a KV cache. See System.sample."""
         chosen = self.own_options(options, SarOptions)
         self.check_sampling(classes, chosen)
         guidance = self.guidance_of(chosen)
@@ -420,42 +420,65 @@ class Sar(MarSystem):
         batch = len(label_B)
         has_two_streams = self.settings.has_two_streams
         # With a guided backbone every image is two rows: of its class and of none.
-        label_R = label_B
+        label_P = label_B
         copies = 1
         if guidance.guides_backbone:
-            label_R = torch.cat((label_B, torch.full_like(label_B, self.num_classes)))
+            label_P = torch.cat((label_B, torch.full_like(label_B, self.num_classes)))
             copies = 2
         tokens_BN = self.empty_tokens(batch, label_B.device)
-        cache = KVCache(len(self.backbone.blocks), self.num_tokens + has_two_streams)
-        token_RND = self.backbone.label.weight.new_zeros(
-            len(label_R), self.num_tokens, self.settings.width
+        token_PND = self.backbone.label.weight.new_zeros(
+            len(label_P), self.num_tokens, self.settings.width
         )
-        if has_two_streams:
-            self.backbone(self.prefix(label_R), cache=cache, visible=FULL)
-            cache.advance(1)
-        starts = self.groups.starts
-        for step, (start, size) in enumerate(zip(starts, self.groups.sizes, strict=True)):
-            part = slice(start, start + size)
-            x_RGD = self.generation(label_R, token_RND, part)
-            z_RGD = self.backbone(x_RGD, cache=cache, visible=FULL)
-            if not has_two_streams:
-                cache.advance(size)
-            z_TD, contrast = guidance.of_head(z_RGD.flatten(0, 1))
+        cache = KVCache(len(self.backbone.blocks), self.num_tokens + has_two_streams)
+        for step, part in enumerate(self.groups.parts):
+            z_RD = self.vectors_of_group(step, label_P, token_PND, cache)
+            z_RD, contrast = guidance.of_head(z_RD)
             position_BG = self.order_N[part].expand(batch, -1)
-            index_T = index_B.repeat_interleave(size)
-            token_T, _ = self.token_loss.draw(
-                z_TD, rng.at(step), index_T, position_BG.flatten(), chosen, contrast
+            index_BG = index_B[:, None].expand_as(position_BG)
+            token_RC, _ = self.token_loss.draw(
+                z_RD, rng.at(step), index_BG.flatten(), position_BG.flatten(), chosen, contrast
             )
-            token_BG = token_T.unflatten(0, (batch, size))
+            token_BG = token_RC.unflatten(0, position_BG.shape)
             put(tokens_BN, position_BG, token_BG)
-            if step + 1 == len(starts):
-                break
             embedded_BGD = self.backbone.token(token_BG)
-            token_RND[:, self.order_N[part]] = embedded_BGD.repeat(copies, 1, 1)
-            if has_two_streams:
-                self.backbone(self.context(token_RND, part), cache=cache, visible=FULL)
-                cache.advance(size)
+            token_PND[:, self.order_N[part]] = embedded_BGD.repeat(copies, 1, 1)
         return tokens_BN
+
+    def vectors_of_group(
+        self, step: int, label_P: Tensor, token_PND: Tensor, cache: KVCache
+    ) -> Tensor:
+        """The backbone's vectors of the elements of a group: (P * G, D).
+
+        token_PND: embedded tokens in raster order, those of all groups before this one. cache: what
+        earlier steps left there. Of one stream the elements stay in it. Of two, the context of the
+        group before, for the first group the class, goes through the backbone in the same pass and
+        stays; elements of the context do not see the generation, which is dropped.
+        """
+        part = self.groups.parts[step]
+        generation_PGD = self.generation(label_P, token_PND, part)
+        if not self.settings.has_two_streams:
+            z_PGD = self.backbone(generation_PGD, cache=cache, visible=FULL)
+            cache.advance(z_PGD.shape[1])
+            return z_PGD.flatten(0, 1)
+        if step == 0:
+            context_PMD = self.prefix(label_P)
+        else:
+            context_PMD = self.context(token_PND, self.groups.parts[step - 1])
+        x_PMD = torch.cat((context_PMD, generation_PGD), dim=1)
+        sequences, elements, _ = x_PMD.shape
+        entering = context_PMD.shape[1]
+        end_M = torch.full((elements,), cache.filled + elements, device=x_PMD.device)
+        end_M[:entering] = cache.filled + entering
+        drawn_M = torch.arange(entering, elements, device=x_PMD.device)
+        sequence_R = torch.arange(sequences, device=x_PMD.device).repeat_interleave(len(drawn_M))
+        z_RD = self.backbone(
+            x_PMD,
+            cache=cache,
+            visible=Ends(end_M.expand(sequences, -1)),
+            packing=Packing(sequence_R, drawn_M.repeat(sequences)),
+        )
+        cache.advance(entering)
+        return z_RD
 
     def settled(self, options: SampleOptions) -> SampleOptions:
         """See System.settled."""
