@@ -30,7 +30,8 @@ def leaf(*shape):
     [(256, 12, 64, "causal"), (257, 12, 64, "full"), (257, 16, 80, "full"), (512, 12, 64, "mask")],
 )
 def test_the_backward_pass_repeats_its_bits(length, heads, width, kind):
-    visible = {"full": FULL, "causal": CAUSAL, "mask": two_stream_mask(SAR, 0).to(DEVICE)}[kind]
+    sar = two_stream_mask(SAR, has_last_context=False)
+    visible = {"full": FULL, "causal": CAUSAL, "mask": sar.to(DEVICE)}[kind]
     qkv = leaf(BATCH, length, 3, heads if DEVICE == "cuda" else 1, width)
     out = attention(qkv, visible, "triton")
     grad = torch.randn_like(out)

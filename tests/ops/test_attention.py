@@ -233,11 +233,26 @@ def test_half_precision_by_the_rule(length, width, kind):
         masks.chunk_mask(256, 64),
         masks.group_mask([1, 100, 7, 60]),
         masks.two_stream_mask([60, 9, 30]),
-        # SAR's on 16 x 16: 512 elements with the class.
+        # SAR's on 16 x 16, with the class: 512 elements of next-neighbor, 453 of next-layer, 497
+        # and 256 of next-row.
         masks.two_stream_mask(SAR, 1, has_last_context=False),
+        masks.two_stream_mask([8 * ring + 4 for ring in range(8)], 1, has_last_context=False),
+        masks.two_stream_mask([16] * 16, 1, has_last_context=False),
+        masks.group_mask([16] * 16),
         AttentionMask(torch.eye(4).int().flip(0) * 2, torch.zeros(256, 2, 2).int(), 256),
     ],
-    ids=["prefix", "chunk 48", "chunk 64", "groups", "two streams", "sar", "antidiagonal"],
+    ids=[
+        "prefix",
+        "chunk 48",
+        "chunk 64",
+        "groups",
+        "two streams",
+        "next-neighbor",
+        "next-layer",
+        "next-row",
+        "next-row, one stream",
+        "antidiagonal",
+    ],
 )
 def test_masks_by_the_rule(mask):
     by_the_rule(1, mask.num_queries, 2, 32, mask.to(DEVICE))

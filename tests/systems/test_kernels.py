@@ -15,6 +15,7 @@ CASES = [
     ("discrete", dict(HEPTAPOD, head="local", window=4, density=2, dropout=0.1)),
     ("discrete", dict(HEPTAPOD, steps="uniform", loss_weight="step")),
     ("discrete", dict(system="1d-random", depth=1)),
+    ("discrete", dict(system="llamagen", depth=1, dropout=0.1)),
 ]
 
 
@@ -65,6 +66,33 @@ def test_kernels_give_the_loss_and_gradients_of_the_reference(
         again, gradients_again = loss_and_gradients(with_kernels, batch)
         assert torch.equal(loss, again)
         assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again))
+
+
+@pytest.mark.parametrize(
+    "tokens, settings",
+    [
+        *CASES,
+        ("continuous", dict(HEPTAPOD, token_loss="flow", dropout=0.1)),
+        ("discrete", dict(system="npp", depth=1, dropout=0.1)),
+        ("continuous", dict(system="sar", depth=2, dropout=0.1)),
+    ],
+)
+def test_every_operation_runs_as_the_run_says(
+    make_system, make_batch, monkeypatch, tokens, settings
+):
+    system = make_system(tokens, operators=REFERENCE, **settings).train()
+    asked = []
+    select = dispatch.select
+
+    def recorded(operation, device, dtype, forced="auto", *rest, **named):
+        asked.append((operation, forced))
+        return select(operation, device, dtype, forced, *rest, **named)
+
+    monkeypatch.setattr(dispatch, "select", recorded)
+    system.loss(make_batch(system, 2), Rng(0)).mean.backward()
+    left_open = {operation for operation, forced in asked if forced == "auto"}
+    assert len(asked) > 5
+    assert left_open <= {"philox"}  # random bits are the same however they are made
 
 
 @needs_triton
