@@ -14,7 +14,7 @@ from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.train import memory
 from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
 from heptapod_fast.train.operators import choose_operators
-from heptapod_fast.train.schedule import warmup_images
+from heptapod_fast.train.schedule import peaks_not_reached, warmup_images
 from heptapod_fast.world import choose_device
 
 GB = 1e9
@@ -78,6 +78,8 @@ def derived(
             warmup += f" = {recipe.warmup:g} x {phase.end - phase.first:,}"
         whose = f" of phase {phase.name}" if phase.name else ""
         yield "warm-up images", warmup + whose
+    for line in peaks_not_reached(recipe, phases):
+        yield "", line
     steps = -(-recipe.images // recipe.batch)
     yield "steps", f"{steps:,} = {recipe.images:,} / {recipe.batch}"
     yield (
@@ -104,6 +106,9 @@ def parameter_lines(system: System) -> list[str]:
         name: sum(parameter.numel() for parameter in part.parameters())
         for name, part in system.named_children()
     }
+    own = sum(parameter.numel() for parameter in system.parameters(recurse=False))
+    if own:
+        parts["beside them"] = own
     parts["total"] = sum(parts.values())
     return [f"  {name:22} {count:>15,}" for name, count in parts.items()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from heptapod_fast.config import RecipeSettings
 from heptapod_fast.systems import Phase
@@ -25,6 +26,17 @@ def leaves_no_peak(recipe: RecipeSettings, phase: Phase) -> bool:
     share = 1 - FALLING_SHARE if recipe.lr_schedule == "trapezoid" else 1.0
     warmup = warmup_images(recipe, phase)
     return warmup >= share * length
+
+
+def peaks_not_reached(recipe: RecipeSettings, phases: list[Phase]) -> Iterator[str]:
+    """A line for each phase that its warm-up takes up."""
+    for phase in phases:
+        if leaves_no_peak(recipe, phase):
+            whose = f" of phase {phase.name}" if phase.name else ""
+            yield (
+                f"the warm-up takes what there is{whose}, the full rate is not reached: shorten it "
+                "with --warmup-images, or train on more --images"
+            )
 
 
 def learning_rate(recipe: RecipeSettings, images: int, phase: Phase) -> float:

@@ -36,7 +36,7 @@ from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
 from heptapod_fast.train.parallelize import Model, wrap
 from heptapod_fast.train.records import read_metrics
-from heptapod_fast.train.schedule import leaves_no_peak, warmup_images
+from heptapod_fast.train.schedule import peaks_not_reached, warmup_images
 from heptapod_fast.train.step import Buffers
 from heptapod_fast.world import World, choose_precision, device_name, processor_kind
 
@@ -242,13 +242,7 @@ def describe(
         f"rate      {recipe.learning_rate:.3g} = {recipe.lr_per_256:g} x {recipe.batch} / 256, "
         f"warm-up over {warmups} images, then {recipe.lr_schedule}",
     ]
-    for phase in phases:
-        if leaves_no_peak(recipe, phase):
-            whose = f" of phase {phase.name}" if phase.name else ""
-            lines.append(
-                f"          the warm-up takes what there is{whose}, the full rate is not reached: "
-                "shorten it with --warmup-images, or train on more --images"
-            )
+    lines += [f"          {line}" for line in peaks_not_reached(recipe, phases)]
     lines += [f"operator  {line}" for line in operators.lines()]
     return [*lines, f"          {ops.library.status()}"]
 
@@ -273,6 +267,7 @@ def checkpoint_state(session: Session, state: State) -> dict:
     return {
         "step": session.optimizer.step_count,
         "images": state.images,
+        "phase": _phase_of_last_image(session, state.images),
         "seed": session.config.recipe.seed,
         "class_names": list(session.source.class_names),
         "data": session.source.fingerprint,
@@ -329,9 +324,28 @@ def resume(session: Session) -> State:
         _refuse_other_data(session, found.state)
         session.optimizer.load(found.read, found.step)
     if world.main:
-        for line in other_environment(session):
+        for line in [*other_environment(session), *other_phase(session, found.state)]:
             session.say(line)
     return State(found.state["images"])
+
+
+def other_phase(session: Session, before: dict) -> list[str]:
+    """What to say where other --images cut the run into other phases than it was trained in."""
+    images = before["images"]
+    was = before.get("phase")  # not in checkpoints of older versions
+    is_now = _phase_of_last_image(session, images)
+    if was is None or was == is_now:
+        return []
+    return [
+        f"phases    the last of the {images:,} images so far was trained in phase {was}, and with "
+        f"--images {session.config.recipe.images} it would be in phase {is_now}: the run goes on "
+        "with what is next there"
+    ]
+
+
+def _phase_of_last_image(session: Session, images: int) -> str:
+    total = session.config.recipe.images
+    return session.system.phase(max(images - 1, 0), total).name
 
 
 def _start_from_weights(session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_it_resumes_anywhere_bit_for_bit(npp, tmp_path, stop_at):
     _, state, ending = train_here(tmp_path, **NPP)
     assert (ending, state.images) == (Ending.FINISHED, 96)
     assert final_files(tmp_path) == final_files(npp)
+
+
+def test_more_images_move_the_borders_and_that_is_said(npp, tmp_path):
+    """Of 96 images the last were single codes, of 192 they belong to the second segment."""
+    out = tmp_path / "run"
+    shutil.copytree(npp, out)
+    said = []
+    start_here(out, said.append, **NPP | {"images": 192})
+    (line,) = [line for line in said if "would be in phase" in line]
+    assert "96 images so far was trained in phase patch 1" in line
+    assert "with --images 192 it would be in phase patch 2" in line
+    said.clear()
+    start_here(out, said.append, **NPP)
+    assert not any("would be in phase" in line for line in said)
 
 
 def test_borders_within_a_step(tmp_path):

@@ -16,7 +16,7 @@ from heptapod_fast.ops import CAUSAL
 from heptapod_fast.ops.dispatch import Operators, operations
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import build_system, configure
-from heptapod_fast.systems.sar import Sar, SarSettings
+from heptapod_fast.systems.sar import Guidance, Sar, SarSettings
 from heptapod_fast.tokenizers import TokenSpec
 from tests.numerics import DEVICE, needs_triton
 from tests.running import fill
@@ -489,6 +489,15 @@ def test_passes_are_the_slides(monkeypatch, own, given, backbone, head, injectio
     if injection == "average":
         elements = 2 * system.settings.elements(system.spec)
     assert rows == {"backbone": backbone * elements, "head": head * tokens}
+
+
+def test_vectors_are_guided_in_float32():
+    """A scale multiplies the roundings of bfloat16 as well."""
+    z_RD = torch.randn(8, 16).bfloat16()
+    own, none = z_RD.double().chunk(2)
+    found, contrast = Guidance(z=4.5).of_head(z_RD)
+    assert contrast is None
+    torch.testing.assert_close(found.double(), none + 4.5 * (own - none), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("own", [{}, {"guidance_x": 1.25, "guidance_z": 2.7}])

@@ -64,6 +64,9 @@ def test_the_warmup_shows_its_formula_where_it_has_one():
     assert line_of(of_a_share, "warm-up images") == "20 = 0.05 x 400"
     of_a_number = dry_run(tiny_config("out", images=400, warmup_images=48))
     assert line_of(of_a_number, "warm-up images") == "48"
+    assert "full rate is not reached" not in of_a_number
+    of_everything = dry_run(tiny_config("out", images=400, warmup_images=400))
+    assert "the full rate is not reached" in section(of_everything, "derived")
 
 
 def test_micro_batches_are_those_of_a_rank():
@@ -79,6 +82,12 @@ def test_parameters_by_part_add_up():
     ]
     assert sum(parts) == 207_234_336
     assert line_of(text, "total") == "207,234,336"
+
+
+def test_parameters_of_the_system_itself_count():
+    text = dry_run(configure("B", "sar", data="no such folder"))
+    assert line_of(section(text, "parameters"), "total") == "141,218,320"
+    assert "bytes x 141,218,320" in section(text, "memory per rank")
 
 
 def test_neither_data_nor_weights_are_opened():
