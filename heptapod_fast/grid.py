@@ -282,8 +282,11 @@ def grouped(group_HW: Tensor) -> Groups:
     group_HW: (height, width) int64.
 
     Raises:
-        ValueError: a group number below 0, or one between 0 and the last without positions.
+        ValueError: numbers that are not int64, one below 0, or one between 0 and the last that has
+            no positions.
     """
+    if group_HW.dtype != torch.int64:
+        raise ValueError(f"groups are int64 numbers (height, width), got {group_HW.dtype}")
     height, width = group_HW.shape
     group_N = group_HW.flatten()
     if int(group_N.min()) < 0:
@@ -371,9 +374,20 @@ def nearest_sources(groups: Groups) -> Tensor:
 
 def average_shares(groups: Groups) -> Tensor:
     """`average`: (N, N) float32, what share each position has in the input of another: those of the
-    8 neighbours that are of an earlier group have equal ones. Rows of the first group are zero."""
+    8 neighbours that are of an earlier group have equal ones. Rows of the first group are zero.
+
+    Raises:
+        ValueError: a position of another group has no earlier neighbour.
+    """
     is_earlier_NN, distance_NN = _earlier(groups)
     share_NN = (is_earlier_NN & (distance_NN <= 2)).float()  # squared: 1 beside, 2 across
+    is_alone_N = (groups.group_N > 0) & ~share_NN.any(1)
+    if is_alone_N.any():
+        row, column = divmod(int(is_alone_N.nonzero()[0]), groups.width)
+        raise ValueError(
+            f"average takes every token from earlier ones beside it, but row {row}, column {column} "
+            "has none in this grouping: take nearest"
+        )
     return share_NN / share_NN.sum(1, keepdim=True).clamp(min=1.0)
 
 

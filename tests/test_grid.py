@@ -339,6 +339,17 @@ def test_another_grouping_is_one_function():
         grid.grouped(torch.tensor([[0, 0], [2, 0]]))
     with pytest.raises(ValueError, match="numbered from 0, got -1"):
         grid.grouped(torch.tensor([[0, -1]]))
+    with pytest.raises(ValueError, match="int64 numbers .* got torch.float32"):
+        grid.grouped(torch.tensor([[0.0, 1.0]]))
+
+
+def test_average_needs_earlier_neighbours():
+    corners_first = grid.grouped(torch.tensor([[0, 1, 2, 3]]).T)
+    assert grid.average_shares(corners_first)[1:].any(1).all()
+    far = grid.grouped(torch.tensor([[0, 2, 1]]))
+    with pytest.raises(ValueError, match="row 0, column 2 has none .* take nearest"):
+        grid.average_shares(far)
+    assert grid.nearest_sources(far).tolist() == [0, 2, 0]
 
 
 def shares_of(share_NN, position):

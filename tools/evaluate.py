@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,8 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     shown = set(some_of_each(labels))
     grid = []
     first = 0
-    for batch_labels, images in samples_of(loaded, labels, arguments, options, world):
+    drawn = Timed(samples_of(loaded, labels, arguments, options, world))
+    for batch_labels, images in drawn:
         for metric in metrics:
             metric.update(images, batch_labels)
         grid += [image for i, image in enumerate(images, first) if i in shown]
@@ -68,6 +71,8 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
         "checkpoint": loaded.checkpoint.name,
         "seed": arguments.seed,
         "weights": loaded.weights,
+        "sampling_seconds": round(drawn.seconds, 3),
+        "samples_per_second": round(arguments.count / drawn.seconds, 3),
         **asdict(options),
     }
     for metric in metrics:
@@ -81,6 +86,28 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
         text = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name:32} {text}")
     print(f"written: {out} and {out.with_suffix('.png')}")
+
+
+class Timed:
+    """What an iterator yields, and how long it took to come.
+
+    Attributes:
+        seconds: until the last item, without what was done between them.
+    """
+
+    def __init__(self, items: Iterator[tuple[Tensor, Tensor]]):
+        self._items = items
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        before = time.monotonic()
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.monotonic() - before
 
 
 def metrics_of(asked: str | None, loaded: LoadedRun) -> list[Metric]:

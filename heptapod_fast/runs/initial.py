@@ -185,8 +185,9 @@ def _unwrapped(found: object, weights: Weights) -> tuple[dict[str, Tensor], str]
     """The state dict in what trainers save: under one of `WRAPPERS`, names behind `PREFIXES`."""
     where = ""
     for wrapper in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
+        inside = found.get(wrapper) if isinstance(found, dict) else None
+        if isinstance(inside, dict) and inside:  # trainers leave empty ones for what they do not do
+            found = inside
             where = wrapper
             break
     tensors = {}

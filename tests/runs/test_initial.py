@@ -217,6 +217,7 @@ def test_one_run_however_the_path_is_spelt(tmp_path):
         (lambda w: w, ""),
         (lambda w: {"model": w, "args": argparse.Namespace(lr=1), "epoch": 3}, "model of "),
         (lambda w: {"model": {}, "model_ema": w}, "model_ema of "),
+        (lambda w: {"model": w, "model_ema": {}}, "model of "),
         (lambda w: {"module": {f"module.{n}": t for n, t in w.items()}}, "module of "),
         (lambda w: {f"_orig_mod.module.{n}": t for n, t in w.items()}, ""),
         (lambda w: {f"module._orig_mod.{n}": t for n, t in w.items()}, ""),

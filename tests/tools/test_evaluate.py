@@ -31,6 +31,9 @@ def test_numbers_and_grid_are_written(trained, tmp_path):
     assert numbers["images_seen"] == 32 and numbers["checkpoint"] == "step-00000004"
     assert numbers["weights"] == "ema-0.9999"
     assert numbers["temperature"] == 1.0 and numbers["positions_per_step"] == 1
+    seconds = numbers["sampling_seconds"]
+    assert 0 < seconds < 600
+    assert numbers["samples_per_second"] == pytest.approx(10 / seconds, rel=0.01)
     assert "symmetry_accuracy" in result.out
     with Image.open(tmp_path / "deep" / "e.png") as grid:
         assert (
