@@ -385,8 +385,8 @@ def average_shares(groups: Groups) -> Tensor:
     if is_alone_N.any():
         row, column = divmod(int(is_alone_N.nonzero()[0]), groups.width)
         raise ValueError(
-            f"average takes every token from earlier ones beside it, but row {row}, column {column} "
-            "has none in this grouping: take nearest"
+            f"average takes every token from earlier ones beside it, but row {row}, column "
+            f"{column} has none in this grouping: take nearest"
         )
     return share_NN / share_NN.sum(1, keepdim=True).clamp(min=1.0)
 

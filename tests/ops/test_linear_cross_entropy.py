@@ -5,11 +5,17 @@ import importlib
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from heptapod_fast.ops import dispatch, linear_cross_entropy
 from heptapod_fast.ops.linear_cross_entropy import MOST_HELD, _operator
-from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_triton
+from tests.numerics import (
+    DEVICE,
+    Allocations,
+    check_compiles,
+    check_operator,
+    compare,
+    needs_triton,
+)
 
 operation = importlib.import_module("heptapod_fast.ops.linear_cross_entropy")
 
@@ -152,21 +158,6 @@ def test_chunked_by_the_rule(monkeypatch, rows, width, codes, targets, chunk, dt
         [torch.tensor(1.7, device=DEVICE), None],
         exact=lambda *leaves: exact(*leaves, target, row_weight),
     )
-
-
-class Allocations(TorchDispatchMode):
-    """Keeps the bytes of the largest tensor that any call of PyTorch returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for each in found if isinstance(found, (tuple, list)) else (found,):
-            if torch.is_tensor(each):
-                self.largest = max(self.largest, each.nbytes)
-        return found
 
 
 def largest_allocation(function, *arguments):
