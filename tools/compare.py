@@ -48,6 +48,8 @@ CODES = {"tokenizer": "patch-vq", "codes": 16}
 VECTORS = {"tokenizer": "patch", "diffusion-blocks": 2, "diffusion-width": 32}
 LOCAL = {"head": "local", "window": 9, "density": 2}
 DROPOUT = {"dropout": 0.1}
+FLOW = {"token-loss": "flow"}
+ROWS = {"grouping": "next-row", "injection": "shift"}
 
 CASES: dict[str, dict[str, object]] = {
     "global, codes": HEAD | CODES,
@@ -67,6 +69,11 @@ CASES: dict[str, dict[str, object]] = {
     "1d-raster, vectors": {"system": "1d-raster"} | VECTORS,
     "1d-random, codes": {"system": "1d-random"} | CODES,
     "1d-random, vectors, dropout": {"system": "1d-random"} | VECTORS | DROPOUT,
+    "global, vectors, flow": HEAD | VECTORS | FLOW,
+    "llamagen, codes, dropout": {"system": "llamagen"} | CODES | DROPOUT,
+    "npp, codes, dropout": {"system": "npp", "levels": 2} | CODES | DROPOUT,
+    "sar, vectors, dropout": {"system": "sar"} | VECTORS | DROPOUT,
+    "sar, codes, rows": {"system": "sar"} | CODES | ROWS,
     "global, codes, dropout, 2 ranks": HEAD | CODES | DROPOUT | {"ranks": 2},
     "local, vectors, 2 ranks": HEAD | VECTORS | LOCAL | {"ranks": 2},
     "1d-random, codes, dropout, 2 ranks": {"system": "1d-random"} | CODES | DROPOUT | {"ranks": 2},

@@ -20,7 +20,8 @@ NO_RESULTS = (HEADLINES, "offline.json")
 MADE_HERE = "# Measured\n\nMade by `python tools/report.py"
 BENCH_PAGE = f"""{MADE_HERE} bench/results` from the JSON files here. Single operations on CPU
 are at toy shapes and show that the benchmarks work; `ours` is then what runs by default there: C++
-for adamw_ema and global_norm, else the reference.
+for adamw_ema, global_norm and philox, chunks for linear_cross_entropy with many codes, else the
+reference.
 """
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 CHART = Path("docs/images/measured.png")
@@ -106,11 +107,12 @@ def bench_table(path: Path) -> str:
 
 def runs_table(folder: Path) -> list[str]:
     """One table of the training runs whose report.json was copied into `folder`; [] without any."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    if not found:
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
         return []
     rows = []
-    for run in found:
+    for path in paths:
+        run = json.loads(path.read_text())
         name = (
             f"{run['system']} {run['size']}, {run['data']} {run['image_size']} px, "
             f"{run['tokenizer']}"
@@ -122,7 +124,9 @@ def runs_table(folder: Path) -> list[str]:
             rate = ", ".join(f"{phase}: {value:.0f}" for phase, value in phases)
         rows.append(
             (
+                path.stem,
                 name,
+                run.get("settings"),
                 run["images"],
                 None if seconds is None else round(seconds),
                 rate,
@@ -131,10 +135,13 @@ def runs_table(folder: Path) -> list[str]:
                 f"{run['device']}, torch {run['torch']}",
             )
         )
-    head = ["run", "images", "seconds of steps", "images/s, median", "loss", "symmetry accuracy"]
-    head.append("device")
-    title = "**Training runs** (`report.json` of each in `bench/results/runs`)"
-    return [f"{title}\n\n{table(head, rows, numbers=[1, 2, 3, 4, 5])}"]
+    head = ["file", "run", "beside the defaults", "images", "seconds of steps", "images/s, median"]
+    head += ["loss", "symmetry accuracy", "device"]
+    title = (
+        "**Training runs** (`report.json` of each in `bench/results/runs`, after `tools/train.py`, "
+        "`tools/evaluate.py --count 400` and `tools/report.py`)"
+    )
+    return [f"{title}\n\n{table(head, rows, numbers=[3, 4, 5, 6, 7])}"]
 
 
 # -------------------------------------------------------------------------------------- README.md

@@ -7,11 +7,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from heptapod_fast.config import Config
+from heptapod_fast.config import Config, flag
+from heptapod_fast.config.settings import as_typed
 from heptapod_fast.progress import duration
 from heptapod_fast.reports.charts import save_line
 from heptapod_fast.reports.tables import properties
 from heptapod_fast.runs import RunDir
+from heptapod_fast.systems import configure
 from heptapod_fast.train.metrics import FLOPS_FORMULA
 from heptapod_fast.train.records import Record, read_metrics
 
@@ -76,6 +78,7 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
         "image_size": config.data.image_size,
         "batch": config.recipe.batch,
         "seed": config.recipe.seed,
+        "settings": settings_beside_the_size(config),
     }
     for name in ("device", "ranks", "torch", "activations"):
         seen = {str(session[name]) for session in sessions}
@@ -100,6 +103,20 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
     if shares:
         numbers["mfu_median"] = median(shares)
     return numbers
+
+
+def settings_beside_the_size(config: Config) -> str:
+    """The flags that make this run of its size and system, as they are typed."""
+    plain = configure(config.size, config.system)
+    words = []
+    for name, value, *_ in config.differences(plain):
+        if name in ("out", "num_classes"):  # where it is, and what the data says
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else f"--no-{flag(name).removeprefix('--')}")
+        elif value is not None:
+            words.append(f"{flag(name)} {as_typed(value)}")
+    return " ".join(words)
 
 
 def rates_of_phases(records: list[Record]) -> dict[str, float]:

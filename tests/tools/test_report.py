@@ -1,6 +1,7 @@
 """tools/report.py: of a run, and of a folder of benchmark results."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,11 @@ def test_a_report_has_the_figures_of_the_run(trained):
     assert numbers["images_per_second_median"] == pytest.approx((rates[1] + rates[2]) / 2)
     assert numbers["evaluation"]["samples"] == 10
     assert numbers["system"] == "heptapod"
+    # The same settings are the same run, which is finished.
+    words = shlex.split(numbers["settings"])
+    assert "--width" in words and "--out" not in words
+    again = command("train", "--size", "tiny", *words, "--out", trained)
+    assert again.code == 0 and "is finished: 32 images" in again.out, again
     assert "mfu_median" not in numbers
     assert "images_per_second_of_phases" not in numbers  # of one phase
     seconds = [record["step_seconds"] for record in records]
@@ -236,7 +242,9 @@ def test_training_runs_have_a_table_of_their_own(tmp_path):
     (tmp_path / "runs" / "demo.json").write_text(report)
     report_bench(tmp_path, tmp_path / "elsewhere")
     text = (tmp_path / "measured.md").read_text()
-    assert "| heptapod tiny, logograms 24 px, patch-vq | 16 |" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| demo | ")]
+    assert row.startswith("| demo | heptapod tiny, logograms 24 px, patch-vq | ")
+    assert "--images 16 --batch 8" in row and "| 16 |" in row
 
 
 def test_the_projects_readme_shows_some_rows_and_a_chart(project):
