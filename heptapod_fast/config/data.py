@@ -51,7 +51,7 @@ class DataSettings(Settings):
     )
     logogram_count: int | None = setting("Size of the logogram training set.", rule=at_least(1))
     flip: bool = setting(
-        "Random horizontal flips; on only where B, L or H meet kl16 or vq16 at 256 px (it mirrors "
+        "Random horizontal flips; on only where larger sizes meet kl16 or vq16 at 256 px (it mirrors "
         "letters). With a cache: draw one of its views."
     )
     max_broken: int = setting(

@@ -164,7 +164,8 @@ def block_values(width: int, heads: int, elements: float, keys: float) -> float:
 
 
 class Backbone(nn.Module):
-    """Causal Transformer over [S], tokens in sampling order: h_t has seen the class and t tokens.
+    """Transformer over [S] and tokens in sampling order, causal unless `visible` says otherwise:
+    h_t has seen the class and t tokens.
 
     Learned tables: class, token (an embedding of codes or a projection of vectors), N grid
     positions, N time steps (or `times`). Which position goes with which token is the system's

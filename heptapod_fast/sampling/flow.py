@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling.options import SampleOptions
-
-FLOW_STEPS = 50
+from heptapod_fast.sampling.options import FLOW_STEPS, SampleOptions
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from heptapod_fast.ops import STEPS
 from heptapod_fast.tokenizers import TokenSpec
 
 DIFFUSION_STEPS = 100
+FLOW_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class SampleOptions(Settings):
     """
 
     temperature: float = setting(
-        "Divides the logits; multiplies the noise of the diffusion sampler.",
+        "Divides the logits; multiplies the noise of the diffusion sampler, of a flow the noise "
+        "that it starts from.",
         default=1.0,
         rule=at_least(0),
     )
@@ -31,8 +33,8 @@ class SampleOptions(Settings):
         rule=Rule("more than 0, and at most 1", lambda value: 0 < value <= 1),
     )
     diffusion_steps: int | None = setting(
-        f"Denoising steps per token (default {DIFFUSION_STEPS} out of the {STEPS} trained; 50 of "
-        "a flow).",
+        f"Denoising steps per token (default {DIFFUSION_STEPS} out of the {STEPS} trained; "
+        f"{FLOW_STEPS} of a flow).",
         rule=between(1, STEPS),
     )
     diffusion_sampler: Literal["ddpm", "ddim", "euler", "heun"] | None = setting(

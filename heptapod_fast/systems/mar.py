@@ -50,7 +50,8 @@ class MarSettings(SystemSettings):
     """The Transformer and the diffusion MLP."""
 
     depth: int = setting(
-        "Blocks of the backbone; default: the size's total less those of a head.",
+        "Blocks of the backbone; default: the size's, and for the 1D baselines those of "
+        "Heptapod's head too.",
         rule=between(1, 2**10),
     )
     width: int = setting("Hidden size.", rule=between(1, 2**16))
@@ -129,7 +130,8 @@ TINY_RECIPE = replace(
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """A row of the paper's Table 3. depth: of the backbone; Heptapod's head has the same."""
+    """What makes a size, for Heptapod a row of the paper's Table 3. depth: of the backbone;
+    Heptapod's head has the same."""
 
     depth: int
     width: int

@@ -64,8 +64,8 @@ class SarSettings(MarSettings):
     )
     injection: Literal["shift", "nearest", "shared", "average"] = setting(
         "What the elements of a group are made of: the group before (shift, of the same size), the "
-        "closest earlier token, one learned vector, the mean of earlier neighbours. Default: shift "
-        "where it can be, else average."
+        "closest earlier token, one learned vector, the mean of earlier neighbours. Left out: "
+        "shift where groups are of one size, else average."
     )
     label_dropout: float = setting(
         "Share of the samples that are trained without their class, which --guidance and "
@@ -159,7 +159,8 @@ class SarOptions(SampleOptions):
 
     guidance: float | None = setting(
         "Scale s of classifier-free guidance at the head: v_u + s (v - v_u), of vectors without "
-        "and with the class; two passes of backbone and head. 1 is none.",
+        "and with the class; two passes of backbone and head. 1 is none, and turns the run's own "
+        "scales off.",
         rule=at_least(1),
     )
     guidance_x: float | None = setting(
