@@ -19,7 +19,7 @@ from heptapod_fast.pictures import save_grid
 from heptapod_fast.runs import LoadedRun
 from heptapod_fast.runs.data import open_images
 from heptapod_fast.sampling.generate import spread
-from heptapod_fast.world import World
+from heptapod_fast.world import World, device_name
 
 GRID_CLASSES = 8
 GRID_COLUMNS = 8
@@ -66,6 +66,10 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     if not world.main:
         return
     results: dict[str, object] = {
+        "system": loaded.config.system,
+        "size": loaded.config.size,
+        "device": device_name(world.device),
+        "torch": torch.__version__,
         "images_seen": loaded.images_seen,
         "samples": arguments.count,
         "checkpoint": loaded.checkpoint.name,
@@ -73,7 +77,7 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
         "weights": loaded.weights,
         "sampling_seconds": round(drawn.seconds, 3),
         "samples_per_second": round(arguments.count / drawn.seconds, 3),
-        **asdict(options),
+        "options": asdict(options),
     }
     for metric in metrics:
         results |= metric.compute()
@@ -82,7 +86,8 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     out.write_text(json.dumps(results, indent=1) + "\n")
     columns = min(GRID_COLUMNS, int(labels.bincount().max()))
     save_grid(torch.stack(grid), out.with_suffix(".png"), columns)
-    for name, value in results.items():
+    del results["options"]  # said one by one
+    for name, value in (results | asdict(options)).items():
         text = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name:32} {text}")
     print(f"written: {out} and {out.with_suffix('.png')}")

@@ -51,8 +51,8 @@ class DataSettings(Settings):
     )
     logogram_count: int | None = setting("Size of the logogram training set.", rule=at_least(1))
     flip: bool = setting(
-        "Random horizontal flips; on only where larger sizes meet kl16 or vq16 at 256 px (it mirrors "
-        "letters). With a cache: draw one of its views."
+        "Random horizontal flips; on only where larger sizes meet kl16 or vq16 at 256 px (letters "
+        "would be mirrored). With a cache: draw one of its views."
     )
     max_broken: int = setting(
         "Unreadable images that may be left out before the run is refused.",

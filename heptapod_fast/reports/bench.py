@@ -52,6 +52,7 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
     parts = [BENCH_PAGE]
     parts += [bench_table(path) for path in files]
     parts += runs_table(folder / "runs")
+    parts += evaluations_table(folder / "evaluations")
     page.write_text("\n\n".join(parts) + "\n")
     written = [page]
     readme = root / "README.md"
@@ -118,6 +119,7 @@ def runs_table(folder: Path) -> list[str]:
             f"{run['tokenizer']}"
         )
         seconds = run.get("training_seconds")
+        evaluation = run.get("evaluation", {})
         rate = f"{run['images_per_second_median']:.0f}"
         if "images_per_second_of_phases" in run:
             phases = run["images_per_second_of_phases"].items()
@@ -131,17 +133,43 @@ def runs_table(folder: Path) -> list[str]:
                 None if seconds is None else round(seconds),
                 rate,
                 run["loss"],
-                run.get("evaluation", {}).get("symmetry_accuracy"),
+                evaluation.get("symmetry_accuracy"),
+                evaluation.get("samples_per_second"),
                 f"{run['device']}, torch {run['torch']}",
             )
         )
     head = ["file", "run", "beside the defaults", "images", "seconds of steps", "images/s, median"]
-    head += ["loss", "symmetry accuracy", "device"]
+    head += ["loss", "symmetry accuracy", "samples/s", "device"]
     title = (
         "**Training runs** (`report.json` of each in `bench/results/runs`, after `tools/train.py`, "
         "`tools/evaluate.py --count 400` and `tools/report.py`)"
     )
-    return [f"{title}\n\n{table(head, rows, numbers=[3, 4, 5, 6, 7])}"]
+    return [f"{title}\n\n{table(head, rows, numbers=[3, 4, 5, 6, 7, 8])}"]
+
+
+def evaluations_table(folder: Path) -> list[str]:
+    """One table of the evaluations (`--out` of tools/evaluate.py) in `folder`; [] without any."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        return []
+    rows = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        options = {name: value for name, value in found["options"].items() if value is not None}
+        rows.append(
+            (
+                path.stem,
+                f"{found['system']} {found['size']}, {found['images_seen']:,} images",
+                options,
+                found["samples"],
+                found["samples_per_second"],
+                found.get("symmetry_accuracy"),
+                f"{found['device']}, torch {found['torch']}",
+            )
+        )
+    head = ["file", "run", "drawn with", "samples", "samples/s", "symmetry accuracy", "device"]
+    title = "**Samples of one run** (`tools/evaluate.py RUN_DIR --out` of each)"
+    return [f"{title}\n\n{table(head, rows, numbers=[3, 4, 5])}"]
 
 
 # -------------------------------------------------------------------------------------- README.md

@@ -358,7 +358,7 @@ def test_it_is_evaluated(trained, tmp_path):
     result = command("evaluate", trained, "--count", 10, "--guidance", 2.0, "--out", out)
     assert result.code == 0, result.err
     numbers = json.loads(out.read_text())
-    assert numbers["guidance"] == 2.0
+    assert numbers["options"]["guidance"] == 2.0
     assert "symmetry_accuracy" in numbers
     assert out.with_suffix(".png").exists()
 

@@ -148,9 +148,9 @@ def test_it_is_evaluated_and_reported(npp, tmp_path):
     out = tmp_path / "numbers.json"
     result = command("evaluate", npp, "--count", 10, "--guidance", 2.0, "--out", out)
     assert result.code == 0, result.err
-    assert json.loads(out.read_text())["guidance"] == 2.0
+    assert json.loads(out.read_text())["options"]["guidance"] == 2.0
     result = command("evaluate", npp, "--count", 10, "--out", out)
-    assert json.loads(out.read_text())["guidance"] == 1.0  # tiny's own
+    assert json.loads(out.read_text())["options"]["guidance"] == 1.0  # tiny's own
     for tool in ("report", "verify"):
         result = command(tool, npp)
         assert result.code == 0, result.err

@@ -91,7 +91,9 @@ def test_it_is_evaluated_reported_and_verified(trained, tmp_path):
     result = command("evaluate", trained, *words)
     assert result.code == 0, result.err
     numbers = json.loads(out.read_text())
-    assert (numbers["guidance"], numbers["guidance_x"], numbers["guidance_z"]) == (1.0, 1.5, 1.0)
+    options = numbers["options"]
+    scales = options["guidance"], options["guidance_x"], options["guidance_z"]
+    assert scales == (1.0, 1.5, 1.0)
     for tool in ("report", "verify"):
         result = command(tool, trained)
         assert result.code == 0, result.err

@@ -247,6 +247,19 @@ def test_training_runs_have_a_table_of_their_own(tmp_path):
     assert "--images 16 --batch 8" in row and "| 16 |" in row
 
 
+def test_evaluations_have_a_table_of_their_own(trained, tmp_path):
+    (tmp_path / "ops.json").write_text(json.dumps(RESULT))
+    out = tmp_path / "evaluations" / "cold.json"
+    words = ("--count", 5, "--temperature", 0.5, "--out", out)
+    assert command("evaluate", trained, *words).code == 0
+    report_bench(tmp_path, tmp_path / "elsewhere")
+    lines = (tmp_path / "measured.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| cold | ")]
+    assert row.startswith("| cold | heptapod tiny, 32 images | temperature 0.5, ")
+    numbers = json.loads(out.read_text())
+    assert f" | 5 | {show(numbers['samples_per_second'])} | " in row
+
+
 def test_the_projects_readme_shows_some_rows_and_a_chart(project):
     root, folder = project
     written = report_bench(folder, root)
