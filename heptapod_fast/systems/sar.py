@@ -37,7 +37,14 @@ from heptapod_fast.model.token_losses import Contrast
 from heptapod_fast.model.transformer import Packing, block_flops, block_values
 from heptapod_fast.ops import CAUSAL, FULL, AttentionMask, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
-from heptapod_fast.ops.masks import MAX_LENGTH, Visible, group_mask, two_stream_mask
+from heptapod_fast.ops.masks import (
+    BLOCK,
+    EMPTY_BLOCK,
+    MAX_LENGTH,
+    Visible,
+    group_mask,
+    two_stream_mask,
+)
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
 from heptapod_fast.systems.base import TINY_DATA, Loss, Phase, with_possible_scale
@@ -135,6 +142,13 @@ class SarSettings(MarSettings):
             return spec.num_tokens
         return 1 + 2 * spec.num_tokens - self.groups(spec).sizes[-1]
 
+    def visible(self, spec: TokenSpec) -> Visible:
+        """Who sees whom in training; of a mask the tables are on the CPU."""
+        sizes_of_groups = list(self.groups(spec).sizes)
+        if self.has_two_streams:
+            return two_stream_mask(sizes_of_groups, prefix=1, has_last_context=False)
+        return group_mask(sizes_of_groups) if self.has_mask else CAUSAL
+
     def attention_uses(self, spec: TokenSpec) -> list[AttentionUse]:
         """See SystemSettings.attention_uses."""
         visible = AttentionMask if self.has_mask else CAUSAL
@@ -151,6 +165,16 @@ class SarSettings(MarSettings):
         yield "head dim", f"{self.head_width} = {self.width} / {self.heads}"
         yield "steps", f"{len(sizes_of_groups)} groups of {few} to {many}"
         yield "streams", f"{streams}, {self.elements(spec)} elements"
+        with torch.device("cpu"):
+            visible = self.visible(spec)
+        if isinstance(visible, AttentionMask):
+            count = visible.blocks.numel()
+            empty = int((visible.blocks == EMPTY_BLOCK).sum())
+            shape = f"{BLOCK} x {BLOCK}"
+            yield (
+                "skipped",
+                f"{empty / count:.0%} = {empty} / {count} blocks of {shape} in attention",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +263,7 @@ class Sar(MarSystem):
 
         self.groups = settings.groups(spec)
         with torch.device("cpu"):  # where masks are made
-            self.visible = self.make_visible()
+            self.visible = settings.visible(spec)
             tables = self.tables()
         for name, values in tables.items():
             self.register_buffer(name, values.to(self.query.device), persistent=False)
@@ -260,13 +284,6 @@ class Sar(MarSystem):
         elif injection == "average":
             found["share_NN"] = gridlib.average_shares(self.groups)[order_N]
         return found
-
-    def make_visible(self) -> Visible:
-        """Who sees whom in training."""
-        sizes_of_groups = list(self.groups.sizes)
-        if self.settings.has_two_streams:
-            return two_stream_mask(sizes_of_groups, prefix=1, has_last_context=False)
-        return group_mask(sizes_of_groups) if self.settings.has_mask else CAUSAL
 
     def visible_on(self, device: torch.device) -> Visible:
         """`visible` with its tables on a device."""

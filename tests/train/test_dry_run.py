@@ -84,6 +84,17 @@ def test_parameters_by_part_add_up():
     assert line_of(text, "total") == "207,234,336"
 
 
+def test_blocks_of_the_mask_that_are_skipped_are_counted():
+    """On 16 x 16: anti-diagonals in two streams of 256, and rows in one."""
+    text = dry_run(configure("B", "sar", data="no such folder"))
+    assert line_of(text, "streams") == "two, 512 elements"
+    assert line_of(text, "skipped") == "48% = 31 / 64 blocks of 64 x 64 in attention"
+    rows = dry_run(configure("B", "sar", data="no such folder", grouping="next-row"))
+    assert line_of(rows, "skipped") == "38% = 6 / 16 blocks of 64 x 64 in attention"
+    single = dry_run(configure("B", "sar", data="no such folder", grouping="next-token"))
+    assert "skipped" not in single
+
+
 def test_parameters_of_the_system_itself_count():
     text = dry_run(configure("B", "sar", data="no such folder"))
     assert line_of(section(text, "parameters"), "total") == "141,218,320"
