@@ -339,27 +339,6 @@ GROUPINGS = {
 }
 
 
-def shifted_sources(groups: Groups) -> Tensor:
-    """`shift`: (N,) the position whose token each position takes: the i-th of a group takes the
-    i-th of the group before; 0 in the first group.
-
-    Raises:
-        ValueError: two groups that follow each other differ in size.
-    """
-    sizes = groups.sizes
-    differing = [t for t in range(1, len(sizes)) if sizes[t] != sizes[t - 1]]
-    if differing:
-        t = differing[0]
-        raise ValueError(
-            f"shift takes every group from the one before, of the same size, but group {t} has "
-            f"{sizes[t - 1]} tokens and group {t + 1} has {sizes[t]}"
-        )
-    count = sizes[0]
-    source_N = torch.zeros_like(groups.order_N)
-    source_N[groups.order_N[count:]] = groups.order_N[:-count]
-    return source_N
-
-
 def nearest_sources(groups: Groups) -> Tensor:
     """`nearest`: (N,) the closest position of an earlier group; of several that of the latest
     group, then the first in raster order; 0 in the first group."""

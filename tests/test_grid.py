@@ -377,14 +377,3 @@ def test_sources_are_their_definitions(name, height, width):
         assert nearest[p] == closest
         assert beside  # every position behind the first group has an earlier neighbour
         assert shares_of(average, p) == pytest.approx(dict.fromkeys(beside, 1 / len(beside)))
-
-
-@pytest.mark.parametrize("name", ["next-token", "next-row"])
-def test_shift_takes_the_group_before(name):
-    groups = grid.GROUPINGS[name](4, 5)
-    before = 1 if name == "next-token" else 5
-    sources = grid.shifted_sources(groups)
-    for p in range(20):
-        assert sources[p] == max(0, p - before)
-    with pytest.raises(ValueError, match="group 1 has 1 tokens and group 2 has 2"):
-        grid.shifted_sources(grid.GROUPINGS["next-neighbor"](4, 5))

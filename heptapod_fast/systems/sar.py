@@ -270,19 +270,17 @@ class Sar(MarSystem):
         self._visible_there: dict[torch.device, Visible] = {}
 
     def tables(self) -> dict[str, Tensor]:
-        """What elements are made of, in the order of the groups: positions, numbers of groups,
-        which elements are the first group's, and earlier tokens: one for each (`source_N`), or
-        shares of all (`share_NN`)."""
+        """What elements are made of, in the order of the groups as all elements and tokens are:
+        positions, numbers of groups, which elements are the first group's, and earlier tokens: one
+        for each (`source_N`), or shares of all (`share_NN`)."""
         order_N = self.groups.order_N
         time_N = self.groups.group_N[order_N]
         found = {"order_N": order_N, "time_N": time_N, "is_first_N": time_N == 0}
-        injection = self.settings.injection
-        if injection == "shift":
-            found["source_N"] = gridlib.shifted_sources(self.groups)[order_N]
-        elif injection == "nearest":
-            found["source_N"] = gridlib.nearest_sources(self.groups)[order_N]
-        elif injection == "average":
-            found["share_NN"] = gridlib.average_shares(self.groups)[order_N]
+        if self.settings.injection == "nearest":
+            rank_N = order_N.argsort()
+            found["source_N"] = rank_N[gridlib.nearest_sources(self.groups)[order_N]]
+        elif self.settings.injection == "average":
+            found["share_NN"] = gridlib.average_shares(self.groups)[order_N][:, order_N]
         return found
 
     def visible_on(self, device: torch.device) -> Visible:
@@ -343,7 +341,7 @@ class Sar(MarSystem):
     def embed(self, label_B: Tensor, tokens_BN: Tensor) -> Tensor:
         """The elements of a forward pass: class, context and generation, or generation alone.
         (B, M, D) in the dtype of the activations."""
-        token_BND = self.backbone.token(tokens_BN)
+        token_BND = self.backbone.token(tokens_BN[:, self.order_N])
         everything = slice(0, self.num_tokens)
         generation_BND = self.generation(label_B, token_BND, everything)
         if not self.settings.has_two_streams:
@@ -356,18 +354,17 @@ class Sar(MarSystem):
         return self.backbone.label(label_B)[:, None].to(self.backbone.dtype)
 
     def context(self, token_BND: Tensor, part: slice) -> Tensor:
-        """Elements of true tokens, embedded in raster order; part: which of the order."""
-        x_BGD = token_BND[:, self.order_N[part]] + self.place(part)
-        return x_BGD.to(self.backbone.dtype)
+        """Elements of true tokens; part: which of the order."""
+        return (token_BND[:, part] + self.place(part)).to(self.backbone.dtype)
 
     def generation(self, label_B: Tensor, token_BND: Tensor, part: slice) -> Tensor:
         """Elements that are scored: h of earlier tokens, the class in the first group; part: which
         of the order. Tokens of `part` itself and later ones are not used."""
         label_B1D = self.backbone.label(label_B)[:, None]
-        x_BGD = self.injected(token_BND, part) + self.query
-        start_B1D = label_B1D + self.query
-        x_BGD = torch.where(self.is_first_N[part, None], start_B1D, x_BGD)
-        return (x_BGD + self.place(part)).to(self.backbone.dtype)
+        is_first_G1 = self.is_first_N[part, None]
+        x_BGD = torch.where(is_first_G1, label_B1D, self.injected(token_BND, part))
+        place_GD = self.place(part) + self.query
+        return (x_BGD + place_GD).to(self.backbone.dtype)
 
     def injected(self, token_BND: Tensor, part: slice) -> Tensor:
         """h: (B, G, D), of the first group anything finite; (1, 1, 1) for `shared`, where `query`
@@ -378,7 +375,9 @@ class Sar(MarSystem):
         if injection == "average":
             # A product with a matrix that is mostly zeros: cheaper than 8 gathered copies.
             return self.share_NN[part] @ token_BND
-        return token_BND[:, self.source_N[part]]
+        if injection == "nearest":
+            return token_BND[:, self.source_N[part]]
+        return token_BND.roll(self.groups.sizes[0], dims=1)[:, part]
 
     def place(self, part: slice) -> Tensor:
         """(G, D): embeddings of position and group."""
@@ -459,7 +458,7 @@ class Sar(MarSystem):
             token_BG = token_RC.unflatten(0, position_BG.shape)
             put(tokens_BN, position_BG, token_BG)
             embedded_BGD = self.backbone.token(token_BG)
-            token_PND[:, self.order_N[part]] = embedded_BGD.repeat(copies, 1, 1)
+            token_PND[:, part] = embedded_BGD.repeat(copies, 1, 1)
         return tokens_BN
 
     def vectors_of_group(
@@ -467,8 +466,8 @@ class Sar(MarSystem):
     ) -> Tensor:
         """The backbone's vectors of the elements of a group: (P * G, D).
 
-        token_PND: embedded tokens in raster order, those of all groups before this one. cache: what
-        earlier steps left there. Of one stream the elements stay in it. Of two, the context of the
+        token_PND: embedded tokens, those of all groups before this one. cache: what earlier steps
+        left there. Of one stream the elements stay in it. Of two, the context of the
         group before, for the first group the class, goes through the backbone in the same pass and
         stays; elements of the context do not see the generation, which is dropped.
         """

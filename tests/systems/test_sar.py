@@ -237,7 +237,7 @@ def test_single_tokens_shifted_are_a_raster_model():
     backbone = system.backbone
     start = backbone.label(batch.labels)[:, None]
     x_BND = torch.cat((start, backbone.token(batch.tokens[:, :-1])), dim=1)
-    x_BND = x_BND + system.query + (backbone.position.weight + backbone.time.weight)
+    x_BND = x_BND + (backbone.position.weight + backbone.time.weight + system.query)
     z_BND = backbone(x_BND, visible=CAUSAL)
     total, _ = system.token_losses(z_BND.flatten(0, 1), batch, rows, Rng(1))
     assert torch.equal(system(batch, Rng(1)).total, total)
