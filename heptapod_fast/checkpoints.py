@@ -57,15 +57,11 @@ class Checkpoint:
         return load_file(path)
 
 
-def ema_name(decay: float) -> str:
-    """Name of a moving average on disk and on the command line."""
-    return f"ema-{decay}"
-
-
 def save(
-    folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+    folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int | None
 ) -> Path:
-    """Write `files` and `state` as checkpoint `state["step"]` of `folder`, keep the newest `keep`.
+    """Write `files` and `state` as checkpoint `state["step"]` of `folder`, keep the newest `keep`
+    (None: all).
 
     Raises CheckpointError (disk full, no permission, ...); whatever was there before stays, and
     nothing half-written is left. A checkpoint of that step that is already there is kept.
@@ -84,7 +80,8 @@ def save(
     except Exception as error:  # OSError, or the safetensors library's own
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
-    _retain(folder, keep)
+    if keep is not None:
+        _retain(folder, keep)
     return final
 
 

@@ -132,10 +132,19 @@ def _metavar(kind: Any) -> str | None:
         if part is bool:
             return "(or --no-...)"
         if get_origin(part) is tuple:
-            return f"{get_args(part)[0].__name__.upper()}..."
+            return f"{_word(get_args(part)[0])}..."
         if part in (int, float, str):
             return part.__name__.upper()
     return None
+
+
+def _word(kind: Any) -> str:
+    """FLOAT, or FLOAT|post-hoc where words may stand among numbers."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_args(kind):
+        return "|".join(_word(part) for part in get_args(kind))
+    return kind.__name__.upper()
 
 
 def given(parsed: Any) -> dict[str, Any]:

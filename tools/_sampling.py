@@ -30,7 +30,8 @@ class SamplingArguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run directory."""
     ema: str | None = None
-    """Moving average by name or decay, "none" for the raw weights; default: the run's first."""
+    """Moving average by name or decay, "none" for the raw weights; default: the run's first. Of a
+    run with --ema post-hoc also a length, as 0.15."""
     checkpoint: int | None = None
     """Step of the checkpoint; default: the newest."""
     seed: int = 0

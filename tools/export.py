@@ -19,7 +19,8 @@ class Arguments:
     """FOLDER (model.safetensors in it), FILE.safetensors, or FILE.pt ({"model": weights} as
     PyTorch saves it; of llamagen and npp runs the layout of LlamaGen's published files)."""
     ema: str | None = None
-    """A moving average by its decay, or "none" for the raw weights; default: the run's first."""
+    """A moving average by its decay, or "none" for the raw weights; default: the run's first. Of a
+    run with --ema post-hoc also a length, as 0.15."""
     checkpoint: int | None = None
     """Step of the checkpoint; default: the newest."""
 

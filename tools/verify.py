@@ -94,7 +94,19 @@ def verify_run(path: str) -> bool:
         whole.append(checkpoint)
     if whole:
         verify_tokenizer(config, run, whole[-1])
-    return len(whole) == len(found)
+    return len(whole) == len(found) and verify_snapshots(run)
+
+
+def verify_snapshots(run: RunDir) -> bool:
+    """Check what `--ema post-hoc` keeps; says whether it is whole."""
+    found = checkpoints.listed(run.averages)
+    damaged = {folder: checkpoints.damage(folder) for folder in found}
+    for folder, wrong in damaged.items():
+        if wrong:
+            print(f"averages/{folder.name}: {'; '.join(wrong)}")
+    if found and not any(damaged.values()):
+        print(f"averages: {len(found)} snapshots, whole")
+    return not any(damaged.values())
 
 
 def verify_tokenizer(config: Config, run: RunDir, checkpoint: Checkpoint) -> None:

@@ -51,9 +51,17 @@ class RecipeSettings(Settings):
     beta1: float = setting("AdamW's first decay rate.", rule=share())
     beta2: float = setting("AdamW's second decay rate.", rule=share())
     clip: float = setting("Largest norm of the gradient; 0 turns clipping off.", rule=at_least(0))
-    ema: tuple[float, ...] = setting(
-        "Decays of the moving averages of the weights, each min(decay, (1 + step) / (10 + step)).",
+    ema: tuple[float | Literal["post-hoc"], ...] = setting(
+        "Decays of the moving averages of the weights, each min(decay, (1 + step) / (10 + step)); "
+        "post-hoc keeps snapshots of two more, of which averages of any length are made after the "
+        "run (--ema 0.15 of sample, evaluate and export).",
         rule=distinct_shares(),
+    )
+    ema_snapshots: int = setting(
+        "Snapshots that post-hoc keeps, evenly over the images.",
+        default=32,
+        rule=between(2, 10_000),
+        before=32,
     )
     seed: int = setting("Seed of everything that is random.", default=0, rule=between(0, 2**63 - 1))
 

@@ -15,8 +15,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Value = TypeVar("Value")
 
@@ -50,11 +50,14 @@ def share() -> Rule:
 
 
 def distinct_shares() -> Rule:
-    """A tuple of different numbers 0 <= value < 1."""
-    return Rule(
-        "different numbers of 0 or more, and less than 1",
-        lambda values: all(0.0 <= v < 1.0 for v in values) and len(set(values)) == len(values),
-    )
+    """A tuple of different numbers 0 <= value < 1; words, of which there may be some as well, are
+    the annotation's concern."""
+
+    def holds(values: tuple[float | str, ...]) -> bool:
+        numbers = [value for value in values if not isinstance(value, str)]
+        return all(0.0 <= v < 1.0 for v in numbers) and len(set(values)) == len(values)
+
+    return Rule("different numbers of 0 or more, and less than 1", holds)
 
 
 def names_among(known: tuple[str, ...]) -> Rule:
@@ -129,6 +132,8 @@ def fits(value: Any, kind: Any) -> bool:
         return all(fits(part, parts[0]) for part in value)
     if NoneType in parts:
         return value is None or fits(value, _without_none(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits_part(value, part) for part in parts)
     if kind not in _IN_WORDS:
         return True
     if isinstance(value, bool):
@@ -137,9 +142,18 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
+def _fits_part(value: Any, part: Any) -> bool:
+    """Whether a value is one of the words of a Literal, or what another annotation says."""
+    return value in get_args(part) if get_origin(part) is Literal else fits(value, part)
+
+
 def in_words(kind: Any) -> str:
     """What an annotation asks for, as errors say it."""
     kind = _without_none(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(in_words(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
     if get_origin(kind) is tuple:
         return f"a tuple, each part {in_words(get_args(kind)[0])}"
     return _IN_WORDS[kind]

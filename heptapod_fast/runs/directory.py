@@ -42,6 +42,7 @@ class RunDir:
         self.sessions = self.path / "sessions.jsonl"  # what each start ran on
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
+        self.averages = self.path / "averages"  # snapshots, of `--ema post-hoc`
         self.codebook = self.path / "tokenizer.safetensors"
         self.tokenizer_record = self.path / "tokenizer.json"
         self._lock: IO[str] | None = None
@@ -90,6 +91,7 @@ class RunDir:
         except OSError as error:
             raise self._unwritable(error) from error
         checkpoints.clean(self.checkpoints)
+        checkpoints.clean(self.averages)
         return changed
 
     def _make(self) -> bool:

@@ -13,7 +13,7 @@ from heptapod_fast import checkpoints
 from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.runs.initial import EXPORTED, TORCH
-from heptapod_fast.runs.loading import weights_file
+from heptapod_fast.runs.loading import read_weights, weights_name
 from heptapod_fast.storage import readable, sync, write_numbers
 
 SAFETENSORS, PYTORCH = ".safetensors", ".pt"
@@ -59,9 +59,9 @@ def export_run(
     path = export_file(out)
     directory = RunDir(run)
     config = directory.read_config()
-    weights = weights_file(config, ema)
+    weights = weights_name(config, ema)
     chosen = checkpoints.load_step(directory.checkpoints, checkpoint)
-    tensors = chosen.read(weights)
+    tensors = read_weights(directory, chosen, weights)
     about = {"system": config.system, "size": config.size} | _about(chosen, weights)
     _write(path, tensors, about)
     values = sum(value.numel() for value in tensors.values())

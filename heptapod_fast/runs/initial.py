@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heptapod_fast import checkpoints
 from heptapod_fast.runs.directory import RunDir, RunError
-from heptapod_fast.runs.loading import weights_file
+from heptapod_fast.runs.loading import weights_name
 from heptapod_fast.storage import read_numbers
 from heptapod_fast.systems import System
 
@@ -75,7 +75,7 @@ def find_weights(path: str) -> Weights:
     run = RunDir(folder)
     if run.config.exists() and run.checkpoints.exists():
         checkpoint = checkpoints.load_step(run.checkpoints, None)
-        name = weights_file(run.read_config(), None)
+        name = weights_name(run.read_config(), None)
         return Weights(
             checkpoint.path / f"{name}.safetensors",
             f"{name} of {checkpoint.path}",

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from heptapod_fast import checkpoints
-from heptapod_fast.checkpoints import ema_name
+from heptapod_fast.averages import LONGEST, POST_HOC, averages_of, power_name
+from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.config import Config
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs.directory import RunDir, RunError
+from heptapod_fast.runs.post_hoc import make_average
 from heptapod_fast.runs.tokenizer import saved_tokenizer
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.systems import System, build_system
@@ -94,7 +96,8 @@ def load_run(
         path: the run directory.
         checkpoint: a step; None for the newest.
         ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's
-            first; "none" for the raw weights.
+            first; "none" for the raw weights. Of a run with `--ema post-hoc` also a length, as
+            "0.15", of which an average is made (runs/post_hoc.py).
         device: auto, cpu or cuda.
         precision: auto (the run's), bf16 or fp32.
         tokenizer_weights: where published weights are now, if they are not where they were.
@@ -109,8 +112,8 @@ def load_run(
     target = choose_device(device)
     dtype = choose_precision(config.run.precision if precision == "auto" else precision, target)
     system = build_system(config, len(class_names), target, fill=False)
-    weights = weights_file(config, ema)
-    system.load_state_dict(chosen.read(weights))
+    weights = weights_name(config, ema)
+    system.load_state_dict(read_weights(run, chosen, weights))
     system.eval().requires_grad_(False).set_dtype(dtype)
     if tokenizer_weights is not None:
         config = config.replace(tokenizer_weights=tokenizer_weights)
@@ -128,17 +131,40 @@ def load_run(
     )
 
 
-def weights_file(config: Config, ema: str | None) -> str:
-    """The file of a checkpoint that holds the weights asked for."""
-    names = [ema_name(decay) for decay in config.recipe.ema]
+def weights_name(config: Config, ema: str | None) -> str:
+    """What the weights asked for are called: a file of a checkpoint, or an average that has to be
+    made.
+
+    Raises:
+        RunError: the run has no such average, nor what one could be made of.
+    """
+    names = [average.name for average in averages_of(config.recipe.ema)]
     if ema == "none" or (ema is None and not names):
         return "model"
     if ema is None:
         return names[0]
-    wanted = ema if ema.startswith("ema-") else f"ema-{ema}"
-    if wanted not in names:
-        raise RunError(
-            f"--ema {ema}: this run keeps {', '.join(names) or 'no average'}, and 'none' for the "
-            "raw weights"
-        )
-    return wanted
+    for wanted in (ema, f"ema-{ema}", f"power-{ema}"):
+        if wanted in names:
+            return wanted
+    expected = f"{', '.join(names) or 'no average'}, and 'none' for the raw weights"
+    if POST_HOC in config.recipe.ema:
+        length = _number(ema.removeprefix("power-"))
+        if 0 < length <= LONGEST:
+            return power_name(length)
+        expected += f", and makes one of any length of more than 0, to {LONGEST}"
+    raise RunError(f"--ema {ema}: this run keeps {expected}")
+
+
+def _number(text: str) -> float:
+    """0 for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def read_weights(run: RunDir, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The weights of that `weights_name`, at a checkpoint."""
+    if (checkpoint.path / f"{name}.safetensors").exists() or not name.startswith("power-"):
+        return checkpoint.read(name)
+    return make_average(run.averages, checkpoint, float(name.removeprefix("power-")))

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from heptapod_fast import faults
 from heptapod_fast.checkpoints import CheckpointError
+from heptapod_fast.config import Config
 from heptapod_fast.pictures import save_grid
 from heptapod_fast.progress import duration
 from heptapod_fast.rng import Rng
@@ -22,7 +23,7 @@ from heptapod_fast.systems import Phase
 from heptapod_fast.train.metrics import Meter, peak_flops, progress_line, training_flops
 from heptapod_fast.train.records import JsonLines, Recorder, Sink, TensorBoard, WeightsAndBiases
 from heptapod_fast.train.schedule import learning_rate
-from heptapod_fast.train.session import Ending, Session, State, save
+from heptapod_fast.train.session import Ending, Session, State, save, save_snapshot
 from heptapod_fast.train.step import forward_backward, load, update
 
 GRID_CLASSES = 8
@@ -75,6 +76,8 @@ def train(session: Session, state: State) -> Ending:
             try_again = save_failed and is_due(config.run.log_every)
             if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
                 save_failed = not try_save(session, state, meter, recorder, is_last)
+            if is_due(snapshots_every(config)):
+                try_snapshot(session, state, meter)
             if wishes.stop and not finished:
                 return Ending.OUT_OF_TIME if wishes.out_of_time else Ending.STOPPED
 
@@ -216,6 +219,22 @@ def try_save(
         if is_last:
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
     return False
+
+
+def snapshots_every(config: Config) -> int:
+    """Images between two snapshots of the averages."""
+    return max(config.recipe.images // config.recipe.ema_snapshots, 1)
+
+
+def try_snapshot(session: Session, state: State, meter: Meter) -> None:
+    """Keep the averages of now; a failure (full disk) costs this snapshot, which others make up
+    for."""
+    begin = time.monotonic()
+    try:
+        save_snapshot(session, state)
+    except CheckpointError as error:
+        session.say(f"WARNING: no snapshot of the averages: {error}; training goes on")
+    meter.pause(time.monotonic() - begin)
 
 
 def sample_grid(session: Session, state: State, meter: Meter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from heptapod_fast.averages import averages_of
 from heptapod_fast.config import Config
 from heptapod_fast.systems import System, build_system
 
@@ -25,7 +26,7 @@ class MemoryEstimate(NamedTuple):
 def estimate(config: Config, system: System, micro_batch: int) -> MemoryEstimate:
     """Of a resolved configuration and its system, on whatever device."""
     is_mixed = config.run.precision != "fp32"
-    per_parameter = bytes_per_parameter(len(config.recipe.ema), is_mixed)
+    per_parameter = bytes_per_parameter(len(averages_of(config.recipe.ema)), is_mixed)
     count = sum(parameter.numel() for parameter in system.parameters())
     largest = max(system.saved_values(phase) for phase in system.phases(config.recipe.images))
     bytes_per_value = 2 if is_mixed else 4

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from heptapod_fast import ops
-from heptapod_fast.checkpoints import ema_name
+from heptapod_fast.averages import averages_of
 from heptapod_fast.config import RecipeSettings
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.systems import System
 from heptapod_fast.train.parallelize import gradients_of
-from heptapod_fast.train.schedule import ema_decay
 
 EPS = 1e-8
 
@@ -28,6 +27,7 @@ class Optimizer:
     Attributes:
         step_count: optimizer steps so far, skipped ones among them.
         skipped: how many were skipped, 0-dim float32 on the device.
+        averages: which moving averages there are.
         emas: {name: tensors of a moving average}.
     """
 
@@ -44,11 +44,12 @@ class Optimizer:
         data = [parameter.detach() for parameter in self.parameters]
         self.exp_avgs = [torch.zeros_like(p) for p in data]
         self.exp_avg_sqs = [torch.zeros_like(p) for p in data]
-        self.emas = {ema_name(decay): [p.clone() for p in data] for decay in recipe.ema}
+        self.averages = averages_of(recipe.ema)
+        self.emas = {average.name: [p.clone() for p in data] for average in self.averages}
         self.step_count = 0
         # Learning rate, step and decays of the next update, where the device reads them: at one
         # address, so that a captured update can be replayed.
-        self.scalars = torch.zeros(2 + len(recipe.ema), device=data[0].device)
+        self.scalars = torch.zeros(2 + len(self.averages), device=data[0].device)
         self.skipped = torch.zeros((), device=data[0].device)
 
     def step(self, lr: float, correction: Tensor | float = 1.0) -> Tensor:
@@ -60,7 +61,7 @@ class Optimizer:
         """The host's part of a step: count it, and say what it needs. One small copy that the host
         does not wait for."""
         self.step_count += 1
-        decays = [ema_decay(decay, self.step_count) for decay in self.recipe.ema]
+        decays = [average.decay_at(self.step_count) for average in self.averages]
         host = torch.tensor([lr, self.step_count, *decays])
         self.scalars.copy_(host, non_blocking=True)
 
@@ -145,6 +146,17 @@ class Optimizer:
             "optimizer": {**moments, "skipped": self.skipped},
         }
 
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """The power-function averages, by file and tensor name, in half precision: 11 bits are
+        enough for what they are combined into (float32 where a value is too large for it)."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for average in self.averages:
+            if average.gamma is None:
+                continue
+            tensors = dict(zip(self.names, self.emas[average.name], strict=True))
+            found[average.name] = {name: _in_half(value) for name, value in tensors.items()}
+        return found
+
     def load(self, read: Callable[[str], dict[str, Tensor]], step_count: int) -> None:
         """Inverse of `files`.
 
@@ -173,3 +185,8 @@ class Optimizer:
                     )
                 tensor.copy_(found)
         self.step_count = step_count
+
+
+def _in_half(value: Tensor) -> Tensor:
+    half = value.half()
+    return half if bool(half.isfinite().all()) else value.clone()

@@ -1,4 +1,4 @@
-"""What changes with the images trained on: the learning rate and the decay of the averages."""
+"""What changes with the images trained on: the learning rate."""
 
 from __future__ import annotations
 
@@ -64,8 +64,3 @@ def _trapezoid(rate: float, progress: float) -> float:
     if left >= FALLING_SHARE:
         return rate
     return last + (rate - last) * left / FALLING_SHARE
-
-
-def ema_decay(decay: float, step: int) -> float:
-    """min(decay, (1 + step) / (10 + step)): short runs sample well, long ones are not touched."""
-    return min(decay, (1 + step) / (10 + step))

@@ -298,6 +298,18 @@ def save(session: Session, state: State) -> None:
         raise error or CheckpointError("rank 0 could not write the checkpoint")
 
 
+def save_snapshot(session: Session, state: State) -> None:
+    """Keep the averages that others are made of after the run, beside the checkpoints.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    files = session.optimizer.snapshot()
+    if files and session.world.main:
+        about = {"step": session.optimizer.step_count, "images": state.images}
+        checkpoints.save(session.directory.averages, files, about, keep=None)
+
+
 def resume(session: Session) -> State:
     """Load the newest checkpoint of the run, if there is one. Collective call.
 

@@ -82,6 +82,7 @@ def test_a_value_that_cannot_be_is_refused_naming_the_flag(values, message):
         (dict(images=1e4), "--images 10000.0: expected a whole number"),
         (dict(ema=0.9), "--ema 0.9: expected a tuple"),
         (dict(ema=(0.5, 0.5)), "--ema 0.5 0.5: expected different numbers"),
+        (dict(ema=(0.5, "soon")), "--ema .*: expected a tuple, each part a number or post-hoc"),
         (dict(width="wide"), "--width 'wide': expected a whole number"),
         (dict(patch_size="4"), "--patch-size '4': expected a whole number"),
         (dict(log="wandb,wandb"), "--log wandb,wandb: expected different names"),
@@ -166,7 +167,7 @@ def test_every_number_has_a_rule_or_a_choice(group):
         name = field.name
         is_number = any(word in str(field.type) for word in ("int", "float"))
         assert not is_number or field.metadata["rule"] is not None, name
-        is_choice = "Literal" in str(field.type)
+        is_choice = str(field.type).startswith("Literal")  # words among numbers have a rule
         assert not is_choice or choices_of(group, name), name
 
 
@@ -183,3 +184,10 @@ def test_a_pair_has_two_numbers():
     assert not fits((1.0, 2.0, 3.0), tuple[float, float])
     assert fits((1.0, 2.0, 3.0), tuple[float, ...])
     assert fits((), tuple[float, ...])
+
+
+def test_words_may_stand_among_numbers():
+    kind = tuple[float | Literal["late"], ...]
+    assert fits((1.0, "late", 3), kind)
+    assert not fits(("later",), kind)
+    assert not fits("late", kind)

@@ -4,7 +4,6 @@ import pytest
 
 from heptapod_fast.systems import Phase
 from heptapod_fast.train.schedule import (
-    ema_decay,
     learning_rate,
     leaves_no_peak,
     warmup_images,
@@ -84,9 +83,3 @@ def test_a_run_says_that_its_full_rate_is_not_reached(tmp_path):
     said.clear()
     start_here(tmp_path / "half", said.append, images=16, warmup_images=8)
     assert not any("the full rate is not reached" in line for line in said)
-
-
-def test_average_ramps():
-    assert [ema_decay(0.9999, step) for step in (1, 8)] == [2 / 11, 9 / 18]
-    assert ema_decay(0.9999, 10**6) == 0.9999
-    assert ema_decay(0.5, 100) == 0.5
