@@ -51,7 +51,7 @@ class Average:
 class Profile:
     """w of a power-function average: s^gamma over the steps s up to `step`."""
 
-    step: int
+    step: float
     gamma: float
 
 
@@ -93,6 +93,9 @@ def gamma_of(length: float) -> float:
 def shares(kept: Sequence[Profile], wanted: Profile) -> list[float]:
     """How much of each kept average, one or more, goes into the wanted one: least squares between
     the functions of time, and a sum of 1."""
+    # Time relative to the wanted average's: overlaps of a million steps would be tiny.
+    kept = [Profile(profile.step / wanted.step, profile.gamma) for profile in kept]
+    wanted = Profile(1.0, wanted.gamma)
     count = len(kept)
     # Minimise |sum c_i w_i - w|^2 with sum c_i = 1, by a Lagrange multiplier.
     system = np.zeros((count + 1, count + 1))
@@ -103,10 +106,8 @@ def shares(kept: Sequence[Profile], wanted: Profile) -> list[float]:
         system[i, count] = system[count, i] = 1.0
         target[i] = overlap(one, wanted)
     target[count] = 1.0
-    # Scaled to a diagonal of 1: overlaps of early and of late averages differ by orders.
-    scale = np.append(1 / np.sqrt(np.diag(system)[:count]), 1.0)
-    solution = np.linalg.lstsq(system * scale * scale[:, None], target * scale, rcond=1e-12)[0]
-    return (solution * scale)[:count].tolist()
+    solution = np.linalg.lstsq(system, target, rcond=1e-12)[0]
+    return solution[:count].tolist()
 
 
 def mismatch(kept: Sequence[Profile], parts: Sequence[float], wanted: Profile) -> float:

@@ -119,6 +119,14 @@ def test_averages_of_other_lengths_are_made_of_two(length, close):
     assert mismatch(profiles, parts, wanted) < 0.15
 
 
+def test_only_relative_time_counts():
+    def parts(unit):
+        kept = [Profile(unit * n, gamma_of(length)) for n in range(1, 33) for length in LENGTHS]
+        return shares(kept, Profile(32 * unit, gamma_of(0.15)))
+
+    assert parts(30_000) == pytest.approx(parts(1), rel=1e-6, abs=1e-9)
+
+
 def test_what_is_kept_is_itself():
     profiles = [Profile(step, gamma_of(length)) for step in (50, 100) for length in LENGTHS]
     for number, profile in enumerate(profiles):

@@ -183,3 +183,22 @@ def test_tensors_of_another_model_are_refused():
         deep.load(small.files().__getitem__, 1)
     with pytest.raises(ValueError, match=r"model: .* is \(.*expected \("):
         wide.load(small.files().__getitem__, 1)
+
+
+def test_snapshots_are_half_as_large_where_values_allow_it():
+    _, optimizer = optimizer_of(ema=(0.9, "post-hoc"))
+    large = optimizer.names[0]
+    fill_gradients(optimizer)
+    with torch.no_grad():
+        optimizer.parameters[0].fill_(1e6)
+    optimizer.step(0.1)
+    found = optimizer.snapshot()
+    assert list(found) == ["power-0.05", "power-0.1"]
+    for name, tensors in found.items():
+        assert list(tensors) == optimizer.names
+        for key, average in zip(tensors, optimizer.emas[name], strict=True):
+            expected = torch.float32 if key == large else torch.float16
+            assert tensors[key].dtype == expected
+            torch.testing.assert_close(tensors[key].float(), average, rtol=1e-3, atol=1e-7)
+    tensors = found["power-0.1"]
+    assert tensors[large].data_ptr() != optimizer.emas["power-0.1"][0].data_ptr()
