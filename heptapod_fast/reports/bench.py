@@ -24,6 +24,7 @@ for adamw_ema, global_norm and philox, chunks for linear_cross_entropy with many
 reference.
 """
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+TABLE_MARKS = ("<!-- table:{} -->", "<!-- end:{} -->")
 CHART = Path("docs/images/measured.png")
 # What the names of our own candidates in a chart begin with.
 OURS = "ours"
@@ -61,6 +62,8 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
         _, after = rest.split(MARKS[1])
         readme.write_text(f"{before}{MARKS[0]}\n{headlines(folder, root)}\n{MARKS[1]}{after}")
         written += [readme, root / CHART]
+    if is_projects and (folder / HEADLINES).exists():
+        written += fill_tables(folder, root)
     return written
 
 
@@ -189,6 +192,39 @@ def headlines(folder: Path, root: Path) -> str:
             *_machines(folder, files),
         ]
     )
+
+
+def fill_tables(folder: Path, root: Path) -> list[Path]:
+    """Write the tables that pages of ROOT show of the results, each between its marks.
+
+    They are described in headlines.json, by name: the page, the head, and rows whose cells are
+    words and numbers, or {"file", "benchmark", "value"} for a figure of a file.
+
+    Returns:
+        The pages.
+
+    Raises:
+        ValueError: a page has no marks for its table.
+    """
+    pages = []
+    for name, described in _read(folder, HEADLINES).get("tables", {}).items():
+        page = root / described["page"]
+        begin, end = (mark.format(name) for mark in TABLE_MARKS)
+        text = page.read_text()
+        if begin not in text or end not in text:
+            raise ValueError(f"{page} has no place for the table {name}: {begin} and {end}")
+        rows = [[_cell(folder, cell) for cell in row] for row in described["rows"]]
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        page.write_text(f"{before}{begin}\n{table(described['head'], rows)}\n{end}{after}")
+        pages.append(page)
+    return list(dict.fromkeys(pages))
+
+
+def _cell(folder: Path, cell: Any) -> Any:
+    if not isinstance(cell, dict):
+        return cell
+    return _value(folder, cell["file"], cell.get("benchmark", ""), cell["value"])
 
 
 def _headline(folder: Path, row: dict[str, Any]) -> tuple[str, ...]:

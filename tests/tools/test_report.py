@@ -260,6 +260,41 @@ def test_evaluations_have_a_table_of_their_own(trained, tmp_path):
     assert f" | 5 | {show(numbers['samples_per_second'])} | " in row
 
 
+TABLES = {
+    "speeds": {
+        "page": "docs/page.md",
+        "head": ["what", "samples/s"],
+        "rows": [
+            ["fast", {"file": "ops.json", "benchmark": "fast case", "value": "samples/s"}],
+            ["a run", {"file": "runs/demo.json", "value": "evaluation/symmetry_accuracy"}],
+        ],
+    }
+}
+
+
+def test_pages_show_tables_of_the_results(project):
+    root, folder = project
+    (folder / "headlines.json").write_text(json.dumps(HEADLINES | {"tables": TABLES}))
+    (folder / "runs").mkdir()
+    run = {"evaluation": {"symmetry_accuracy": 0.875}, "images_per_second_median": 1.0}
+    about = dict.fromkeys(("system", "size", "data", "image_size", "tokenizer"), "x")
+    others = {"images": 8, "loss": 1.5, "device": "CPU", "torch": "2.13"}
+    (folder / "runs" / "demo.json").write_text(json.dumps(run | about | others))
+    page = root / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("above\n<!-- table:speeds -->\nold\n<!-- end:speeds -->\nbelow\n")
+    for _ in range(2):  # made again, nothing grows or moves
+        assert page in report_bench(folder, root)
+        assert page.read_text() == (
+            "above\n<!-- table:speeds -->\n"
+            "| what | samples/s |\n|---|---|\n| fast | 12,350 |\n| a run | 0.875 |\n"
+            "<!-- end:speeds -->\nbelow\n"
+        )
+    page.write_text("no place for it\n")
+    with pytest.raises(ValueError, match="page.md has no place for the table speeds"):
+        report_bench(folder, root)
+
+
 def test_the_projects_readme_shows_some_rows_and_a_chart(project):
     root, folder = project
     written = report_bench(folder, root)
