@@ -198,7 +198,8 @@ def fill_tables(folder: Path, root: Path) -> list[Path]:
     """Write the tables that pages of ROOT show of the results, each between its marks.
 
     They are described in headlines.json, by name: the page, the head, and rows whose cells are
-    words and numbers, or {"file", "benchmark", "value"} for a figure of a file.
+    words and numbers, {"file", "benchmark", "value"} for a figure of a file, or {"ratio": [cell,
+    cell]} for one over another.
 
     Returns:
         The pages.
@@ -224,6 +225,9 @@ def fill_tables(folder: Path, root: Path) -> list[Path]:
 def _cell(folder: Path, cell: Any) -> Any:
     if not isinstance(cell, dict):
         return cell
+    if "ratio" in cell:
+        over, under = (_cell(folder, part) for part in cell["ratio"])
+        return over / under
     return _value(folder, cell["file"], cell.get("benchmark", ""), cell["value"])
 
 

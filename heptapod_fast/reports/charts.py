@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,26 @@ def save_line(
     y_label: str,
 ) -> None:
     """A line chart of y over x. ValueError with fewer than two points."""
-    if len(x) < 2:
-        raise ValueError(f"{title}: a chart needs two points, got {len(x)}")
+    save_lines({"": (x, y)}, path, title, x_label, y_label)
+
+
+def save_lines(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> None:
+    """A chart of several lines, {name: (x, y)}; one alone has no legend. ValueError where one has
+    fewer than two points."""
     figure, axes = _figure(title, 8, 4)
-    axes.plot(x, y, color=BLUE)
+    for name, (x, y) in lines.items():
+        if len(x) < 2:
+            raise ValueError(f"{title}: a chart needs two points, got {len(x)}")
+        only = {"color": BLUE} if len(lines) == 1 else {}
+        axes.plot(x, y, label=name, **only)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

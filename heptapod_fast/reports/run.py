@@ -30,11 +30,7 @@ def report_run(folder: Path) -> Path:
     """
     run = RunDir(folder)
     config = run.read_config()
-    if not run.metrics.exists():
-        raise ValueError(f"{run.metrics} does not exist yet: the run has logged nothing")
-    records = [record for record in read_metrics(run.metrics) if record.get("loss") is not None]
-    if not records:
-        raise ValueError(f"{run.metrics} has no record with a loss")
+    records = losses_of(run)
     numbers = figures(config, records, read_metrics(run.sessions))
     evaluation = folder / "evaluation.json"
     if evaluation.exists():
@@ -64,6 +60,20 @@ def report_run(folder: Path) -> Path:
     page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page
+
+
+def losses_of(run: RunDir) -> list[Record]:
+    """The records of a run's progress lines.
+
+    Raises:
+        ValueError: it has logged nothing.
+    """
+    if not run.metrics.exists():
+        raise ValueError(f"{run.metrics} does not exist yet: the run has logged nothing")
+    records = [record for record in read_metrics(run.metrics) if record.get("loss") is not None]
+    if not records:
+        raise ValueError(f"{run.metrics} has no record with a loss")
+    return records
 
 
 def figures(config: Config, records: list[Record], sessions: list[Record]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +268,7 @@ TABLES = {
         "rows": [
             ["fast", {"file": "ops.json", "benchmark": "fast case", "value": "samples/s"}],
             ["a run", {"file": "runs/demo.json", "value": "evaluation/symmetry_accuracy"}],
+            ["eight times", {"ratio": [10, {"file": "runs/demo.json", "value": "rate"}]}],
         ],
     }
 }
@@ -277,6 +279,7 @@ def test_pages_show_tables_of_the_results(project):
     (folder / "headlines.json").write_text(json.dumps(HEADLINES | {"tables": TABLES}))
     (folder / "runs").mkdir()
     run = {"evaluation": {"symmetry_accuracy": 0.875}, "images_per_second_median": 1.0}
+    run["rate"] = 1.25
     about = dict.fromkeys(("system", "size", "data", "image_size", "tokenizer"), "x")
     others = {"images": 8, "loss": 1.5, "device": "CPU", "torch": "2.13"}
     (folder / "runs" / "demo.json").write_text(json.dumps(run | about | others))
@@ -288,6 +291,7 @@ def test_pages_show_tables_of_the_results(project):
         assert page.read_text() == (
             "above\n<!-- table:speeds -->\n"
             "| what | samples/s |\n|---|---|\n| fast | 12,350 |\n| a run | 0.875 |\n"
+            "| eight times | 8 |\n"
             "<!-- end:speeds -->\nbelow\n"
         )
     page.write_text("no place for it\n")
@@ -411,3 +415,61 @@ def test_properties_show_several_numbers_as_typed_and_leave_out_nothing_said():
     assert "| guidance | 1 3 |" in page
     assert "| rate range | 5 to 7.5 |" in page
     assert "diffusion" not in page
+
+
+# ------------------------------------------------------------------------------------ several runs
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """Two finished runs, the second longer and evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    train_here(folder / "short", images=64)
+    train_here(folder / "long", images=96, dropout=0.1)
+    assert command("evaluate", folder / "long", "--count", 5).code == 0
+    return folder
+
+
+def test_runs_side_by_side(two_runs, tmp_path):
+    out = tmp_path / "out"
+    words = (two_runs / "short", two_runs / "long", "--out", out)
+    result = command("report", *words)
+    assert result.code == 0, result.err
+    assert f"written: {out / 'runs.md'}" in result.out
+    runs = json.loads((out / "runs.json").read_text())
+    assert list(runs) == ["short", "long"]
+    for name, report in runs.items():
+        lines = (two_runs / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert report["images"] == records[-1]["images"]
+        # Quarters of what the shorter run has seen.
+        expected = {str(8 * step): records[step - 1]["loss"] for step in (2, 4, 6, 8)}
+        assert report["losses"] == expected
+        assert (two_runs / name / "report.md").exists()
+    page = (out / "runs.md").read_text()
+    head, _, short, long = [line for line in page.splitlines() if line.startswith("|")]
+    assert "| loss at 16 |" in head and "| symmetry accuracy |" in head
+    assert short.startswith("| short | heptapod tiny | ") and "--dropout 0.1" in long
+    for chart in ("loss-by-images.png", "loss-by-seconds.png"):
+        assert f"]({chart})" in page
+        assert is_a_chart(out / chart)
+
+
+def test_runs_of_one_name_and_without_seconds(two_runs, tmp_path):
+    other = tmp_path / "other" / "short"
+    shutil.copytree(two_runs / "short", other)
+    edit_records(other, lambda number, record: record.pop("step_seconds"))
+    out = tmp_path / "out"
+    assert command("report", two_runs / "short", other, "--out", out).code == 0
+    assert list(json.loads((out / "runs.json").read_text())) == [
+        str(two_runs / "short"),
+        str(other),
+    ]
+    assert "loss-by-seconds" not in (out / "runs.md").read_text()
+
+
+def test_folders_that_are_no_runs_are_refused(two_runs, tmp_path):
+    result = command("report", two_runs / "short", tmp_path, "--out", tmp_path / "out")
+    refused(result, "config.json")
+    assert not (tmp_path / "out").exists()
+    refused(command("report"), "name a run directory")
