@@ -6,7 +6,7 @@
 
 One stream is `--grouping next-token --injection shift`, as many tokens in half of the elements:
 "ours is 0.5x" beside it means that two streams take twice the time, which is what the slides say.
-TFLOP/s count the FLOPs of the two streams for both, so that those of the single stream are too many.
+TFLOP/s count the FLOPs of the two streams for both: those of the single stream are too many.
 Continuous tokens and flow matching; size tiny and its logograms without --size, other sizes take
 synthetic latents.
 """

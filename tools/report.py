@@ -36,7 +36,7 @@ def work() -> int:
     from heptapod_fast.reports.side_by_side import report_runs
 
     if not folders:
-        raise ValueError("name a run directory, several, or bench/results")
+        raise ValueError("name a RUN_DIR, several, or bench/results")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(
