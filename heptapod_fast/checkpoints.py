@@ -10,6 +10,7 @@ not verify is renamed to `.corrupt`, and the one before it is taken. There is no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -106,13 +107,8 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, A
 
 def _retain(folder: Path, keep: int) -> None:
     for path in listed(folder)[:-keep]:
-        # Renamed first, so that a half-deleted directory is never taken for a checkpoint.
-        doomed = path.with_suffix(".tmp")
-        try:
-            path.rename(doomed)
-        except OSError:
-            continue
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(path)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -219,6 +215,20 @@ def load_step(folder: Path, step: int | None) -> Checkpoint:
             logger.warning("WARNING: %s; looking at the checkpoint before it", error)
             errors.append(str(error))
     raise CheckpointError(f"{'; '.join(errors)}. Restore one from a copy, or train again")
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove what was written after a step: a run that goes on from there takes another way."""
+    for path in listed(folder):
+        if step_of(path) > step:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first, so that a half-deleted directory is never taken for a checkpoint.
+    doomed = path.with_suffix(".tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean(folder: Path) -> None:

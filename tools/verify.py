@@ -79,6 +79,7 @@ def verify_run(path: str) -> bool:
     print(f"config.json: {config.system} {config.size} on {config.data.data}")
     if run.metrics.exists():
         print(f"metrics.jsonl: {len(read_metrics(run.metrics)):,} records")
+    has_whole_snapshots = verify_snapshots(run)
     found = checkpoints.listed(run.checkpoints)
     if not found:
         print("no checkpoints")
@@ -94,7 +95,7 @@ def verify_run(path: str) -> bool:
         whole.append(checkpoint)
     if whole:
         verify_tokenizer(config, run, whole[-1])
-    return len(whole) == len(found) and verify_snapshots(run)
+    return len(whole) == len(found) and has_whole_snapshots
 
 
 def verify_snapshots(run: RunDir) -> bool:

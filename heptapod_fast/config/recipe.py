@@ -53,14 +53,14 @@ class RecipeSettings(Settings):
     clip: float = setting("Largest norm of the gradient; 0 turns clipping off.", rule=at_least(0))
     ema: tuple[float | Literal["post-hoc"], ...] = setting(
         "Decays of the moving averages of the weights, each min(decay, (1 + step) / (10 + step)); "
-        "post-hoc keeps snapshots of two more, of which averages of any length are made after the "
-        "run (--ema 0.15 of sample, evaluate and export).",
+        "post-hoc keeps snapshots of two more, of which averages of other lengths are made after "
+        "the run (--ema 0.15 of sample, evaluate and export).",
         rule=distinct_shares(),
     )
     ema_snapshots: int = setting(
-        "Snapshots that post-hoc keeps, evenly over the images.",
+        "Snapshots that post-hoc keeps, evenly over the images: 4 bytes per parameter each.",
         default=32,
-        rule=between(2, 10_000),
+        rule=between(8, 512),
         before=32,
     )
     seed: int = setting("Seed of everything that is random.", default=0, rule=between(0, 2**63 - 1))

@@ -151,7 +151,7 @@ def weights_name(config: Config, ema: str | None) -> str:
         length = _number(ema.removeprefix("power-"))
         if 0 < length <= LONGEST:
             return power_name(length)
-        expected += f", and makes one of any length of more than 0, to {LONGEST}"
+        expected += f", and makes others of a length of about 0.02 to {LONGEST}"
     raise RunError(f"--ema {ema}: this run keeps {expected}")
 
 

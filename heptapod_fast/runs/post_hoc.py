@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from torch import Tensor
@@ -13,11 +14,13 @@ from heptapod_fast.averages import (
     gamma_of,
     mismatch,
     power_name,
+    rounding,
     shares,
 )
-from heptapod_fast.checkpoints import Checkpoint
+from heptapod_fast.checkpoints import Checkpoint, CheckpointError
 from heptapod_fast.runs.directory import RunError
 
+logger = logging.getLogger(__name__)
 WORST_MISMATCH = 0.15
 
 
@@ -28,26 +31,23 @@ def make_average(folder: Path, checkpoint: Checkpoint, length: float) -> dict[st
         folder: of the snapshots.
 
     Raises:
-        RunError: snapshots are missing without which it would be another average.
-        CheckpointError: one is damaged.
+        RunError: of the snapshots there are only another average could be made.
     """
-    sources: list[tuple[Checkpoint, str]] = []
-    profiles: list[Profile] = []
     before = [
         path for path in checkpoints.listed(folder) if checkpoints.step_of(path) < checkpoint.step
     ]
-    for source in [*map(checkpoints.load, before), checkpoint]:
-        for kept in LENGTHS:
-            sources.append((source, power_name(kept)))
-            profiles.append(Profile(source.step, gamma_of(kept)))
+    found = [*filter(None, map(_whole, before)), checkpoint]
+    sources = [(source, power_name(kept)) for source in found for kept in LENGTHS]
+    profiles = [Profile(source.step, gamma_of(kept)) for source in found for kept in LENGTHS]
     wanted = Profile(checkpoint.step, gamma_of(length))
     parts = shares(profiles, wanted)
-    off = mismatch(profiles, parts, wanted)
+    off = mismatch(profiles, parts, wanted) + rounding(parts)
     if off > WORST_MISMATCH:
         raise RunError(
-            f"--ema {length:g}: of the {len(before)} snapshots in {folder} an average of that "
-            f"length can be made only {off:.0%} off: take one of {LENGTHS[0]} to {LENGTHS[1]}, "
-            "restore what is missing, or train with more --ema-snapshots"
+            f"--ema {length:g}: an average of that length cannot be made at step "
+            f"{checkpoint.step} of the {len(found) - 1} snapshots before it in {folder} (it would "
+            f"be {off:.0%} off). Take a length nearer to {LENGTHS[0]} or {LENGTHS[1]}, or a later "
+            "checkpoint; more --ema-snapshots help another run"
         )
     total: dict[str, Tensor] = {}
     for (source, name), part in zip(sources, parts, strict=True):
@@ -55,3 +55,12 @@ def make_average(folder: Path, checkpoint: Checkpoint, length: float) -> dict[st
             add = value.float() * part
             total[key] = total[key] + add if key in total else add
     return total
+
+
+def _whole(path: Path) -> Checkpoint | None:
+    """A snapshot; None for a damaged one, which is said: others make up for it if they can."""
+    try:
+        return checkpoints.load(path)
+    except CheckpointError as error:
+        logger.warning("WARNING: %s; going on without this snapshot", error)
+        return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.profiler import record_function
 
-from heptapod_fast import faults
+from heptapod_fast import checkpoints, faults
 from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.config import Config
 from heptapod_fast.pictures import save_grid
@@ -72,21 +72,24 @@ def train(session: Session, state: State) -> Ending:
                 log(session, state, phase, meter, recorder)
                 check_skips(session, state)
 
-            # 4. A checkpoint. It comes before the grid: a grid that fails must not cost the run.
+            # 4. A snapshot of the averages: before the checkpoint, for what comes after it is done
+            # again by a run that goes on from there.
+            if is_due(snapshots_every(config)):
+                try_snapshot(session, state, meter)
+
+            # 5. A checkpoint. It comes before the grid: a grid that fails must not cost the run.
             try_again = save_failed and is_due(config.run.log_every)
             if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
                 save_failed = not try_save(session, state, meter, recorder, is_last)
-            if is_due(snapshots_every(config)):
-                try_snapshot(session, state, meter)
             if wishes.stop and not finished:
                 return Ending.OUT_OF_TIME if wishes.out_of_time else Ending.STOPPED
 
-            # 5. A grid of samples.
+            # 6. A grid of samples.
             grids = config.run.sample_every
             if grids and (is_due(grids) or finished):
                 sample_grid(session, state, meter)
 
-            # 6. What depends on the phase is read anew when another one begins.
+            # 7. What depends on the phase is read anew when another one begins.
             if phase_ends:
                 phase = begin_phase(session, state, meter)
     return Ending.FINISHED
@@ -138,6 +141,7 @@ def open_recorder(session: Session, state: State) -> Recorder:
     if not session.world.main:
         return recorder
     metrics.rewind(state.images)
+    checkpoints.drop_after(directory.averages, session.optimizer.step_count)
     sessions = Recorder(JsonLines(directory.sessions), session.say)
     sessions.write({"images": state.images, **session.environment})
     openers: dict[str, Callable[[], Sink]] = {

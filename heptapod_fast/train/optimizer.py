@@ -147,8 +147,8 @@ class Optimizer:
         }
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
-        """The power-function averages, by file and tensor name, in half precision: 11 bits are
-        enough for what they are combined into (float32 where a value is too large for it)."""
+        """The power-function averages on the host, by file and tensor name, in half precision:
+        11 bits are enough for what they are combined into (float32 where a value is too large)."""
         found: dict[str, dict[str, Tensor]] = {}
         for average in self.averages:
             if average.gamma is None:
@@ -188,5 +188,5 @@ class Optimizer:
 
 
 def _in_half(value: Tensor) -> Tensor:
-    half = value.half()
-    return half if bool(half.isfinite().all()) else value.clone()
+    half = value.half().cpu()
+    return half if bool(half.isfinite().all()) else value.to("cpu", copy=True)

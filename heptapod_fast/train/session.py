@@ -304,9 +304,11 @@ def save_snapshot(session: Session, state: State) -> None:
     Raises:
         CheckpointError: they cannot be written.
     """
+    if not session.world.main:
+        return
     files = session.optimizer.snapshot()
-    if files and session.world.main:
-        about = {"step": session.optimizer.step_count, "images": state.images}
+    if files:
+        about = checkpoint_state(session, state)
         checkpoints.save(session.directory.averages, files, about, keep=None)
 
 
