@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from heptapod_fast.averages import POST_HOC
 from heptapod_fast.config.settings import (
     Settings,
     at_least,
     between,
+    decided,
     distinct_shares,
     more_than,
     setting,
@@ -89,5 +91,11 @@ class RecipeSettings(Settings):
             raise ValueError(
                 f"--batch {settings.batch} is more than --images {settings.images}: a run has at "
                 "least one step"
+            )
+        is_plain = POST_HOC not in decided(settings.ema, "ema")
+        if is_plain and settings.ema_snapshots != defaults.ema_snapshots:
+            raise ValueError(
+                f"--ema-snapshots {settings.ema_snapshots}: snapshots are kept for --ema "
+                f"{POST_HOC} alone"
             )
         return settings

@@ -25,9 +25,11 @@ def report_runs(folders: list[Path], out: Path) -> list[Path]:
         The pages written.
 
     Raises:
-        ValueError: a run has logged nothing.
+        ValueError: a run has logged nothing, or is named twice.
         RunError: a folder is no run directory.
     """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is named twice")
     pages = [report_run(folder) for folder in folders]
     names = names_of(folders)
     numbers = [json.loads((folder / "report.json").read_text()) for folder in folders]

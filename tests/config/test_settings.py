@@ -82,6 +82,7 @@ def test_a_value_that_cannot_be_is_refused_naming_the_flag(values, message):
         (dict(images=1e4), "--images 10000.0: expected a whole number"),
         (dict(ema=0.9), "--ema 0.9: expected a tuple"),
         (dict(ema=(0.5, 0.5)), "--ema 0.5 0.5: expected different numbers"),
+        (dict(ema_snapshots=16), "--ema-snapshots 16: snapshots are kept for --ema post-hoc alone"),
         (dict(ema=(0.5, "soon")), "--ema .*: expected a tuple, each part a number or post-hoc"),
         (dict(width="wide"), "--width 'wide': expected a whole number"),
         (dict(patch_size="4"), "--patch-size '4': expected a whole number"),

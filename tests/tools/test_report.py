@@ -472,3 +472,4 @@ def test_folders_that_are_no_runs_are_refused(two_runs, tmp_path):
     result = command("report", two_runs / "short", tmp_path, "--out", tmp_path / "out")
     refused(result, "config.json")
     assert not (tmp_path / "out").exists()
+    refused(command("report", two_runs / "short", two_runs / "short"), "named twice")
