@@ -24,7 +24,7 @@ POST_HOC = "post-hoc"
 LENGTHS = (0.05, 0.1)  # of the averages that are kept for it, as in the paper
 LONGEST = 0.25  # gamma 0.72; the mean of all steps, gamma 0, would have 0.2887
 # What rounding to half precision adds to `mismatch` for a share of 1: it is 1.4e-4 of the weights,
-# which move by about 3% of their size over an average's length.
+# which are taken to move by 3% of their size over an average's length.
 ROUNDING = 1.4e-4 / 0.03
 
 

@@ -111,12 +111,8 @@ def bench_table(path: Path) -> str:
 
 def runs_table(folder: Path) -> list[str]:
     """One table of the training runs whose report.json was copied into `folder`; [] without any."""
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        return []
     rows = []
-    for path in paths:
-        run = json.loads(path.read_text())
+    for file, run in _reports_in(folder).items():
         name = (
             f"{run['system']} {run['size']}, {run['data']} {run['image_size']} px, "
             f"{run['tokenizer']}"
@@ -129,7 +125,7 @@ def runs_table(folder: Path) -> list[str]:
             rate = ", ".join(f"{phase}: {value:.0f}" for phase, value in phases)
         rows.append(
             (
-                path.stem,
+                file,
                 name,
                 run.get("settings"),
                 run["images"],
@@ -141,6 +137,8 @@ def runs_table(folder: Path) -> list[str]:
                 f"{run['device']}, torch {run['torch']}",
             )
         )
+    if not rows:
+        return []
     head = ["file", "run", "beside the defaults", "images", "seconds of steps", "images/s, median"]
     head += ["loss", "symmetry accuracy", "samples/s", "device"]
     title = (
@@ -152,16 +150,12 @@ def runs_table(folder: Path) -> list[str]:
 
 def evaluations_table(folder: Path) -> list[str]:
     """One table of the evaluations (`--out` of tools/evaluate.py) in `folder`; [] without any."""
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        return []
     rows = []
-    for path in paths:
-        found = json.loads(path.read_text())
+    for file, found in _reports_in(folder).items():
         options = {name: value for name, value in found["options"].items() if value is not None}
         rows.append(
             (
-                path.stem,
+                file,
                 f"{found['system']} {found['size']}, {found['images_seen']:,} images",
                 options,
                 found["samples"],
@@ -170,9 +164,16 @@ def evaluations_table(folder: Path) -> list[str]:
                 f"{found['device']}, torch {found['torch']}",
             )
         )
+    if not rows:
+        return []
     head = ["file", "run", "drawn with", "samples", "samples/s", "symmetry accuracy", "device"]
     title = "**Samples of one run** (`tools/evaluate.py RUN_DIR --out` of each)"
     return [f"{title}\n\n{table(head, rows, numbers=[3, 4, 5])}"]
+
+
+def _reports_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the JSON files of a folder say, by their names without ending."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 # -------------------------------------------------------------------------------------- README.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -125,7 +126,8 @@ def settings_beside_the_size(config: Config) -> str:
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{flag(name).removeprefix('--')}")
         elif value is not None:
-            words.append(f"{flag(name)} {as_typed(value)}")
+            typed = shlex.quote(value) if isinstance(value, str) else as_typed(value)
+            words.append(f"{flag(name)} {typed}")
     return " ".join(words)
 
 

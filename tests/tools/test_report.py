@@ -12,8 +12,9 @@ from PIL import Image
 from heptapod_fast.reports.bench import CHART, MARKS, report_bench
 from heptapod_fast.reports.charts import save_bars, save_line
 from heptapod_fast.reports.groups import save_groups
-from heptapod_fast.reports.run import report_run
+from heptapod_fast.reports.run import report_run, settings_beside_the_size
 from heptapod_fast.reports.tables import properties, show, table
+from heptapod_fast.systems import configure
 from tests.running import ROOT, command, refused, train_here
 
 MACHINE = {"device": "CPU of the test", "python_version": "3.11", "torch": "2.13"}
@@ -105,6 +106,15 @@ def test_a_report_has_the_figures_of_the_run(trained):
     seconds = [record["step_seconds"] for record in records]
     assert min(seconds) > 0
     assert numbers["training_seconds"] == pytest.approx(sum(seconds), abs=0.051)
+
+
+def test_settings_are_typed_as_a_shell_takes_them():
+    config = configure("tiny", data="my pictures", ema=(0.9, 0.99), flip=True, image_size=32)
+    words = shlex.split(settings_beside_the_size(config))
+    assert words[words.index("--data") + 1] == "my pictures"
+    assert words[words.index("--ema") + 1 :][:2] == ["0.9", "0.99"]
+    assert "--flip" in words and "--out" not in words
+    assert settings_beside_the_size(configure("tiny")) == ""
 
 
 def test_a_report_has_a_table_a_chart_and_the_evaluation(trained):
