@@ -459,6 +459,7 @@ def test_runs_side_by_side(two_runs, tmp_path):
     page = (out / "runs.md").read_text()
     head, _, short, long = [line for line in page.splitlines() if line.startswith("|")]
     assert "| loss at 16 |" in head and "| symmetry accuracy |" in head
+    assert "2-fold" not in head and "sampling seconds" not in head
     assert short.startswith("| short | heptapod tiny | ") and "--dropout 0.1" in long
     for chart in ("loss-by-images.png", "loss-by-seconds.png"):
         assert f"]({chart})" in page
