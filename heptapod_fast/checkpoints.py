@@ -3,9 +3,11 @@
     checkpoints/step-00001234/   model.safetensors  ema-0.9999.safetensors  optimizer.safetensors
                                  state.json         MANIFEST.json {file: {bytes, crc32c}}
 
-Written into `step-N.tmp`, every file flushed to disk, the manifest last, then renamed: a directory
-without `.tmp` is complete. Reading verifies every byte against the manifest; a directory that does
-not verify is renamed to `.corrupt`, and the one before it is taken. There is no pickle anywhere.
+Large tensors, and those of several ranks, are spread over several files (shards.py), which any
+number of ranks reads. Written into `step-N.tmp`, every file flushed to disk, the manifest last,
+then renamed: a directory without `.tmp` is complete. Reading verifies every byte against the
+manifest; a directory that does not verify is renamed to `.corrupt`, and the one before it is taken.
+There is no pickle anywhere.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from heptapod_fast import faults
-from heptapod_fast.storage import checksum, readable, sync
+from heptapod_fast import faults, shards
+from heptapod_fast.storage import checksum, sync
+from heptapod_fast.world import ALONE, World
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -47,53 +50,100 @@ class Checkpoint:
         """Optimizer steps done."""
         return self.state["step"]
 
-    def read(self, file: str) -> dict[str, Tensor]:
-        """Tensors of one file, by name without its ending. CheckpointError if it is not there."""
-        from safetensors.torch import load_file
+    def files(self, name: str) -> list[Path]:
+        """The files that hold the tensors of one name. CheckpointError if there are none."""
+        found = shards.files(self.path, name)
+        if not found:
+            there = ", ".join(shards.names(self.path))
+            raise CheckpointError(f"{self.path} has no {name}; there are: {there}")
+        return found
 
-        path = self.path / f"{file}.safetensors"
-        if not path.exists():
-            there = sorted(p.stem for p in self.path.glob("*.safetensors"))
-            raise CheckpointError(f"{self.path} has no {file}; there are: {', '.join(there)}")
-        return load_file(path)
+    def read(self, name: str) -> dict[str, Tensor]:
+        """All tensors of one name, such as "model", whole, on the host."""
+        return shards.read(self.files(name))
+
+    def read_into(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors, or the shards that this rank holds of them; `shards.read_into`.
+
+        Raises:
+            ValueError: names, shapes or dtypes are others.
+        """
+        files = self.files(name)
+        _refuse_others(name, shards.shapes(files), tensors)
+        shards.read_into(files, tensors)
+
+
+def _refuse_others(
+    name: str, found: Mapping[str, tuple[Any, Any]], expected: Mapping[str, Tensor]
+) -> None:
+    if found.keys() != expected.keys():
+        missing = sorted(expected.keys() - found.keys())
+        unknown = sorted(found.keys() - expected.keys())
+        raise ValueError(
+            f"{name} of the checkpoint does not fit this model: missing {missing[:5]}, unknown "
+            f"{unknown[:5]}"
+        )
+    for key, tensor in expected.items():
+        shape, dtype = found[key]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name}: {key} is {tuple(shape)} {dtype}, expected {tuple(tensor.shape)} "
+                f"{tensor.dtype}"
+            )
 
 
 def save(
-    folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int | None
+    folder: Path,
+    files: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int | None,
+    world: World = ALONE,
 ) -> Path:
     """Write `files` and `state` as checkpoint `state["step"]` of `folder`, keep the newest `keep`
-    (None: all).
+    (None: all). Collective call.
 
-    Raises CheckpointError (disk full, no permission, ...); whatever was there before stays, and
-    nothing half-written is left. A checkpoint of that step that is already there is kept.
+    Args:
+        files: {name: {tensor name: tensor}}, the same names on every rank; plain tensors are alike
+            on all of them.
+        world: the ranks that write.
+
+    Raises:
+        CheckpointError: on every rank (disk full, no permission, ...). Whatever was there before
+            stays, and nothing half-written is left. A checkpoint of that step that is already there
+            is kept.
     """
-    final = folder / f"step-{state['step']:08d}"
-    if final.exists():
+    final = folder / name_of(state["step"])
+    (is_there,) = world.any(world.main and final.exists())
+    if is_there:
         return final
     temporary = final.with_suffix(".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(temporary, files, state)
-        temporary.rename(final)
-        sync(folder)
-        faults.point(f"rename={state['step']}")
-    except Exception as error:  # OSError, or the safetensors library's own
-        shutil.rmtree(temporary, ignore_errors=True)
+        with world.together():
+            if world.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        for name, tensors in files.items():
+            host = {key: value.detach().contiguous() for key, value in tensors.items()}
+            shards.write(temporary, name, host, world)
+        with world.together():
+            if world.main:
+                faults.point(f"files={state['step']}")
+                _seal(temporary, state)
+                faults.point(f"manifest={state['step']}")
+                temporary.rename(final)
+                sync(folder)
+                faults.point(f"rename={state['step']}")
+    except Exception as error:  # OSError, or what the libraries make of it
+        if world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
-    if keep is not None:
+    if keep is not None and world.main:
         _retain(folder, keep)
     return final
 
 
-def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    for name, tensors in files.items():
-        host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(host, folder / f"{name}.safetensors")
-        readable(folder / f"{name}.safetensors")
-    faults.point(f"files={state['step']}")
+def _seal(folder: Path, state: dict[str, Any]) -> None:
+    """Flush all files of a checkpoint, and write what says that they are all there."""
     (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
     manifest = {}
     for path in sorted(folder.iterdir()):
@@ -102,11 +152,12 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, A
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     sync(folder / MANIFEST)
     sync(folder)
-    faults.point(f"manifest={state['step']}")
 
 
 def _retain(folder: Path, keep: int) -> None:
-    for path in listed(folder)[:-keep]:
+    """Remove all but the newest `keep`; one that has lost a file does not count, and stays."""
+    sound = [path for path in listed(folder) if not damage(path, of_sizes=True)]
+    for path in sound[:-keep]:
         with contextlib.suppress(OSError):
             _remove(path)
 
@@ -119,6 +170,11 @@ def listed(folder: Path) -> list[Path]:
     return sorted(committed, key=step_of)
 
 
+def name_of(step: int) -> str:
+    """Name of the directory of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint directory. ValueError for another name."""
     named = _NAME.match(path.name)
@@ -127,8 +183,11 @@ def step_of(path: Path) -> int:
     return int(named[1])
 
 
-def damage(path: Path, only: str | None = None) -> list[str]:
-    """What is wrong with a checkpoint directory (or one file of it); empty if it verifies."""
+def damage(path: Path, only: str | None = None, of_sizes: bool = False) -> list[str]:
+    """What is wrong with a checkpoint directory; empty if it verifies.
+
+    only: look at this file alone. of_sizes: look at sizes alone, and read no file.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         expected = {name: (entry["bytes"], entry["crc32c"]) for name, entry in manifest.items()}
@@ -143,7 +202,7 @@ def damage(path: Path, only: str | None = None) -> list[str]:
             found.append(f"{name}: missing")
         elif file.stat().st_size != size:
             found.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
-        elif checksum(file) != crc:
+        elif not of_sizes and checksum(file) != crc:
             found.append(f"{name}: checksum does not match, the file was changed or damaged")
     # File managers and network file systems leave hidden files behind.
     there = {p.name for p in path.iterdir() if not p.name.startswith(".")}
@@ -159,6 +218,11 @@ def load(path: Path) -> Checkpoint:
     wrong = damage(path)
     if wrong:
         raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
+    return load_verified(path)
+
+
+def load_verified(path: Path) -> Checkpoint:
+    """A checkpoint that another rank has verified."""
     return Checkpoint(path, json.loads((path / STATE).read_text()))
 
 

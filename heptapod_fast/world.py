@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -29,14 +29,20 @@ class OtherRankFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` ranks. local_rank: its number on its machine. local_size: ranks on
-    its machine."""
+    """This process among `size` ranks.
+
+    Attributes:
+        local_rank: its number on its machine.
+        local_size: ranks on its machine.
+        group: whom collective calls reach; None for the group of all that `start` made.
+    """
 
     rank: int
     size: int
     device: torch.device
     local_rank: int = 0
     local_size: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -46,15 +52,16 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor over ranks, in place. Collective call: every rank must reach it."""
         if self.size > 1:
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.group)
         return value
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is up on any rank. Collective call."""
+        """For each flag, whether it is up on any rank. Collective call, between the hosts: nobody
+        waits for a device."""
         if self.size == 1:
             return flags
-        value = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        value = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(bool(v) for v in value.tolist())
 
     def gather(self, value: Tensor) -> list[Tensor]:
@@ -69,7 +76,7 @@ class World:
         value = value.to(self.device).contiguous()
         found = [torch.empty_like(value) for _ in range(self.size)] if self.main else None
         try:
-            dist.gather(value, found)
+            dist.gather(value, found, group=self.group)
         except RuntimeError as error:
             if self.main:
                 raise
@@ -79,8 +86,18 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective call."""
-        if self.size > 1:
-            dist.barrier()
+        self.any(False)
+
+    def apart(self, patience: timedelta) -> World:
+        """The same ranks for another thread: its collective calls must not mix with those of this
+        one. On the hosts. Collective call.
+
+        patience: how long they wait for each other.
+        """
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=patience)
+        return replace(self, device=torch.device("cpu"), group=group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -113,6 +130,9 @@ class World:
             if not self.main:
                 result = work()
         return result
+
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -192,7 +212,8 @@ def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> 
             host, port = ranks.address
             where = f"tcp://{host}:{port}"
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
+            # Flags and checkpoints go between the hosts, whatever the device.
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
             init_method=where,
             rank=ranks.rank,
             world_size=ranks.size,

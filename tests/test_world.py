@@ -152,7 +152,7 @@ def test_a_process_that_is_shown_one_gpu_takes_it(monkeypatch, launcher, seen, e
 
 
 def test_a_rank_whose_main_one_is_gone_stops_without_a_word_of_its_own(monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **more):
         raise RuntimeError("connection closed by peer")
 
     monkeypatch.setattr(world.dist, "gather", broken)

@@ -62,6 +62,23 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = setting(
         "Where to train.", default="auto", may_change=True
     )
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = setting(
+        "How several ranks share the model: a copy on each (ddp), its state spread over all (fsdp) "
+        "or over the ranks of each machine (hsdp); auto takes ddp where it fits.",
+        default="auto",
+        may_change=True,
+    )
+    shard_ranks: int | None = setting(
+        "Ranks over which hsdp spreads one copy; default: those of one machine.",
+        rule=at_least(1),
+        may_change=True,
+    )
+    sync_checkpoints: bool = setting(
+        "Wait until a checkpoint is on the disk, instead of writing a copy of it while training "
+        "goes on.",
+        default=False,
+        may_change=True,
+    )
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "Mixed precision: activations in bf16 where the hardware has it (auto), master weights "
         "stay fp32.",

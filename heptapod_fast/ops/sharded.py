@@ -48,6 +48,15 @@ def local(tensor: Tensor, operation: str, name: str) -> Tensor:
         return distributed.to_local()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor that a DTensor stands for; other tensors as they are. Collective call."""
+    kind = dtensor_class()
+    if kind is None or not isinstance(tensor, kind):
+        return tensor
+    distributed: Any = tensor
+    return distributed.full_tensor()
+
+
 def local_lists(lists: Mapping[str, Sequence[Tensor]], operation: str) -> dict[str, list[Tensor]]:
     """Lists of tensors that belong together place by place -> their local parts.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heptapod_fast import checkpoints
+from heptapod_fast import checkpoints, shards
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.runs.loading import weights_name
 from heptapod_fast.storage import read_numbers
@@ -31,7 +31,7 @@ class Weights:
     """Where weights are.
 
     Attributes:
-        file: safetensors, or a state dict of PyTorch.
+        file: safetensors (one of several is enough), or a state dict of PyTorch.
         about: what they are, for messages.
         class_names: of the classes that they were trained on; None where that is not known.
         tokenizer: fingerprint of the one whose tokens they were trained on; None where that is not
@@ -77,7 +77,7 @@ def find_weights(path: str) -> Weights:
         checkpoint = checkpoints.load_step(run.checkpoints, None)
         name = weights_name(run.read_config(), None)
         return Weights(
-            checkpoint.path / f"{name}.safetensors",
+            checkpoint.files(name)[0],
             f"{name} of {checkpoint.path}",
             tuple(checkpoint.state["class_names"]),
             checkpoint.state["tokenizer"],
@@ -167,11 +167,9 @@ def start_from(system: System, weights: Weights, class_names: Sequence[str]) -> 
 
 def _read(weights: Weights) -> tuple[dict[str, Tensor], str]:
     """The tensors by their names in a system, and where in the file they were; "" for all of it."""
-    from safetensors.torch import load_file
-
     try:
         if weights.file.suffix not in TORCH:
-            return load_file(weights.file), ""
+            return shards.read(shards.siblings(weights.file)), ""
         found = read_numbers(weights.file)
     except MemoryError:
         raise

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heptapod_fast import checkpoints
+from heptapod_fast import checkpoints, shards
 from heptapod_fast.averages import LONGEST, POST_HOC, averages_of, power_name
 from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.config import Config
@@ -165,6 +165,6 @@ def _number(text: str) -> float:
 
 def read_weights(run: RunDir, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """The weights of that `weights_name`, at a checkpoint."""
-    if (checkpoint.path / f"{name}.safetensors").exists() or not name.startswith("power-"):
+    if name in shards.names(checkpoint.path) or not name.startswith("power-"):
         return checkpoint.read(name)
     return make_average(run.averages, checkpoint, float(name.removeprefix("power-")))

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.options import SampleOptions
-from heptapod_fast.world import World
+from heptapod_fast.world import ALONE, World
 
-ALONE = World(0, 1, torch.device("cpu"))
 _NUMBERS = 2**32  # images of one class that have keys of their own
 
 

@@ -23,7 +23,7 @@ from heptapod_fast.systems import Phase
 from heptapod_fast.train.metrics import Meter, peak_flops, progress_line, training_flops
 from heptapod_fast.train.records import JsonLines, Recorder, Sink, TensorBoard, WeightsAndBiases
 from heptapod_fast.train.schedule import learning_rate
-from heptapod_fast.train.session import Ending, Session, State, save, save_snapshot
+from heptapod_fast.train.session import Ending, Session, State, begin_save, save_snapshot
 from heptapod_fast.train.step import forward_backward, load, update
 
 GRID_CLASSES = 8
@@ -54,7 +54,7 @@ def train(session: Session, state: State) -> Ending:
         """Whether the last step reached a multiple of `every` images."""
         return state.images // every > (state.images - batch) // every
 
-    with signals() as asked, closing(recorder):
+    with signals() as asked, closing(recorder), closing(session.saver):
         while state.images < total:
             # 1. One optimizer step. `state.images` grows by the global batch.
             loss, norm = training_step(session, state, phase)
@@ -78,6 +78,9 @@ def train(session: Session, state: State) -> Ending:
                 try_snapshot(session, state, meter)
 
             # 5. A checkpoint. It comes before the grid: a grid that fails must not cost the run.
+            if wishes.save_failed:
+                save_failed = True
+                note_failure(session, state, recorder)
             try_again = save_failed and is_due(config.run.log_every)
             if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
                 save_failed = not try_save(session, state, meter, recorder, is_last)
@@ -111,7 +114,9 @@ def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor,
     for start in range(first, first + split.share, split.micro_batch):
         with record_function("data"):
             load(session.source, start, buffers)
-        forward_backward(session.model, buffers, session.rng, expected, phase)
+        is_last = start + split.micro_batch == first + split.share
+        with session.parallel.adding_up(is_last):
+            forward_backward(session.parallel.model, buffers, session.rng, expected, phase)
     faults.point(f"step={session.optimizer.step_count + 1}")
     state.images += config.recipe.batch
     with record_function("optimizer"):
@@ -192,20 +197,23 @@ def check_skips(session: Session, state: State) -> None:
 def try_save(
     session: Session, state: State, meter: Meter, recorder: Recorder, is_last: bool
 ) -> bool:
-    """Write a checkpoint. A failure (full disk) is reported and tried again at the next progress
-    line; the last checkpoint is tried three times, then the error is raised.
+    """Begin to write a checkpoint; the last one of a session is waited for. A failure (full disk)
+    is reported and tried again at the next progress line; the last checkpoint is tried three times,
+    then the error is raised. Collective call.
 
     Returns:
-        Whether it was written.
+        Whether it was begun, and the last one written.
     """
     begin = time.monotonic()
     attempts = LAST_SAVE_ATTEMPTS if is_last else 1
     for attempt in range(1, attempts + 1):
         try:
-            save(session, state)
+            settle_earlier(session, state, recorder)
+            begin_save(session, state)
+            if is_last:
+                session.saver.settle()
         except CheckpointError as error:
-            if session.world.main:
-                recorder.write({"images": state.images, "checkpoint_failed": str(error)})
+            record_failure(session, state, recorder, error)
             if is_last and attempt == attempts:
                 raise CheckpointError(
                     f"{error}. Free the space, or mend what is wrong, and run the same command: it "
@@ -214,15 +222,46 @@ def try_save(
             again = "at the next progress line, training goes on"
             if is_last:
                 again = f"in {SECONDS_BETWEEN_ATTEMPTS} s"
-            session.say(
-                f"WARNING: {error}. Nothing written before was touched; trying again {again}"
-            )
+            say_failure(session, error, again)
         else:
             meter.pause(time.monotonic() - begin)
             return True
         if is_last:
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
     return False
+
+
+def settle_earlier(session: Session, state: State, recorder: Recorder) -> None:
+    """Wait for the checkpoint before, if it is still being written. It is too late to mend what
+    failed of it: another one follows at once."""
+    try:
+        session.saver.settle()
+    except CheckpointError as error:
+        record_failure(session, state, recorder, error)
+        say_failure(session, error, "now")
+
+
+def note_failure(session: Session, state: State, recorder: Recorder) -> None:
+    """Report a checkpoint that failed while training went on. Collective call: the others' threads
+    are about to find out."""
+    try:
+        session.saver.settle()
+    except CheckpointError as error:
+        record_failure(session, state, recorder, error)
+        say_failure(session, error, "at the next progress line, training goes on")
+
+
+def record_failure(
+    session: Session, state: State, recorder: Recorder, error: CheckpointError
+) -> None:
+    """A record for those who look at the run later."""
+    if session.world.main:
+        recorder.write({"images": state.images, "checkpoint_failed": str(error)})
+
+
+def say_failure(session: Session, error: CheckpointError, again: str) -> None:
+    """A line for those who look at it now."""
+    session.say(f"WARNING: {error}. Nothing written before was touched; trying again {again}")
 
 
 def snapshots_every(config: Config) -> int:
@@ -242,8 +281,9 @@ def try_snapshot(session: Session, state: State, meter: Meter) -> None:
 
 
 def sample_grid(session: Session, state: State, meter: Meter) -> None:
-    """samples/images-N.png from the first moving average: fixed classes, seeds and columns."""
-    if session.tokenizer is None or not session.world.main:
+    """samples/images-N.png from the first moving average: fixed classes, seeds and columns, the
+    work shared by all ranks. Collective call."""
+    if session.tokenizer is None:
         return
     begin = time.monotonic()
     path = session.directory.samples / f"images-{state.images:012d}.png"
@@ -251,18 +291,26 @@ def sample_grid(session: Session, state: State, meter: Meter) -> None:
     rows = min(classes, GRID_CLASSES)
     picked = [row * classes // rows for row in range(rows)]
     labels = spread(picked, rows * GRID_COLUMNS)
-    average = next(iter(session.optimizer.emas), None)
-    session.system.eval()
-    try:
-        with session.optimizer.averaged(average):
-            rng = Rng(session.config.recipe.seed)
-            images = together(generate(session.system, session.tokenizer, labels, rng))
-        save_grid(images, path, GRID_COLUMNS)
-        session.say(f"samples   {path} ({duration(time.monotonic() - begin)})")
-    except OSError as error:
-        session.say(f"WARNING: cannot write {path}: {error}; training goes on")
-    finally:
+    optimizer = session.optimizer
+    weights = next(iter(optimizer.emas.values()), optimizer.parameters)
+    with session.parallel.whole(weights) as system:
+        system.eval()
+        batches = generate(
+            system,
+            session.tokenizer,
+            labels,
+            Rng(session.config.recipe.seed),
+            batch=-(-len(labels) // session.world.size),
+            world=session.world,
+        )
+        images = list(batches)
         session.system.train()
+    if session.world.main:
+        try:
+            save_grid(together(images), path, GRID_COLUMNS)
+            session.say(f"samples   {path} ({duration(time.monotonic() - begin)})")
+        except OSError as error:
+            session.say(f"WARNING: cannot write {path}: {error}; training goes on")
     meter.pause(time.monotonic() - begin)
 
 
@@ -279,11 +327,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is asked for, agreed among the ranks. out_of_time: it is the clock that says stop."""
+    """What is asked for, agreed among the ranks. out_of_time: it is the clock that says stop.
+    save_failed: the checkpoint that was being written could not be."""
 
     stop: bool
     save: bool
     out_of_time: bool
+    save_failed: bool
 
 
 def agree(session: Session, asked: Asked) -> Wishes:
@@ -293,10 +343,10 @@ def agree(session: Session, asked: Asked) -> Wishes:
     out_of_time = minutes is not None and elapsed > 60 * minutes
     wants_save = asked.save
     asked.save = False
-    stop, save_now, out_of_time = session.world.any(
-        asked.stop or out_of_time, wants_save, out_of_time
+    agreed = session.world.any(
+        asked.stop or out_of_time, wants_save, out_of_time, session.saver.failed
     )
-    return Wishes(stop, save_now, out_of_time)
+    return Wishes(*agreed)
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from heptapod_fast import ops
 from heptapod_fast.averages import averages_of
 from heptapod_fast.config import RecipeSettings
+from heptapod_fast.ops import sharded
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.systems import System
 from heptapod_fast.train.parallelize import gradients_of
@@ -107,27 +107,6 @@ class Optimizer:
         self.skipped += (~is_good).float()
         return torch.where(is_good, correction * clipping, torch.zeros_like(norm)).float()
 
-    def restart_averages(self) -> None:
-        """Moving averages begin at the parameters as they are now."""
-        for average in self.emas.values():
-            for tensor, parameter in zip(average, self.parameters, strict=True):
-                tensor.copy_(parameter.detach())
-
-    @contextmanager
-    def averaged(self, name: str | None) -> Iterator[None]:
-        """In this context the system's parameters are those of a moving average (None: live)."""
-        if name is None:
-            yield
-            return
-        live = [parameter.data for parameter in self.parameters]
-        for parameter, average in zip(self.parameters, self.emas[name], strict=True):
-            parameter.data = average
-        try:
-            yield
-        finally:
-            for parameter, data in zip(self.parameters, live, strict=True):
-                parameter.data = data
-
     # ------------------------------------------------------------------------------- checkpointing
 
     def files(self) -> dict[str, dict[str, Tensor]]:
@@ -147,8 +126,9 @@ class Optimizer:
         }
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
-        """The power-function averages on the host, by file and tensor name, in half precision:
-        11 bits are enough for what they are combined into (float32 where a value is too large)."""
+        """The power-function averages by file and tensor name, in half precision: 11 bits are
+        enough for what they are combined into (float32 where a value is too large). Collective call
+        where tensors are sharded."""
         found: dict[str, dict[str, Tensor]] = {}
         for average in self.averages:
             if average.gamma is None:
@@ -157,36 +137,24 @@ class Optimizer:
             found[average.name] = {name: _in_half(value) for name, value in tensors.items()}
         return found
 
-    def load(self, read: Callable[[str], dict[str, Tensor]], step_count: int) -> None:
+    def load(self, read_into: Callable[[str, dict[str, Tensor]], None], step_count: int) -> None:
         """Inverse of `files`.
 
         Args:
-            read: file name -> its tensors.
+            read_into: fills tensors from the file of a name; `Checkpoint.read_into`.
             step_count: optimizer steps of the checkpoint.
 
         Raises:
             ValueError: names or shapes that do not fit this model.
         """
-        for file, ours in self.files().items():
-            theirs = read(file)
-            if theirs.keys() != ours.keys():
-                missing = sorted(ours.keys() - theirs.keys())
-                unknown = sorted(theirs.keys() - ours.keys())
-                raise ValueError(
-                    f"{file} of the checkpoint does not fit this model: missing {missing[:5]}, "
-                    f"unknown {unknown[:5]}"
-                )
-            for name, tensor in ours.items():
-                found = theirs[name]
-                if tensor.shape != found.shape or tensor.dtype != found.dtype:
-                    raise ValueError(
-                        f"{file}: {name} is {tuple(found.shape)} {found.dtype}, expected "
-                        f"{tuple(tensor.shape)}"
-                    )
-                tensor.copy_(found)
+        for file, tensors in self.files().items():
+            read_into(file, tensors)
         self.step_count = step_count
 
 
 def _in_half(value: Tensor) -> Tensor:
-    half = value.half().cpu()
-    return half if bool(half.isfinite().all()) else value.to("cpu", copy=True)
+    """In half precision, or a copy as it is where that cannot hold it; DTensors stay what they are.
+    Collective call for these."""
+    half = value.half()
+    is_small = bool(sharded.whole(half.isfinite().all()))
+    return half if is_small else value.clone()

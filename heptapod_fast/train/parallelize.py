@@ -1,32 +1,218 @@
 """The only place that knows how the work of a step is spread over ranks.
 
-Data parallel in its plainest form: every rank holds the whole model, takes a contiguous block of
-the global batch and adds its gradients to everybody's.
+Every rank takes a contiguous block of the global batch. What it holds of the model is one of
+
+    single   all of it: there is one rank
+    ddp      all of it, as every other rank does; gradients are added up while the backward pass
+             goes on (DistributedDataParallel)
+    fsdp     a part of every tensor: weights, gradients, moments and averages are spread over all
+             ranks, and a block's weights are put together while it runs (fully_shard)
+    hsdp     the same over a group of ranks, such as those of one machine; the groups are copies of
+             each other
+
+All give the same weights up to the rounding of sums. Gradients are added up, never averaged: every
+rank has divided its loss by the expected count of the global batch (step.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from heptapod_fast.config import Config
 from heptapod_fast.data.tokens import Batch
+from heptapod_fast.ops import sharded
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import Loss, Phase, System
+from heptapod_fast.train.memory import bytes_of_run
 from heptapod_fast.world import World
 
 Model = Callable[[Batch, Rng, Phase], Loss]
 
+# Of a device's memory; the rest is for what no estimate knows.
+USABLE = 0.85
 
-def wrap(system: System) -> Model:
-    """What training steps call in the system's place.
 
-    Data parallel in its plainest form needs no wrapper: it is the system itself. Wrappers that
-    shard, compile or capture it belong here; steps call what comes out, never the system, so that
-    a wrapper's hooks fire.
+# ------------------------------------------------------------------------------------- the decision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is spread.
+
+    mode: see above. shards: ranks that hold one copy of the model together. why: for the user.
     """
-    return system
+
+    mode: str
+    shards: int
+    why: str
+
+
+def choose_plan(config: Config, world: World, classes: int) -> Plan:
+    """What --parallel and --shard-ranks come to among these ranks.
+
+    Raises:
+        ValueError: the ranks cannot be grouped so; names the flag.
+    """
+    run = config.run
+    if run.shard_ranks is not None and run.parallel != "hsdp":
+        raise ValueError(
+            f"--shard-ranks {run.shard_ranks} is for --parallel hsdp, this is {run.parallel}"
+        )
+    if world.size == 1:
+        return Plan("single", 1, "one rank")
+    mode: str = run.parallel
+    why = "asked for"
+    if mode == "auto":
+        mode, why = _fitting_mode(config, world, classes)
+    if mode == "ddp":
+        return Plan(mode, 1, why)
+    if mode == "fsdp":
+        return Plan(mode, world.size, why)
+    return Plan(mode, _shards_of_a_copy(config, world), why)
+
+
+def _fitting_mode(config: Config, world: World, classes: int) -> tuple[str, str]:
+    """ddp where the whole state fits on a device: it sends least."""
+    if world.device.type != "cuda":
+        return "ddp", "auto: a copy on every rank"
+    needed = bytes_of_run(config, classes, world.size)
+    usable = USABLE * torch.cuda.mem_get_info(world.device)[1]
+    sizes = f"{needed / 1e9:.1f} GB of {usable / 1e9:.1f} GB that can be used"
+    if needed <= usable:
+        return "ddp", f"auto: a copy on every rank takes {sizes}"
+    is_one_machine = world.local_size in (1, world.size)
+    return "fsdp" if is_one_machine else "hsdp", f"auto: a copy on every rank would take {sizes}"
+
+
+def _shards_of_a_copy(config: Config, world: World) -> int:
+    shards = config.run.shard_ranks
+    if shards is None:
+        shards = world.local_size
+    if world.size % shards:
+        raise ValueError(
+            f"--shard-ranks {shards} does not divide {world.size} ranks: every group of that many "
+            "holds one copy"
+        )
+    return shards
+
+
+# ---------------------------------------------------------------------------------------- the modes
+
+
+class Parallel:
+    """A system among its ranks; this class is of one rank alone.
+
+    Attributes:
+        model: what steps call in the system's place, so that the hooks of wrappers fire.
+    """
+
+    def __init__(self, system: System):
+        self.system = system
+        self.model: Model = system
+
+    def adding_up(self, is_last: bool) -> AbstractContextManager[object]:
+        """The context of a micro-batch's forward and backward pass. is_last: of the step, after
+        which the gradients of all ranks are there."""
+        return nullcontext()
+
+    @contextmanager
+    def whole(self, tensors: Sequence[Tensor]) -> Iterator[System]:
+        """A system that this rank can use without the others, with these tensors for parameters,
+        in the order of `system.parameters()`. Collective call."""
+        parameters = list(self.system.parameters())
+        live = [parameter.data for parameter in parameters]
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            parameter.data = tensor.detach()
+        try:
+            yield self.system
+        finally:
+            for parameter, data in zip(parameters, live, strict=True):
+                parameter.data = data
+
+
+class Replicated(Parallel):
+    """ddp."""
+
+    def __init__(self, system: System):
+        super().__init__(system)
+        # What is said of `find_unused_parameters` below, where every one is used.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        self.wrapped = torch.nn.parallel.DistributedDataParallel(
+            system,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # A phase may leave parameters out. Without it the messages would also be cut anew
+            # after the first step of every session: sums of three ranks and more would be taken in
+            # another order, and a resumed run would differ in last bits from one that went through.
+            find_unused_parameters=True,
+        )
+        self.wrapped.register_comm_hook(None, _sum_bucket)
+        self.model = self.wrapped
+
+    def adding_up(self, is_last: bool) -> AbstractContextManager[object]:
+        """Only the last micro-batch of a step sends."""
+        return nullcontext() if is_last else self.wrapped.no_sync()
+
+
+# Without annotations: DDP compares them with types, and here they are strings.
+def _sum_bucket(state, bucket):
+    """DDP's own hook without its division by the number of ranks: a dist.GradBucket -> a future of
+    its sum over ranks."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+class Sharded(Parallel):
+    """fsdp and hsdp. Every micro-batch sends its gradients: those of the whole model would not fit.
+
+    Args:
+        blank: makes a system of this kind with parameters that nobody has filled.
+    """
+
+    def __init__(self, system: System, plan: Plan, world: World, blank: Callable[[], System]):
+        super().__init__(system)
+        self.blank = blank
+        mesh = _mesh(plan, world)
+        for unit in [*system.units(), system]:
+            wrapped = torch.distributed.fsdp.fully_shard(unit, mesh=mesh)
+            wrapped.set_gradient_divide_factor(1.0)
+            # A factor of 1 as a plain sum: not every backend has scaled sums.
+            wrapped.set_force_sum_reduction_for_comms(True)
+
+    @contextmanager
+    def whole(self, tensors: Sequence[Tensor]) -> Iterator[System]:
+        """See Parallel.whole; a copy in full that is dropped afterwards."""
+        copy = self.blank()
+        copy.train(self.system.training)
+        with torch.no_grad():
+            for parameter, tensor in zip(copy.parameters(), tensors, strict=True):
+                parameter.copy_(sharded.whole(tensor))
+        yield copy
+
+
+def _mesh(plan: Plan, world: World) -> torch.distributed.DeviceMesh:
+    shape: tuple[int, ...] = (plan.shards,)
+    names: tuple[str, ...] = ("shard",)
+    if plan.mode == "hsdp":
+        shape = (world.size // plan.shards, plan.shards)
+        names = ("replicate", "shard")
+    return torch.distributed.init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+
+
+def spread(system: System, plan: Plan, world: World, blank: Callable[[], System]) -> Parallel:
+    """Put a filled system among its ranks. Collective call. blank: see Sharded."""
+    if plan.mode == "single":
+        return Parallel(system)
+    if plan.mode == "ddp":
+        return Replicated(system)
+    return Sharded(system, plan, world, blank)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -43,18 +229,3 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
             parameter.grad = torch.zeros_like(parameter)
         found.append(parameter.grad)
     return found
-
-
-def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
-    """Add up the gradients of all ranks, in place and in one message. Collective call.
-
-    Sums, not means: every rank has divided its loss by the expected count of the global batch.
-    """
-    if world.size == 1:
-        return
-    gradients = gradients_of(parameters)
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    world.sum(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from heptapod_fast import checkpoints, ops
-from heptapod_fast.checkpoints import CheckpointError
+from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.classes import numbered
 from heptapod_fast.config import BatchSplit, Config
 from heptapod_fast.config.data import EMBEDDED
@@ -34,8 +34,9 @@ from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
 from heptapod_fast.train.memory import bytes_of_run
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
-from heptapod_fast.train.parallelize import Model, wrap
+from heptapod_fast.train.parallelize import Parallel, Plan, choose_plan, spread
 from heptapod_fast.train.records import read_metrics
+from heptapod_fast.train.saving import Saver
 from heptapod_fast.train.schedule import peaks_not_reached, warmup_images
 from heptapod_fast.train.step import Buffers
 from heptapod_fast.world import World, choose_precision, device_name, processor_kind
@@ -53,7 +54,8 @@ class Session:
         source: where batches come from.
         tokenizer: None where nothing can be decoded, and no sample grids are drawn.
         tokenizer_id: its fingerprint, also where it is not here.
-        model: what steps call in the system's place.
+        parallel: the system among its ranks.
+        saver: what writes checkpoints.
         buffers: the tensors that every step fills anew.
         environment: what this session runs on, for sessions.jsonl.
         started: `time.monotonic()` at the start.
@@ -68,8 +70,9 @@ class Session:
     tokenizer: Tokenizer | None
     tokenizer_id: str | None
     system: System
-    model: Model
+    parallel: Parallel
     optimizer: Optimizer
+    saver: Saver
     rng: Rng
     buffers: Buffers
     environment: dict[str, str | int]
@@ -123,13 +126,25 @@ def prepare(
         reserved = bytes_of_run(config, len(cache.class_names), world.size)
     source = open_tokens(config, world, images, tokenizer, cache, reserved)
     config = _with_classes(config, source.num_classes)
-    system = build_system(config, source.num_classes, world.device, operators)
-    system.set_dtype(dtype)
+    with world.together():
+        plan = choose_plan(config, world, source.num_classes)
+
+    def build(fill: bool) -> System:
+        built = build_system(config, source.num_classes, world.device, operators, fill)
+        built.set_dtype(dtype)
+        return built
+
+    system = build(fill=True)
     phases = list(system.phases(config.recipe.images))
-    for line in describe(config, source, world, dtype, operators, directory, phases):
+    for line in describe(config, source, world, dtype, operators, directory, phases, plan):
         say(line)
     if cache is not None and tokenizer is None:
         say(_no_grids(config, cache))
+    tokenizer_id = _tokenizer_id(tokenizer, cache)
+    checkpoint = find_checkpoint(directory, world, say)
+    if checkpoint is None:
+        _start_from_weights(config, world, say, system, source.class_names, tokenizer_id)
+    parallel = spread(system, plan, world, blank=lambda: build(fill=False))
     split = config.split_batch(world.size)
     session = Session(
         config=config,
@@ -139,16 +154,17 @@ def prepare(
         split=split,
         source=source,
         tokenizer=tokenizer,
-        tokenizer_id=_tokenizer_id(tokenizer, cache),
+        tokenizer_id=tokenizer_id,
         system=system,
-        model=wrap(system),
+        parallel=parallel,
         optimizer=Optimizer(system, config.recipe, operators),
+        saver=Saver(world, in_background=not config.run.sync_checkpoints),
         rng=Rng(config.recipe.seed),
         buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
         environment=environment_of(world, dtype),
         started=started,
     )
-    state = resume(session)
+    state = State() if checkpoint is None else resume(session, checkpoint)
     if cache is not None and world.main:
         keep_tokenizer(directory, cache, tokenizer)
     return session, state
@@ -215,6 +231,7 @@ def describe(
     operators: Operators,
     directory: RunDir,
     phases: list[Phase],
+    plan: Plan,
 ) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
     data = config.data
@@ -243,8 +260,16 @@ def describe(
         f"warm-up over {warmups} images, then {recipe.lr_schedule}",
     ]
     lines += [f"          {line}" for line in peaks_not_reached(recipe, phases)]
+    if world.size > 1:
+        lines.append(f"parallel  {_in_words(plan, world)}: {plan.why}")
     lines += [f"operator  {line}" for line in operators.lines()]
     return [*lines, f"          {ops.library.status()}"]
+
+
+def _in_words(plan: Plan, world: World) -> str:
+    if plan.mode == "hsdp":
+        return f"hsdp, {world.size // plan.shards} copies over {plan.shards} ranks each"
+    return plan.mode
 
 
 def _views(flip: bool, source: TokenSource) -> str:
@@ -277,66 +302,77 @@ def checkpoint_state(session: Session, state: State) -> dict:
     }
 
 
-def save(session: Session, state: State) -> None:
-    """Write a checkpoint. Collective call.
+def begin_save(session: Session, state: State) -> None:
+    """Start to write a checkpoint; `Session.saver` says what becomes of it. Collective call.
 
     Raises:
-        CheckpointError: it cannot be written; on every rank.
+        CheckpointError: the one before could not be written, or this one, where training waits for
+            it; on every rank.
     """
-    error = None
-    if session.world.main:
-        try:
-            checkpoints.save(
-                session.directory.checkpoints,
-                session.optimizer.files(),
-                checkpoint_state(session, state),
-                session.config.run.keep_checkpoints,
-            )
-        except CheckpointError as caught:
-            error = caught
-    if any(session.world.any(error is not None)):
-        raise error or CheckpointError("rank 0 could not write the checkpoint")
+    session.saver.begin(
+        session.directory.checkpoints,
+        session.optimizer.files(),
+        checkpoint_state(session, state),
+        session.config.run.keep_checkpoints,
+    )
 
 
 def save_snapshot(session: Session, state: State) -> None:
-    """Keep the averages that others are made of after the run, beside the checkpoints.
+    """Keep the averages that others are made of after the run, beside the checkpoints. Collective
+    call.
 
     Raises:
         CheckpointError: they cannot be written.
     """
-    if not session.world.main:
-        return
     files = session.optimizer.snapshot()
-    if files:
-        about = checkpoint_state(session, state)
-        checkpoints.save(session.directory.averages, files, about, keep=None)
+    if not files:
+        return
+    about = checkpoint_state(session, state)
+    on_host = {
+        file: {name: tensor.cpu() for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
+    checkpoints.save(session.directory.averages, on_host, about, keep=None, world=session.world)
 
 
-def resume(session: Session) -> State:
-    """Load the newest checkpoint of the run, if there is one. Collective call.
+def find_checkpoint(directory: RunDir, world: World, say: Say) -> Checkpoint | None:
+    """The newest checkpoint of a run that verifies, None if there never was one. Rank 0 verifies it
+    for all. Collective call.
 
     Raises:
-        RunError: the data is not what it was, or the ranks see different directories.
-        CheckpointError: no checkpoint verifies.
+        CheckpointError: none of those that are there verifies.
+        RunError: the ranks see different directories.
+    """
+    folder = directory.checkpoints
+    found = None
+    with world.together():
+        if world.main:
+            found = checkpoints.load_newest(folder, say)
+    step = -1 if found is None else found.step
+    step = int(world.sum(torch.tensor([step if world.main else 0], device=world.device)))
+    if step == -1:
+        return None
+    path = folder / checkpoints.name_of(step)
+    with world.together():
+        if not path.is_dir():
+            raise RunError(
+                f"rank {world.rank} does not find {path}, which rank 0 does: --out must name a "
+                "folder that all machines share"
+            )
+        return checkpoints.load_verified(path) if found is None else found
+
+
+def resume(session: Session, found: Checkpoint) -> State:
+    """Go on from a checkpoint. Collective call.
+
+    Raises:
+        RunError: the data is not what it was.
+        ValueError: it is of another model.
     """
     world = session.world
-    folder = session.directory.checkpoints
-    # Rank 0 sets damaged checkpoints aside before the others look.
-    found = world.main_first(lambda: checkpoints.load_newest(folder, session.say))
-    step = -1 if found is None else found.step
-    steps = int(world.sum(torch.tensor([step], device=world.device)))
-    with world.together():
-        if steps != step * world.size:
-            raise RunError(
-                f"the ranks find different checkpoints in {folder}: --out must name a folder that "
-                "all machines share"
-            )
-    if found is None:
-        _start_from_weights(session)
-        return State()
     with world.together():
         _refuse_other_data(session, found.state)
-        session.optimizer.load(found.read, found.step)
+        session.optimizer.load(found.read_into, found.step)
     if world.main:
         for line in [*other_environment(session), *other_phase(session, found.state)]:
             session.say(line)
@@ -362,18 +398,23 @@ def _phase_of_last_image(session: Session, images: int) -> str:
     return session.system.phase(max(images - 1, 0), total).name
 
 
-def _start_from_weights(session: Session) -> None:
+def _start_from_weights(
+    config: Config,
+    world: World,
+    say: Say,
+    system: System,
+    class_names: tuple[str, ...],
+    tokenizer_id: str | None,
+) -> None:
     """The weights of --init-from, for a run that begins. Collective call."""
-    path = session.config.run.init_from
+    path = config.run.init_from
     if path is None:
         return
-    class_names = session.source.class_names
-    with session.world.together():
+    with world.together():
         weights = find_weights(path)
-        taken = start_from(session.system, weights, class_names)
-    session.optimizer.restart_averages()
-    for line in report(taken, weights, session.system, class_names, session.tokenizer_id):
-        session.say(line)
+        taken = start_from(system, weights, class_names)
+    for line in report(taken, weights, system, class_names, tokenizer_id):
+        say(line)
 
 
 def other_environment(session: Session) -> list[str]:

@@ -27,7 +27,7 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.systems import Phase
 from heptapod_fast.tokenizers import TokenSpec
 from heptapod_fast.train.optimizer import Optimizer
-from heptapod_fast.train.parallelize import Model, sum_gradients
+from heptapod_fast.train.parallelize import Model
 from heptapod_fast.world import World
 
 
@@ -69,7 +69,7 @@ def forward_backward(
 ) -> None:
     """Add the gradient and the sums of the micro-batch in the buffers to those before it.
 
-    model: what `parallelize.wrap` made of the system.
+    model: `Parallel.model`, in the context of `Parallel.adding_up`.
     """
     with record_function("forward"):
         loss = model(buffers.batch, rng, phase)
@@ -84,11 +84,12 @@ def update(
 ) -> tuple[Tensor, Tensor]:
     """The optimizer's step, which `Optimizer.begin` has begun. Collective call.
 
+    The gradients of all ranks are added up by then; `sums` are added up here.
+
     Returns:
         (mean loss of the global batch, norm of its gradient), both on the device.
     """
     world.sum(sums)
-    sum_gradients(world, optimizer.parameters)
     total, count = sums.unbind()
     norm = optimizer.update((expected / count).float())
     return total / count, norm

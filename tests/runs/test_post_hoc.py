@@ -142,10 +142,10 @@ def test_another_way_leaves_no_snapshots_of_the_first(trained, tmp_path):
 def test_a_full_disk_costs_a_snapshot_alone(tmp_path, monkeypatch):
     save = checkpoints.save
 
-    def full(folder, files, state, keep):
+    def full(folder, files, state, keep, world):
         if folder.name == "averages" and state["step"] == 4:
             raise checkpoints.CheckpointError("No space left on device")
-        return save(folder, files, state, keep)
+        return save(folder, files, state, keep, world)
 
     monkeypatch.setattr(checkpoints, "save", full)
     said = []

@@ -225,7 +225,7 @@ def failing(monkeypatch, times):
 def test_a_failed_checkpoint_is_tried_again_at_the_next_line(plain, tmp_path, monkeypatch):
     failing(monkeypatch, 1)
     said = []
-    _, _, ending = train_here(tmp_path, say=said.append, keep_checkpoints=9)
+    _, _, ending = train_here(tmp_path, say=said.append, keep_checkpoints=9, sync_checkpoints=True)
     assert ending is Ending.FINISHED
     assert final_files(plain) == final_files(tmp_path)
     # The one of step 2 came a progress line later.
@@ -289,11 +289,11 @@ def test_every_grid_has_the_same_classes_and_seeds(tmp_path, monkeypatch):
     asked, drawn = [], {}
     generate = loop.generate
 
-    def spy(system, tokenizer, classes, rng, *options):
+    def spy(system, tokenizer, classes, rng, **options):
         asked.append((classes.tolist(), rng, options))
         for name, parameter in system.named_parameters():
             drawn[name] = parameter.detach().clone()
-        return generate(system, tokenizer, classes, rng, *options)
+        return generate(system, tokenizer, classes, rng, **options)
 
     monkeypatch.setattr(loop, "generate", spy)
     train_here(tmp_path, **SMALL_GRID | {"images": 32, "sample_every": 16})
@@ -305,10 +305,10 @@ def test_every_grid_has_the_same_classes_and_seeds(tmp_path, monkeypatch):
 
 
 def test_ranks_that_see_different_directories_are_refused(tmp_path, monkeypatch):
-    """Each rank finds the newest checkpoint by itself, and all must find the same."""
+    """Rank 0 finds the newest checkpoint, and all must see it."""
     train_here(tmp_path, stop_at=16)
     monkeypatch.setattr("heptapod_fast.world.World.sum", lambda world, tensor: tensor + 1)
-    with pytest.raises(RunError, match="different checkpoints.*--out must name a folder"):
+    with pytest.raises(RunError, match="does not find .*step-00000004.*--out must name a folder"):
         start_here(tmp_path)
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from heptapod_fast import checkpoints
 from heptapod_fast.ops import library
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.systems import System
 from heptapod_fast.train.optimizer import Optimizer
+from heptapod_fast.train.parallelize import Parallel
 from tests.conftest import small_config, small_system
 
 RECIPE = ("ema", "clip")
@@ -143,19 +145,32 @@ def test_a_bad_gradient_skips_the_step_bitwise_and_counts(bad):
     assert all(t.isfinite().all() for t in everything(optimizer))
 
 
-def test_averaged_puts_the_live_weights_back():
+def test_a_system_with_averaged_weights_gets_its_own_back():
     system, optimizer = optimizer_of()
     fill_gradients(optimizer)
     optimizer.step(1e-2)
     live = [p.detach().clone() for p in optimizer.parameters]
-    with pytest.raises(KeyError), optimizer.averaged("ema-0.9999"):
-        now = [p.detach() for p in system.parameters()]
-        assert all(map(torch.equal, now, optimizer.emas["ema-0.9999"]))
+    average = optimizer.emas["ema-0.9999"]
+    parallel = Parallel(system)
+    with pytest.raises(KeyError), parallel.whole(average) as averaged:
+        now = [p.detach() for p in averaged.parameters()]
+        assert all(map(torch.equal, now, average))
         assert not all(map(torch.equal, now, live))
         raise KeyError
     assert all(map(torch.equal, system.parameters(), live))
-    with optimizer.averaged(None):
-        assert all(map(torch.equal, system.parameters(), live))
+    with parallel.whole(optimizer.parameters) as same:
+        assert all(map(torch.equal, same.parameters(), live))
+
+
+def reading(files):
+    """What fills tensors from these."""
+
+    def read_into(name, tensors):
+        assert tensors.keys() == files[name].keys()
+        for key, tensor in tensors.items():
+            tensor.copy_(files[name][key])
+
+    return read_into
 
 
 def test_checkpoint_round_trip():
@@ -168,21 +183,23 @@ def test_checkpoint_round_trip():
     }
     assert set(files) == {"model", "ema-0.9", "ema-0.99", "optimizer"}
     _, second = optimizer_of(ema=(0.9, 0.99))
-    second.load(files.__getitem__, first.step_count)
+    second.load(reading(files), first.step_count)
     for optimizer in (first, second):
         fill_gradients(optimizer)
         optimizer.step(1e-2)
     assert all(map(torch.equal, everything(first), everything(second)))
 
 
-def test_tensors_of_another_model_are_refused():
+def test_tensors_of_another_model_are_refused(tmp_path):
     _, small = optimizer_of()
     _, deep = optimizer_of(depth=3)
     _, wide = optimizer_of(width=64)
+    checkpoints.save(tmp_path, small.files(), {"step": 1}, keep=None)
+    found = checkpoints.load_newest(tmp_path, print)
     with pytest.raises(ValueError, match="model of the checkpoint does not fit.*missing"):
-        deep.load(small.files().__getitem__, 1)
+        deep.load(found.read_into, 1)
     with pytest.raises(ValueError, match=r"model: .* is \(.*expected \("):
-        wide.load(small.files().__getitem__, 1)
+        wide.load(found.read_into, 1)
 
 
 def test_snapshots_are_half_as_large_where_values_allow_it():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from heptapod_fast.checkpoints import listed
-from heptapod_fast.train.parallelize import gradients_of, sum_gradients
+from heptapod_fast.train.parallelize import gradients_of
 from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.session import Ending
 from heptapod_fast.world import choose_device
@@ -36,30 +36,6 @@ def test_a_parameter_that_a_step_did_not_use_has_a_gradient_of_zeros():
     assert torch.equal(first, torch.ones(2))
     assert torch.equal(second, torch.zeros(3))
     assert unused.grad is second
-
-
-def test_gradients_of_all_ranks_are_added_up_in_one_message():
-    """Two ranks, of which the other one has the same gradients."""
-    messages = []
-
-    class Twins:
-        """A world of this rank and its twin."""
-
-        size = 2
-
-        def sum(self, value):
-            messages.append(value.numel())
-            return value.mul_(2)
-
-    parameters = [torch.ones(shape, requires_grad=True) for shape in ((2, 3), (4,))]
-    for number, parameter in enumerate(parameters, 1):
-        parameter.grad = torch.full_like(parameter, float(number))
-    addresses = [parameter.grad.data_ptr() for parameter in parameters]
-    sum_gradients(Twins(), parameters)
-    assert messages == [10]
-    assert torch.equal(parameters[0].grad, torch.full((2, 3), 2.0))
-    assert torch.equal(parameters[1].grad, torch.full((4,), 4.0))
-    assert [parameter.grad.data_ptr() for parameter in parameters] == addresses
 
 
 def test_a_rank_without_a_gpu_is_refused(monkeypatch):

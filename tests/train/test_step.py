@@ -9,6 +9,7 @@ from heptapod_fast.systems import Loss
 from heptapod_fast.train.loop import begin_phase, training_step
 from heptapod_fast.train.metrics import Meter
 from heptapod_fast.train.optimizer import Optimizer
+from heptapod_fast.train.parallelize import Parallel
 from heptapod_fast.train.step import Buffers, forward_backward, load, update
 from tests.conftest import small_batch, small_config, small_system
 from tests.running import CPU, start_here, train_here
@@ -260,13 +261,23 @@ def test_steps_call_what_wrapping_made_of_the_system(tmp_path, monkeypatch):
     """A wrapper that shards, compiles or captures is not passed by."""
     calls = []
 
-    def counting(system):
-        def model(batch, rng, phase):
+    class Counting(Parallel):
+        """Notes what it is called with, and which micro-batch is said to be the last of a step."""
+
+        def __init__(self, system):
+            super().__init__(system)
+            self.model = self.count
+
+        def count(self, batch, rng, phase):
             calls.append(len(batch))
-            return system(batch, rng, phase)
+            return self.system(batch, rng, phase)
 
-        return model
+        def adding_up(self, is_last):
+            calls.append("last" if is_last else "more")
+            return super().adding_up(is_last)
 
-    monkeypatch.setattr("heptapod_fast.train.session.wrap", counting)
+    monkeypatch.setattr(
+        "heptapod_fast.train.session.spread", lambda system, *how, **more: Counting(system)
+    )
     train_here(tmp_path, images=16, micro_batch=4)
-    assert calls == [4, 4, 4, 4]
+    assert calls == ["more", 4, "last", 4] * 2
