@@ -31,6 +31,7 @@ from heptapod_fast.world import ALONE, World
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+GOOD = "is_good"  # in the state; see `is_good`
 _NAME = re.compile(r"step-(\d{8,})$")
 
 
@@ -155,9 +156,13 @@ def _seal(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _retain(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`; one that has lost a file does not count, and stays."""
+    """Remove all but the newest `keep` and the newest good one. One that has lost a file does not
+    count, and stays."""
     sound = [path for path in listed(folder) if not damage(path, of_sizes=True)]
+    good = [path for path in sound if is_good(path)]
     for path in sound[:-keep]:
+        if path in good[-1:]:
+            continue
         with contextlib.suppress(OSError):
             _remove(path)
 
@@ -173,6 +178,20 @@ def listed(folder: Path) -> list[Path]:
 def name_of(step: int) -> str:
     """Name of the directory of a step's checkpoint."""
     return f"step-{step:08d}"
+
+
+def is_good(path: Path) -> bool:
+    """Whether a checkpoint is one to go back to: no step before it was skipped that has not been
+    made up for. Those of older versions do not say it."""
+    return json.loads((path / STATE).read_text()).get(GOOD, True)
+
+
+def newest_good(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies and is good; None if there is none."""
+    for path in reversed(listed(folder)):
+        if not damage(path) and is_good(path):
+            return load_verified(path)
+    return None
 
 
 def step_of(path: Path) -> int:

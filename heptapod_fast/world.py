@@ -55,6 +55,15 @@ class World:
             dist.all_reduce(value, group=self.group)
         return value
 
+    def every(self, flag: Tensor) -> Tensor:
+        """Whether a 0-dim bool tensor is true on every rank; the host does not wait for it.
+        Collective call."""
+        if self.size == 1:
+            return flag
+        value = flag.to(torch.int32)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN, group=self.group)
+        return value.bool()
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is up on any rank. Collective call, between the hosts: nobody
         waits for a device."""

@@ -65,6 +65,13 @@ class RecipeSettings(Settings):
         rule=between(8, 512),
         before=32,
     )
+    skip_spikes: float = setting(
+        "Skip a step whose gradient's norm is more than so many standard deviations above the mean "
+        "of the last 128 (6, say); 0: only steps whose gradient is not finite are skipped.",
+        default=0.0,
+        rule=at_least(0),
+        may_change=True,
+    )
     seed: int = setting("Seed of everything that is random.", default=0, rule=between(0, 2**63 - 1))
 
     @property

@@ -49,8 +49,16 @@ class RunSettings(Settings):
         may_change=True,
     )
     max_skips: int = setting(
-        "Steps with a non-finite gradient that are skipped before the run gives up.",
+        "Steps with a bad gradient that are skipped, each made up for by 50 good ones, before the "
+        "run goes back to its last good checkpoint.",
         default=20,
+        rule=at_least(0),
+        may_change=True,
+    )
+    max_rollbacks: int = setting(
+        "How often a run goes back to a good checkpoint, and on from there with the images that "
+        "come next, before it gives up.",
+        default=3,
         rule=at_least(0),
         may_change=True,
     )

@@ -23,7 +23,7 @@ from heptapod_fast.systems import Phase
 from heptapod_fast.train.metrics import Meter, peak_flops, progress_line, training_flops
 from heptapod_fast.train.records import JsonLines, Recorder, Sink, TensorBoard, WeightsAndBiases
 from heptapod_fast.train.schedule import learning_rate
-from heptapod_fast.train.session import Ending, Session, State, begin_save, save_snapshot
+from heptapod_fast.train.session import Ending, Session, State, begin_save, go_back, save_snapshot
 from heptapod_fast.train.step import forward_backward, load, update
 
 GRID_CLASSES = 8
@@ -67,10 +67,12 @@ def train(session: Session, state: State) -> Ending:
             # After the last image no step begins, and no phase either.
             phase_ends = not finished and session.system.phase(state.images, total) != phase
 
-            # 3. A progress line and a record: the only wait for the device on one rank.
+            # 3. A progress line and a record: the only wait for the device. A run that has skipped
+            # too many steps goes back to its last good checkpoint.
+            went_back = False
             if is_due(config.run.log_every) or is_last or phase_ends:
                 log(session, state, phase, meter, recorder)
-                check_skips(session, state)
+                went_back = check_skips(session, state, recorder)
 
             # 4. A snapshot of the averages: before the checkpoint, for what comes after it is done
             # again by a run that goes on from there.
@@ -82,7 +84,8 @@ def train(session: Session, state: State) -> Ending:
                 save_failed = True
                 note_failure(session, state, recorder)
             try_again = save_failed and is_due(config.run.log_every)
-            if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
+            is_asked = wishes.save or try_again or went_back
+            if is_due(config.run.checkpoint_every) or is_last or is_asked:
                 save_failed = not try_save(session, state, meter, recorder, is_last)
             if wishes.stop and not finished:
                 return Ending.OUT_OF_TIME if wishes.out_of_time else Ending.STOPPED
@@ -176,22 +179,48 @@ def log(session: Session, state: State, phase: Phase, meter: Meter, recorder: Re
         session.say(progress_line(record, recipe.images))
 
 
-def check_skips(session: Session, state: State) -> None:
-    """Give up after --max-skips steps whose gradient was not finite (they change nothing)."""
-    skipped = int(session.optimizer.skipped)
-    most = session.config.run.max_skips
-    if skipped > most:
-        raise RunError(
-            f"{skipped} steps had a non-finite gradient and were skipped (--max-skips {most}): the "
-            "run has diverged. Start anew with another --out and a lower --lr-per-256, or "
-            "--precision fp32"
-        )
+def check_skips(session: Session, state: State, recorder: Recorder) -> bool:
+    """Go back to the last good checkpoint after too many skipped steps. Collective call.
+
+    Returns:
+        Whether it did.
+
+    Raises:
+        RunError: it has done so too often, there is none, or nothing was learnt at all.
+    """
+    optimizer = session.optimizer
+    skipped = int(optimizer.skipped)
     is_last = state.images >= session.config.recipe.images
-    if is_last and skipped == session.optimizer.step_count:
+    if is_last and skipped == optimizer.step_count:
         raise RunError(
             "no step of this run had a finite gradient: nothing was learnt. Start anew with "
             "another --out and a lower --lr-per-256"
         )
+    most = session.config.run.max_skips
+    if float(optimizer.guard.strain) <= most:
+        return False
+    what = f"{skipped} steps had a bad gradient and were skipped (--max-skips {most})"
+    remedy = (
+        "The run has diverged: start anew with another --out and a lower --lr-per-256, or "
+        "--precision fp32"
+    )
+    settle_earlier(session, state, recorder)
+    if state.rollbacks >= session.config.run.max_rollbacks:
+        raise RunError(
+            f"{what}, and the run went back to a good checkpoint {state.rollbacks} times "
+            f"(--max-rollbacks). {remedy}"
+        )
+    try:
+        images = go_back(session, state)
+    except RunError as error:
+        raise RunError(f"{what}, and {error}. {remedy}") from error
+    if session.world.main:
+        recorder.write({"images": state.images, "went_back_to": images})
+    session.say(
+        f"WARNING: {what}: weights and optimizer are those after {images:,} images again, and "
+        "training goes on with the images that come next"
+    )
+    return True
 
 
 def try_save(

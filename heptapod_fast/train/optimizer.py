@@ -13,7 +13,9 @@ from heptapod_fast.config import RecipeSettings
 from heptapod_fast.ops import sharded
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.systems import System
+from heptapod_fast.train.guard import Guard
 from heptapod_fast.train.parallelize import gradients_of
+from heptapod_fast.world import ALONE, World
 
 EPS = 1e-8
 
@@ -21,12 +23,13 @@ EPS = 1e-8
 class Optimizer:
     """State and step of the optimizer. All tensors are float32 and ordered as `names`.
 
-    A step with a non-finite gradient norm changes no parameter, moment or average and is counted,
-    without the host waiting for the device: its gradient scale is 0.
+    A step that `guard` finds bad changes no parameter, moment or average and is counted, without
+    the host waiting for the device: its gradient scale is 0.
 
     Attributes:
         step_count: optimizer steps so far, skipped ones among them.
         skipped: how many were skipped, 0-dim float32 on the device.
+        guard: judges the steps.
         averages: which moving averages there are.
         emas: {name: tensors of a moving average}.
     """
@@ -51,6 +54,7 @@ class Optimizer:
         # address, so that a captured update can be replayed.
         self.scalars = torch.zeros(2 + len(self.averages), device=data[0].device)
         self.skipped = torch.zeros((), device=data[0].device)
+        self.guard = Guard(data[0].device, recipe.skip_spikes)
 
     def step(self, lr: float, correction: Tensor | float = 1.0) -> Tensor:
         """`begin` and `update` in one."""
@@ -65,11 +69,13 @@ class Optimizer:
         host = torch.tensor([lr, self.step_count, *decays])
         self.scalars.copy_(host, non_blocking=True)
 
-    def update(self, correction: Tensor | float = 1.0) -> Tensor:
-        """The device's part: new weights from the gradients, which are then dropped.
+    def update(self, correction: Tensor | float = 1.0, world: World = ALONE) -> Tensor:
+        """The device's part: new weights from the gradients, which are then dropped. Collective
+        call.
 
         Args:
             correction: factor on the gradients, before clipping.
+            world: ranks that take the step together: it is a bad one for all of them or for none.
 
         Returns:
             The norm of the corrected gradient, 0-dim.
@@ -77,7 +83,10 @@ class Optimizer:
         data = [parameter.detach() for parameter in self.parameters]
         grads = gradients_of(self.parameters)
         norm = ops.global_norm(grads, self.operators["global_norm"]) * correction
-        scale = self._gradient_scale(norm, correction)
+        is_good = world.every(self.guard.judge(norm))
+        self.guard.note(is_good)
+        self.skipped += (~is_good).float()
+        scale = self._gradient_scale(norm, correction, is_good)
         ops.adamw_ema(
             data,
             grads,
@@ -98,13 +107,11 @@ class Optimizer:
             parameter.grad = None
         return norm
 
-    def _gradient_scale(self, norm: Tensor, correction: Tensor | float) -> Tensor:
-        """Correction and clipping in one factor, 0-dim float32; 0 where the norm is not finite,
-        which makes `adamw_ema` leave everything as it was."""
+    def _gradient_scale(self, norm: Tensor, correction: Tensor | float, is_good: Tensor) -> Tensor:
+        """Correction and clipping in one factor, 0-dim float32; 0 for a bad step, which makes
+        `adamw_ema` leave everything as it was."""
         limit = self.recipe.clip / (norm + 1e-6) if self.recipe.clip else torch.inf
         clipping = torch.clamp(torch.as_tensor(limit, device=norm.device), max=1.0)
-        is_good = norm.isfinite()
-        self.skipped += (~is_good).float()
         return torch.where(is_good, correction * clipping, torch.zeros_like(norm)).float()
 
     # ------------------------------------------------------------------------------- checkpointing

@@ -81,10 +81,12 @@ class Session:
 
 @dataclass
 class State:
-    """What changes: the images trained on so far. (Weights, moments and averages are in the
-    optimizer's tensors, randomness and order follow from the images.)"""
+    """What changes: the images trained on so far, and how often the run went back to a good
+    checkpoint. (Weights, moments and averages are in the optimizer's tensors, randomness and order
+    follow from the images.)"""
 
     images: int = 0
+    rollbacks: int = 0
 
 
 class Ending(enum.Enum):
@@ -288,10 +290,15 @@ def _why_precision(config: Config, name: str) -> str:
 
 
 def checkpoint_state(session: Session, state: State) -> dict:
-    """What a checkpoint says besides its tensors; equal runs give equal states."""
+    """What a checkpoint says besides its tensors; equal runs give equal states. Waits for the
+    device."""
+    guard = session.optimizer.guard.state()
     return {
         "step": session.optimizer.step_count,
         "images": state.images,
+        "rollbacks": state.rollbacks,
+        checkpoints.GOOD: guard["strain"] == 0,
+        "guard": guard,
         "phase": _phase_of_last_image(session, state.images),
         "seed": session.config.recipe.seed,
         "class_names": list(session.source.class_names),
@@ -348,6 +355,15 @@ def find_checkpoint(directory: RunDir, world: World, say: Say) -> Checkpoint | N
     with world.together():
         if world.main:
             found = checkpoints.load_newest(folder, say)
+    return _of_rank_0(found, folder, world)
+
+
+def _of_rank_0(found: Checkpoint | None, folder: Path, world: World) -> Checkpoint | None:
+    """The checkpoint that rank 0 has found and verified, on every rank. Collective call.
+
+    Raises:
+        RunError: this rank does not see it.
+    """
     step = -1 if found is None else found.step
     step = int(world.sum(torch.tensor([step if world.main else 0], device=world.device)))
     if step == -1:
@@ -372,11 +388,48 @@ def resume(session: Session, found: Checkpoint) -> State:
     world = session.world
     with world.together():
         _refuse_other_data(session, found.state)
-        session.optimizer.load(found.read_into, found.step)
+        load_state(session.optimizer, found, found.step)
     if world.main:
         for line in [*other_environment(session), *other_phase(session, found.state)]:
             session.say(line)
-    return State(found.state["images"])
+    return State(found.state["images"], found.state.get("rollbacks", 0))
+
+
+def load_state(optimizer: Optimizer, found: Checkpoint, step_count: int) -> None:
+    """Everything of the optimizer that a checkpoint holds, weights included."""
+    optimizer.load(found.read_into, step_count)
+    fresh = {"strain": 0.0, "norms": [], "seen": 0}  # for checkpoints of older versions
+    optimizer.guard.load(found.state.get("guard", fresh))
+
+
+def go_back(session: Session, state: State) -> int:
+    """Take weights, moments and averages from the last good checkpoint; the run goes on with the
+    images that come next. What was saved after it is removed. Collective call.
+
+    Returns:
+        After how many images the checkpoint was made.
+
+    Raises:
+        RunError: there is none.
+    """
+    world = session.world
+    optimizer = session.optimizer
+    folder = session.directory.checkpoints
+    good = checkpoints.newest_good(folder) if world.main else None
+    found = _of_rank_0(good, folder, world)
+    if found is None:
+        raise RunError(f"{folder} holds no checkpoint from before it")
+    skipped = optimizer.skipped.clone()
+    with world.together():
+        # The count of steps goes on: it names checkpoints, and those to come are new ones.
+        load_state(optimizer, found, optimizer.step_count)
+    optimizer.skipped.copy_(skipped)
+    state.rollbacks += 1
+    with world.together():
+        if world.main:
+            checkpoints.drop_after(folder, found.step)
+            checkpoints.drop_after(session.directory.averages, found.step)
+    return found.state["images"]
 
 
 def other_phase(session: Session, before: dict) -> list[str]:

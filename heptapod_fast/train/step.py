@@ -91,5 +91,5 @@ def update(
     """
     world.sum(sums)
     total, count = sums.unbind()
-    norm = optimizer.update((expected / count).float())
+    norm = optimizer.update((expected / count).float(), world)
     return total / count, norm
