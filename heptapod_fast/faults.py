@@ -1,8 +1,9 @@
 """Faults on request, so that tests can show what survives them. Nothing happens by default.
 
-HEPTAPOD_FAULT="ACTION@POINT" acts once, where the program passes POINT:
+HEPTAPOD_FAULT="ACTION@POINT" or "ACTION@POINT,rank=R" acts once, where the program passes POINT (on
+rank R alone); not in processes that torchrun has restarted:
     actions  kill9: the process dies at once; sleep: it waits for a minute (or to be killed); wait:
-             it waits for a signal, and goes on when its handler has run
+             it waits for a signal, and goes on when its handler has run; raise: a ValueError
     points   step=N: gradients of step N are there, the update is not; and while the checkpoint of
              step N is written: files=N: tensors written, manifest=N: all but the new name,
              rename=N: committed, older ones not yet removed; while a cache is built: shard=N: the
@@ -20,13 +21,17 @@ import time
 def point(name: str) -> None:
     """Pass a point; acts if HEPTAPOD_FAULT names it."""
     action, _, where = os.environ.get("HEPTAPOD_FAULT", "").partition("@")
-    if where != name:
+    place, _, rank = where.partition(",rank=")
+    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if is_restarted or place != name or rank not in ("", os.environ.get("RANK", "0")):
         return
     if action == "kill9":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "sleep":
         print(f"sleeping at {name}", flush=True)
         time.sleep(60)
+    elif action == "raise":
+        raise ValueError(f"asked to fail at {name}")
     elif action == "wait":
         _wait_for_a_signal(f"waiting at {name}")
 

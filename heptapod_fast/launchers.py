@@ -25,6 +25,7 @@ class Ranks:
         launcher: what started them, for messages; "" where there is one process.
         address: (host, port) where they meet; None where the environment says it (MASTER_ADDR and
             MASTER_PORT), or there is one process.
+        attempt: how often torchrun has restarted the processes before.
     """
 
     rank: int = 0
@@ -33,6 +34,7 @@ class Ranks:
     local_size: int = 1
     launcher: str = ""
     address: tuple[str, int] | None = None
+    attempt: int = 0
 
 
 def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
@@ -70,6 +72,7 @@ def _torchrun(environment: Mapping[str, str]) -> Ranks:
         _number(environment, "LOCAL_RANK", 0),
         _number(environment, "LOCAL_WORLD_SIZE", 1),
         "torchrun",
+        attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 

@@ -6,10 +6,12 @@ index, so that nothing has to be broadcast or kept in step.
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +25,34 @@ from heptapod_fast.launchers import Ranks, find_ranks
 Result = TypeVar("Result")
 
 
+# How long ranks wait for each other until training runs: data may have to be encoded by then.
+PATIENCE_AT_START = timedelta(minutes=30)
+# How long one that lost others waits for the accounts of those that are still there.
+SECONDS_FOR_ACCOUNTS = 3.0
+_OF_COMMUNICATION = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "timed out",
+    "NCCL",
+)
+
+
 class OtherRankFailed(RuntimeError):
     """Another rank failed and says why; this one stops with it and has nothing to add."""
+
+
+class LostRank(RuntimeError):
+    """Another rank is gone without a word, or does not come to where the others wait for it."""
+
+
+@dataclass
+class Whereabouts:
+    """What a rank is doing, for the others to be told if one is lost. at: such as "step 12"."""
+
+    at: str = "the start"
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,8 @@ class World:
         local_rank: its number on its machine.
         local_size: ranks on its machine.
         group: whom collective calls reach; None for the group of all that `start` made.
+        store: what all ranks read and write, whatever becomes of the others; None for one rank.
+        whereabouts: of this rank.
     """
 
     rank: int
@@ -43,6 +73,8 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     group: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
+    whereabouts: Whereabouts = field(default_factory=Whereabouts, compare=False)
 
     @property
     def main(self) -> bool:
@@ -129,6 +161,77 @@ class World:
         if error is not None:
             raise error
 
+    def same(self, **texts: str) -> None:
+        """Refuse to go on where ranks differ in what should be the same for all. Collective call.
+
+        Args:
+            texts: by the name that an error calls them by, "_" for a blank.
+
+        Raises:
+            ValueError: names the first rank that differs from rank 0, and in what.
+            OtherRankFailed: on the other ranks.
+        """
+        digests = [hashlib.sha256(text.encode()).digest() for text in texts.values()]
+        mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8)
+        found = self.gather(mine.view(len(texts), -1))
+        with self.together():
+            for rank, theirs in enumerate(found):
+                for name, one, other in zip(texts, found[0], theirs, strict=True):
+                    if not torch.equal(one, other):
+                        raise ValueError(
+                            f"rank {rank} has other {name.replace('_', ' ')} than rank 0: the same "
+                            "command, code and data are needed on all machines"
+                        )
+
+    def wait_at_most(self, patience: timedelta) -> None:
+        """From now on ranks are taken for lost that others wait for as long as this."""
+        if self.size > 1:
+            dist.distributed_c10d._set_pg_timeout(patience, dist.group.WORLD)
+
+    def check_in(self) -> None:
+        """Leave word of where this rank is, now and then."""
+        if self.store is not None:
+            self.store.set(f"seen/{self.rank}", self.whereabouts.at)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A block in which the loss of another rank is an error that names it.
+
+        Raises:
+            LostRank: it is gone, or has kept this one waiting for too long.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            is_lost = any(words in text for words in _OF_COMMUNICATION)
+            if self.store is None or not is_lost:
+                raise
+            first_line = text.splitlines()[0][:200]
+            raise LostRank(f"{self._account(self.store)} ({first_line})") from error
+
+    def _account(self, store: dist.Store) -> str:
+        """Which ranks do not answer, and where they were seen last."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        silent = others
+        seen = {}
+        try:
+            store.set(f"waiting/{self.rank}", self.whereabouts.at)
+            deadline = time.monotonic() + SECONDS_FOR_ACCOUNTS
+            while silent and time.monotonic() < deadline:
+                time.sleep(0.1)
+                silent = [rank for rank in others if not store.check([f"waiting/{rank}"])]
+            for rank in silent:
+                if store.check([f"seen/{rank}"]):
+                    seen[rank] = store.get(f"seen/{rank}").decode()
+        except RuntimeError:  # rank 0, which may hold the store, is gone
+            silent = [0]
+        here = f"rank {self.rank} waits at {self.whereabouts.at}"
+        if not silent:
+            return f"{here}: the connection between the ranks is lost, all of them are there"
+        names = [f"rank {rank} (last seen at {seen.get(rank, 'the start')})" for rank in silent]
+        return f"{here} for {', '.join(names)}: gone, or hanging"
+
     def main_first(self, work: Callable[[], Result]) -> Result:
         """work() on rank 0, then on the others, which find the files that it left. It fails on all
         ranks or on none, as with `together`. Collective call."""
@@ -202,7 +305,7 @@ def processor_kind() -> str:
     return " + ".join(parts)
 
 
-def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> World:
+def start(device: str = "auto", patience: timedelta = PATIENCE_AT_START) -> World:
     """The world that torchrun, srun or mpirun set up, or a world of one.
 
     patience: how long ranks wait for each other before they take one for lost.
@@ -215,20 +318,24 @@ def start(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> 
     chosen = choose_device(device, _gpu_of(ranks))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    store = None
     if ranks.size > 1:
         where = "env://"
         if ranks.address is not None:
             host, port = ranks.address
             where = f"tcp://{host}:{port}"
+        store, _, _ = next(dist.rendezvous(where, ranks.rank, ranks.size, timeout=patience))
+        # What processes that torchrun has restarted since left there is not for these.
+        store = dist.PrefixStore(f"attempt-{ranks.attempt}", store)
         dist.init_process_group(
             # Flags and checkpoints go between the hosts, whatever the device.
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            init_method=where,
+            store=dist.PrefixStore("group", store),
             rank=ranks.rank,
             world_size=ranks.size,
             timeout=patience,
         )
-    return World(ranks.rank, ranks.size, chosen, ranks.local_rank, ranks.local_size)
+    return World(ranks.rank, ranks.size, chosen, ranks.local_rank, ranks.local_size, store=store)
 
 
 def _gpu_of(ranks: Ranks) -> int:

@@ -7,9 +7,10 @@ from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import HashStore, PrefixStore
 
 from heptapod_fast import launchers, world
-from heptapod_fast.world import OtherRankFailed, World, processor_kind
+from heptapod_fast.world import LostRank, OtherRankFailed, World, processor_kind
 
 
 class OneOfTwo(World):
@@ -128,11 +129,19 @@ def test_ranks_meet_where_the_launcher_says_and_wait_as_long_as_they_are_told(
 ):
     asked = {}
     monkeypatch.setattr(world.dist, "init_process_group", lambda *a, **k: asked.update(k))
+    met = []
+
+    def rendezvous(where, *who, **patience):
+        met.append((where, who, patience))
+        yield HashStore(), *who
+
+    monkeypatch.setattr(world.dist, "rendezvous", rendezvous)
     monkeypatch.setattr(world, "find_ranks", lambda: launchers.find_ranks(environment))
     found = world.start("cpu", timedelta(days=7))
     assert (found.rank, found.size) == (1, 2)
+    assert met == [(where, (1, 2), {"timeout": timedelta(days=7)})]
+    assert isinstance(asked.pop("store"), PrefixStore)
     assert asked == {
-        "init_method": where,
         "rank": 1,
         "world_size": 2,
         "timeout": timedelta(days=7),
@@ -161,3 +170,52 @@ def test_a_rank_whose_main_one_is_gone_stops_without_a_word_of_its_own(monkeypat
         World(1, 2, torch.device("cpu")).gather(value)
     with pytest.raises(RuntimeError, match="connection closed"):
         World(0, 2, torch.device("cpu")).gather(value)
+
+
+def account(monkeypatch, answers, seen):
+    """What rank 0 of three says when the connection breaks. answers: ranks that do, too."""
+    monkeypatch.setattr(world, "SECONDS_FOR_ACCOUNTS", 0.3)
+    store = HashStore()
+    for rank in answers:
+        store.set(f"waiting/{rank}", "step 7")
+    for rank, at in seen.items():
+        store.set(f"seen/{rank}", at)
+    ours = World(0, 3, torch.device("cpu"), store=store)
+    ours.whereabouts.at = "step 7"
+    with pytest.raises(LostRank) as error, ours.watched():
+        raise RuntimeError("Timed out waiting 4000ms for recv operation to complete\nmore")
+    return str(error.value)
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch):
+    text = account(monkeypatch, answers=[2], seen={1: "step 5", 2: "step 5"})
+    assert "rank 0 waits at step 7 for rank 1 (last seen at step 5): gone, or hanging" in text
+    assert text.endswith("(Timed out waiting 4000ms for recv operation to complete)")
+
+
+def test_several_ranks_that_do_not_come_are_named(monkeypatch):
+    text = account(monkeypatch, answers=[], seen={2: "step 5"})
+    assert "for rank 1 (last seen at the start), rank 2 (last seen at step 5)" in text
+
+
+def test_a_connection_that_breaks_among_living_ranks_is_no_lost_rank(monkeypatch):
+    text = account(monkeypatch, answers=[1, 2], seen={})
+    assert "the connection between the ranks is lost, all of them are there" in text
+
+
+def test_other_errors_go_through_as_they_are():
+    ours = World(0, 2, torch.device("cpu"), store=HashStore())
+    with pytest.raises(RuntimeError, match="a bug") as error, ours.watched():
+        raise RuntimeError("a bug")
+    assert not isinstance(error.value, LostRank)
+    with pytest.raises(ValueError, match="Timed out"), ours.watched():
+        raise ValueError("Timed out")
+
+
+def test_a_rank_leaves_word_of_where_it_is():
+    store = HashStore()
+    ours = World(1, 2, torch.device("cpu"), store=store)
+    ours.whereabouts.at = "step 9"
+    ours.check_in()
+    assert store.get("seen/1") == b"step 9"
+    World(0, 1, torch.device("cpu")).check_in()

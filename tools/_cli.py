@@ -222,7 +222,7 @@ def main(work: Callable[[], int | None]) -> None:
     from heptapod_fast.checkpoints import CheckpointError
     from heptapod_fast.ops.dispatch import Unavailable
     from heptapod_fast.runs import RunError
-    from heptapod_fast.world import OtherRankFailed
+    from heptapod_fast.world import LostRank, OtherRankFailed
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What this terminal or file cannot show, as names of files, is escaped: no error.
@@ -232,7 +232,7 @@ def main(work: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the output went to `head` or the like
         sys.stderr.close()
         code = 141
-    except (ValueError, OSError, RunError, CheckpointError, Unavailable) as error:
+    except (ValueError, OSError, RunError, CheckpointError, Unavailable, LostRank) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except OtherRankFailed:

@@ -87,6 +87,13 @@ class RunSettings(Settings):
         default=False,
         may_change=True,
     )
+    rank_timeout: float = setting(
+        "Seconds that ranks wait for one of them in training before they take it for lost; the "
+        "first step of a session may take longer.",
+        default=300.0,
+        rule=more_than(0),
+        may_change=True,
+    )
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "Mixed precision: activations in bf16 where the hardware has it (auto), master weights "
         "stay fp32.",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from heptapod_fast.config import Config
 from heptapod_fast.progress import duration
@@ -43,8 +47,10 @@ def launch(config: Config, world: World, say: Say, *, ends_process: bool = False
     Raises:
         ValueError, FileNotFoundError, RunError, CheckpointError, Unavailable: say what to change.
         OtherRankFailed: one of these on another rank, which says it.
+        LostRank: another rank is gone without a word, or hangs.
     """
     begin = time.monotonic()
+    world.same(settings=config.to_json(), code=_code(), version_of_torch=torch.__version__)
     with world.together():
         config.split_batch(world.size)
         choose_operators(config, world.device)
@@ -56,13 +62,28 @@ def launch(config: Config, world: World, say: Say, *, ends_process: bool = False
                 changed = directory.claim(config)
                 if changed:
                     say(f"continuing with {'; '.join(changed)}")
-        return _run(config, world, say, directory, begin, ends_process)
+        with world.watched():
+            return _run(config, world, say, directory, begin, ends_process)
     except BaseException:
         directory.withdraw()
         raise
     finally:
         # Also after an error: a process that goes on, as a notebook, may try again.
         directory.release()
+
+
+def _code() -> str:
+    """A digest of the code of this package and its kernels."""
+    digest = hashlib.sha256()
+    for package in ("heptapod_fast", "heptapod_fast.kernels"):
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            continue
+        folder = Path(found.origin).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _run(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -38,7 +39,7 @@ def train(session: Session, state: State) -> Ending:
 
     Raises:
         CheckpointError: the last checkpoint cannot be written.
-        RunError: too many steps with a non-finite gradient.
+        RunError: too many skipped steps.
     """
     config = session.config
     world = session.world
@@ -59,6 +60,8 @@ def train(session: Session, state: State) -> Ending:
             # 1. One optimizer step. `state.images` grows by the global batch.
             loss, norm = training_step(session, state, phase)
             meter.add(loss, norm, batch)
+            if meter.is_first_step:
+                world.wait_at_most(timedelta(seconds=config.run.rank_timeout))
 
             # 2. What signals and the clock ask for, the same on all ranks.
             wishes = agree(session, asked)
@@ -113,6 +116,7 @@ def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor,
     buffers = session.buffers
     expected = session.system.expected_count(config.recipe.batch, phase)
     buffers.sums.zero_()
+    world.whereabouts.at = f"step {session.optimizer.step_count + 1}"
     first = state.images + world.rank * split.share
     for start in range(first, first + split.share, split.micro_batch):
         with record_function("data"):
@@ -164,6 +168,7 @@ def open_recorder(session: Session, state: State) -> Recorder:
 def log(session: Session, state: State, phase: Phase, meter: Meter, recorder: Recorder) -> None:
     """One progress line and one record; batches that held no data end the run."""
     session.source.check()
+    session.world.check_in()
     recipe = session.config.recipe
     record = meter.record(state.images)
     record |= {

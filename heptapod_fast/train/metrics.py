@@ -70,6 +70,11 @@ class Meter:
         self.steps += 1
         self.images += images
 
+    @property
+    def is_first_step(self) -> bool:
+        """Whether one step was added in this session, and no more."""
+        return self.images_of_session == 0 and self.steps == 1
+
     def pause(self, seconds: float) -> None:
         """Time spent on samples and checkpoints: no training rate."""
         self.away += seconds

@@ -127,6 +127,12 @@ def prepare(
     if cache is not None:
         reserved = bytes_of_run(config, len(cache.class_names), world.size)
     source = open_tokens(config, world, images, tokenizer, cache, reserved)
+    tokenizer_id = _tokenizer_id(tokenizer, cache)
+    world.same(
+        data=source.fingerprint,
+        classes=repr(source.class_names),
+        tokenizer=str(tokenizer_id),
+    )
     config = _with_classes(config, source.num_classes)
     with world.together():
         plan = choose_plan(config, world, source.num_classes)
@@ -142,7 +148,6 @@ def prepare(
         say(line)
     if cache is not None and tokenizer is None:
         say(_no_grids(config, cache))
-    tokenizer_id = _tokenizer_id(tokenizer, cache)
     checkpoint = find_checkpoint(directory, world, say)
     if checkpoint is None:
         _start_from_weights(config, world, say, system, source.class_names, tokenizer_id)

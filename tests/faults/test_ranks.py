@@ -1,0 +1,98 @@
+"""Several ranks, of which one dies, hangs or fails: all end within seconds, the message says which,
+and the same command ends with the same weights."""
+
+import random
+import signal
+
+import pytest
+
+from heptapod_fast.checkpoints import damage, listed
+from tests.running import final_files, finish, flags, start, torchrun
+
+SHARDED = dict(parallel="fsdp", checkpoint_every=8)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The last checkpoint of a run of two ranks that nothing happened to, by mode."""
+    made = {}
+
+    def of(**settings):
+        key = tuple(sorted(settings.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("undisturbed")
+            result = finish(start("train", *flags(out=out, **settings), launcher=torchrun(2)))
+            assert result.code == 0, result.out
+            made[key] = final_files(out)
+        return made[key]
+
+    return of
+
+
+def run(out, fault="", launcher=None, **settings):
+    words = flags(out=out, **settings)
+    return finish(start("train", *words, launcher=launcher or torchrun(2), HEPTAPOD_FAULT=fault))
+
+
+@pytest.mark.slow
+def test_one_rank_is_killed_at_five_random_steps(tmp_path, undisturbed):
+    """A checkpoint every step, so that every kill finds the run further on."""
+    steps = sorted(random.Random(3).sample(range(1, 9), 5))
+    for number, step in enumerate(steps):
+        result = run(tmp_path, f"kill9@step={step},rank={number % 2}", **SHARDED)
+        assert result.code != 0
+        assert f"exitcode  : -{int(signal.SIGKILL)}" in result.out, result.out
+        assert all(damage(path) == [] for path in listed(tmp_path / "checkpoints"))
+    assert run(tmp_path, **SHARDED).code == 0
+    assert final_files(tmp_path) == undisturbed(**SHARDED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["files=4", "manifest=4", "rename=4"])
+def test_all_ranks_die_while_a_checkpoint_is_written(tmp_path, undisturbed, where):
+    assert run(tmp_path, f"kill9@{where}").code != 0
+    assert listed(tmp_path / "checkpoints")
+    assert all(damage(path) == [] for path in listed(tmp_path / "checkpoints"))
+    assert run(tmp_path).code == 0
+    assert final_files(tmp_path) == undisturbed()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed(tmp_path, undisturbed):
+    launcher = (*torchrun(2), "--max-restarts=1")
+    result = run(tmp_path, "kill9@step=6,rank=1", launcher=launcher, **SHARDED)
+    assert result.code == 0, result.out
+    assert "resumed   at" in result.out
+    assert final_files(tmp_path) == undisturbed(**SHARDED)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
+    result = run(tmp_path, "sleep@step=4,rank=1", rank_timeout=3)
+    assert result.code != 0
+    assert "rank 0 waits at step 4 for rank 1 (last seen at step 3): gone, or hanging" in result.out
+    assert "Timed out" in result.out
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_says_so_and_the_others_end_with_it(tmp_path):
+    result = run(tmp_path, "raise@step=4,rank=1")
+    assert result.code != 0
+    said = [line for line in result.out.splitlines() if line.startswith("error:")]
+    assert said[0] == "error: asked to fail at step=4", result.out
+    assert result.out.index("asked to fail") < result.out.index("FAILED")
+
+
+@pytest.mark.slow
+def test_ranks_of_different_settings_are_refused_before_anything_is_made(tmp_path):
+    out = tmp_path / "run"
+    port = torchrun(2)[-1].removeprefix("--master_port=")
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
+    processes = [
+        start("train", *flags(out=out, seed=rank), RANK=str(rank), **meeting) for rank in (0, 1)
+    ]
+    first, second = (finish(process) for process in processes)
+    assert first.code == 1 and second.code == 1
+    assert "error: rank 1 has other settings than rank 0" in first.out
+    assert "Traceback" not in first.out + second.out
+    assert not out.exists()
