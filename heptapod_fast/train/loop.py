@@ -177,7 +177,7 @@ def open_recorder(session: Session, state: State) -> Recorder:
 def seconds_of(records: list[Record]) -> float:
     """How long what they record took; records of failures, and of older versions, say nothing."""
     names = ("step_seconds", "other_seconds")
-    return sum(record.get(name, 0.0) for record in records for name in names)
+    return sum((record.get(name, 0.0) for record in records for name in names), 0.0)
 
 
 @contextmanager

@@ -199,6 +199,26 @@ def test_steps_with_a_bad_gradient_are_skipped_and_counted(tmp_path, monkeypatch
     assert all(tensor.isfinite().all() for tensor in final_tensors(tmp_path).values())
 
 
+def test_records_say_what_the_time_of_a_step_goes_to(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    for name, seconds in (("load", 1.0), ("forward_backward", 2.0), ("update", 4.0)):
+        done = getattr(loop, name)
+
+        def slow(*arguments, done=done, seconds=seconds):
+            now[0] += seconds
+            return done(*arguments)
+
+        monkeypatch.setattr(loop, name, slow)
+    train_here(tmp_path, images=32, log_every=16, micro_batch=4)
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
+        # Two steps of two micro-batches.
+        assert record["data_seconds"] == 4.0
+        assert record["forward_backward_seconds"] == 8.0
+        assert record["optimizer_seconds"] == 8.0
+        assert record["step_seconds"] == 20.0
+
+
 def test_too_many_bad_gradients_give_up_and_keep_the_last_checkpoint(tmp_path, monkeypatch):
     poison(monkeypatch, {4, 5})
     with pytest.raises(RunError, match="2 steps had a non-finite gradient.*--max-skips 1"):
