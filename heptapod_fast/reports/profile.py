@@ -54,7 +54,8 @@ class Profile:
 
 
 def covered(intervals: Iterable[Interval]) -> float:
-    """The length of the union of intervals: what several cover at once counts once."""
+    """The length of the union of intervals: what several cover at once counts once. Those that end
+    before they begin have none."""
     total = 0.0
     reached = float("-inf")
     for begin, end in sorted(intervals):
@@ -77,7 +78,7 @@ def idle_share(busy: Iterable[Interval], within: Interval) -> float | None:
     if last <= first:
         return None
     inside = [(max(begin, first), min(end, last)) for begin, end in busy]
-    return 1.0 - covered(part for part in inside if part[0] < part[1]) / (last - first)
+    return 1.0 - covered(inside) / (last - first)
 
 
 # ----------------------------------------------------------------------------------- torch.profiler

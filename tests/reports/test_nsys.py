@@ -40,6 +40,7 @@ def test_tables_are_found_by_their_columns():
     assert nsys.read_table(text, ["Name", "A"]) == rows
     assert nsys.read_table(text, ["C"]) == [{"B": "5", "C": "6"}]
     assert nsys.read_table(text, ["D"]) == []
+    assert nsys.read_table("A,B\n1,2\nNOTICE: something\n3,4", ["A"]) == [{"A": "1", "B": "2"}]
     assert nsys.read_table("A,B", ["A"]) == []
     assert nsys.read_table("", ["A"]) == []
 
