@@ -62,7 +62,7 @@ def work() -> int:
     # Backward runs in the thread that asks for it: there is the range that its kernels belong to.
     with torch.autograd.set_multithreading_enabled(False):
         if cases:
-            profile_operation(arguments, cases, is_recorded)
+            profile_operation(arguments, cases, is_recorded, on_gpu)
         else:
             profile_steps(arguments, config, is_recorded)
     return 0
@@ -159,7 +159,8 @@ def write_page(found: profile.Profile, title: str, about: str, trace: Path) -> N
 
 
 def cases_of(name: str, on_gpu: bool) -> list[Any]:
-    """The cases of the operation's benchmark. ValueError names the operations that have one."""
+    """The cases of the operation's benchmark, at least one. ValueError names the operations that
+    have some."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     known = sorted(
         path.stem.removeprefix("bench_")
@@ -168,7 +169,11 @@ def cases_of(name: str, on_gpu: bool) -> list[Any]:
     )
     if name not in known:
         raise ValueError(f"--op {name}: expected one of {', '.join(known)}")
-    return importlib.import_module(f"bench.bench_{name}").cases("cuda" if on_gpu else "cpu")
+    device = "cuda" if on_gpu else "cpu"
+    cases = importlib.import_module(f"bench.bench_{name}").cases(device)
+    if not cases:
+        raise ValueError(f"--op {name}: its benchmark has no case for --device {device}")
+    return cases
 
 
 def name_of(case: Any) -> str:
@@ -176,7 +181,9 @@ def name_of(case: Any) -> str:
     return f"{case.operation}: {case.name}"
 
 
-def profile_operation(arguments: Arguments, cases: list[Any], is_recorded: bool) -> None:
+def profile_operation(
+    arguments: Arguments, cases: list[Any], is_recorded: bool, on_gpu: bool
+) -> None:
     """Profile what runs for one operation by default, one case of its benchmark after the other."""
     steps = arguments.profile_steps
 
@@ -199,7 +206,7 @@ def profile_operation(arguments: Arguments, cases: list[Any], is_recorded: bool)
         return
     out = Path(arguments.profile_out)
     out.mkdir(parents=True, exist_ok=True)
-    on = "cuda" if torch.cuda.is_available() else "cpu"
+    on = "cuda" if on_gpu else "cpu"
     for number, case in enumerate(cases):
         run = prepared(case)
         with torch.profiler.profile() as profiler:

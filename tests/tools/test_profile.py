@@ -43,6 +43,12 @@ def test_one_operation(tmp_path):
     refused(command("profile", "--size", "tiny", "--op", "nothing"), "--op nothing", "bias_gelu")
 
 
+def test_an_operation_without_a_case_for_the_device_is_refused(monkeypatch):
+    monkeypatch.setattr(bench_bias_gelu, "cases", lambda device: [])
+    words = ("--size", "tiny", "--op", "bias_gelu", "--device", "cpu")
+    refused(command("profile", *words), "--op bias_gelu", "no case for --device cpu")
+
+
 def test_help_and_refusals():
     assert "--profile-steps" in command("profile", "--help").out
     refused(command("profile", *flags(batch=9)), "--batch")
