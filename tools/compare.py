@@ -82,14 +82,7 @@ CASES: dict[str, dict[str, object]] = {
 # can.
 SAMPLINGS: tuple[dict[str, object], ...] = ({}, {"positions-per-step": 4, "temperature": 0.8})
 # Of metrics.jsonl, what depends on the machine.
-TIMES = (
-    "images_per_second",
-    "seconds",
-    "step_seconds",
-    "other_seconds",
-    "eta_seconds",
-    "tflops",
-)
+OF_THE_MACHINE = ("images_per_second", "seconds", "tflops", "memory_peak_gb")
 
 
 def words(flags: dict[str, object]) -> list[str]:
@@ -169,8 +162,13 @@ def records(path: Path) -> list[dict]:
     found = []
     for line in path.read_text().splitlines():
         record = json.loads(line)
-        found.append({name: value for name, value in record.items() if name not in TIMES})
+        found.append({name: value for name, value in record.items() if not depends(name)})
     return found
+
+
+def depends(name: str) -> bool:
+    """Whether a number of a record depends on the machine."""
+    return name in OF_THE_MACHINE or name.endswith("_seconds")
 
 
 # ------------------------------------------------------------------------------------------- speed

@@ -1,32 +1,33 @@
 """Where a training step spends its time: `python tools/profile.py --size tiny`.
 
-`--op layer_norm` runs the benchmark's cases of one operation instead (bench/bench_NAME.py). Writes
-a Chrome trace and a Markdown table with torch.profiler. Under nsys (`nsys profile -c
-cudaProfilerApi python tools/profile.py ...`) it marks the steps with NVTX ranges instead.
+Where nsys is installed and the device is a GPU, the tool runs itself under it and writes
+profile.md and steps.nsys-rep (open it with nsys-ui); NVTX ranges name the phases and the operators.
+Elsewhere torch.profiler records, and trace.json is a Chrome trace. `--op layer_norm` runs the
+benchmark's cases of one operation instead (bench/bench_NAME.py). Started under nsys by hand (nsys
+profile --capture-range=cudaProfilerApi ...), it only marks the steps.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _cli import main
 from _training import parse_training
 
 from heptapod_fast.config import Config
+from heptapod_fast.reports import nsys, profile
+from heptapod_fast.world import choose_device, device_name
 
-# The parts of a step, by the names under which train/loop.py and train/step.py record them.
-PHASES = ("data", "forward", "backward", "optimizer")
-# The costliest operators: rows in profile.md, and in what is printed.
-OPERATORS_WRITTEN = 25
-OPERATORS_PRINTED = 5
+# The costliest operators and kernels: rows in profile.md, and in what is printed.
+ROWS_WRITTEN = 25
+ROWS_PRINTED = 5
 
 
 @dataclass(kw_only=True)
@@ -37,22 +38,65 @@ class Arguments:
     """Steps that are measured, after as many unmeasured ones."""
     op: str | None = None
     """Profile one operation at the shapes of its benchmark, not training steps."""
+    nsys: Literal["auto", "on", "off"] = "auto"
+    """Record with Nsight Systems, which has to be installed, on a GPU; auto: if it can be."""
     profile_out: str = "profile"
-    """Folder for trace.json and profile.md."""
+    """Folder for profile.md and the trace."""
 
 
 def work() -> int:
-    """Build the run without resuming anything, warm up, measure."""
+    """Measure here, or let nsys run this tool once more and read what it recorded."""
     arguments, config = parse_training(Arguments)
     if arguments.profile_steps < 1:
         raise ValueError(f"--profile-steps {arguments.profile_steps}: expected at least 1")
-    out = Path(arguments.profile_out)
-    if arguments.op is not None:
-        return profile_operation(arguments.op, config.run.device, arguments.profile_steps, out)
-    if config.data.data is None and config.model.size(config.size).data.data is None:
-        config = config.replace(data="synthetic")
-    config = config.resolve()
+    on_gpu = choose_device(config.run.device).type == "cuda"
+    cases = [] if arguments.op is None else cases_of(arguments.op, on_gpu)
+    if arguments.op is None:
+        if config.data.data is None and config.model.size(config.size).data.data is None:
+            config = config.replace(data="synthetic")
+        config = config.resolve()
+    is_recorded = nsys.is_recorded() and arguments.nsys != "off"
+    if not is_recorded and nsys.is_wanted(arguments.nsys, on_gpu):
+        run_under_nsys(arguments, config, cases)
+        return 0
+    # Backward runs in the thread that asks for it: there is the range that its kernels belong to.
+    with torch.autograd.set_multithreading_enabled(False):
+        if cases:
+            profile_operation(arguments, cases, is_recorded, on_gpu)
+        else:
+            profile_steps(arguments, config, is_recorded)
+    return 0
 
+
+def run_under_nsys(arguments: Arguments, config: Config, cases: list[Any]) -> None:
+    """The same command once more, recorded by nsys; its tables become profile.md."""
+    report = Path(arguments.profile_out) / "steps.nsys-rep"
+    nsys.record([sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]], report)
+    steps = arguments.profile_steps
+    if cases:
+        names = [name_of(case) for case in cases]
+        found = nsys.of_stats(nsys.stats(report), steps, names)
+        title = f"Operation {arguments.op}, a step being one call of each case"
+        about = about_machine(config, steps, "nsys")
+    else:
+        found = nsys.of_stats(nsys.stats(report), steps)
+        title = title_of(config)
+        about = f"{about_machine(config, steps, 'nsys')} {rate_of(config, found)}"
+    write_page(found, title, about, report)
+
+
+def mark(call: Callable[[], object]) -> None:
+    """For nsys: where its recording begins and ends, and NVTX ranges for record_function and for
+    every operator."""
+    with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
+        call()
+
+
+# ----------------------------------------------------------------------------------------- a step
+
+
+def profile_steps(arguments: Arguments, config: Config, is_recorded: bool) -> None:
+    """Build the run without resuming anything, warm up, measure."""
     from heptapod_fast import world as worlds
     from heptapod_fast.train.loop import training_step
     from heptapod_fast.train.session import prepare
@@ -62,36 +106,61 @@ def work() -> int:
         session, state = prepare(config.replace(out=folder), world, print)
     phase = session.system.phase(0, config.recipe.images)
     session.system.train()
+    steps = arguments.profile_steps
 
-    def step() -> None:
-        training_step(session, state, phase)
-
-    for _ in range(arguments.profile_steps):
-        step()
-    profiler = record(step, arguments.profile_steps)
-    if profiler is not None:
-        write(profiler, out, arguments.profile_steps, config)
-    worlds.stop(world)
-    return 0
-
-
-def record(step: Callable[[], object], steps: int) -> torch.profiler.profile | None:
-    """A torch.profiler that has seen `steps` calls; under nsys NVTX ranges instead, and None."""
-    if "NSYS_PROFILING_SESSION_ID" in os.environ:
-        torch.cuda.cudart().cudaProfilerStart()
-        with torch.autograd.profiler.emit_nvtx():
-            for _ in range(steps):
-                step()
-        torch.cuda.cudart().cudaProfilerStop()
-        return None
-    with torch.profiler.profile() as profiler:
+    def run() -> None:
         for _ in range(steps):
-            step()
-    return profiler
+            training_step(session, state, phase)
+
+    run()
+    if is_recorded:
+        mark(run)
+    else:
+        with torch.profiler.profile() as profiler:
+            run()
+        found = profile.of_torch(profiler, steps, world.device.type == "cuda")
+        about = f"{about_machine(config, steps, 'torch.profiler')} {rate_of(config, found)}"
+        trace = Path(arguments.profile_out) / "trace.json"
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+        write_page(found, title_of(config), about, trace)
+    worlds.stop(world)
 
 
-def profile_operation(name: str, device: str, steps: int, out: Path) -> int:
-    """Profile what runs for one operation by default, one case of its benchmark after the other."""
+def title_of(config: Config) -> str:
+    """What profile.md is about."""
+    return f"One training step: {config.system} {config.size}, batch {config.recipe.batch}"
+
+
+def about_machine(config: Config, steps: int, profiler: str) -> str:
+    """What the figures were taken on, and by."""
+    device = device_name(choose_device(config.run.device))
+    return (
+        f"{device}, torch {torch.__version__}; {steps} steps under {profiler}, which slows them "
+        "down."
+    )
+
+
+def rate_of(config: Config, found: profile.Profile) -> str:
+    """Images/s of the steps that were measured."""
+    rate = config.recipe.batch / max(found.step_ms, 1e-9) * 1000
+    return f"{rate:,.0f} images/s while profiled."
+
+
+def write_page(found: profile.Profile, title: str, about: str, trace: Path) -> None:
+    """profile.md beside the trace; its first rows are printed."""
+    page = trace.parent / "profile.md"
+    page.write_text(profile.page(found, title, about, ROWS_WRITTEN))
+    print(profile.page(found, title, about, ROWS_PRINTED))
+    print(f"written: {page} and {trace}")
+
+
+# ----------------------------------------------------------------------------------- an operation
+
+
+def cases_of(name: str, on_gpu: bool) -> list[Any]:
+    """The cases of the operation's benchmark, at least one. ValueError names the operations that
+    have some."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     known = sorted(
         path.stem.removeprefix("bench_")
@@ -100,67 +169,53 @@ def profile_operation(name: str, device: str, steps: int, out: Path) -> int:
     )
     if name not in known:
         raise ValueError(f"--op {name}: expected one of {', '.join(known)}")
-    on = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
-    cases = importlib.import_module(f"bench.bench_{name}").cases(on)
-    out.mkdir(parents=True, exist_ok=True)
-    for number, case in enumerate(cases):
+    device = "cuda" if on_gpu else "cpu"
+    cases = importlib.import_module(f"bench.bench_{name}").cases(device)
+    if not cases:
+        raise ValueError(f"--op {name}: its benchmark has no case for --device {device}")
+    return cases
+
+
+def name_of(case: Any) -> str:
+    """By which it is recorded."""
+    return f"{case.operation}: {case.name}"
+
+
+def profile_operation(
+    arguments: Arguments, cases: list[Any], is_recorded: bool, on_gpu: bool
+) -> None:
+    """Profile what runs for one operation by default, one case of its benchmark after the other."""
+    steps = arguments.profile_steps
+
+    def prepared(case: Any) -> Callable[[], None]:
+        """The calls of a case, after one that is not measured."""
         call = case.contenders["ours"](case.inputs())
         call()
-        with torch.profiler.record_function(f"{case.operation}: {case.name}"):
-            profiler = record(call, steps)
-        if profiler is not None:
-            table = profiler.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=12)
-            (out / f"{name}-{number}.txt").write_text(f"{case.name}\n{table}\n")
-            profiler.export_chrome_trace(str(out / f"{name}-{number}.json"))
-            print(f"{case.name}\n{table}")
-    print(f"written: {out}")
-    return 0
 
+        def run() -> None:
+            with torch.profiler.record_function(name_of(case)):
+                for _ in range(steps):
+                    call()
 
-def write(profiler: torch.profiler.profile, out: Path, steps: int, config: Config) -> None:
-    """trace.json for chrome://tracing, profile.md with phases and the costliest operators."""
-    from heptapod_fast.world import choose_device, device_name
+        return run
 
+    if is_recorded:
+        # nsys records one stretch of time: inputs are made before it.
+        calls = [prepared(case) for case in cases]
+        mark(lambda: [call() for call in calls])
+        return
+    out = Path(arguments.profile_out)
     out.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(out / "trace.json"))
-    on_gpu = torch.cuda.is_available()
-    events = profiler.key_averages()
-
-    def own_ms(event: Any) -> float:
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        return microseconds / steps / 1000
-
-    def whole_ms(event: Any) -> float:
-        microseconds = event.device_time_total if on_gpu else event.cpu_time_total
-        return microseconds / steps / 1000
-
-    phases = {event.key: whole_ms(event) for event in events if event.key in PHASES}
-    step_ms = sum(phases.values())
-    operators = [event for event in events if event.key not in phases]
-    operators.sort(key=own_ms, reverse=True)
-    batch = config.recipe.batch
-    rate = batch / step_ms * 1000
-    summary = [
-        f"# One training step: {config.system} {config.size}, batch {batch}",
-        "",
-        f"{device_name(choose_device(config.run.device))}, torch {torch.__version__}; {steps} "
-        f"steps under torch.profiler, which slows them down. {rate:,.0f} images/s while profiled.",
-        "",
-        "| phase | ms | share |",
-        "|---|---:|---:|",
-        *(f"| {name} | {ms:.2f} | {ms / step_ms:.0%} |" for name, ms in phases.items()),
-        "",
-        "| operator | own ms | share | calls |",
-        "|---|---:|---:|---:|",
-    ]
-    rows = []
-    for event in operators[:OPERATORS_WRITTEN]:
-        share = own_ms(event) / step_ms
-        calls = event.count / steps
-        rows.append(f"| {event.key} | {own_ms(event):.2f} | {share:.1%} | {calls:g} |")
-    (out / "profile.md").write_text("\n".join([*summary, *rows]) + "\n")
-    print("\n".join([*summary, *rows[:OPERATORS_PRINTED]]))
-    print(f"written: {out / 'profile.md'} and {out / 'trace.json'}")
+    on = "cuda" if on_gpu else "cpu"
+    for number, case in enumerate(cases):
+        run = prepared(case)
+        with torch.profiler.profile() as profiler:
+            run()
+        table = profiler.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=12)
+        (out / f"{arguments.op}-{number}.txt").write_text(f"{case.name}\n{table}\n")
+        profiler.export_chrome_trace(str(out / f"{arguments.op}-{number}.json"))
+        print(f"{case.name}\n{table}")
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Reports made from files: `tools/report.py RUN_DIR ...`, or `tools/report.py bench/results`.
 
-A run: report.md, report.json and loss.png beside its metrics. Several runs: these of each, and
-runs.md, runs.json and charts with all of them side by side. bench/results: the tables in its
-README.md, and the rows and the chart in the project's README. Another folder of benchmark results:
-the tables in its measured.md.
+A run: report.md, report.json and charts beside its metrics: how fast it was, what its time went to,
+its loss. Several runs: these of each, and runs.md, runs.json and charts with all of them side by
+side. bench/results: the tables in its README.md, and the rows and the chart in the project's
+README. Another folder of benchmark results: the tables in its measured.md.
 """
 
 from __future__ import annotations

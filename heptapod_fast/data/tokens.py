@@ -37,6 +37,18 @@ class Batch:
     labels: Tensor
     index: Tensor
 
+    @classmethod
+    def zeros(cls, spec: TokenSpec, size: int, device: torch.device) -> Batch:
+        """A batch of so many sequences whose numbers are all 0."""
+        shape: tuple[int, ...] = (size, spec.num_tokens)
+        dtype = torch.int64
+        if spec.kind == "continuous":
+            shape = (*shape, spec.channels)
+            dtype = torch.float32
+        tokens = torch.zeros(shape, dtype=dtype, device=device)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        return cls(tokens, labels, torch.zeros_like(labels))
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies do not block where the memory allows it."""
         return Batch(

@@ -8,6 +8,10 @@ from typing import Any
 
 BLUE = "#1f5fa8"
 GREY = "#9aa5b1"
+# Parts of a whole, the last one for what is left: what is useful in blue.
+PARTS = (BLUE, "#5f9bd6", "#e08a2e", "#8e6bbf", "#3f9c6c", "#c23b4b", GREY)
+# Of the whole; narrower parts have no room for a label.
+LABELLED = 0.06
 
 
 def _figure(title: str, width: float, height: float) -> tuple[Any, Any]:
@@ -63,6 +67,72 @@ def save_lines(
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0)
     _save(figure, path)
+
+
+def save_time_and_rate(
+    seconds: Mapping[str, float],
+    images: Sequence[float],
+    rates: Sequence[float],
+    path: str | Path,
+    title: str,
+) -> bool:
+    """A stacked bar of what time went to, and below it images/s over images.
+
+    Args:
+        seconds: {what it went to: seconds}, at most as many as PARTS; empty: no bar.
+        images, rates: a point each; fewer than two: no line.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    panels = []
+    if sum(seconds.values()) > 0:
+        panels.append((0.85, lambda axes: _draw_parts(axes, seconds, title)))
+    if len(images) > 1:
+        panels.append((2.2, lambda axes: _draw_rates(axes, images, rates)))
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    heights = [height for height, _ in panels]
+    figure = Figure(figsize=(8, 0.6 + 1.4 * sum(heights)), dpi=110, layout="constrained")
+    all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (_, draw) in zip(all_axes, panels, strict=True):
+        draw(axes)
+    _save(figure, path)
+    return True
+
+
+def _draw_parts(axes: Any, seconds: Mapping[str, float], title: str) -> None:
+    """One horizontal bar of shares, with a legend below."""
+    whole = sum(seconds.values())
+    begin = 0.0
+    for colour, (name, value) in zip(PARTS, seconds.items(), strict=False):
+        part = value / whole
+        label = f"{name} {part:.1%}"
+        axes.barh([0], [part], left=begin, color=colour, edgecolor="white", label=label)
+        if part >= LABELLED:
+            middle = begin + part / 2
+            axes.text(middle, 0, f"{part:.0%}", ha="center", va="center", color="white")
+        begin += part
+    axes.set_title(title, loc="left")
+    axes.set_xlim(0, 1)
+    axes.set_axis_off()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, frameon=False, fontsize=8)
+
+
+def _draw_rates(axes: Any, images: Sequence[float], rates: Sequence[float]) -> None:
+    """Images/s over images, from zero on."""
+    axes.plot(images, rates, color=BLUE)
+    axes.set_title("images/s of the steps", loc="left")
+    axes.set_xlabel("images")
+    axes.set_ylabel("images/s")
+    axes.set_xlim(0, max(images))
+    axes.set_ylim(0, 1.1 * max(max(rates), 1e-9))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_bars(

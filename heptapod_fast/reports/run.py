@@ -1,4 +1,4 @@
-"""The report of one training run: throughput, loss curve, evaluation."""
+"""The report of one training run: what it was, its throughput, its loss, its evaluation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,36 @@ from heptapod_fast.config import Config, flag
 from heptapod_fast.config.settings import as_typed
 from heptapod_fast.progress import duration
 from heptapod_fast.reports.charts import save_line
-from heptapod_fast.reports.tables import properties
+from heptapod_fast.reports.tables import properties, table
+from heptapod_fast.reports.throughput import throughput, throughput_section
 from heptapod_fast.runs import RunDir
 from heptapod_fast.systems import configure
-from heptapod_fast.train.metrics import FLOPS_FORMULA
 from heptapod_fast.train.records import Record, read_metrics
+
+LOSS_POINTS = 8  # of the images that the run is meant to see, at which its loss is told
+# What report.md has tables of its own for.
+IN_TABLES = (
+    "images_per_second_median",
+    "images_per_second_per_device",
+    "images_per_second_of_wall_time",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "tflops_median",
+    "tflops_per_device",
+    "mfu_median",
+    "peak_tflops",
+    "memory_peak_gb",
+    "wall_seconds",
+    "wall_seconds_of",
+    "goodput",
+    "projected_days",
+    "loss_by_images",
+    "evaluation",
+)
 
 
 def report_run(folder: Path) -> Path:
-    """Write report.md, report.json and loss.png beside the metrics of a run.
+    """Write report.md, report.json and charts beside the metrics of a run.
 
     Returns:
         The path of report.md.
@@ -32,7 +53,12 @@ def report_run(folder: Path) -> Path:
     run = RunDir(folder)
     config = run.read_config()
     records = losses_of(run)
-    numbers = figures(config, records, read_metrics(run.sessions))
+    lines = [record for record in read_metrics(run.metrics) if "images_per_second" in record]
+    sessions = read_metrics(run.sessions)
+    numbers = figures(config, records, sessions)
+    numbers |= throughput(config, lines, sessions)
+    points = loss_points(config.recipe.images, records[-1]["images"])
+    numbers["loss_by_images"] = losses_at(records, points)
     evaluation = folder / "evaluation.json"
     if evaluation.exists():
         numbers["evaluation"] = json.loads(evaluation.read_text())
@@ -44,14 +70,10 @@ def report_run(folder: Path) -> Path:
         f"# {name} on {config.data.data}",
         f"{last['images']:,} of {config.recipe.images:,} images, last session "
         f"{duration(last['seconds'])}.",
-        properties(numbers, leave_out=["evaluation"]),
-        f"FLOPs: {FLOPS_FORMULA}.",
+        properties(numbers, leave_out=IN_TABLES),
+        *throughput_section(numbers, lines, sessions, folder, name),
+        *loss_section(numbers, records, folder, name),
     ]
-    if len(records) > 1:
-        images = [record["images"] for record in records]
-        losses = [record["loss"] for record in records]
-        save_line(images, losses, folder / "loss.png", f"{name}: training loss", "images", "loss")
-        parts.append("![loss](loss.png)")
     if evaluation.exists():
         parts += [
             "## Evaluation",
@@ -61,6 +83,34 @@ def report_run(folder: Path) -> Path:
     page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page
+
+
+def loss_section(
+    numbers: dict[str, Any], records: list[Record], folder: Path, name: str
+) -> list[str]:
+    """Paragraphs of Markdown; the curve is written to `folder`."""
+    rows = [(int(images), loss) for images, loss in numbers["loss_by_images"].items()]
+    parts = ["## Loss", table(["images", "loss"], rows, numbers=[0, 1])]
+    if len(records) > 1:
+        images = [record["images"] for record in records]
+        losses = [record["loss"] for record in records]
+        save_line(images, losses, folder / "loss.png", f"{name}: training loss", "images", "loss")
+        parts.append("![loss](loss.png)")
+    return parts
+
+
+def loss_points(planned: int, seen: int) -> list[int]:
+    """Numbers of images: even parts of those planned, as far as the run came, and its end."""
+    even = [planned * point // LOSS_POINTS for point in range(1, LOSS_POINTS + 1)]
+    return [*(images for images in even if images < seen), seen]
+
+
+def losses_at(records: list[Record], points: list[int]) -> dict[str, float]:
+    """{number of images: loss of the first progress line from there on}."""
+    return {
+        str(point): next(record["loss"] for record in records if record["images"] >= point)
+        for point in points
+    }
 
 
 def losses_of(run: RunDir) -> list[Record]:
@@ -78,7 +128,7 @@ def losses_of(run: RunDir) -> list[Record]:
 
 
 def figures(config: Config, records: list[Record], sessions: list[Record]) -> dict[str, Any]:
-    """What is said of a run, by name; rates are medians over all its progress lines."""
+    """What is said of a run besides its throughput, by name."""
     last = records[-1]
     rates = [record["images_per_second"] for record in records]
     numbers: dict[str, Any] = {
@@ -99,9 +149,7 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
         "steps": last["step"],
         "epochs": last["epoch"],
         "loss": last["loss"],
-        "images_per_second_median": median(rates),
         "images_per_second_range": [min(rates), max(rates)],
-        "tflops_median": median(record["tflops"] for record in records),
         "skipped_steps": last["skipped"],
     }
     if all("step_seconds" in record for record in records):  # not in records of older versions
@@ -110,9 +158,6 @@ def figures(config: Config, records: list[Record], sessions: list[Record]) -> di
     by_phase = rates_of_phases(records)
     if len(by_phase) > 1:
         numbers["images_per_second_of_phases"] = by_phase
-    shares = [record["mfu"] for record in records if "mfu" in record]
-    if shares:
-        numbers["mfu_median"] = median(shares)
     return numbers
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from heptapod_fast.reports.charts import save_lines
-from heptapod_fast.reports.run import losses_of, report_run
+from heptapod_fast.reports.run import losses_at, losses_of, report_run
 from heptapod_fast.reports.tables import table
+from heptapod_fast.reports.throughput import known
 from heptapod_fast.runs import RunDir
 from heptapod_fast.train.records import Record
 
@@ -60,14 +61,6 @@ def common_points(records: list[list[Record]]) -> list[int]:
     return [shortest * point // POINTS for point in range(1, POINTS + 1)]
 
 
-def losses_at(records: list[Record], points: list[int]) -> dict[str, float]:
-    """{number of images: loss of the first progress line from there on}."""
-    return {
-        str(point): next(record["loss"] for record in records if record["images"] >= point)
-        for point in points
-    }
-
-
 def runs_table(runs: dict[str, dict[str, Any]], points: list[int]) -> str:
     """A row for each run; metrics are those that any run was evaluated by."""
     metrics: dict[str, None] = {}
@@ -85,11 +78,15 @@ def runs_table(runs: dict[str, dict[str, Any]], points: list[int]) -> str:
                 report["images"],
                 report.get("training_seconds"),
                 speed,
+                known(report, "mfu_median"),
+                known(report, "goodput"),
+                known(report, "memory_peak_gb"),
                 *report["losses"].values(),
                 *(found.get(metric) for metric in metrics),
             ]
         )
     head = ["run", "system", "beside the defaults", "images", "seconds of steps", "images/s"]
+    head += ["MFU", "goodput", "memory peak GB"]
     head += [f"loss at {point:,}" for point in points]
     head += [metric.replace("_", " ") for metric in metrics]
     return table(head, rows, numbers=range(3, len(head)))

@@ -46,3 +46,8 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
+
+
+def share(value: float) -> str:
+    """A share as a percentage."""
+    return f"{value:.1%}"

@@ -39,7 +39,7 @@ class RunDir:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.sessions = self.path / "sessions.jsonl"  # what each start ran on
+        self.sessions = self.path / "sessions.jsonl"  # what each start ran on, how long it took
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.averages = self.path / "averages"  # snapshots, of `--ema post-hoc`

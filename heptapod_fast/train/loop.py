@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,8 +21,21 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.runs.directory import RunError
 from heptapod_fast.sampling.generate import generate, spread, together
 from heptapod_fast.systems import Phase
-from heptapod_fast.train.metrics import Meter, peak_flops, progress_line, training_flops
-from heptapod_fast.train.records import JsonLines, Recorder, Sink, TensorBoard, WeightsAndBiases
+from heptapod_fast.train.metrics import (
+    Meter,
+    peak_flops,
+    progress_line,
+    to_milliseconds,
+    training_flops,
+)
+from heptapod_fast.train.records import (
+    JsonLines,
+    Record,
+    Recorder,
+    Sink,
+    TensorBoard,
+    WeightsAndBiases,
+)
 from heptapod_fast.train.schedule import learning_rate
 from heptapod_fast.train.session import Ending, Session, State, begin_save, go_back, save_snapshot
 from heptapod_fast.train.step import forward_backward, load, update
@@ -46,7 +59,7 @@ def train(session: Session, state: State) -> Ending:
     total = config.recipe.images
     batch = config.recipe.batch
     recorder = open_recorder(session, state)
-    meter = Meter(total, peak_flops(world.device), world.size)
+    meter = Meter(total, peak_flops(world.device), world.size, world.device)
     phase = begin_phase(session, state, meter)
     session.system.train()
     save_failed = False
@@ -55,10 +68,14 @@ def train(session: Session, state: State) -> Ending:
         """Whether the last step reached a multiple of `every` images."""
         return state.images // every > (state.images - batch) // every
 
-    with signals() as asked, closing(recorder), closing(session.saver):
+    with ExitStack() as stack:
+        asked = stack.enter_context(signals())
+        stack.enter_context(closing(recorder))
+        stack.enter_context(closing(session.saver))
+        stack.enter_context(ending_timed(session, meter))
         while state.images < total:
             # 1. One optimizer step. `state.images` grows by the global batch.
-            loss, norm = training_step(session, state, phase)
+            loss, norm = training_step(session, state, phase, meter)
             meter.add(loss, norm, batch)
             if meter.is_first_step:
                 world.wait_at_most(timedelta(seconds=config.run.rank_timeout))
@@ -80,7 +97,8 @@ def train(session: Session, state: State) -> Ending:
             # 4. A snapshot of the averages: before the checkpoint, for what comes after it is done
             # again by a run that goes on from there.
             if is_due(snapshots_every(config)):
-                try_snapshot(session, state, meter)
+                with meter.time("checkpoint"):
+                    try_snapshot(session, state)
 
             # 5. A checkpoint. It comes before the grid: a grid that fails must not cost the run.
             if wishes.save_failed:
@@ -89,14 +107,16 @@ def train(session: Session, state: State) -> Ending:
             try_again = save_failed and is_due(config.run.log_every)
             is_asked = wishes.save or try_again or went_back
             if is_due(config.run.checkpoint_every) or is_last or is_asked:
-                save_failed = not try_save(session, state, meter, recorder, is_last)
+                with meter.time("checkpoint"):
+                    save_failed = not try_save(session, state, recorder, is_last)
             if wishes.stop and not finished:
                 return Ending.OUT_OF_TIME if wishes.out_of_time else Ending.STOPPED
 
             # 6. A grid of samples.
             grids = config.run.sample_every
             if grids and (is_due(grids) or finished):
-                sample_grid(session, state, meter)
+                with meter.time("sampling"):
+                    sample_grid(session, state)
 
             # 7. What depends on the phase is read anew when another one begins.
             if phase_ends:
@@ -104,12 +124,15 @@ def train(session: Session, state: State) -> Ending:
     return Ending.FINISHED
 
 
-def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor, Tensor]:
+def training_step(
+    session: Session, state: State, phase: Phase, meter: Meter | None = None
+) -> tuple[Tensor, Tensor]:
     """One optimizer step over the global batch: (mean loss, gradient norm), both on the device.
 
     A rank holds a contiguous block of the batch, cut into micro-batches; step.py says how they add
-    up.
+    up. meter: counts the time of the parts.
     """
+    timed = nullcontext if meter is None else meter.time
     config = session.config
     world = session.world
     split = session.split
@@ -119,14 +142,14 @@ def training_step(session: Session, state: State, phase: Phase) -> tuple[Tensor,
     world.whereabouts.at = f"step {session.optimizer.step_count + 1}"
     first = state.images + world.rank * split.share
     for start in range(first, first + split.share, split.micro_batch):
-        with record_function("data"):
+        with record_function("data"), timed("data"):
             load(session.source, start, buffers)
         is_last = start + split.micro_batch == first + split.share
-        with session.parallel.adding_up(is_last):
+        with session.parallel.adding_up(is_last), timed("forward_backward"):
             forward_backward(session.parallel.model, buffers, session.rng, expected, phase)
     faults.point(f"step={session.optimizer.step_count + 1}")
     state.images += config.recipe.batch
-    with record_function("optimizer"):
+    with record_function("optimizer"), timed("optimizer"):
         session.optimizer.begin(learning_rate(config.recipe, state.images, phase))
         return update(session.optimizer, world, buffers.sums, expected)
 
@@ -152,17 +175,37 @@ def open_recorder(session: Session, state: State) -> Recorder:
     recorder = Recorder(metrics, session.say)
     if not session.world.main:
         return recorder
-    metrics.rewind(state.images)
+    lost = metrics.rewind(state.images)
     checkpoints.drop_after(directory.averages, session.optimizer.step_count)
-    sessions = Recorder(JsonLines(directory.sessions), session.say)
-    sessions.write({"images": state.images, **session.environment})
     openers: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoard(directory.path / "tensorboard", state.images),
         "wandb": lambda: WeightsAndBiases(directory.path, session.config),
     }
     for name in run.sinks:
         recorder.add(openers[name], name)
+    times = {"start_seconds": time.monotonic() - session.started, "lost_seconds": seconds_of(lost)}
+    sessions = Recorder(JsonLines(directory.sessions), session.say)
+    sessions.write({"images": state.images, **session.environment, **to_milliseconds(times)})
     return recorder
+
+
+def seconds_of(records: list[Record]) -> float:
+    """How long what they record took; records of failures, and of older versions, say nothing."""
+    names = ("step_seconds", "other_seconds")
+    return sum((record.get(name, 0.0) for record in records for name in names), 0.0)
+
+
+@contextmanager
+def ending_timed(session: Session, meter: Meter) -> Iterator[None]:
+    """When the loop ends, its session's line takes up what came after the last record: the last
+    checkpoint and grid. A session that fails has no such times."""
+    yield
+    if session.world.main:
+        sessions = JsonLines(session.directory.sessions)
+        try:
+            sessions.amend(to_milliseconds(meter.times()))
+        except (OSError, ValueError) as error:
+            session.say(f"WARNING: cannot write {sessions.name}: {error}; all else is saved")
 
 
 def log(session: Session, state: State, phase: Phase, meter: Meter, recorder: Recorder) -> None:
@@ -228,9 +271,7 @@ def check_skips(session: Session, state: State, recorder: Recorder) -> bool:
     return True
 
 
-def try_save(
-    session: Session, state: State, meter: Meter, recorder: Recorder, is_last: bool
-) -> bool:
+def try_save(session: Session, state: State, recorder: Recorder, is_last: bool) -> bool:
     """Begin to write a checkpoint; the last one of a session is waited for. A failure (full disk)
     is reported and tried again at the next progress line; the last checkpoint is tried three times,
     then the error is raised. Collective call.
@@ -238,7 +279,6 @@ def try_save(
     Returns:
         Whether it was begun, and the last one written.
     """
-    begin = time.monotonic()
     attempts = LAST_SAVE_ATTEMPTS if is_last else 1
     for attempt in range(1, attempts + 1):
         try:
@@ -258,7 +298,6 @@ def try_save(
                 again = f"in {SECONDS_BETWEEN_ATTEMPTS} s"
             say_failure(session, error, again)
         else:
-            meter.pause(time.monotonic() - begin)
             return True
         if is_last:
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
@@ -303,18 +342,16 @@ def snapshots_every(config: Config) -> int:
     return max(config.recipe.images // config.recipe.ema_snapshots, 1)
 
 
-def try_snapshot(session: Session, state: State, meter: Meter) -> None:
+def try_snapshot(session: Session, state: State) -> None:
     """Keep the averages of now; a failure (full disk) costs this snapshot, which others make up
     for."""
-    begin = time.monotonic()
     try:
         save_snapshot(session, state)
     except CheckpointError as error:
         session.say(f"WARNING: no snapshot of the averages: {error}; training goes on")
-    meter.pause(time.monotonic() - begin)
 
 
-def sample_grid(session: Session, state: State, meter: Meter) -> None:
+def sample_grid(session: Session, state: State) -> None:
     """samples/images-N.png from the first moving average: fixed classes, seeds and columns, the
     work shared by all ranks. Collective call."""
     if session.tokenizer is None:
@@ -345,7 +382,6 @@ def sample_grid(session: Session, state: State, meter: Meter) -> None:
             session.say(f"samples   {path} ({duration(time.monotonic() - begin)})")
         except OSError as error:
             session.say(f"WARNING: cannot write {path}: {error}; training goes on")
-    meter.pause(time.monotonic() - begin)
 
 
 # ---------------------------------------------------------------------------------------- signals

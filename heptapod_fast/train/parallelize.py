@@ -16,7 +16,7 @@ rank has divided its loss by the expected count of the global batch (step.py).
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -138,27 +138,62 @@ class Parallel:
 
 
 class Replicated(Parallel):
-    """ddp."""
+    """ddp.
 
-    def __init__(self, system: System):
+    Args:
+        phases: of the training.
+    """
+
+    def __init__(self, system: System, phases: Sequence[Phase]):
         super().__init__(system)
-        # What is said of `find_unused_parameters` below, where every one is used.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        leaves_out = [phase for phase in phases if _unused_in(system, phase)]
         self.wrapped = torch.nn.parallel.DistributedDataParallel(
             system,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            # A phase may leave parameters out. Without it the messages would also be cut anew
-            # after the first step of every session: sums of three ranks and more would be taken in
-            # another order, and a resumed run would differ in last bits from one that went through.
-            find_unused_parameters=True,
+            find_unused_parameters=bool(leaves_out),
+            **{_SYNC_BUFFERS: False},
         )
         self.wrapped.register_comm_hook(None, _sum_bucket)
         self.model = self.wrapped
+        if not leaves_out:
+            # After its first pass DDP cuts its messages anew, in the order in which gradients came.
+            # Sums of three ranks and more depend on the cut: a resumed run would differ in last
+            # bits from one that went through. So the first pass is one that does not count.
+            _pass_of_one(self.model, system, phases[0])
+            _drop_gradients(system)
 
     def adding_up(self, is_last: bool) -> AbstractContextManager[object]:
         """Only the last micro-batch of a step sends."""
         return nullcontext() if is_last else self.wrapped.no_sync()
+
+
+# Buffers are constants, alike on all ranks. The name of that switch depends on the version.
+_SYNC_BUFFERS = "broadcast_buffers"
+if (
+    "forward_sync_buffers"
+    in inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+):
+    _SYNC_BUFFERS = "forward_sync_buffers"
+
+
+def _pass_of_one(model: Model, system: System, phase: Phase) -> None:
+    """Forward and backward pass of one sequence of zeros."""
+    device = next(system.parameters()).device
+    loss = model(Batch.zeros(system.spec, 1, device), Rng(0), phase)
+    loss.total.backward()
+
+
+def _unused_in(system: System, phase: Phase) -> list[str]:
+    """The parameters that a phase leaves out."""
+    _pass_of_one(system, system, phase)
+    names = [name for name, parameter in system.named_parameters() if parameter.grad is None]
+    _drop_gradients(system)
+    return names
+
+
+def _drop_gradients(system: System) -> None:
+    for parameter in system.parameters():
+        parameter.grad = None
 
 
 # Without annotations: DDP compares them with types, and here they are strings.
@@ -206,12 +241,23 @@ def _mesh(plan: Plan, world: World) -> torch.distributed.DeviceMesh:
     return torch.distributed.init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
-def spread(system: System, plan: Plan, world: World, blank: Callable[[], System]) -> Parallel:
-    """Put a filled system among its ranks. Collective call. blank: see Sharded."""
+def spread(
+    system: System,
+    plan: Plan,
+    world: World,
+    phases: Sequence[Phase],
+    blank: Callable[[], System],
+) -> Parallel:
+    """Put a filled system among its ranks. Collective call.
+
+    Args:
+        phases: of the training.
+        blank: see Sharded.
+    """
     if plan.mode == "single":
         return Parallel(system)
     if plan.mode == "ddp":
-        return Replicated(system)
+        return Replicated(system, phases)
     return Sharded(system, plan, world, blank)
 
 

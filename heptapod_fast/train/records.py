@@ -43,13 +43,27 @@ class JsonLines:
         self.path = path
         self.name = str(path)
 
-    def rewind(self, images: int) -> None:
-        """Drop records behind `images`: the run continues from there and will write them again."""
+    def rewind(self, images: int) -> list[Record]:
+        """Drop records behind `images`: the run continues from there and will write them again.
+
+        Returns:
+            What was dropped.
+        """
         if not self.path.exists():
-            return
-        kept = [record for record in read_metrics(self.path) if record["images"] <= images]
+            return []
+        records = read_metrics(self.path)
+        self._replace([record for record in records if record["images"] <= images])
+        return [record for record in records if record["images"] > images]
+
+    def amend(self, more: Record) -> None:
+        """Add to the last record."""
+        *earlier, last = read_metrics(self.path)
+        self._replace([*earlier, last | more])
+
+    def _replace(self, records: list[Record]) -> None:
+        """Write all records anew, or none."""
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
         temporary.rename(self.path)
 
     def write(self, record: Record) -> None:

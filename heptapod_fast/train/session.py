@@ -151,7 +151,7 @@ def prepare(
     checkpoint = find_checkpoint(directory, world, say)
     if checkpoint is None:
         _start_from_weights(config, world, say, system, source.class_names, tokenizer_id)
-    parallel = spread(system, plan, world, blank=lambda: build(fill=False))
+    parallel = spread(system, plan, world, phases, blank=lambda: build(fill=False))
     split = config.split_batch(world.size)
     session = Session(
         config=config,

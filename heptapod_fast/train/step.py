@@ -44,15 +44,8 @@ class Buffers:
     @classmethod
     def allocate(cls, spec: TokenSpec, micro_batch: int, device: torch.device) -> Buffers:
         """For micro-batches of so many sequences."""
-        shape: tuple[int, ...] = (micro_batch, spec.num_tokens)
-        dtype = torch.int64
-        if spec.kind == "continuous":
-            shape = (*shape, spec.channels)
-            dtype = torch.float32
-        tokens = torch.zeros(shape, dtype=dtype, device=device)
-        labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        return cls(Batch(tokens, labels, torch.zeros_like(labels)), sums)
+        return cls(Batch.zeros(spec, micro_batch, device), sums)
 
 
 def load(source: TokenSource, first: int, buffers: Buffers) -> None:

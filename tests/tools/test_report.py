@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from heptapod_fast.reports.bench import CHART, MARKS, report_bench
-from heptapod_fast.reports.charts import save_bars, save_line
+from heptapod_fast.reports.charts import save_bars, save_line, save_time_and_rate
 from heptapod_fast.reports.groups import save_groups
-from heptapod_fast.reports.run import report_run, settings_beside_the_size
+from heptapod_fast.reports.run import loss_points, report_run, settings_beside_the_size
 from heptapod_fast.reports.tables import properties, show, table
 from heptapod_fast.systems import configure
 from tests.running import ROOT, command, refused, train_here
@@ -125,16 +125,21 @@ def test_a_report_has_a_table_a_chart_and_the_evaluation(trained):
         "| steps | 4 |",
         "FLOPs: forward + backward",
         "![loss](loss.png)",
+        "![throughput](throughput.png)",
+        "| forward and backward | ",
+        "n/a: no dense peak is known of ",
         "## Evaluation",
         "| symmetry accuracy |",
         "evaluation.png",
     ):
         assert part in text
     assert is_a_chart(trained / "loss.png")
+    assert is_a_chart(trained / "throughput.png")
 
 
 def test_the_same_records_make_the_same_files(trained):
-    before = {name: (trained / name).read_bytes() for name in ("loss.png", "report.md")}
+    names = ("loss.png", "throughput.png", "report.md", "report.json")
+    before = {name: (trained / name).read_bytes() for name in names}
     report_run(trained)
     assert before == {name: (trained / name).read_bytes() for name in before}
 
@@ -156,6 +161,7 @@ def test_one_record_makes_a_report_without_a_chart(tmp_path):
     assert command("report", tmp_path).code == 0
     assert "loss.png" not in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "loss.png").exists()
+    assert is_a_chart(tmp_path / "throughput.png")  # what the time went to
 
 
 def test_devices_of_all_sessions_are_named(tmp_path):
@@ -169,25 +175,178 @@ def test_devices_of_all_sessions_are_named(tmp_path):
     assert numbers["device"] == ", ".join(sorted([first["device"], "another device"]))
 
 
-def edit_records(out, edit) -> None:
-    """Change the records of a run in place."""
-    metrics = out / "metrics.jsonl"
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+def edit_records(out, edit, file="metrics.jsonl") -> None:
+    """Change the records of a run in place, or its sessions."""
+    path = out / file
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     for number, record in enumerate(records):
         edit(number, record)
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def times(step, other, data, forward_backward, optimizer, checkpoint, sampling):
+    """Seconds as records have them."""
+    return {f"{name}_seconds": seconds for name, seconds in locals().items()}
+
+
+def as_of_two_sessions(out) -> None:
+    """Two sessions on 4 devices with round numbers, the second after a failure of the first."""
+    rates = [100.0, 200.0, 400.0, 400.0]
+
+    def record_of(number, record):
+        record |= times(10.0, 2.0, 1.0, 7.0, 1.5, 1.25, 0.75)
+        record |= {"images_per_second": rates[number], "tflops": 8.0}
+        record["memory_peak_gb"] = [1.0, 2.5, 2.0, 2.0][number]
+
+    def session_of(number, session):
+        session |= {"ranks": 4, "device": "NVIDIA H200"}
+        if number == 0:
+            for name in times(0, 0, 0, 0, 0, 0, 0):
+                del session[name]
+            session |= {"start_seconds": 3.0, "lost_seconds": 0.0}
+        else:
+            session |= {"start_seconds": 4.0, "lost_seconds": 5.0}
+            session |= times(0.0, 3.0, 0.0, 0.0, 0.0, 2.0, 1.0)
+
+    sessions = out / "sessions.jsonl"
+    sessions.write_text(2 * sessions.read_text())
+    edit_records(out, record_of)
+    edit_records(out, session_of, "sessions.jsonl")
+
+
+def report_of(out) -> tuple[dict, str]:
+    """(report.json, report.md) of a run, made anew."""
+    page = report_run(out)
+    return json.loads((out / "report.json").read_text()), page.read_text()
+
+
+def test_the_wall_time_of_all_sessions_is_split(tmp_path):
+    train_here(tmp_path, images=32)
+    as_of_two_sessions(tmp_path)
+    numbers, page = report_of(tmp_path)
+    assert numbers["wall_seconds_of"] == {
+        "forward_backward": 28.0,
+        "optimizer": 6.0,
+        "data": 4.0,
+        "checkpoint": 5.0 + 2.0,
+        "sampling": 3.0 + 1.0,
+        "restart": 3.0 + 4.0 + 5.0,
+        "rest": 2.0,  # half a second of each ten is in no part of a step
+    }
+    assert numbers["wall_seconds"] == 4 * 12.0 + 12.0 + 3.0
+    assert numbers["goodput"] == round(34 / 63, 4)
+    assert numbers["images_per_second_of_wall_time"] == pytest.approx(32 / 63)
+    for row in (
+        "| forward and backward | 28 | 44.4% |",
+        "| restart | 12 | 19.0% |",
+        "| all sessions | 63 | goodput 54.0% |",
+    ):
+        assert row in page
+
+
+def test_steps_whose_loss_is_no_number_took_time_too(tmp_path):
+    train_here(tmp_path, images=32)
+    as_of_two_sessions(tmp_path)
+    before, _ = report_of(tmp_path)
+    edit_records(tmp_path, lambda number, record: number == 1 and record.update(loss=None))
+    after, _ = report_of(tmp_path)
+    assert after["wall_seconds_of"] == before["wall_seconds_of"]
+    assert len(after["loss_by_images"]) == 8
+
+
+def test_rates_are_told_for_all_devices_and_for_one(tmp_path):
+    train_here(tmp_path, images=32)
+    as_of_two_sessions(tmp_path)
+    numbers, page = report_of(tmp_path)
+    assert numbers["memory_peak_gb"] == 2.5
+    assert numbers["tokens_per_image"] == 36
+    for row in (
+        "| images/s | 300 | 75 |",
+        "| tokens/s | 10,800 | 2,700 |",
+        "| TFLOP/s | 8 | 2 |",
+        "| memory peak, GB (the process, data included) | 2.5 |  |",
+    ):
+        assert row in page, row
+    edit_records(tmp_path, lambda number, s: s.pop("processor"), "sessions.jsonl")
+    assert "memory peak, GB (tensors on the GPU of rank 0)" in report_of(tmp_path)[1]
+
+
+def test_sessions_on_other_numbers_of_devices_have_no_rate_per_device(tmp_path):
+    train_here(tmp_path, images=32)
+    as_of_two_sessions(tmp_path)
+    edit_records(tmp_path, lambda number, s: s.update(ranks=1 + number), "sessions.jsonl")
+    numbers, page = report_of(tmp_path)
+    assert "images_per_second_per_device" not in numbers
+    assert "| images/s | 300 | n/a |" in page
+    assert "n/a: the sessions ran on different numbers of devices" in page
+
+
+def test_mfu_names_its_peak_and_its_device(tmp_path):
+    """A device whose peak nobody knows has none, whatever the records say."""
+    train_here(tmp_path, images=32)
+    as_of_two_sessions(tmp_path)
+    edit_records(tmp_path, lambda number, record: record.update(mfu=0.4 + 0.02 * number))
+    numbers, page = report_of(tmp_path)
+    assert numbers["mfu_median"] == pytest.approx(0.43) and numbers["peak_tflops"] == 989.0
+    assert "| MFU | 43.0% of 989 TFLOP/s, the dense bf16 peak of NVIDIA H200 |" in page
+    name = "NVIDIA GeForce 256"
+    edit_records(tmp_path, lambda number, s: s.update(device=name), "sessions.jsonl")
+    numbers, page = report_of(tmp_path)
+    assert "mfu_median" not in numbers and "peak_tflops" not in numbers
+    assert f"| MFU | n/a: no dense peak is known of {name} |" in page
+
+
+def test_a_projection_is_labelled_and_says_what_it_assumes(tmp_path):
+    train_here(tmp_path, images=32)
+    as_of_two_sessions(tmp_path)
+    numbers, page = report_of(tmp_path)
+    one_device = 800 * 1_281_167 / 75 / 86_400
+    days = {"1": one_device, "8": one_device / 8, "64": one_device / 64}
+    assert numbers["projected_days"] == pytest.approx(days)
+    section = page.split("## 800 epochs of ImageNet, projected")[1].split("\n## ")[0]
+    assert f"| 8 | {show(one_device / 8)} |" in section
+    assert "projection, not a measurement" in section and "perfect scaling" in section
+
+
+def test_the_loss_is_told_at_even_numbers_of_images(trained):
+    assert loss_points(80, 80) == [10, 20, 30, 40, 50, 60, 70, 80]
+    assert loss_points(80, 35) == [10, 20, 30, 35]  # the same ones while a run goes on
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    numbers = json.loads((trained / "report.json").read_text())
+    expected = {str(images): records[(images - 1) // 8]["loss"] for images in range(4, 33, 4)}
+    assert numbers["loss_by_images"] == expected
+    assert f"| 28 | {show(records[3]['loss'])} |" in (trained / "report.md").read_text()
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "sessions.jsonl"])
+def test_runs_of_older_versions_say_what_they_can(tmp_path, file):
+    """Rates and losses, and n/a for the rest."""
+    train_here(tmp_path, images=16)
+    new = {"metrics.jsonl": ["data_seconds", "memory_peak_gb"], "sessions.jsonl": ["lost_seconds"]}
+
+    def as_of_an_older_version(number, record):
+        for name in new[file]:
+            del record[name]
+
+    edit_records(tmp_path, as_of_an_older_version, file)
+    numbers, page = report_of(tmp_path)
+    assert not {"wall_seconds", "wall_seconds_of", "goodput"} & numbers.keys()
+    assert ("memory_peak_gb" in numbers) == (file == "sessions.jsonl")
+    assert "n/a: this run has records of an older version" in page
+    assert "| images/s of wall time | n/a |" in page
+    assert is_a_chart(tmp_path / "throughput.png")  # of the rate
 
 
 def test_seconds_of_steps_are_those_of_all_sessions(tmp_path):
     """The clock of a session starts at zero, whatever came before it."""
     train_here(tmp_path, images=32)
 
-    def as_of_two_sessions(number, record):
+    def with_clocks_of_two_sessions(number, record):
         record["step_seconds"] = 10.0 ** (number % 2)
         record["seconds"] = [20.0, 50.0, 90.0, 100.0][number]
         record["other_seconds"] = 5.0
 
-    edit_records(tmp_path, as_of_two_sessions)
+    edit_records(tmp_path, with_clocks_of_two_sessions)
     report_run(tmp_path)
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["training_seconds"] == 22.0
@@ -420,6 +579,21 @@ def test_bars_are_drawn(tmp_path, logarithmic):
     assert is_a_chart(path)
 
 
+def test_time_and_rate_are_drawn_as_far_as_they_are_known(tmp_path):
+    path = tmp_path / "chart.png"
+    assert not save_time_and_rate({}, [1], [1], path, "title")
+    assert not save_time_and_rate({"work": 0.0}, [], [], path, "title")
+    assert not path.exists()
+    heights = []
+    for seconds, points in (({"work": 3.0, "waiting": 1.0}, 3), ({"work": 1.0}, 1), ({}, 3)):
+        assert save_time_and_rate(seconds, range(points), [0.0] * points, path, "title")
+        assert is_a_chart(path)
+        with Image.open(path) as image:
+            heights.append(image.height)
+    both, bar, line = heights
+    assert both > line > bar
+
+
 def test_properties_show_several_numbers_as_typed_and_leave_out_nothing_said():
     page = properties({"guidance": [1.0, 3.0], "rate_range": [5.0, 7.5], "diffusion_steps": None})
     assert "| guidance | 1 3 |" in page
@@ -459,6 +633,12 @@ def test_runs_side_by_side(two_runs, tmp_path):
     page = (out / "runs.md").read_text()
     head, _, short, long = [line for line in page.splitlines() if line.startswith("|")]
     assert "| loss at 16 |" in head and "| symmetry accuracy |" in head
+    names = [cell.strip() for cell in head.split("|")]
+    for row, name in ((short, "short"), (long, "long")):
+        cells = dict(zip(names, (cell.strip() for cell in row.split("|")), strict=True))
+        assert cells["MFU"] == "n/a"  # of a CPU
+        assert cells["goodput"] == show(runs[name]["goodput"])
+        assert cells["memory peak GB"] == show(runs[name]["memory_peak_gb"])
     assert "2-fold" not in head and "sampling seconds" not in head
     assert short.startswith("| short | heptapod tiny | ") and "--dropout 0.1" in long
     for chart in ("loss-by-images.png", "loss-by-seconds.png"):

@@ -72,7 +72,8 @@ class Run:
     def __init__(self, name, world, plan):
         self.config, self.system = plain(name)
         self.world = world
-        self.parallel = spread(self.system, plan, world, blank=lambda: plain(name)[1])
+        phases = list(self.system.phases(self.config.recipe.images))
+        self.parallel = spread(self.system, plan, world, phases, blank=lambda: plain(name)[1])
         spec = self.config.spec
         self.source = SyntheticTokens(spec, 3, seed=1)
         self.buffers = Buffers.allocate(spec, MICRO_BATCH, torch.device("cpu"))
