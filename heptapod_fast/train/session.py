@@ -31,7 +31,8 @@ from heptapod_fast.runs.initial import find_weights, report, start_from
 from heptapod_fast.runs.tokenizer import keep_tokenizer, open_tokenizer
 from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
-from heptapod_fast.train.memory import bytes_of_run
+from heptapod_fast.train import recompute
+from heptapod_fast.train.memory import Plan, Work, memory_limit, plan
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
 from heptapod_fast.train.parallelize import Model, wrap
@@ -119,14 +120,18 @@ def prepare(
             say(f"found     {note}")
     tokenizer = _open_tokenizer(config, world, directory, images, cache)
     reserved = 0
-    if cache is not None:
-        reserved = bytes_of_run(config, len(cache.class_names), world.size)
+    if cache is not None and world.device.type == "cuda":
+        reserved = _plan(config, len(cache.class_names), world, operators).bytes
     source = open_tokens(config, world, images, tokenizer, cache, reserved)
     config = _with_classes(config, source.num_classes)
     system = build_system(config, source.num_classes, world.device, operators)
     system.set_dtype(dtype)
     phases = list(system.phases(config.recipe.images))
     for line in describe(config, source, world, dtype, operators, directory, phases):
+        say(line)
+    planned = _plan(config, source.num_classes, world, operators)
+    recompute.apply(system, planned.mode)
+    for line in planned.lines():
         say(line)
     if cache is not None and tokenizer is None:
         say(_no_grids(config, cache))
@@ -152,6 +157,12 @@ def prepare(
     if cache is not None and world.main:
         keep_tokenizer(directory, cache, tokenizer)
     return session, state
+
+
+def _plan(config: Config, classes: int, world: World, operators: Operators) -> Plan:
+    """How the run fits into the memory of this rank."""
+    work = Work(config, classes, world.device, operators, world.size)
+    return plan(work, memory_limit(world.device, world.local_size))
 
 
 def environment_of(world: World, dtype: torch.dtype) -> dict[str, str | int]:

@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from heptapod_fast.ops import dispatch
 from heptapod_fast.rng import Rng
 from heptapod_fast.train import recompute
+from heptapod_fast.train.session import Ending
 from tests.conftest import small_batch, small_system
 from tests.numerics import needs_triton
+from tests.running import command, final_files, flags, refused, tiny_config, train_here
 
 DROPOUT = {"dropout": 0.1}
 CASES = {
@@ -192,3 +194,43 @@ def test_wrappers_of_the_units_go_around_it(tmp_path):
         assert list(off) == list(plain)
         for mode in AGAIN:
             same(found[wrapper, mode].values(), off.values())
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_is_the_same_in_every_mode_and_may_change_it(tmp_path):
+    said = []
+    folders = {mode: tmp_path / mode for mode in recompute.MODES}
+    for mode, out in folders.items():
+        train_here(out, say=said.append, recompute=mode, dropout=0.1)
+    assert [line.split(" (")[0] for line in said if line.startswith("recompute")] == [
+        f"recompute {mode}" for mode in recompute.MODES
+    ]
+    mixed = tmp_path / "mixed"
+    train_here(mixed, stop_at=24, recompute="full", dropout=0.1)
+    _, _, ending = train_here(mixed, recompute="selective", dropout=0.1)
+    assert ending is Ending.FINISHED
+    for out in (folders["selective"], folders["full"], mixed):
+        assert final_files(out) == final_files(folders["off"])
+
+
+def test_a_session_recomputes_what_its_line_says(tmp_path):
+    said = []
+    session, _, _ = train_here(tmp_path, say=said.append, recompute="full", images=8)
+    assert all("forward" in vars(unit) for unit in session.system.units())
+    assert any(line.startswith("recompute full (asked for") for line in said)
+    chosen, _, _ = train_here(tmp_path / "auto", say=said.append, images=8)
+    assert chosen.config.run.recompute == "auto"
+    assert any(line.startswith("recompute off (off needs") for line in said)
+
+
+def test_a_word_that_is_no_mode_is_refused(tmp_path):
+    result = command("train", *flags(out=tmp_path / "run"), "--recompute", "some")
+    refused(result, "--recompute")
+
+
+def test_the_mode_is_not_part_of_what_a_run_is():
+    plain = tiny_config(None)
+    assert plain.run.recompute == "auto"
+    assert plain.replace(recompute="full").identity() == plain.identity()
