@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from heptapod_fast.systems import System
 
@@ -55,27 +55,21 @@ def apply(system: System, mode: str) -> None:
         raise ValueError(f"--recompute {mode}: expected one of {', '.join(MODES)}")
     if mode == "off":
         return
-    contexts: Callable[[], Any] = noop_context_fn
+    # There is no generator whose state could matter: all draws are keyed.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         contexts = functools.partial(create_selective_checkpoint_contexts, list(KEPT))
+        options["context_fn"] = contexts
     for unit in system.units():
         # Of the instance: Module.__call__ finds it before that of the class.
-        unit.forward = functools.partial(_recomputed, unit.forward, contexts)
+        unit.forward = functools.partial(_recomputed, unit.forward, options)
 
 
 def _recomputed(
-    forward: Callable[..., Any], contexts: Callable[[], Any], /, *args: Any, **kwargs: Any
+    forward: Callable[..., Any], options: dict[str, Any], /, *args: Any, **kwargs: Any
 ) -> Any:
     """forward(*args, **kwargs), whose activations the backward pass makes again."""
     if not torch.is_grad_enabled():
         # While sampling nothing is kept anyway.
         return forward(*args, **kwargs)
-    return checkpoint(
-        forward,
-        *args,
-        use_reentrant=False,
-        # There is no generator whose state could matter: all draws are keyed.
-        preserve_rng_state=False,
-        context_fn=contexts,
-        **kwargs,
-    )
+    return checkpoint(forward, *args, **options, **kwargs)

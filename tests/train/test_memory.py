@@ -263,6 +263,10 @@ def test_the_ledger_counts_storages_once_and_as_long_as_they_live():
         del other
         assert ledger.bytes == 0
     assert ledger.peak == 4 * 990
+    halves = ledger.__torch_dispatch__(lambda: torch.ones(8).split(4), ())
+    assert ledger.bytes == 4 * 8
+    del halves
+    assert ledger.bytes == 0
 
 
 # -------------------------------------------------------------------------------------- the choice

@@ -104,6 +104,17 @@ def test_what_runs_again(name):
     assert full[1] >= selective[1]
 
 
+@pytest.mark.parametrize("mode", AGAIN)
+def test_units_can_be_compiled(mode):
+    """Without a compiler: what is tested is whether a unit can be traced as a whole."""
+    torch._dynamo.reset()
+    system = system_of("llamagen", mode, depth=1)
+    for unit in system.units():
+        unit.compile(backend="aot_eager", fullgraph=True)
+    expected = loss_and_gradients(system_of("llamagen", depth=1))
+    torch.testing.assert_close(loss_and_gradients(system), expected)
+
+
 @pytest.mark.parametrize("mode", recompute.MODES)
 def test_names_and_modules_stay(mode):
     plain, again = system_of("local"), system_of("local", mode)
