@@ -114,6 +114,13 @@ class RunSettings(Settings):
     adamw_ema: Literal["auto", "reference", "cpu", "cuda"] = setting(
         "Implementation of the optimizer step.", default="auto", may_change=True
     )
+    recompute: Literal["auto", "off", "selective", "full"] = setting(
+        "Activations that the backward pass makes again instead of keeping them: none, those "
+        "between products, or all of a block; auto is the first of these that fits into memory. "
+        "Results are the same, bit for bit.",
+        default="auto",
+        may_change=True,
+    )
 
     @property
     def sinks(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
 from heptapod_fast.model.layers import LayerNorm, Linear, Modules
-from heptapod_fast.model.transformer import Block, Packing, Stream, block_flops, block_values
+from heptapod_fast.model.transformer import Block, Packing, Stream, block_flops
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import FULL, Ends
 
@@ -112,13 +112,6 @@ class GlobalHead(nn.Module):
         full = block_flops(width, length, length)
         last = block_flops(width, length, length, rows=rows)
         return density * ((len(self.blocks) - 1) * full + last)
-
-    def saved_values(self, num_tokens: int, density: int) -> float:
-        """Values per image that are kept for the backward pass."""
-        width = self.mask_token.shape[1]
-        heads = self.blocks[0].heads
-        length = num_tokens + 1
-        return density * len(self.blocks) * block_values(width, heads, length, length)
 
 
 class LocalBlock(nn.Module):
@@ -233,12 +226,3 @@ class LocalHead(nn.Module):
             2 * width**2 * queries + 2 * width**2 * num_tokens + 2 * width * queries * states
         )
         return len(self.blocks) * (cross + density * block_flops(width, window, window))
-
-    def saved_values(self, num_tokens: int, density: int) -> float:
-        """Values per image that are kept for the backward pass."""
-        window, width = self.query.shape
-        heads = self.blocks[0].block.heads
-        queries = density * window
-        cross = queries * (4 * width + heads * num_tokens) + 2 * num_tokens * width
-        block = block_values(width, heads, window, window)
-        return len(self.blocks) * (density * block + cross)

@@ -97,10 +97,3 @@ def block_flops(width: int, elements: float, keys: float) -> float:
     """Forward FLOPs of a block over `elements` that each see `keys` on average."""
     products = 4 * width**2 + 3 * width * mlp_width(width)
     return 2 * elements * (products + 2 * width * keys)
-
-
-def block_values(width: int, heads: int, elements: float, keys: float) -> float:
-    """Values that a block over `elements` keeps for the backward pass: per element two residuals,
-    two norms, qkv before and after the rotation, attention, its output, the MLP's products and what
-    SwiGLU makes of them, its output, and probabilities."""
-    return elements * (13 * width + 3 * mlp_width(width) + heads * keys)

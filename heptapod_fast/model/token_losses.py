@@ -1,9 +1,9 @@
 """Token losses: the distribution of one token given one vector z of the head.
 
 A token loss answers for everything that depends on the kind of distribution: how far a target is
-from it (`loss`), how a token is drawn from it (`draw`), and what that costs (`flops`,
-`saved_values`). Suffixes as in docs/legend.md: R rows, D width of z, V codes, C channels of a
-continuous token, F width of the diffusion MLP, T = 1000 diffusion steps.
+from it (`loss`), how a token is drawn from it (`draw`), and what that costs (`flops`). Suffixes as
+in docs/legend.md: R rows, D width of z, V codes, C channels of a continuous token, F width of the
+diffusion MLP, T = 1000 diffusion steps.
 """
 
 from __future__ import annotations
@@ -103,10 +103,6 @@ class TokenLoss(nn.Module, ABC):
     def flops(self, rows: float) -> float:
         """Forward FLOPs of so many rows: products only, 2 per multiply-add."""
 
-    @abstractmethod
-    def saved_values(self, rows: float) -> float:
-        """Values of so many rows that are kept for the backward pass."""
-
 
 def weighted_sum(loss_R: Tensor, weight_R: Tensor | None) -> tuple[Tensor, Tensor]:
     """(sum of loss * weight, the losses without their graph); weight None: 1 everywhere."""
@@ -164,10 +160,6 @@ class Categorical(TokenLoss):
     def flops(self, rows: float) -> float:
         """One product to V logits."""
         return 2 * rows * self.output.weight.numel()
-
-    def saved_values(self, rows: float) -> float:
-        """Logits, their exponentials, and the gradient."""
-        return 3 * rows * len(self.output.weight)
 
 
 class ResBlock(nn.Module):
@@ -297,14 +289,6 @@ class Denoising(TokenLoss):
         of_times = self.time1.weight.numel() + self.time2.weight.numel()
         embedding = 2 * self.times_embedded(rows) * of_times
         return embedding + 2 * rows * (self.repeat * per_repeat + self.condition.weight.numel())
-
-    def saved_values(self, rows: float) -> float:
-        """9 F per block and 6 F beside them, for each (time, noise) pair; of each embedded time its
-        features, both layers and what lies between them."""
-        mlp_width = len(self.input.weight)
-        per_pair = mlp_width * (9 * len(self.blocks) + 6)
-        per_time = len(self.time1.weight[0]) + 3 * mlp_width
-        return rows * self.repeat * per_pair + self.times_embedded(rows) * per_time
 
 
 class Diffusion(Denoising):

@@ -154,15 +154,6 @@ def block_flops(width: int, queries: float, keys: float, rows: float | None = No
     return 2 * (qkv + attention + projection_and_mlp)
 
 
-def block_values(width: int, heads: int, elements: float, keys: float) -> float:
-    """Values that a `Block` over `elements` keeps for the backward pass.
-
-    Per element 17 D + heads * keys: two residuals, two norms, qkv and its scaled q, probabilities,
-    attention, MLP before and after GELU.
-    """
-    return elements * (17 * width + heads * keys)
-
-
 class Backbone(nn.Module):
     """Transformer over [S] and tokens in sampling order, causal unless `visible` says otherwise:
     h_t has seen the class and t tokens.

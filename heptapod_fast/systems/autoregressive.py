@@ -19,7 +19,7 @@ from heptapod_fast import grid as gridlib
 from heptapod_fast.config import AttentionUse
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
-from heptapod_fast.model.transformer import block_flops, block_values
+from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
@@ -142,13 +142,6 @@ class NextToken(MarSystem):
             "backbone": self.settings.depth * block_flops(width, tokens, (tokens + 1) / 2),
             "token loss": self.token_loss.flops(tokens),
         }
-
-    def saved_values(self, phase: Phase | None = None) -> float:
-        """See System.saved_values."""
-        settings = self.settings
-        tokens = self.num_tokens
-        block = block_values(settings.width, settings.heads, tokens, tokens)
-        return settings.depth * block + self.token_loss.saved_values(tokens)
 
 
 class RasterOrder(NextToken):

@@ -217,10 +217,6 @@ class System(nn.Module, ABC):
         """FLOPs (2 per multiply-add) of one forward pass, by part: products only, causal attention
         by half, supervised rows only."""
 
-    @abstractmethod
-    def saved_values(self, phase: Phase | None = None) -> float:
-        """Values per image that are kept for the backward pass, for the memory estimate."""
-
     # ------------------------------------------------------------------------------------ sampling
 
     @classmethod

@@ -21,7 +21,7 @@ from heptapod_fast.config.settings import at_least, between, setting
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
 from heptapod_fast.model.heads import GlobalHead, LocalHead
-from heptapod_fast.model.transformer import block_flops, block_values
+from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL, FULL, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
@@ -456,17 +456,3 @@ class Heptapod(MarSystem):
             "head": head,
             "token loss": self.token_loss.flops(supervised),
         }
-
-    def saved_values(self, phase: Phase | None = None) -> float:
-        """See System.saved_values. Antithetic rows are packed, others padded to capacity."""
-        settings = self.settings
-        tokens = self.num_tokens
-        backbone = settings.depth * block_values(settings.width, settings.heads, tokens, tokens)
-        head = self.head.saved_values(tokens, settings.density)
-        if settings.head == "local":
-            rows = float(settings.density * settings.window)
-        elif settings.steps == "antithetic":
-            rows = settings.density * (tokens + 1) / 2
-        else:
-            rows = float(settings.density * tokens)
-        return backbone + head + self.token_loss.saved_values(rows)

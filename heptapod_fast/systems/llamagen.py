@@ -37,7 +37,7 @@ from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model import initial
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, drop_labels
 from heptapod_fast.model.layers import Linear, Modules, RMSNorm
-from heptapod_fast.model.llama import LlamaBlock, block_flops, block_values, mlp_width
+from heptapod_fast.model.llama import LlamaBlock, block_flops, mlp_width
 from heptapod_fast.model.transformer import Stream
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.linear_cross_entropy import MOST_TARGETS
@@ -496,13 +496,6 @@ class LlamaGen(System):
             "blocks": self.settings.depth * block_flops(width, elements, (elements + 1) / 2),
             "output": 2 * elements * width * self.spec.vocabulary,
         }
-
-    def saved_values(self, phase: Phase | None = None) -> float:
-        """See System.saved_values."""
-        elements = self.expected_count(1, phase)
-        settings = self.settings
-        block = block_values(settings.width, settings.heads, elements, elements)
-        return settings.depth * block + 3 * elements * self.spec.vocabulary
 
     # ------------------------------------------------------------------------------------ sampling
 

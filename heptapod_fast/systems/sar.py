@@ -34,7 +34,7 @@ from heptapod_fast.data.tokens import Batch
 from heptapod_fast.grid import Groups, Rows
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, drop_labels
 from heptapod_fast.model.token_losses import Contrast
-from heptapod_fast.model.transformer import Packing, block_flops, block_values
+from heptapod_fast.model.transformer import Packing, block_flops
 from heptapod_fast.ops import CAUSAL, FULL, AttentionMask, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import (
@@ -411,13 +411,6 @@ class Sar(MarSystem):
             "backbone": (settings.depth - 1) * whole + last,
             "token loss": self.token_loss.flops(tokens),
         }
-
-    def saved_values(self, phase: Phase | None = None) -> float:
-        """See System.saved_values."""
-        settings = self.settings
-        elements = settings.elements(self.spec)
-        block = block_values(settings.width, settings.heads, elements, elements)
-        return settings.depth * block + self.token_loss.saved_values(self.num_tokens)
 
     # ------------------------------------------------------------------------------------ sampling
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
+
 from heptapod_fast.config import BatchSplit, Config, decided, flag
 from heptapod_fast.data.cache.format import open_cache
 from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.ops.dispatch import Unavailable
 from heptapod_fast.runs import RunDir
 from heptapod_fast.systems import Phase, System, build_system
-from heptapod_fast.train import memory
+from heptapod_fast.train.memory import GB, Work, fit_into, memory_limit
 from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
 from heptapod_fast.train.operators import choose_operators
+from heptapod_fast.train.parallelize import choose_layout
 from heptapod_fast.train.schedule import peaks_not_reached, warmup_images
-from heptapod_fast.world import choose_device
-
-GB = 1e9
+from heptapod_fast.world import World, choose_device
 
 
 def dry_run(config: Config, world_size: int = 1) -> str:
@@ -43,7 +44,7 @@ def dry_run(config: Config, world_size: int = 1) -> str:
     lines += ["", "operators on this machine", *operator_lines(config)]
     lines += ["", "parameters", *parameter_lines(system)]
     lines += ["", f"FLOPs per image ({FLOPS_FORMULA})", *flops_lines(config, system)]
-    lines += ["", "memory per rank (estimate)", *memory_lines(config, system, split.micro_batch)]
+    lines += ["", "memory per rank (estimate)", *memory_lines(config, classes, world_size)]
     return "\n".join(lines)
 
 
@@ -127,14 +128,42 @@ def flops_lines(config: Config, system: System) -> list[str]:
     return lines
 
 
-def memory_lines(config: Config, system: System, micro_batch: int) -> list[str]:
-    """Fixed bytes per parameter, and saved activations of one micro-batch; see memory.py."""
-    count = sum(parameter.numel() for parameter in system.parameters())
-    found = memory.estimate(config, system, micro_batch)
-    return [
-        f"  {'weights and optimizer':22} {found.fixed / GB:>12.3f} GB = {found.per_parameter} "
-        f"bytes x {count:,}",
-        f"  {'activations':22} {found.activations / GB:>12.3f} GB for {micro_batch} sequences "
-        "(--micro-batch)",
-        f"  {'total':22} {found.total / GB:>12.3f} GB",
+def memory_lines(config: Config, classes: int, world_size: int) -> list[str]:
+    """Bytes of a step by what they are for, with the mode of --recompute that this machine would
+    choose; see memory.py."""
+    work, note = work_here(config, classes, world_size)
+    if world_size > 1:
+        layout = choose_layout(work, World(0, world_size, work.device, local_size=world_size))
+        work = dataclasses.replace(work, shards=layout.shards)
+        note.append(f"parallel  {layout.mode}: {layout.why}")
+    planned = fit_into(work, memory_limit(work.device))
+    lines = [f"  {line}" for line in [*note, *planned.lines()]]
+    found = planned.estimate
+    if found is None:
+        return lines
+    split = config.split_batch(world_size)
+    count = work.shards * found.fixed // found.per_parameter
+    shared = f" / {work.shards} ranks" if work.shards > 1 else ""
+    of_parameters = f"= {found.per_parameter} bytes x {count:,}{shared}"
+    rows = [
+        ("weights and optimizer", found.fixed, of_parameters),
+        ("weights in bf16", found.casts, "kept for the backward pass"),
+        ("activations", found.activations, f"for {split.micro_batch} sequences (--micro-batch)"),
+        ("at the peak", found.rest, "more: gradients and temporaries"),
+        ("total", found.total, ""),
     ]
+    for name, count_of_bytes, why in rows:
+        lines.append(f"  {name:22} {count_of_bytes / GB:>12.3f} GB {why}".rstrip())
+    return lines
+
+
+def work_here(config: Config, classes: int, world_size: int) -> tuple[Work, list[str]]:
+    """(what memory depends on, a line if it is not counted as asked for): a run that this machine
+    refuses is counted as the references on the CPU would run it."""
+    try:
+        device = choose_device(config.run.device)
+        operators = choose_operators(config, device)
+    except (Unavailable, ValueError):
+        work = Work(config, classes, torch.device("cpu"), world_size=world_size)
+        return work, ["counted with the references on the CPU"]
+    return Work(config, classes, device, operators, world_size), []

@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,20 +31,16 @@ from heptapod_fast.data.tokens import Batch
 from heptapod_fast.ops import sharded
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import Loss, Phase, System
-from heptapod_fast.train.memory import bytes_of_run
+from heptapod_fast.train import memory
 from heptapod_fast.world import World
 
 Model = Callable[[Batch, Rng, Phase], Loss]
-
-# Of a device's memory; the rest is for what no estimate knows.
-USABLE = 0.85
-
 
 # ------------------------------------------------------------------------------------- the decision
 
 
 @dataclass(frozen=True)
-class Plan:
+class Layout:
     """How a run is spread.
 
     mode: see above. shards: ranks that hold one copy of the model together. why: for the user.
@@ -54,41 +51,44 @@ class Plan:
     why: str
 
 
-def choose_plan(config: Config, world: World, classes: int) -> Plan:
+def choose_layout(work: memory.Work, world: World) -> Layout:
     """What --parallel and --shard-ranks come to among these ranks.
 
     Raises:
         ValueError: the ranks cannot be grouped so; names the flag.
     """
-    run = config.run
+    run = work.config.run
     if run.shard_ranks is not None and run.parallel != "hsdp":
         raise ValueError(
             f"--shard-ranks {run.shard_ranks} is for --parallel hsdp, this is {run.parallel}"
         )
     if world.size == 1:
-        return Plan("single", 1, "one rank")
+        return Layout("single", 1, "one rank")
     mode: str = run.parallel
     why = "asked for"
     if mode == "auto":
-        mode, why = _fitting_mode(config, world, classes)
+        mode, why = _fitting_mode(work, world)
     if mode == "ddp":
-        return Plan(mode, 1, why)
+        return Layout(mode, 1, why)
     if mode == "fsdp":
-        return Plan(mode, world.size, why)
-    return Plan(mode, _shards_of_a_copy(config, world), why)
+        return Layout(mode, world.size, why)
+    return Layout(mode, _shards_of_a_copy(work.config, world), why)
 
 
-def _fitting_mode(config: Config, world: World, classes: int) -> tuple[str, str]:
+def _fitting_mode(work: memory.Work, world: World) -> tuple[str, str]:
     """ddp where the whole state fits on a device: it sends least."""
     if world.device.type != "cuda":
         return "ddp", "auto: a copy on every rank"
-    needed = bytes_of_run(config, classes, world.size)
-    usable = USABLE * torch.cuda.mem_get_info(world.device)[1]
-    sizes = f"{needed / 1e9:.1f} GB of {usable / 1e9:.1f} GB that can be used"
-    if needed <= usable:
-        return "ddp", f"auto: a copy on every rank takes {sizes}"
+    limit = memory.memory_limit(world.device)
+    try:
+        needed = memory.estimate(work).total
+    except memory.NoEstimateError as error:
+        return "ddp", f"auto: no estimate of memory: {error}"
+    sizes = f"{needed / memory.GB:.3g} GB of {limit / memory.GB:.3g} GB"
+    if needed <= limit:
+        return "ddp", f"auto: with a copy on every rank it needs {sizes}"
     is_one_machine = world.local_size in (1, world.size)
-    return "fsdp" if is_one_machine else "hsdp", f"auto: a copy on every rank would take {sizes}"
+    return "fsdp" if is_one_machine else "hsdp", f"auto: with a copy on every rank {sizes}"
 
 
 def _shards_of_a_copy(config: Config, world: World) -> int:
@@ -151,7 +151,7 @@ class Replicated(Parallel):
             system,
             gradient_as_bucket_view=True,
             find_unused_parameters=bool(leaves_out),
-            **{_SYNC_BUFFERS: False},
+            **_WITHOUT_BUFFERS,
         )
         self.wrapped.register_comm_hook(None, _sum_bucket)
         self.model = self.wrapped
@@ -168,12 +168,9 @@ class Replicated(Parallel):
 
 
 # Buffers are constants, alike on all ranks. The name of that switch depends on the version.
-_SYNC_BUFFERS = "broadcast_buffers"
-if (
-    "forward_sync_buffers"
-    in inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-):
-    _SYNC_BUFFERS = "forward_sync_buffers"
+_OF_DDP = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _OF_DDP else "broadcast_buffers"
+_WITHOUT_BUFFERS: dict[str, Any] = {_SYNC: False}
 
 
 def _pass_of_one(model: Model, system: System, phase: Phase) -> None:
@@ -211,10 +208,10 @@ class Sharded(Parallel):
         blank: makes a system of this kind with parameters that nobody has filled.
     """
 
-    def __init__(self, system: System, plan: Plan, world: World, blank: Callable[[], System]):
+    def __init__(self, system: System, layout: Layout, world: World, blank: Callable[[], System]):
         super().__init__(system)
         self.blank = blank
-        mesh = _mesh(plan, world)
+        mesh = _mesh(layout, world)
         for unit in [*system.units(), system]:
             wrapped = torch.distributed.fsdp.fully_shard(unit, mesh=mesh)
             wrapped.set_gradient_divide_factor(1.0)
@@ -232,18 +229,18 @@ class Sharded(Parallel):
         yield copy
 
 
-def _mesh(plan: Plan, world: World) -> torch.distributed.DeviceMesh:
-    shape: tuple[int, ...] = (plan.shards,)
+def _mesh(layout: Layout, world: World) -> torch.distributed.DeviceMesh:
+    shape: tuple[int, ...] = (layout.shards,)
     names: tuple[str, ...] = ("shard",)
-    if plan.mode == "hsdp":
-        shape = (world.size // plan.shards, plan.shards)
+    if layout.mode == "hsdp":
+        shape = (world.size // layout.shards, layout.shards)
         names = ("replicate", "shard")
     return torch.distributed.init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
 def spread(
     system: System,
-    plan: Plan,
+    layout: Layout,
     world: World,
     phases: Sequence[Phase],
     blank: Callable[[], System],
@@ -254,11 +251,11 @@ def spread(
         phases: of the training.
         blank: see Sharded.
     """
-    if plan.mode == "single":
+    if layout.mode == "single":
         return Parallel(system)
-    if plan.mode == "ddp":
+    if layout.mode == "ddp":
         return Replicated(system, phases)
-    return Sharded(system, plan, world, blank)
+    return Sharded(system, layout, world, blank)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

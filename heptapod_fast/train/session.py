@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import platform
 import time
@@ -31,10 +32,11 @@ from heptapod_fast.runs.initial import find_weights, report, start_from
 from heptapod_fast.runs.tokenizer import keep_tokenizer, open_tokenizer
 from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
-from heptapod_fast.train.memory import bytes_of_run
+from heptapod_fast.train import recompute
+from heptapod_fast.train.memory import Fit, Work, fit_into, memory_limit
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
-from heptapod_fast.train.parallelize import Parallel, Plan, choose_plan, spread
+from heptapod_fast.train.parallelize import Layout, Parallel, choose_layout, spread
 from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.saving import Saver
 from heptapod_fast.train.schedule import peaks_not_reached, warmup_images
@@ -124,8 +126,9 @@ def prepare(
             say(f"found     {note}")
     tokenizer = _open_tokenizer(config, world, directory, images, cache)
     reserved = 0
-    if cache is not None:
-        reserved = bytes_of_run(config, len(cache.class_names), world.size)
+    if cache is not None and world.device.type == "cuda":
+        _, of_training = _decide(config, len(cache.class_names), world, operators)
+        reserved = of_training.bytes
     source = open_tokens(config, world, images, tokenizer, cache, reserved)
     tokenizer_id = _tokenizer_id(tokenizer, cache)
     world.same(
@@ -135,7 +138,7 @@ def prepare(
     )
     config = _with_classes(config, source.num_classes)
     with world.together():
-        plan = choose_plan(config, world, source.num_classes)
+        layout, fit = _decide(config, source.num_classes, world, operators)
 
     def build(fill: bool) -> System:
         built = build_system(config, source.num_classes, world.device, operators, fill)
@@ -144,14 +147,15 @@ def prepare(
 
     system = build(fill=True)
     phases = list(system.phases(config.recipe.images))
-    for line in describe(config, source, world, dtype, operators, directory, phases, plan):
+    for line in describe(config, source, world, dtype, operators, directory, phases, layout, fit):
         say(line)
+    recompute.apply(system, fit.mode)
     if cache is not None and tokenizer is None:
         say(_no_grids(config, cache))
     checkpoint = find_checkpoint(directory, world, say)
     if checkpoint is None:
         _start_from_weights(config, world, say, system, source.class_names, tokenizer_id)
-    parallel = spread(system, plan, world, phases, blank=lambda: build(fill=False))
+    parallel = spread(system, layout, world, phases, blank=lambda: build(fill=False))
     split = config.split_batch(world.size)
     session = Session(
         config=config,
@@ -175,6 +179,14 @@ def prepare(
     if cache is not None and world.main:
         keep_tokenizer(directory, cache, tokenizer)
     return session, state
+
+
+def _decide(config: Config, classes: int, world: World, operators: Operators) -> tuple[Layout, Fit]:
+    """How the run is spread over the ranks, and how its part fits into the memory of this one."""
+    work = Work(config, classes, world.device, operators, world.size)
+    layout = choose_layout(work, world)
+    work = dataclasses.replace(work, shards=layout.shards)
+    return layout, fit_into(work, memory_limit(world.device, world.local_size))
 
 
 def environment_of(world: World, dtype: torch.dtype) -> dict[str, str | int]:
@@ -238,7 +250,8 @@ def describe(
     operators: Operators,
     directory: RunDir,
     phases: list[Phase],
-    plan: Plan,
+    layout: Layout,
+    fit: Fit,
 ) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
     data = config.data
@@ -268,15 +281,16 @@ def describe(
     ]
     lines += [f"          {line}" for line in peaks_not_reached(recipe, phases)]
     if world.size > 1:
-        lines.append(f"parallel  {_in_words(plan, world)}: {plan.why}")
+        lines.append(f"parallel  {_in_words(layout, world)}: {layout.why}")
+    lines += fit.lines()
     lines += [f"operator  {line}" for line in operators.lines()]
     return [*lines, f"          {ops.library.status()}"]
 
 
-def _in_words(plan: Plan, world: World) -> str:
-    if plan.mode == "hsdp":
-        return f"hsdp, {world.size // plan.shards} copies over {plan.shards} ranks each"
-    return plan.mode
+def _in_words(layout: Layout, world: World) -> str:
+    if layout.mode == "hsdp":
+        return f"hsdp, {world.size // layout.shards} copies over {layout.shards} ranks each"
+    return layout.mode
 
 
 def _views(flip: bool, source: TokenSource) -> str:

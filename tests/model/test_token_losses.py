@@ -225,13 +225,6 @@ def test_flops_of_the_diffusion_loss(blocks):
     assert m.flops(5) == linear_products(lambda: m.loss(z, x0, Rng(1), index, slot)) - table
 
 
-def test_saved_values_grow_with_rows_repeats_and_blocks():
-    assert Categorical(D, 7).saved_values(10) == 2 * Categorical(D, 7).saved_values(5)
-    assert diffusion(blocks=2).saved_values(10) == 2 * diffusion(blocks=2).saved_values(5)
-    per_block = diffusion(blocks=3).saved_values(1) - diffusion(blocks=2).saved_values(1)
-    assert per_block == REPEAT * 9 * W
-
-
 def test_a_categorical_draw_is_that_of_its_logits():
     m, (z, _, index, slot) = fill(Categorical(D, 7)), rows()
     options = SampleOptions(temperature=0.8, top_k=5)

@@ -101,10 +101,6 @@ class Laplace(TokenLoss):
         """One product."""
         return 2 * rows * self.output.weight.numel()
 
-    def saved_values(self, rows):
-        """Locations, scales and differences."""
-        return 3 * rows * self.output.weight.shape[0]
-
 
 class RippleLayer(nn.Module):
     """x + W SiLU(V RMSNorm(x))."""
@@ -222,11 +218,6 @@ class Ripple(System):
             "layers": 2 * rows * self.settings.layers * 4 * width**2,
             "token loss": self.token_loss.flops(rows),
         }
-
-    def saved_values(self, phase=None):
-        """See System.saved_values."""
-        rows, width = len(self.supervised(phase)), self.settings.width
-        return rows * self.settings.layers * 6 * width + self.token_loss.saved_values(rows)
 
     @torch.no_grad()
     def sample(self, classes, rng, options=None, index=None):

@@ -4,13 +4,15 @@ import dataclasses
 import re
 
 import pytest
+import torch
 
 from heptapod_fast.config import flag
 from heptapod_fast.data.logograms import logogram_classes
-from heptapod_fast.systems import build_system, configure
-from heptapod_fast.train import memory
-from heptapod_fast.train.dry_run import GB, class_count, dry_run
+from heptapod_fast.systems import Heptapod, build_system, configure
+from heptapod_fast.train.dry_run import class_count, dry_run
+from heptapod_fast.train.memory import GB, Work, estimate
 from heptapod_fast.train.metrics import training_flops
+from heptapod_fast.train.operators import choose_operators
 from tests.running import NO_HEAD, tiny_config
 
 
@@ -128,21 +130,36 @@ def test_flops_of_a_step_are_three_forwards():
     assert training == pytest.approx(training_flops(system) / 1e9, abs=1e-4)
 
 
-def test_memory_is_the_estimate():
-    config = configure("B", data="folder")
-    text = section(dry_run(config, world_size=8), "memory per rank")
-    micro_batch = config.split_batch(8).micro_batch
-    system = build_system(config, 1000, "meta", fill=False)
-    estimate = memory.estimate(config, system, micro_batch)
+@pytest.mark.parametrize("mode", ["off", "selective"])
+def test_memory_is_the_estimate(mode):
+    config = tiny_config("out", batch=32, recompute=mode, precision="bf16")
+    text = section(dry_run(config, world_size=4), "memory per rank")
+    device = torch.device("cpu")
+    work = Work(config, 5, device, choose_operators(config, device), world_size=4)
+    found = estimate(work, mode)
+    rows = {
+        "weights and optimizer": found.fixed,
+        "weights in bf16": found.casts,
+        "activations": found.activations,
+        "at the peak": found.rest,
+        "total": found.total,
+    }
+    for name, expected in rows.items():
+        assert float(line_of(text, name).split()[0]) == pytest.approx(expected / GB, abs=1e-3)
+    parameters = sum(p.numel() for p in work.system().parameters())
+    assert f"= {found.per_parameter} bytes x {parameters:,}" in text
+    assert "for 8 sequences" in text
+    assert line_of(text, "recompute").startswith(f"{mode} (asked for")
 
-    def gigabytes(name):
-        return float(line_of(text, name).split()[0])
 
-    assert gigabytes("weights and optimizer") == pytest.approx(estimate.fixed / GB, abs=1e-3)
-    assert gigabytes("activations") == pytest.approx(estimate.activations / GB, abs=1e-3)
-    assert gigabytes("total") == pytest.approx(estimate.total / GB, abs=1e-3)
-    assert f"bytes x {207_234_336:,}" in text
-    assert f"for {micro_batch} sequences" in text
+def test_memory_that_is_not_counted_says_why(monkeypatch):
+    def forward(self, batch, rng, phase=None):
+        raise TypeError("no such thing")
+
+    monkeypatch.setattr(Heptapod, "forward", forward)
+    text = section(dry_run(tiny_config("out")), "memory per rank")
+    assert "no estimate of memory: TypeError: no such thing" in line_of(text, "recompute")
+    assert "total" not in text
 
 
 def test_operators_are_those_of_this_machine():
@@ -154,7 +171,9 @@ def test_operators_are_those_of_this_machine():
 def test_what_cannot_run_here_may_be_meant_for_another_machine():
     text = dry_run(tiny_config("out", adamw_ema="cuda"))
     assert "refused: --adamw-ema cuda" in section(text, "operators on this machine")
-    assert "memory per rank" in text
+    memory = section(text, "memory per rank")
+    assert "counted with the references on the CPU" in memory
+    assert float(line_of(memory, "total").split()[0]) > 0
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():

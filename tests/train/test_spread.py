@@ -18,7 +18,7 @@ from heptapod_fast.data.tokens import SyntheticTokens
 from heptapod_fast.ops import sharded
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import build_system, configure
-from heptapod_fast.train.parallelize import Plan, gradients_of, spread
+from heptapod_fast.train.parallelize import Layout, gradients_of, spread
 from heptapod_fast.train.saving import HostBuffers
 from heptapod_fast.train.step import Buffers, forward_backward, load
 from heptapod_fast.world import ALONE, World
@@ -69,11 +69,11 @@ class Run:
         losses: mean loss of the global batch, step by step.
     """
 
-    def __init__(self, name, world, plan):
+    def __init__(self, name, world, layout):
         self.config, self.system = plain(name)
         self.world = world
         phases = list(self.system.phases(self.config.recipe.images))
-        self.parallel = spread(self.system, plan, world, phases, blank=lambda: plain(name)[1])
+        self.parallel = spread(self.system, layout, world, phases, blank=lambda: plain(name)[1])
         spec = self.config.spec
         self.source = SyntheticTokens(spec, 3, seed=1)
         self.buffers = Buffers.allocate(spec, MICRO_BATCH, torch.device("cpu"))
@@ -114,15 +114,15 @@ class Run:
 @functools.cache
 def undisturbed(name):
     """(losses, weights) of all steps on one rank."""
-    run = Run(name, ALONE, Plan("single", 1, ""))
+    run = Run(name, ALONE, Layout("single", 1, ""))
     for number in range(STEPS):
         run.step(number)
     return run.losses, {key: value.clone() for key, value in run.named().items()}
 
 
-def plan_of(mode, world):
+def layout_of(mode, world):
     shards = {"single": 1, "ddp": 1, "fsdp": world.size, "hsdp": 1, "hsdp-one-copy": world.size}
-    return Plan(mode.removesuffix("-one-copy"), shards[mode], "")
+    return Layout(mode.removesuffix("-one-copy"), shards[mode], "")
 
 
 def same(run, steps, name):
@@ -155,7 +155,7 @@ def passing_on(chain):
         mode = CHAINS[chain][first // 2]
         for name in CASES:
             folder = Path(os.environ["FOLDER"]) / f"{name}-{chain}"
-            run = Run(name, world, plan_of(mode, world))
+            run = Run(name, world, layout_of(mode, world))
             if first:
                 run.load(folder)
             for number in steps:
@@ -176,7 +176,7 @@ def check_a_system_with_averages_samples_alike():
     config, system = plain("heptapod")
     wanted = [2 * value.detach() for value in system.parameters()]
     for mode in ("ddp", "fsdp", "hsdp", "hsdp-one-copy"):
-        run = Run("heptapod", world, plan_of(mode, world))
+        run = Run("heptapod", world, layout_of(mode, world))
         doubled = [2 * value.detach() for value in run.system.parameters()]
         before = [sharded.whole(value.detach()).clone() for value in run.system.parameters()]
         with run.parallel.whole(doubled) as copy:
@@ -192,7 +192,7 @@ def check_every_rank_holds_its_part():
     world = here()
     if world.size == 1:
         return
-    run = Run("llamagen", world, plan_of("fsdp", world))
+    run = Run("llamagen", world, layout_of("fsdp", world))
     total = sum(value.numel() for value in run.system.parameters())
     held = sum(sharded.local(v, "", "").numel() for v in run.system.parameters())
     assert held < total / world.size + len(list(run.system.parameters())) * 64
