@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 
 from heptapod_fast.averages import averages_of
 from heptapod_fast.config import Config
+from heptapod_fast.data.tokens import Batch
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.storage import available_memory
 from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.train import recompute
-from heptapod_fast.train.step import Buffers
 from heptapod_fast.world import choose_precision
 
 GB = 1e9
@@ -165,10 +165,10 @@ def _count_step(work: Work, mode: str, phase: Phase) -> _Step:
         if work.keeps_gradients:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        buffers = Buffers.allocate(config.spec, split.micro_batch, work.device)
+        batch = Batch.zeros(config.spec, split.micro_batch, work.device)
         ledger = Ledger(parameters)
         with ledger:
-            loss = system.loss(buffers.batch, Rng(config.recipe.seed), phase)
+            loss = system.loss(batch, Rng(config.recipe.seed), phase)
             kept = ledger.bytes
             casts = ledger.bytes_of_casts
             (loss.total / system.expected_count(split.micro_batch, phase)).backward()
