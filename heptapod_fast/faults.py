@@ -41,7 +41,8 @@ def _wait_for_a_signal(announcement: str) -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno())
-    print(announcement, flush=True)
+    # In one piece: several ranks say it at the same moment.
+    print(f"{announcement}\n", end="", flush=True)
     reader.recv(1)
     signal.set_wakeup_fd(before)
     reader.close()

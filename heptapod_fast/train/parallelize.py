@@ -142,11 +142,12 @@ class Replicated(Parallel):
 
     Args:
         phases: of the training.
+        trial: a batch to look at them with.
     """
 
-    def __init__(self, system: System, phases: Sequence[Phase]):
+    def __init__(self, system: System, phases: Sequence[Phase], trial: Batch):
         super().__init__(system)
-        leaves_out = [phase for phase in phases if _unused_in(system, phase)]
+        leaves_out = [phase for phase in phases if _unused_in(system, phase, trial)]
         self.wrapped = torch.nn.parallel.DistributedDataParallel(
             system,
             gradient_as_bucket_view=True,
@@ -159,7 +160,7 @@ class Replicated(Parallel):
             # After its first pass DDP cuts its messages anew, in the order in which gradients came.
             # Sums of three ranks and more depend on the cut: a resumed run would differ in last
             # bits from one that went through. So the first pass is one that does not count.
-            _pass_of_one(self.model, system, phases[0])
+            _pass(self.model, phases[0], trial)
             _drop_gradients(system)
 
     def adding_up(self, is_last: bool) -> AbstractContextManager[object]:
@@ -173,16 +174,14 @@ _SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _OF_DDP else "broadc
 _WITHOUT_BUFFERS: dict[str, Any] = {_SYNC: False}
 
 
-def _pass_of_one(model: Model, system: System, phase: Phase) -> None:
-    """Forward and backward pass of one sequence of zeros."""
-    device = next(system.parameters()).device
-    loss = model(Batch.zeros(system.spec, 1, device), Rng(0), phase)
-    loss.total.backward()
+def _pass(model: Model, phase: Phase, trial: Batch) -> None:
+    """A forward and a backward pass that do not count."""
+    model(trial, Rng(0), phase).total.backward()
 
 
-def _unused_in(system: System, phase: Phase) -> list[str]:
+def _unused_in(system: System, phase: Phase, trial: Batch) -> list[str]:
     """The parameters that a phase leaves out."""
-    _pass_of_one(system, system, phase)
+    _pass(system, phase, trial)
     names = [name for name, parameter in system.named_parameters() if parameter.grad is None]
     _drop_gradients(system)
     return names
@@ -243,18 +242,19 @@ def spread(
     layout: Layout,
     world: World,
     phases: Sequence[Phase],
+    trial: Batch,
     blank: Callable[[], System],
 ) -> Parallel:
     """Put a filled system among its ranks. Collective call.
 
     Args:
-        phases: of the training.
+        phases, trial: see Replicated.
         blank: see Sharded.
     """
     if layout.mode == "single":
         return Parallel(system)
     if layout.mode == "ddp":
-        return Replicated(system, phases)
+        return Replicated(system, phases, trial)
     return Sharded(system, layout, world, blank)
 
 

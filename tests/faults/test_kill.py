@@ -28,13 +28,13 @@ def same_end(out, undisturbed, **settings):
     return result.out
 
 
-def killed(out, fault):
-    result = finish(start("train", *flags(out=out), HEPTAPOD_FAULT=fault))
+def killed(out, fault, **settings):
+    result = finish(start("train", *flags(out=out, **settings), HEPTAPOD_FAULT=fault))
     assert result.code == -signal.SIGKILL, result.out
 
 
 def test_killed_in_a_step(tmp_path, undisturbed):
-    killed(tmp_path, "kill9@step=6")
+    killed(tmp_path, "kill9@step=6", sync_checkpoints=True)
     assert "resumed   at 32 images" in same_end(tmp_path, undisturbed)
 
 

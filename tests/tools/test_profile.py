@@ -68,7 +68,7 @@ def test_backward_runs_where_its_range_is(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", spy)
     words = (*flags(), "--profile-steps", 1, "--profile-out", tmp_path)
     assert command("profile", *words).code == 0
-    assert seen == [False, False]
+    assert len(seen) >= 2 and not any(seen)
     assert mode()
 
 

@@ -158,7 +158,7 @@ def test_sessions_say_how_long_their_start_and_their_end_took(tmp_path, monkeypa
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     session, state = start_here(tmp_path, images=16, checkpoint_every=10**6)
     now[0] += 7
-    take = {"save": 3.0, "sample_grid": 2.0}
+    take = {"begin_save": 3.0, "sample_grid": 2.0}
     for name, seconds in take.items():
         done = getattr(loop, name)
 
