@@ -7,6 +7,7 @@ if __name__ == "__main__":
     ranks.work(globals())                      runs every check_..., prints what came of it
 
 ranks.outcomes(__file__, 2)                    [{"sums": "" or a traceback}, one per rank]
+ranks.all_well(those)          fails with the tracebacks
 """
 
 import datetime
@@ -76,3 +77,15 @@ def outcomes(file, ranks, **environment):
         assert process.returncode == 0, out + err
         found.append(json.loads(out.splitlines()[-1]))
     return found
+
+
+def all_well(outcomes):
+    """Every check of every rank went well."""
+    failed = [
+        f"rank {rank}, {name}: {text}"
+        for rank, outcome in enumerate(outcomes)
+        for name, text in outcome.items()
+        if text
+    ]
+    assert not failed, "\n".join(failed)
+    assert all(outcomes)

@@ -183,16 +183,9 @@ def check_a_failure_of_one_rank_is_everybodys():
     raise AssertionError("nothing was said")
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def several(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    return ranks.outcomes(__file__, request.param, FOLDER=str(folder))
-
-
-@pytest.mark.parametrize("name", ranks.checks(globals()))
-def test_several_ranks(several, name):
-    for rank, outcome in enumerate(several):
-        assert not outcome[name], f"rank {rank}: {outcome[name]}"
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_ranks(tmp_path, count):
+    ranks.all_well(ranks.outcomes(__file__, count, FOLDER=str(tmp_path)))
 
 
 if __name__ == "__main__":

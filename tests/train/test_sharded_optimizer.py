@@ -1,15 +1,9 @@
 """The optimizer's operations on DTensors, over processes of this machine (gloo).
 
-Every process runs all functions named `check_...` below; a test looks at the outcome of one.
+Every process runs all functions named `check_...` below (tests/ranks.py).
 """
 
-import datetime
-import json
-import os
-import socket
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -18,6 +12,7 @@ import torch
 from heptapod_fast.ops import library
 from heptapod_fast.ops.adamw_ema import adamw_ema
 from heptapod_fast.ops.global_norm import global_norm
+from tests import ranks
 from tests.csrc import emulator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,80 +221,15 @@ def check_a_model_under_fully_shard_trains_as_without():
         torch.testing.assert_close(mine.full_tensor(), other)
 
 
-CHECKS = {
-    name.removeprefix("check_"): check
-    for name, check in sorted(globals().items())
-    if name.startswith("check_")
-}
-
-
-def work():
-    """One process: {name of a check: "" or how it failed} as JSON."""
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=600))
-    outcome = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            outcome[name] = ""
-        except Exception:
-            outcome[name] = traceback.format_exc()
-    print(json.dumps(outcome), flush=True)
-    torch.distributed.destroy_process_group()
-
-
-def outcomes(ranks):
-    """What every rank printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env=shared | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    found = []
-    for process in processes:
-        out, err = process.communicate(timeout=600)
-        assert process.returncode == 0, out + err
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
-
-
 needs_distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch has no distributed package"
 )
 
 
-@pytest.fixture(scope="module")
-def two_ranks():
-    return outcomes(2)
-
-
 @needs_distributed
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_ranks(two_ranks, name):
-    for rank, outcome in enumerate(two_ranks):
-        assert not outcome[name], f"rank {rank}: {outcome[name]}"
-
-
-@needs_distributed
-@pytest.mark.slow
-def test_four_ranks():
-    for rank, outcome in enumerate(outcomes(4)):
-        assert not any(outcome.values()), f"rank {rank}: {''.join(outcome.values())}"
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_ranks(count):
+    ranks.all_well(ranks.outcomes(__file__, count))
 
 
 def test_plain_tensors_need_no_distributed_package(monkeypatch):
@@ -313,4 +243,4 @@ def test_plain_tensors_need_no_distributed_package(monkeypatch):
 
 
 if __name__ == "__main__":
-    work()
+    ranks.work(globals())

@@ -156,7 +156,9 @@ def passing_on(chain):
         first = int(os.environ["FIRST"])
         steps = range(first, first + 2)
         mode = CHAINS[chain][first // 2]
-        for name in CASES:
+        # Copies of a sharded model are both of the others at once: some systems are enough.
+        names = ("heptapod", "npp", "sar") if chain == "hsdp" else CASES
+        for name in names:
             folder = Path(os.environ["FOLDER"]) / f"{name}-{chain}"
             run = Run(name, world, layout_of(mode, world))
             if first:
@@ -202,22 +204,12 @@ def check_every_rank_holds_its_part():
     assert held < 0.75 * total
 
 
-@pytest.fixture(scope="module")
-def passed_on(tmp_path_factory):
-    """Outcomes of two steps on two ranks, two on one, and two on three."""
-    folder = str(tmp_path_factory.mktemp("spread"))
-    found = {}
-    for first, count in ((0, 2), (2, 1), (4, 3)):
-        found[count] = ranks.outcomes(__file__, count, FOLDER=folder, FIRST=str(first))
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 1, 3])
-@pytest.mark.parametrize("name", ranks.checks(globals()))
-def test_ranks(passed_on, name, count):
-    for rank, outcome in enumerate(passed_on[count]):
-        assert not outcome[name], f"rank {rank} of {count}: {outcome[name]}"
+def test_two_ranks_then_one_then_three(tmp_path):
+    """Two steps each. In one test: its processes are started once."""
+    for first, count in ((0, 2), (2, 1), (4, 3)):
+        found = ranks.outcomes(__file__, count, FOLDER=str(tmp_path), FIRST=str(first))
+        ranks.all_well(found)
 
 
 if __name__ == "__main__":
