@@ -114,18 +114,22 @@ def save(
             is kept.
     """
     final = folder / name_of(state["step"])
-    (is_there,) = world.any(world.main and final.exists())
-    if is_there:
-        return final
     temporary = final.with_suffix(".tmp")
+    is_there = False
     try:
+        with world.together():
+            if world.main:
+                is_there = final.exists()
+        (is_there,) = world.any(is_there)
+        if is_there:
+            return final
         with world.together():
             if world.main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         for name, tensors in files.items():
-            host = {key: value.detach().contiguous() for key, value in tensors.items()}
-            shards.write(temporary, name, host, world)
+            plain = {key: value.detach().contiguous() for key, value in tensors.items()}
+            shards.write(temporary, name, plain, world)
         with world.together():
             if world.main:
                 faults.point(f"files={state['step']}")
@@ -139,7 +143,9 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {error}") from error
     if keep is not None and world.main:
-        _retain(folder, keep)
+        # It is written: what cannot be removed now is the next one's to remove.
+        with contextlib.suppress(OSError, ValueError):
+            _retain(folder, keep)
     return final
 
 
@@ -161,9 +167,7 @@ def _retain(folder: Path, keep: int) -> None:
     sound = [path for path in listed(folder) if not damage(path, of_sizes=True)]
     good = [path for path in sound if is_good(path)]
     for path in sound[:-keep]:
-        if path in good[-1:]:
-            continue
-        with contextlib.suppress(OSError):
+        if path not in good[-1:]:
             _remove(path)
 
 
@@ -300,10 +304,10 @@ def load_step(folder: Path, step: int | None) -> Checkpoint:
     raise CheckpointError(f"{'; '.join(errors)}. Restore one from a copy, or train again")
 
 
-def drop_after(folder: Path, step: int) -> None:
-    """Remove what was written after a step: a run that goes on from there takes another way."""
+def drop_between(folder: Path, first: int, last: float) -> None:
+    """Remove what was written after step `first` and before `last`: the run took another way."""
     for path in listed(folder):
-        if step_of(path) > step:
+        if first < step_of(path) < last:
             _remove(path)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from heptapod_fast.ops import sharded
 from heptapod_fast.world import World
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], world: World) 
 
     Args:
         folder: exists; no files of this name are in it.
-        tensors: on the host: plain ones, alike on all ranks, and DTensors.
+        tensors: DTensors, and plain ones that are alike on all ranks: each writes its `share`.
         world: the ranks that write, with a group of its own if another thread uses the main one.
 
     Raises:
@@ -50,11 +52,14 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], world: World) 
 
     parts = folder / f"{name}.parts"
     writer = checkpoint.HuggingFaceStorageWriter(
-        str(parts), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
+        str(parts), fqn_to_index_mapping=_file_numbers(tensors, world.size), save_distributed=True
     )
+    # Where there is a GPU it would wait for the GPU's work even for tensors on the host.
+    writer.per_thread_copy_ahead = 0
+    mine = share(tensors, world)
     try:
         checkpoint.save(
-            dict(tensors),
+            {key: tensor for key, tensor in tensors.items() if key in mine},
             storage_writer=writer,
             process_group=world.group,
             no_dist=world.size == 1,
@@ -68,14 +73,30 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], world: World) 
             _take_over(parts, folder, name)
 
 
-def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Which of a rank's files a tensor goes to, from 1 on: none grows much beyond FILE_BYTES."""
+def share(tensors: Mapping[str, Tensor], world: World) -> set[str]:
+    """Names of the tensors that this rank writes: all that are sharded, and of the plain ones about
+    as many bytes as every other rank."""
+    mine = set()
+    loads = [0] * world.size
+    for key, tensor in tensors.items():
+        rank = loads.index(min(loads))
+        is_sharded = sharded.layout(tensor) is not None
+        if is_sharded or rank == world.rank:
+            mine.add(key)
+        if not is_sharded:
+            loads[rank] += tensor.numel() * tensor.element_size()
+    return mine
+
+
+def _file_numbers(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """Which of its files every rank writes a tensor to, from 1 on: none grows much beyond
+    FILE_BYTES."""
     numbers = {}
     number = 1
     filled = 0
     for key, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        if filled and filled + size > FILE_BYTES:
+        if filled and filled + size > FILE_BYTES * ranks:
             number += 1
             filled = 0
         numbers[key] = number
@@ -85,12 +106,12 @@ def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _take_over(parts: Path, folder: Path, name: str) -> None:
     """Give the files that all ranks wrote their names."""
-    found = sorted(parts.iterdir())
+    found = sorted(parts.glob(f"*{SUFFIX}"))
     for number, path in enumerate(found, 1):
         _order_header(path)
         shard = "" if len(found) == 1 else f"-{number:05d}-of-{len(found):05d}"
         path.rename(folder / f"{name}{shard}{SUFFIX}")
-    parts.rmdir()
+    shutil.rmtree(parts)
 
 
 def _order_header(path: Path) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -183,10 +183,24 @@ class World:
                             "command, code and data are needed on all machines"
                         )
 
-    def wait_at_most(self, patience: timedelta) -> None:
-        """From now on ranks are taken for lost that others wait for as long as this."""
-        if self.size > 1:
-            dist.distributed_c10d._set_pg_timeout(patience, dist.group.WORLD)
+    def wait_at_most(self, patience: timedelta, groups: Sequence[dist.ProcessGroup] = ()) -> None:
+        """From now on ranks are taken for lost that others wait for as long as this, in the main
+        group and in these."""
+        if self.size == 1:
+            return
+        for group in (dist.group.WORLD, *groups):
+            dist.distributed_c10d._set_pg_timeout(patience, group)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise an error that all ranks have found: one of them says it.
+
+        Raises:
+            error: on rank 0.
+            OtherRankFailed: on the others.
+        """
+        if self.main:
+            raise error
+        raise OtherRankFailed(f"rank {self.rank} stops: rank 0 says why") from error
 
     def check_in(self) -> None:
         """Leave word of where this rank is, now and then."""
@@ -204,7 +218,8 @@ class World:
             yield
         except RuntimeError as error:
             text = str(error)
-            is_lost = any(words in text for words in _OF_COMMUNICATION)
+            is_of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
+            is_lost = is_of_torch and any(words in text for words in _OF_COMMUNICATION)
             if self.store is None or not is_lost:
                 raise
             first_line = text.splitlines()[0][:200]
@@ -230,7 +245,7 @@ class World:
         if not silent:
             return f"{here}: the connection between the ranks is lost, all of them are there"
         names = [f"rank {rank} (last seen at {seen.get(rank, 'the start')})" for rank in silent]
-        return f"{here} for {', '.join(names)}: gone, or hanging"
+        return f"{here}, no word from {', '.join(names)}: gone, or hanging"
 
     def main_first(self, work: Callable[[], Result]) -> Result:
         """work() on rank 0, then on the others, which find the files that it left. It fails on all

@@ -10,6 +10,7 @@ import torch
 from torch.distributed import HashStore, PrefixStore
 
 from heptapod_fast import launchers, world
+from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.world import LostRank, OtherRankFailed, World, processor_kind
 
 
@@ -189,13 +190,16 @@ def account(monkeypatch, answers, seen):
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
     text = account(monkeypatch, answers=[2], seen={1: "step 5", 2: "step 5"})
-    assert "rank 0 waits at step 7 for rank 1 (last seen at step 5): gone, or hanging" in text
+    assert (
+        "rank 0 waits at step 7, no word from rank 1 (last seen at step 5): gone, or hanging"
+        in text
+    )
     assert text.endswith("(Timed out waiting 4000ms for recv operation to complete)")
 
 
 def test_several_ranks_that_do_not_come_are_named(monkeypatch):
     text = account(monkeypatch, answers=[], seen={2: "step 5"})
-    assert "for rank 1 (last seen at the start), rank 2 (last seen at step 5)" in text
+    assert "no word from rank 1 (last seen at the start), rank 2 (last seen at step 5)" in text
 
 
 def test_a_connection_that_breaks_among_living_ranks_is_no_lost_rank(monkeypatch):
@@ -208,8 +212,9 @@ def test_other_errors_go_through_as_they_are():
     with pytest.raises(RuntimeError, match="a bug") as error, ours.watched():
         raise RuntimeError("a bug")
     assert not isinstance(error.value, LostRank)
-    with pytest.raises(ValueError, match="Timed out"), ours.watched():
-        raise ValueError("Timed out")
+    for kind in (ValueError, OtherRankFailed, CheckpointError):
+        with pytest.raises(kind, match="Timed out waiting"), ours.watched():
+            raise kind("Timed out waiting")
 
 
 def test_a_rank_leaves_word_of_where_it_is():

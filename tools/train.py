@@ -41,8 +41,12 @@ def work() -> int:
 
     try:
         launch(config, world, say, ends_process=True)
-    finally:
+    except worlds.LostRank:
+        raise  # to leave the others in order would mean to wait for the one that is lost
+    except BaseException:
         worlds.stop(world)
+        raise
+    worlds.stop(world)
     return 0
 
 

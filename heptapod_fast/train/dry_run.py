@@ -136,7 +136,7 @@ def memory_lines(config: Config, classes: int, world_size: int) -> list[str]:
         layout = choose_layout(work, World(0, world_size, work.device, local_size=world_size))
         work = dataclasses.replace(work, shards=layout.shards)
         note.append(f"parallel  {layout.mode}: {layout.why}")
-    planned = fit_into(work, memory_limit(work.device))
+    planned = fit_into(work, memory_limit(work.device, world_size))
     lines = [f"  {line}" for line in [*note, *planned.lines()]]
     found = planned.estimate
     if found is None:

@@ -49,6 +49,11 @@ def launch(config: Config, world: World, say: Say, *, ends_process: bool = False
         OtherRankFailed: one of these on another rank, which says it.
         LostRank: another rank is gone without a word, or hangs.
     """
+    with world.watched():
+        return _launch(config, world, say, ends_process)
+
+
+def _launch(config: Config, world: World, say: Say, ends_process: bool) -> Outcome:
     begin = time.monotonic()
     world.same(settings=config.to_json(), code=_code(), version_of_torch=torch.__version__)
     with world.together():
@@ -62,8 +67,7 @@ def launch(config: Config, world: World, say: Say, *, ends_process: bool = False
                 changed = directory.claim(config)
                 if changed:
                     say(f"continuing with {'; '.join(changed)}")
-        with world.watched():
-            return _run(config, world, say, directory, begin, ends_process)
+        return _run(config, world, say, directory, begin, ends_process)
     except BaseException:
         directory.withdraw()
         raise

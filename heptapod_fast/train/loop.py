@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,15 @@ from heptapod_fast.train.records import (
     WeightsAndBiases,
 )
 from heptapod_fast.train.schedule import learning_rate
-from heptapod_fast.train.session import Ending, Session, State, begin_save, go_back, save_snapshot
+from heptapod_fast.train.session import (
+    Ending,
+    Session,
+    State,
+    begin_save,
+    drop_way,
+    go_back,
+    save_snapshot,
+)
 from heptapod_fast.train.step import forward_backward, load, update
 
 GRID_CLASSES = 8
@@ -78,7 +87,8 @@ def train(session: Session, state: State) -> Ending:
             loss, norm = training_step(session, state, phase, meter)
             meter.add(loss, norm, batch)
             if meter.is_first_step:
-                world.wait_at_most(timedelta(seconds=config.run.rank_timeout))
+                patience = timedelta(seconds=config.run.rank_timeout)
+                world.wait_at_most(patience, session.parallel.groups)
 
             # 2. What signals and the clock ask for, the same on all ranks.
             wishes = agree(session, asked)
@@ -89,10 +99,9 @@ def train(session: Session, state: State) -> Ending:
 
             # 3. A progress line and a record: the only wait for the device. A run that has skipped
             # too many steps goes back to its last good checkpoint.
-            went_back = False
             if is_due(config.run.log_every) or is_last or phase_ends:
                 log(session, state, phase, meter, recorder)
-                went_back = check_skips(session, state, recorder)
+                check_skips(session, state, recorder)
 
             # 4. A snapshot of the averages: before the checkpoint, for what comes after it is done
             # again by a run that goes on from there.
@@ -105,8 +114,7 @@ def train(session: Session, state: State) -> Ending:
                 save_failed = True
                 note_failure(session, state, recorder)
             try_again = save_failed and is_due(config.run.log_every)
-            is_asked = wishes.save or try_again or went_back
-            if is_due(config.run.checkpoint_every) or is_last or is_asked:
+            if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
                 with meter.time("checkpoint"):
                     save_failed = not try_save(session, state, recorder, is_last)
             if wishes.stop and not finished:
@@ -168,25 +176,28 @@ def begin_phase(session: Session, state: State, meter: Meter) -> Phase:
 
 def open_recorder(session: Session, state: State) -> Recorder:
     """metrics.jsonl and the sinks of --log, on the rank that writes; what a session that ended
-    before it could save has recorded is dropped."""
+    before it could save has recorded is dropped. Collective call."""
+    recorder = Recorder(JsonLines(session.directory.metrics), session.say)
+    with session.world.together():
+        if session.world.main:
+            begin_records(session, state, recorder)
+    return recorder
+
+
+def begin_records(session: Session, state: State, recorder: Recorder) -> None:
+    """On the rank that writes."""
     directory = session.directory
-    run = session.config.run
-    metrics = JsonLines(directory.metrics)
-    recorder = Recorder(metrics, session.say)
-    if not session.world.main:
-        return recorder
-    lost = metrics.rewind(state.images)
-    checkpoints.drop_after(directory.averages, session.optimizer.step_count)
+    lost = recorder.metrics.rewind(state.images)
+    checkpoints.drop_between(directory.averages, session.optimizer.step_count, math.inf)
     openers: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoard(directory.path / "tensorboard", state.images),
         "wandb": lambda: WeightsAndBiases(directory.path, session.config),
     }
-    for name in run.sinks:
+    for name in session.config.run.sinks:
         recorder.add(openers[name], name)
     times = {"start_seconds": time.monotonic() - session.started, "lost_seconds": seconds_of(lost)}
     sessions = Recorder(JsonLines(directory.sessions), session.say)
     sessions.write({"images": state.images, **session.environment, **to_milliseconds(times)})
-    return recorder
 
 
 def seconds_of(records: list[Record]) -> float:
@@ -227,11 +238,8 @@ def log(session: Session, state: State, phase: Phase, meter: Meter, recorder: Re
         session.say(progress_line(record, recipe.images))
 
 
-def check_skips(session: Session, state: State, recorder: Recorder) -> bool:
+def check_skips(session: Session, state: State, recorder: Recorder) -> None:
     """Go back to the last good checkpoint after too many skipped steps. Collective call.
-
-    Returns:
-        Whether it did.
 
     Raises:
         RunError: it has done so too often, there is none, or nothing was learnt at all.
@@ -240,13 +248,14 @@ def check_skips(session: Session, state: State, recorder: Recorder) -> bool:
     skipped = int(optimizer.skipped)
     is_last = state.images >= session.config.recipe.images
     if is_last and skipped == optimizer.step_count:
-        raise RunError(
+        error = RunError(
             "no step of this run had a finite gradient: nothing was learnt. Start anew with "
             "another --out and a lower --lr-per-256"
         )
+        session.world.fail(error)
     most = session.config.run.max_skips
     if float(optimizer.guard.strain) <= most:
-        return False
+        return
     what = f"{skipped} steps had a bad gradient and were skipped (--max-skips {most})"
     remedy = (
         "The run has diverged: start anew with another --out and a lower --lr-per-256, or "
@@ -254,21 +263,27 @@ def check_skips(session: Session, state: State, recorder: Recorder) -> bool:
     )
     settle_earlier(session, state, recorder)
     if state.rollbacks >= session.config.run.max_rollbacks:
-        raise RunError(
+        error = RunError(
             f"{what}, and the run went back to a good checkpoint {state.rollbacks} times "
             f"(--max-rollbacks). {remedy}"
         )
+        session.world.fail(error)
     try:
-        images = go_back(session, state)
+        good = go_back(session, state)
     except RunError as error:
-        raise RunError(f"{what}, and {error}. {remedy}") from error
+        session.world.fail(RunError(f"{what}, and {error}. {remedy}"))
+    images = good.state["images"]
     if session.world.main:
         recorder.write({"images": state.images, "went_back_to": images})
+    then = "training goes on with the images that come next"
+    if is_last:
+        then = "these were the last images: a larger --images goes on"
     session.say(
-        f"WARNING: {what}: weights and optimizer are those after {images:,} images again, and "
-        "training goes on with the images that come next"
+        f"WARNING: {what}: weights and optimizer are those after {images:,} images again; {then}"
     )
-    return True
+    # Until this is there, a run that is cut off comes to the same point and goes back again.
+    if attempt_save(session, state, waits=True) is None:
+        drop_way(session, good)
 
 
 def try_save(session: Session, state: State, recorder: Recorder, is_last: bool) -> bool:
@@ -281,27 +296,43 @@ def try_save(session: Session, state: State, recorder: Recorder, is_last: bool) 
     """
     attempts = LAST_SAVE_ATTEMPTS if is_last else 1
     for attempt in range(1, attempts + 1):
-        try:
-            settle_earlier(session, state, recorder)
-            begin_save(session, state)
-            if is_last:
-                session.saver.settle()
-        except CheckpointError as error:
-            record_failure(session, state, recorder, error)
-            if is_last and attempt == attempts:
-                raise CheckpointError(
-                    f"{error}. Free the space, or mend what is wrong, and run the same command: it "
-                    "continues from the newest checkpoint, if there is one"
-                ) from error
-            again = "at the next progress line, training goes on"
-            if is_last:
-                again = f"in {SECONDS_BETWEEN_ATTEMPTS} s"
-            say_failure(session, error, again)
-        else:
+        settle_earlier(session, state, recorder)
+        error = attempt_save(session, state, waits=is_last)
+        if error is None:
             return True
+        record_failure(session, state, recorder, error)
+        if is_last and attempt == attempts:
+            final = CheckpointError(
+                f"{error}. Free the space, or mend what is wrong, and run the same command: it "
+                "continues from the newest checkpoint, if there is one"
+            )
+            session.world.fail(final)
+        again = "at the next progress line, training goes on"
+        if is_last:
+            again = f"in {SECONDS_BETWEEN_ATTEMPTS} s"
+        say_failure(session, error, again)
         if is_last:
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
     return False
+
+
+def attempt_save(session: Session, state: State, waits: bool) -> CheckpointError | None:
+    """Begin to write a checkpoint, and wait for it if asked to. Collective call.
+
+    Returns:
+        What went wrong, on all ranks or on none.
+    """
+    error = None
+    try:
+        begin_save(session, state)
+        if waits:
+            session.saver.settle()
+    except CheckpointError as caught:
+        error = caught
+    (has_failed,) = session.world.any(error is not None)
+    if has_failed and error is None:
+        return CheckpointError("another rank could not write the checkpoint")
+    return error
 
 
 def settle_earlier(session: Session, state: State, recorder: Recorder) -> None:
@@ -412,7 +443,8 @@ def agree(session: Session, asked: Asked) -> Wishes:
     elapsed = time.monotonic() - session.started
     out_of_time = minutes is not None and elapsed > 60 * minutes
     wants_save = asked.save
-    asked.save = False
+    if wants_save:  # and not one that is asked for right now
+        asked.save = False
     agreed = session.world.any(
         asked.stop or out_of_time, wants_save, out_of_time, session.saver.failed
     )

@@ -111,10 +111,12 @@ class Parallel:
 
     Attributes:
         model: what steps call in the system's place, so that the hooks of wrappers fire.
+        groups: of ranks that send messages to each other, beside the main one.
     """
 
     def __init__(self, system: System):
         self.system = system
+        self.groups: list[dist.ProcessGroup] = []
         self.model: Model = system
 
     def adding_up(self, is_last: bool) -> AbstractContextManager[object]:
@@ -208,11 +210,14 @@ class Sharded(Parallel):
     """
 
     def __init__(self, system: System, layout: Layout, world: World, blank: Callable[[], System]):
+        from torch.distributed.fsdp import fully_shard
+
         super().__init__(system)
         self.blank = blank
         mesh = _mesh(layout, world)
+        self.groups = mesh.get_all_groups()
         for unit in [*system.units(), system]:
-            wrapped = torch.distributed.fsdp.fully_shard(unit, mesh=mesh)
+            wrapped = fully_shard(unit, mesh=mesh)
             wrapped.set_gradient_divide_factor(1.0)
             # A factor of 1 as a plain sum: not every backend has scaled sums.
             wrapped.set_force_sum_reduction_for_comms(True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heptapod_fast import checkpoints
+from heptapod_fast import checkpoints, shards
 from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.ops import sharded
 from heptapod_fast.world import World
@@ -36,16 +36,18 @@ class Saver:
 
     Args:
         in_background: False: `begin` returns when all is on the disk, and needs no copy.
+
+    Attributes:
+        world: the ranks, in a group of their own that waits long.
     """
 
     def __init__(self, world: World, in_background: bool = True):
         self.in_background = in_background
-        self._world = world
-        self._buffers = HostBuffers(world.device)
+        self.world = world.apart(PATIENCE)
+        self._device = world.device
+        self._buffers = HostBuffers(world)
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        if in_background:
-            self._world = world.apart(PATIENCE)
 
     def begin(self, folder: Path, files: Files, state: dict[str, Any], keep: int) -> None:
         """Start to write a checkpoint; the arguments are those of `checkpoints.save`. Waits for the
@@ -57,19 +59,31 @@ class Saver:
         """
         self.settle()
         if not self.in_background:
-            checkpoints.save(folder, files, state, keep, self._world)
+            self.write(folder, files, state, keep)
             return
         copies = self._buffers.copy(files)
         self._thread = threading.Thread(
             target=self._write,
-            args=(lambda: checkpoints.save(folder, copies, state, keep, self._world),),
+            args=(lambda: checkpoints.save(folder, copies, state, keep, self.world),),
             name="checkpoint",
             # A process that ends because another rank is gone must not wait for it here.
             daemon=True,
         )
         self._thread.start()
 
+    def write(self, folder: Path, files: Files, state: dict[str, Any], keep: int | None) -> None:
+        """Write now, after what is being written. Collective call.
+
+        Raises:
+            CheckpointError: on every rank; not of the one before.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        checkpoints.save(folder, files, state, keep, self.world)
+
     def _write(self, save: Callable[[], object]) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread begins with the first GPU
         try:
             save()
         except CheckpointError as error:
@@ -106,21 +120,24 @@ class HostBuffers:
     """Copies of tensors on the host, in memory that stays: the second copy finds its pages there.
 
     Args:
-        device: of the tensors.
+        world: the ranks, on the device of the tensors.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, world: World):
+        self._world = world
+        self._device = world.device
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._meshes: dict[Any, Any] = {}
 
     def copy(self, files: Files) -> dict[str, dict[str, Tensor]]:
         """The same names with tensors on the host, valid until the next call; DTensors as such,
-        with a copy of this rank's part. Collective call where a mesh is seen for the first time."""
+        with a copy of this rank's part. What other ranks write (`shards.share`) is not copied.
+        Collective call where a mesh is seen for the first time."""
         copies: dict[str, dict[str, Tensor]] = {}
         for file, tensors in files.items():
-            copies[file] = {}
-            for name, tensor in tensors.items():
+            copies[file] = dict(tensors)
+            for name in shards.share(tensors, self._world):
+                tensor = tensors[name]
                 part = sharded.local(tensor.detach(), "a checkpoint", name)
                 buffer = self._buffer((file, name), part)
                 buffer.copy_(part, non_blocking=True)

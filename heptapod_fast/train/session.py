@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -139,6 +140,8 @@ def prepare(
     config = _with_classes(config, source.num_classes)
     with world.together():
         layout, fit = _decide(config, source.num_classes, world, operators)
+
+    world.same(layout=f"{layout.mode}, {layout.shards}", recomputation=fit.mode)
 
     def build(fill: bool) -> System:
         built = build_system(config, source.num_classes, world.device, operators, fill)
@@ -356,11 +359,7 @@ def save_snapshot(session: Session, state: State) -> None:
     if not files:
         return
     about = checkpoint_state(session, state)
-    on_host = {
-        file: {name: tensor.cpu() for name, tensor in tensors.items()}
-        for file, tensors in files.items()
-    }
-    checkpoints.save(session.directory.averages, on_host, about, keep=None, world=session.world)
+    session.saver.write(session.directory.averages, files, about, keep=None)
 
 
 def find_checkpoint(directory: RunDir, world: World, say: Say) -> Checkpoint | None:
@@ -423,12 +422,12 @@ def load_state(optimizer: Optimizer, found: Checkpoint, step_count: int) -> None
     optimizer.guard.load(found.state.get("guard", fresh))
 
 
-def go_back(session: Session, state: State) -> int:
+def go_back(session: Session, state: State) -> Checkpoint:
     """Take weights, moments and averages from the last good checkpoint; the run goes on with the
-    images that come next. What was saved after it is removed. Collective call.
+    images that come next. Nothing is being written meanwhile. Collective call.
 
     Returns:
-        After how many images the checkpoint was made.
+        The checkpoint.
 
     Raises:
         RunError: there is none.
@@ -436,8 +435,13 @@ def go_back(session: Session, state: State) -> int:
     world = session.world
     optimizer = session.optimizer
     folder = session.directory.checkpoints
-    good = checkpoints.newest_good(folder) if world.main else None
-    found = _of_rank_0(good, folder, world)
+    # Reading all of it takes its time: the group that writes waits long enough.
+    patient = session.saver.world
+    good = None
+    with patient.together():
+        if world.main:
+            good = checkpoints.newest_good(folder)
+    found = _of_rank_0(good, folder, patient)
     if found is None:
         raise RunError(f"{folder} holds no checkpoint from before it")
     skipped = optimizer.skipped.clone()
@@ -446,11 +450,17 @@ def go_back(session: Session, state: State) -> int:
         load_state(optimizer, found, optimizer.step_count)
     optimizer.skipped.copy_(skipped)
     state.rollbacks += 1
-    with world.together():
-        if world.main:
-            checkpoints.drop_after(folder, found.step)
-            checkpoints.drop_after(session.directory.averages, found.step)
-    return found.state["images"]
+    return found
+
+
+def drop_way(session: Session, good: Checkpoint) -> None:
+    """Remove what was saved on the way that the run has gone back from. Collective call."""
+    directory = session.directory
+    with session.world.together():
+        if session.world.main:
+            step = session.optimizer.step_count
+            checkpoints.drop_between(directory.checkpoints, good.step, step)
+            checkpoints.drop_between(directory.averages, good.step, math.inf)
 
 
 def other_phase(session: Session, before: dict) -> list[str]:

@@ -118,7 +118,7 @@ def test_a_run_goes_back_and_on_with_the_images_that_come_next(tmp_path, monkeyp
     (warning,) = (line for line in said if line.startswith("WARNING"))
     assert "2 steps had a bad gradient" in warning and "after 16 images again" in warning
     steps = [checkpoints.step_of(path) for path in checkpoints.listed(tmp_path / "checkpoints")]
-    assert steps == [2, 5, 6]
+    assert steps == [2, 5, 6]  # that of step 4 is of the way it did not go on
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["images"] for r in records if "loss" in r] == [8, 16, 24, 32, 40, 48]
     assert [(r["images"], r["went_back_to"]) for r in records if "went_back_to" in r] == [(40, 16)]
@@ -145,6 +145,30 @@ def test_a_run_that_went_back_can_be_stopped_and_resumed(tmp_path, monkeypatch):
         _, state, ending = train_here(out, **settings)
         assert ending is Ending.FINISHED and state.rollbacks == 1
         assert final_files(out) == final_files(tmp_path / "through")
+
+
+def test_what_is_on_the_way_stays_until_the_new_checkpoint_is_there(tmp_path, monkeypatch):
+    """Cut off in between, a run comes to the same point and goes back again."""
+    poison(monkeypatch, {4, 5})
+    save = checkpoints.save
+    seen = []
+
+    def watching(folder, files, state, keep, world):
+        if state["step"] == 5:
+            seen.extend(checkpoints.step_of(path) for path in checkpoints.listed(folder))
+        return save(folder, files, state, keep, world)
+
+    monkeypatch.setattr(checkpoints, "save", watching)
+    train_here(tmp_path, max_skips=1, images=48, keep_checkpoints=9)
+    assert seen == [2, 4]
+
+
+def test_going_back_after_the_last_images_says_so(tmp_path, monkeypatch):
+    poison(monkeypatch, {5, 6})
+    said = []
+    train_here(tmp_path, say=said.append, max_skips=1, images=48)
+    (warning,) = (line for line in said if line.startswith("WARNING"))
+    assert "these were the last images: a larger --images goes on" in warning
 
 
 def test_a_run_gives_up_that_goes_back_too_often(tmp_path, monkeypatch):

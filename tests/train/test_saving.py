@@ -10,7 +10,7 @@ from heptapod_fast.checkpoints import CheckpointError
 from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.saving import HostBuffers, Saver
 from heptapod_fast.train.session import Ending
-from heptapod_fast.world import ALONE
+from heptapod_fast.world import ALONE, World
 from tests.running import final_files, train_here
 
 
@@ -99,6 +99,27 @@ def test_a_failure_is_seen_between_steps_and_said_once(tmp_path, monkeypatch):
     saver.settle()
 
 
+def test_what_cannot_be_removed_does_not_spoil_what_was_written(tmp_path, monkeypatch):
+    def broken(folder, keep):
+        raise FileNotFoundError("step-00000001")
+
+    monkeypatch.setattr(checkpoints, "_retain", broken)
+    saver = Saver(ALONE)
+    saver.begin(tmp_path, files_of(1.0), state_of(2), 1)
+    saver.settle()
+    assert len(checkpoints.listed(tmp_path)) == 1
+
+
+def test_writing_now_comes_after_what_is_being_written(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    saver = Saver(ALONE)
+    saver.begin(tmp_path, files_of(1.0), state_of(1), 9)
+    assert gate.reached.wait(60)
+    threading.Timer(0.1, gate.opened.set).start()
+    saver.write(tmp_path, files_of(2.0), state_of(2), 9)
+    assert len(checkpoints.listed(tmp_path)) == 2
+
+
 def test_an_error_of_any_kind_is_one_of_the_checkpoint(tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("Connection closed by peer")
@@ -122,12 +143,23 @@ def test_waiting_for_it_needs_no_thread_and_no_copy(tmp_path, monkeypatch):
 
 def test_copies_stay_where_they_are():
     """The second checkpoint finds its memory there."""
-    buffers = HostBuffers(torch.device("cpu"))
+    buffers = HostBuffers(ALONE)
     first = buffers.copy(files_of(1.0))
     addresses = {name: tensor.data_ptr() for name, tensor in first["model"].items()}
     second = buffers.copy(files_of(2.0))
     assert addresses == {name: tensor.data_ptr() for name, tensor in second["model"].items()}
     assert all(bool((tensor == 2).all()) for tensor in second["model"].values())
+
+
+def test_of_what_all_ranks_have_each_copies_its_share():
+    files = {"model": {name: torch.ones(size) for name, size in (("a", 9), ("b", 4), ("c", 4))}}
+    copied = []
+    for rank in (0, 1):
+        copies = HostBuffers(World(rank, 2, torch.device("cpu"))).copy(files)
+        named = files["model"].items()
+        copied.append([name for name, own in named if copies["model"][name] is not own])
+        assert all(torch.equal(copies["model"][name], own) for name, own in named)
+    assert copied == [["a"], ["b", "c"]]
 
 
 def test_the_end_of_a_session_waits_for_what_is_being_written(tmp_path, monkeypatch):

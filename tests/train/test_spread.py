@@ -107,7 +107,7 @@ class Run:
         return {name: value.detach() for name, value in self.system.named_parameters()}
 
     def save(self, folder, number):
-        files = HostBuffers(torch.device("cpu")).copy({"model": self.named()})
+        files = HostBuffers(self.world).copy({"model": self.named()})
         checkpoints.save(folder, files, {"step": number}, keep=None, world=self.world)
 
     def load(self, folder):
