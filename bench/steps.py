@@ -71,12 +71,14 @@ def case_of(name: str, settings: dict[str, Any], **others: Callable[[object], Ca
     )
 
 
-def prepared_step(size: str, device: str, **settings: Any) -> Step:
-    """A run that is never saved. settings: flags of tools/train.py."""
+def prepared_step(size: str, device: str, world: World | None = None, **settings: Any) -> Step:
+    """A run that is never saved. settings: flags of tools/train.py. world: of the ranks that share
+    it; collective call then."""
     lines: list[str] = []
+    if world is None:
+        world = World(0, 1, torch.device(device))
     with tempfile.TemporaryDirectory() as folder:
         config = configure(size, device=device, out=folder, **settings)
-        world = World(0, 1, torch.device(device))
         session, state = prepare(config, world, lines.append)
     phase = session.system.phase(0, config.recipe.images)
     session.system.train()

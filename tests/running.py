@@ -166,12 +166,14 @@ def torchrun(ranks: int) -> tuple[str, ...]:
     )
 
 
-def start(tool: str, *words, launcher=(sys.executable,), **extra) -> subprocess.Popen:
+def start(
+    tool: str, *words, launcher=(sys.executable,), cwd: Path = ROOT, **extra
+) -> subprocess.Popen:
     """Run tools/TOOL.py in another process; stdout and stderr together."""
     return subprocess.Popen(
         [*launcher, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)],
         env=environment(**extra),
-        cwd=ROOT,
+        cwd=cwd,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

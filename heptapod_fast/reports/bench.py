@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from heptapod_fast.reports.charts import save_bars
+from heptapod_fast.reports.growth import FILES as OF_GROWTH
+from heptapod_fast.reports.growth import MADE_HERE as GROWTH_MADE_HERE
+from heptapod_fast.reports.growth import PAGE as GROWTH_PAGE
+from heptapod_fast.reports.growth import report_growth
 from heptapod_fast.reports.tables import show, table
 
 HEADLINES = "headlines.json"
-# Files beside the results that are none: what to show of them, and what kernels/offline.py keeps.
-NO_RESULTS = (HEADLINES, "offline.json")
+# Files beside the results that are none: what to show of them, what kernels/offline.py keeps, and
+# what reports/cost.py has modelled.
+NO_RESULTS = (HEADLINES, "offline.json", "modelled-cost.json")
 # How a page begins that may be overwritten.
 MADE_HERE = "# Measured\n\nMade by `python tools/report.py"
 BENCH_PAGE = f"""{MADE_HERE} bench/results` from the JSON files here. Single operations on CPU
@@ -35,7 +40,7 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
     ROOT/README.md shows of them.
 
     The page is README.md in ROOT/bench/results, and measured.md in any other folder, whose README
-    is somebody else's.
+    is somebody else's. Files of bench/growth.py have growth.md beside it.
 
     Returns:
         The files written.
@@ -49,13 +54,17 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
         raise ValueError(f"{folder} holds no JSON results: run make bench first")
     is_projects = folder.resolve() == (root / "bench" / "results").resolve()
     page = folder / ("README.md" if is_projects else "measured.md")
-    _refuse_foreign_page(page)
+    _refuse_foreign_page(page, MADE_HERE)
+    _refuse_foreign_page(folder / GROWTH_PAGE, GROWTH_MADE_HERE)
+    of_growth = report_growth(folder)
     parts = [BENCH_PAGE]
-    parts += [bench_table(path) for path in files]
+    if of_growth:
+        parts.append(f"How the time of a step grows has [a page of its own]({GROWTH_PAGE}).")
+    parts += [bench_table(path) for path in files if not path.match(OF_GROWTH)]
     parts += runs_table(folder / "runs")
     parts += evaluations_table(folder / "evaluations")
     page.write_text("\n\n".join(parts) + "\n")
-    written = [page]
+    written = [page, *of_growth]
     readme = root / "README.md"
     if is_projects and (folder / HEADLINES).exists() and MARKS[0] in readme.read_text():
         before, rest = readme.read_text().split(MARKS[0])
@@ -67,9 +76,9 @@ def report_bench(folder: Path, root: Path) -> list[Path]:
     return written
 
 
-def _refuse_foreign_page(page: Path) -> None:
-    """FileExistsError unless the page is missing or was made by `report_bench`."""
-    if page.exists() and not page.read_text().startswith(MADE_HERE):
+def _refuse_foreign_page(page: Path, made_here: str) -> None:
+    """FileExistsError unless the page is missing or begins as those made here do."""
+    if page.exists() and not page.read_text().startswith(made_here):
         raise FileExistsError(
             f"{page} was not made by tools/report.py, which would overwrite it: move it away, or "
             "copy the results to a folder of their own"
@@ -198,9 +207,7 @@ def headlines(folder: Path, root: Path) -> str:
 def fill_tables(folder: Path, root: Path) -> list[Path]:
     """Write the tables that pages of ROOT show of the results, each between its marks.
 
-    They are described in headlines.json, by name: the page, the head, and rows whose cells are
-    words and numbers, {"file", "benchmark", "value"} for a figure of a file, or {"ratio": [cell,
-    cell]} for one over another.
+    They are described in headlines.json, by name: the page, and what `_table_of` makes of it.
 
     Returns:
         The pages.
@@ -215,12 +222,32 @@ def fill_tables(folder: Path, root: Path) -> list[Path]:
         text = page.read_text()
         if begin not in text or end not in text:
             raise ValueError(f"{page} has no place for the table {name}: {begin} and {end}")
-        rows = [[_cell(folder, cell) for cell in row] for row in described["rows"]]
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
-        page.write_text(f"{before}{begin}\n{table(described['head'], rows)}\n{end}{after}")
+        page.write_text(f"{before}{begin}\n{_table_of(folder, described)}\n{end}{after}")
         pages.append(page)
     return list(dict.fromkeys(pages))
+
+
+def _table_of(folder: Path, described: dict[str, Any]) -> str:
+    """Markdown of one table of headlines.json.
+
+    Either cell by cell, {"head", "rows"}: a cell is a word, a number, {"file", "benchmark",
+    "value"} for a figure of a file, or {"ratio": [cell, cell]} for one over another. Or a row for
+    every entry of a list that a file holds, {"file", "list", "columns": {head: path in the entry}}.
+    """
+    if "columns" not in described:
+        rows = [[_cell(folder, cell) for cell in row] for row in described["rows"]]
+        return table(described["head"], rows)
+    entries = _read(folder, described["file"])[described["list"]]
+    columns = described["columns"]
+    rows = [[_at(entry, path) for path in columns.values()] for entry in entries]
+    numbers = [
+        column
+        for column, path in enumerate(columns.values())
+        if entries and not isinstance(_at(entries[0], path), str)
+    ]
+    return table(list(columns), rows, numbers)
 
 
 def _cell(folder: Path, cell: Any) -> Any:
@@ -272,6 +299,11 @@ def _value(folder: Path, file: str, benchmark: str, path: str) -> Any:
                 "measure again"
             )
         found = named[0]["extra_info"]
+    return _at(found, path)
+
+
+def _at(found: Any, path: str) -> Any:
+    """What lies at a path of keys, "a/b"; a key may have a "/" itself ("images/s")."""
     if path in found:
         return found[path]
     for key in path.split("/"):

@@ -159,3 +159,29 @@ def save_bars(
         axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.12)
     _save(figure, path)
+
+
+def save_growth(
+    sweeps: Mapping[str, Sequence[tuple[float, float, float, float]]], path: str | Path
+) -> None:
+    """A panel for each sweep: time per FLOP over what is varied, with its quartiles.
+
+    sweeps: {what is varied: (its value, time per FLOP, lower quartile, upper quartile) per point}.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(sweeps), 3), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(sweeps), squeeze=False, sharey=True)[0]
+    for axes, (name, points) in zip(panels, sweeps.items(), strict=True):
+        values, times, lows, highs = zip(*points, strict=True)
+        axes.axhline(1, color=GREY, linewidth=1)
+        axes.fill_between(values, lows, highs, color=BLUE, alpha=0.2, linewidth=0)
+        axes.plot(values, times, color=BLUE, marker="o")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:,}" for value in values], rotation=45)
+        axes.minorticks_off()
+        axes.set_title(name, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("time per FLOP, first point = 1")
+    panels[0].set_ylim(bottom=0)
+    _save(figure, path)

@@ -13,12 +13,15 @@ import torch
 
 from heptapod_fast.config import Config
 from heptapod_fast.progress import duration
-from heptapod_fast.runs.directory import RunDir
+from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.train.loop import train
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.records import check_sinks
 from heptapod_fast.train.session import Ending, Say, State, prepare
 from heptapod_fast.world import World
+
+# How long a file of rank 0 may take until a network file system shows it to the others.
+SECONDS_FOR_FILES = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def _launch(config: Config, world: World, say: Say, ends_process: bool) -> Outco
                 changed = directory.claim(config)
                 if changed:
                     say(f"continuing with {'; '.join(changed)}")
+        with world.together():
+            _check_shared(directory, world)
         return _run(config, world, say, directory, begin, ends_process)
     except BaseException:
         directory.withdraw()
@@ -74,6 +79,19 @@ def _launch(config: Config, world: World, say: Say, ends_process: bool) -> Outco
     finally:
         # Also after an error: a process that goes on, as a notebook, may try again.
         directory.release()
+
+
+def _check_shared(directory: RunDir, world: World) -> None:
+    """RunError if this rank does not see the directory that rank 0 has claimed: what it wrote of a
+    checkpoint would lie elsewhere, and the checkpoint would lack it."""
+    deadline = time.monotonic() + SECONDS_FOR_FILES
+    while not directory.config.is_file():
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"rank {world.rank} does not find {directory.config}, which rank 0 does: --out "
+                "must name a folder that all machines share"
+            )
+        time.sleep(0.1)
 
 
 def _code() -> str:

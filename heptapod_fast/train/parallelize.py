@@ -144,12 +144,11 @@ class Replicated(Parallel):
 
     Args:
         phases: of the training.
-        trial: a batch to look at them with.
     """
 
-    def __init__(self, system: System, phases: Sequence[Phase], trial: Batch):
+    def __init__(self, system: System, phases: Sequence[Phase]):
         super().__init__(system)
-        leaves_out = [phase for phase in phases if _unused_in(system, phase, trial)]
+        leaves_out = [phase for phase in phases if _unused_in(system, phase)]
         self.wrapped = torch.nn.parallel.DistributedDataParallel(
             system,
             gradient_as_bucket_view=True,
@@ -162,7 +161,7 @@ class Replicated(Parallel):
             # After its first pass DDP cuts its messages anew, in the order in which gradients came.
             # Sums of three ranks and more depend on the cut: a resumed run would differ in last
             # bits from one that went through. So the first pass is one that does not count.
-            _pass(self.model, phases[0], trial)
+            _smallest_pass(self.model, system, phases[0])
             _drop_gradients(system)
 
     def adding_up(self, is_last: bool) -> AbstractContextManager[object]:
@@ -176,14 +175,17 @@ _SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _OF_DDP else "broadc
 _WITHOUT_BUFFERS: dict[str, Any] = {_SYNC: False}
 
 
-def _pass(model: Model, phase: Phase, trial: Batch) -> None:
-    """A forward and a backward pass that do not count."""
-    model(trial, Rng(0), phase).total.backward()
+def _smallest_pass(model: Model, system: System, phase: Phase) -> None:
+    """Forward and backward pass of the fewest sequences that the system takes, all zeros."""
+    device = next(system.parameters()).device
+    sequences, _ = system.settings.micro_batch_multiple()
+    loss = model(Batch.zeros(system.spec, sequences, device), Rng(0), phase)
+    loss.total.backward()
 
 
-def _unused_in(system: System, phase: Phase, trial: Batch) -> list[str]:
+def _unused_in(system: System, phase: Phase) -> list[str]:
     """The parameters that a phase leaves out."""
-    _pass(system, phase, trial)
+    _smallest_pass(system, system, phase)
     names = [name for name, parameter in system.named_parameters() if parameter.grad is None]
     _drop_gradients(system)
     return names
@@ -247,19 +249,18 @@ def spread(
     layout: Layout,
     world: World,
     phases: Sequence[Phase],
-    trial: Batch,
     blank: Callable[[], System],
 ) -> Parallel:
     """Put a filled system among its ranks. Collective call.
 
     Args:
-        phases, trial: see Replicated.
+        phases: see Replicated.
         blank: see Sharded.
     """
     if layout.mode == "single":
         return Parallel(system)
     if layout.mode == "ddp":
-        return Replicated(system, phases, trial)
+        return Replicated(system, phases)
     return Sharded(system, layout, world, blank)
 
 

@@ -23,7 +23,7 @@ from heptapod_fast.data.cache.format import Cache
 from heptapod_fast.data.cache.reader import CacheTokens
 from heptapod_fast.data.images import ImageFolder
 from heptapod_fast.data.sources import ImageSource
-from heptapod_fast.data.tokens import Batch, TokenSource
+from heptapod_fast.data.tokens import TokenSource
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.progress import Progress
 from heptapod_fast.rng import Rng
@@ -158,9 +158,7 @@ def prepare(
     checkpoint = find_checkpoint(directory, world, say)
     if checkpoint is None:
         _start_from_weights(config, world, say, system, source.class_names, tokenizer_id)
-    smallest, _ = config.model.micro_batch_multiple()
-    trial = Batch.zeros(config.spec, smallest, world.device)
-    parallel = spread(system, layout, world, phases, trial, blank=lambda: build(fill=False))
+    parallel = spread(system, layout, world, phases, blank=lambda: build(fill=False))
     split = config.split_batch(world.size)
     session = Session(
         config=config,

@@ -96,3 +96,22 @@ def test_ranks_of_different_settings_are_refused_before_anything_is_made(tmp_pat
     assert "error: rank 1 has other settings than rank 0" in first.out
     assert "Traceback" not in first.out + second.out
     assert not out.exists()
+
+
+def test_an_out_that_ranks_do_not_share_is_refused(tmp_path):
+    """As a folder on the disk of each machine: a checkpoint would lack what the others wrote."""
+    port = torchrun(2)[-1].removeprefix("--master_port=")
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        place.mkdir()
+    processes = [
+        start("train", *flags(out="run"), cwd=place, RANK=str(rank), **meeting)
+        for rank, place in enumerate(places)
+    ]
+    first, second = (finish(process) for process in processes)
+    assert first.code == 1 and second.code == 1
+    where = "run/config.json, which rank 0 does: --out must name a folder that all machines share"
+    assert f"error: rank 1 does not find {where}" in second.out
+    assert "Traceback" not in first.out + second.out
+    assert not (places[0] / "run").exists()

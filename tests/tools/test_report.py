@@ -468,6 +468,86 @@ def test_pages_show_tables_of_the_results(project):
         report_bench(folder, root)
 
 
+LISTED = {
+    "listed": {
+        "page": "docs/page.md",
+        "file": "modelled-cost.json",
+        "list": "runs",
+        "columns": {"what": "name", "days, 8 GPUs": "days/8", "images": "images"},
+    }
+}
+
+
+def test_pages_show_a_row_for_every_entry_of_a_list(project):
+    root, folder = project
+    (folder / "headlines.json").write_text(json.dumps(HEADLINES | {"tables": LISTED}))
+    runs = [{"name": n, "days": {"8": d}, "images": 10_000} for n, d in (("a", 0.5), ("b", 2.25))]
+    (folder / "modelled-cost.json").write_text(json.dumps({"runs": runs}))
+    page = root / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("<!-- table:listed --><!-- end:listed -->\n")
+    report_bench(folder, root)
+    assert page.read_text() == (
+        "<!-- table:listed -->\n| what | days, 8 GPUs | images |\n|---|---:|---:|\n"
+        "| a | 0.5 | 10,000 |\n| b | 2.25 | 10,000 |\n<!-- end:listed -->\n"
+    )
+    assert "modelled" not in (folder / "README.md").read_text()  # no result: nobody measured it
+
+
+def growth_row(sweep, name, value, times):
+    notes = {
+        "value": value,
+        "us an image": 1e6 * times / value,
+        "us an image, quartiles": [1.0, 2.0],
+        "MFLOP an image": 100.0,
+        "time per FLOP": times,
+        "time per FLOP, quartiles": [0.9 * times, 1.1 * times],
+    }
+    stats = {"median": times, "q1": times, "q3": times}
+    return {"name": name, "group": sweep, "extra_info": notes, "stats": stats}
+
+
+GROWTH = {
+    "machine_info": MACHINE | {"cores": 2, "network": {"width": 128}, "command": "python growth"},
+    "datetime": "2026-01-02T03:04:05",
+    "benchmarks": [
+        growth_row("batch", "batch 4", 4, 1.0),
+        growth_row("batch", "batch 8", 8, 0.75),
+        growth_row("ranks", "1 rank", 1, 1.0),
+        growth_row("ranks", "2 ranks", 2, 1.25),
+    ],
+}
+
+
+def test_growth_has_a_page_and_a_chart(project):
+    root, folder = project
+    (folder / "growth-test.json").write_text(json.dumps(GROWTH))
+    written = report_bench(folder, root)
+    assert {folder / "growth.md", folder / "growth-test.png"} < set(written)
+    text = (folder / "growth.md").read_text()
+    assert "CPU of the test, 2 cores, Python 3.11, torch 2.13; 2026-01-02; `python growth`" in text
+    assert "The network: width 128." in text
+    assert "| batch 8 | 750 | 93,750 | 1 to 2 | 100 | 0.75 | 0.675 to 0.825 |" in text
+    assert "| 2 ranks | 1,250 | 625,000 | 1 to 2 | 100 | 1.25 | 1.125 to 1.375 |" in text
+    assert is_a_chart(folder / "growth-test.png")
+    tables = (folder / "README.md").read_text()
+    assert "](growth.md)" in tables and "growth-test" not in tables
+    # Made again, nothing grows or moves; a page of somebody else's stays.
+    report_bench(folder, root)
+    assert (folder / "growth.md").read_text() == text
+    (folder / "growth.md").write_text("mine\n")
+    with pytest.raises(FileExistsError, match="growth.md was not made by"):
+        report_bench(folder, root)
+    assert (folder / "growth.md").read_text() == "mine\n"
+
+
+def test_without_growth_there_is_no_page_of_it(project):
+    root, folder = project
+    report_bench(folder, root)
+    assert not (folder / "growth.md").exists()
+    assert "growth" not in (folder / "README.md").read_text()
+
+
 def test_the_projects_readme_shows_some_rows_and_a_chart(project):
     root, folder = project
     written = report_bench(folder, root)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from heptapod_fast import checkpoints
-from heptapod_fast.data.tokens import Batch, SyntheticTokens
+from heptapod_fast.data.tokens import SyntheticTokens
 from heptapod_fast.ops import sharded
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import build_system, configure
@@ -73,10 +73,7 @@ class Run:
         self.config, self.system = plain(name)
         self.world = world
         phases = list(self.system.phases(self.config.recipe.images))
-        trial = Batch.zeros(self.config.spec, MICRO_BATCH, torch.device("cpu"))
-        self.parallel = spread(
-            self.system, layout, world, phases, trial, blank=lambda: plain(name)[1]
-        )
+        self.parallel = spread(self.system, layout, world, phases, blank=lambda: plain(name)[1])
         spec = self.config.spec
         self.source = SyntheticTokens(spec, 3, seed=1)
         self.buffers = Buffers.allocate(spec, MICRO_BATCH, torch.device("cpu"))
