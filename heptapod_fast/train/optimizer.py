@@ -66,7 +66,10 @@ class Optimizer:
         does not wait for."""
         self.step_count += 1
         decays = [average.decay_at(self.step_count) for average in self.averages]
-        host = torch.tensor([lr, self.step_count, *decays])
+        # Pinned, or the copy to a GPU could wait for all before it. New memory for every step: the
+        # host runs ahead, and PyTorch gives pinned memory away again only when its copy is done.
+        is_pinned = self.scalars.is_cuda
+        host = torch.tensor([lr, self.step_count, *decays], pin_memory=is_pinned)
         self.scalars.copy_(host, non_blocking=True)
 
     def update(self, correction: Tensor | float = 1.0, world: World = ALONE) -> Tensor:
@@ -110,9 +113,10 @@ class Optimizer:
     def _gradient_scale(self, norm: Tensor, correction: Tensor | float, is_good: Tensor) -> Tensor:
         """Correction and clipping in one factor, 0-dim float32; 0 for a bad step, which makes
         `adamw_ema` leave everything as it was."""
-        limit = self.recipe.clip / (norm + 1e-6) if self.recipe.clip else torch.inf
-        clipping = torch.clamp(torch.as_tensor(limit, device=norm.device), max=1.0)
-        return torch.where(is_good, correction * clipping, torch.zeros_like(norm)).float()
+        scale = correction
+        if self.recipe.clip:
+            scale = correction * torch.clamp(self.recipe.clip / (norm + 1e-6), max=1.0)
+        return torch.where(is_good, scale, torch.zeros_like(norm)).float()
 
     # ------------------------------------------------------------------------------- checkpointing
 
