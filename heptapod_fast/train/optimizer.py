@@ -55,6 +55,13 @@ class Optimizer:
         self.scalars = torch.zeros(2 + len(self.averages), device=data[0].device)
         self.skipped = torch.zeros((), device=data[0].device)
         self.guard = Guard(data[0].device, recipe.skip_spikes)
+        self._keeps_gradients = False
+
+    def keep_gradients(self) -> None:
+        """From now on gradients stay where they are, and an update sets them to zero instead of
+        dropping them: a captured graph adds to them at the same addresses."""
+        self._keeps_gradients = True
+        gradients_of(self.parameters)
 
     def step(self, lr: float, correction: Tensor | float = 1.0) -> Tensor:
         """`begin` and `update` in one."""
@@ -73,8 +80,8 @@ class Optimizer:
         self.scalars.copy_(host, non_blocking=True)
 
     def update(self, correction: Tensor | float = 1.0, world: World = ALONE) -> Tensor:
-        """The device's part: new weights from the gradients, which are then dropped. Collective
-        call.
+        """The device's part: new weights from the gradients, which are then dropped, or zero
+        (`keep_gradients`). Collective call.
 
         Args:
             correction: factor on the gradients, before clipping.
@@ -106,8 +113,11 @@ class Optimizer:
             eps=EPS,
             implementation=self.operators["adamw_ema"],
         )
-        for parameter in self.parameters:
-            parameter.grad = None
+        if self._keeps_gradients:
+            torch._foreach_zero_(grads)
+        else:
+            for parameter in self.parameters:
+                parameter.grad = None
         return norm
 
     def _gradient_scale(self, norm: Tensor, correction: Tensor | float, is_good: Tensor) -> Tensor:
