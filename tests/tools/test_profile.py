@@ -169,6 +169,6 @@ def test_steps_are_profiled_without_graphs(tmp_path, monkeypatch):
         "prepare",
         lambda config, *given: seen.append(config.run.cuda_graph) or prepare(config, *given),
     )
-    words = [*flags(data="synthetic", num_classes=3), "--profile-out", tmp_path]
+    words = [*flags(), "--profile-out", tmp_path]
     assert command("profile", *words, "--profile-steps", 1).code == 0
     assert seen == ["off"]
