@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 def choose(asked: str, device: torch.device) -> Choice:
     """What --compile comes to. asked: "auto", "on" or "off"."""
     if asked != "auto":
-        return Choice(asked == "on", "asked for" if asked == "on" else "--compile on fuses blocks")
+        return Choice(asked == "on", "asked for" if asked == "on" else "not asked for")
     if device.type == "cuda":
         return Choice(True, "auto: a GPU")
     return Choice(False, f"auto: compiled for GPUs alone, this trains on {device.type}")

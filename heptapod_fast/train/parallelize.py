@@ -171,7 +171,7 @@ class Replicated(Parallel):
             # After its first pass DDP cuts its messages anew, in the order in which gradients came.
             # Sums of three ranks and more depend on the cut: a resumed run would differ in last
             # bits from one that went through. So the first pass is one that does not count.
-            _pass_of_one(self.model, system, phases[0])
+            _smallest_pass(self.model, system, phases[0])
             _drop_gradients(system)
 
     def adding_up(self, is_last: bool) -> AbstractContextManager[object]:
@@ -185,18 +185,19 @@ _SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _OF_DDP else "broadc
 _WITHOUT_BUFFERS: dict[str, Any] = {_SYNC: False}
 
 
-def _pass_of_one(model: Model, system: System, phase: Phase) -> None:
-    """Forward and backward pass of one sequence of zeros."""
+def _smallest_pass(model: Model, system: System, phase: Phase) -> None:
+    """Forward and backward pass of as few sequences of zeros as a micro-batch can have."""
     device = next(system.parameters()).device
+    few, _ = system.settings.micro_batch_multiple()
     # Nothing is compiled for this shape alone.
     with torch.compiler.set_stance("force_eager"):
-        loss = model(Batch.zeros(system.spec, 1, device), Rng(0), phase)
+        loss = model(Batch.zeros(system.spec, few, device), Rng(0), phase)
         loss.total.backward()
 
 
 def _unused_in(system: System, phase: Phase) -> list[str]:
     """The parameters that a phase leaves out."""
-    _pass_of_one(system, system, phase)
+    _smallest_pass(system, system, phase)
     names = [name for name, parameter in system.named_parameters() if parameter.grad is None]
     _drop_gradients(system)
     return names
