@@ -67,12 +67,26 @@ def draw_steps(index_B: Tensor, num_tokens: int, density: int, mode: str, rng: R
     return (num_tokens - masked).expand(len(index_B), -1)
 
 
+_MAR_MEAN, _MAR_DEVIATION, _MAR_LEAST = 1.0, 0.25, 0.7
+
+
+def _mar_bounds() -> tuple[float, float]:
+    """The share of the normal distribution below the least ratio, and that between it and 1; as
+    float32 has them. Numbers, not tensors: those of the host would be copied in every step."""
+    bounds = torch.tensor([_MAR_LEAST, 1.0], device="cpu")
+    below = 0.5 * (1 + torch.erf((bounds - _MAR_MEAN) / _MAR_DEVIATION / math.sqrt(2)))
+    low, high = below.unbind()
+    return float(low), float(high - low)
+
+
+_MAR_LOW, _MAR_SPAN = _mar_bounds()
+
+
 def mar_ratio(uniform: Tensor) -> Tensor:
     """Masking ratio by inverse transform: truncnorm(loc=1, scale=0.25) on [0.7, 1]."""
-    normal = torch.distributions.Normal(1.0, 0.25)
-    low = normal.cdf(torch.tensor(0.7))
-    high = normal.cdf(torch.tensor(1.0))
-    return normal.icdf(low.to(uniform) + uniform * (high - low).to(uniform)).clamp_(0.7, 1.0)
+    share = _MAR_LOW + uniform * _MAR_SPAN
+    standard = torch.erfinv(2 * share - 1) * math.sqrt(2)
+    return (_MAR_MEAN + _MAR_DEVIATION * standard).clamp_(_MAR_LEAST, 1.0)
 
 
 def take_tokens(tokens_BN: Tensor, position_BM: Tensor) -> Tensor:

@@ -78,15 +78,22 @@ def silent(text: str) -> None:
     """Take a line and print nothing."""
 
 
-def start_here(out, say: Say = silent, **settings) -> tuple[Session, State]:
+def start_here(out, say: Say = silent, world: World = CPU, **settings) -> tuple[Session, State]:
     """A prepared session in this process, resumed if it can be."""
     config = tiny_config(out, **settings)
     directory = RunDir.of(config)
     directory.claim(config)
     try:
-        return prepare(config, CPU, say, directory)
+        return prepare(config, world, say, directory)
     finally:
         directory.release()
+
+
+def start_on_gpu(out, say: Say = silent, **settings) -> tuple[Session, State]:
+    """The same on the first GPU."""
+    return start_here(
+        out, say, World(0, 1, torch.device("cuda", 0)), **{"device": "cuda"} | settings
+    )
 
 
 def train_here(

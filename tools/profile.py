@@ -55,6 +55,9 @@ def work() -> int:
         if config.data.data is None and config.model.size(config.size).data.data is None:
             config = config.replace(data="synthetic")
         config = config.resolve()
+        if config.run.cuda_graph == "auto":
+            # A graph is one launch, without the ranges that a profile is read by.
+            config = config.replace(cuda_graph="off")
     is_recorded = nsys.is_recorded() and arguments.nsys != "off"
     if not is_recorded and nsys.is_wanted(arguments.nsys, on_gpu):
         run_under_nsys(arguments, config, cases)
@@ -98,6 +101,7 @@ def mark(call: Callable[[], object]) -> None:
 def profile_steps(arguments: Arguments, config: Config, is_recorded: bool) -> None:
     """Build the run without resuming anything, warm up, measure."""
     from heptapod_fast import world as worlds
+    from heptapod_fast.train.capture import WARM_UP
     from heptapod_fast.train.loop import training_step
     from heptapod_fast.train.session import prepare
 
@@ -108,11 +112,13 @@ def profile_steps(arguments: Arguments, config: Config, is_recorded: bool) -> No
     session.system.train()
     steps = arguments.profile_steps
 
-    def run() -> None:
-        for _ in range(steps):
+    def run(count: int = steps) -> None:
+        for _ in range(count):
             training_step(session, state, phase)
 
     run()
+    if config.run.cuda_graph == "on":
+        run(WARM_UP + 1)  # the step behind these is captured
     if is_recorded:
         mark(run)
     else:

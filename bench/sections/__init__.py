@@ -8,7 +8,7 @@ from bench.process import ROOT
 from bench.sections import suites
 from bench.sections.ceilings import CeilingsSection
 from bench.sections.operations import LARGER, SLOW, Operation
-from bench.sections.training import Baseline, LlamaSteps, SarSteps, Steps
+from bench.sections.training import Baseline, Launching, LlamaSteps, SarSteps, Steps
 from bench.sections.work import Section
 
 GATED = ("layer_norm", "adaln", "linear_cross_entropy", "adamw_ema", "diffusion_loss")
@@ -25,7 +25,7 @@ def operation(name: str, which: str = "size B") -> Operation:
 
 def by_worth() -> list[Section]:
     """All sections of this checkout."""
-    found: list[Section] = [suites.SMOKE, CeilingsSection(), Steps("B")]
+    found: list[Section] = [suites.SMOKE, CeilingsSection(), Steps("B"), Launching()]
     found += [operation("attention"), operation("attention", LARGER)]
     found += [operation(name) for name in GATED]
     found += [suites.ATTENTION, suites.ALL]

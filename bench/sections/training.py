@@ -13,7 +13,9 @@ from bench import timer
 from bench.measuring import reason
 from bench.roofline import Ceilings
 from bench.sections.work import Row, Work
+from heptapod_fast.reports import profile
 from heptapod_fast.train import memory
+from heptapod_fast.train.capture import WARM_UP
 from heptapod_fast.train.metrics import peak_flops
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ ROUNDS = 12
 PROFILED_STEPS = 3
 KERNELS_KEPT, KERNELS_SHOWN = 40, 25
 OURS = dict(kernels="triton", attention="triton")
-PLAIN = dict(kernels="reference", attention="sdpa", adamw_ema="reference")
+PLAIN = dict(kernels="reference", attention="sdpa", adamw_ema="reference", cuda_graph="off")
 LATENTS = dict(tokenizer="kl16", dropout=0.0)
 HEAD = ["configuration", "batch", "images/s", "quartiles", "TFLOP/s", "MFU", "GB", "estimated"]
 
@@ -161,6 +163,55 @@ class SarSteps(Training):
                 work.emit(measured(case, step, is_profiled=name == "two streams, flow"))
 
 
+@dataclass(frozen=True)
+class Launching(Training):
+    """The same step eager, captured in CUDA graphs, and captured with compiled blocks; by size and
+    batch, for it is small steps that wait for the host."""
+
+    name: str = "step-graphs"
+    about: str = "Training steps eager, captured in CUDA graphs, and compiled; the idle share."
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """{name: flags}."""
+        return {
+            "eager": dict(cuda_graph="off"),
+            "captured": dict(cuda_graph="on"),
+            "captured, blocks compiled": dict(cuda_graph="on", compile="on"),
+        }
+
+    def measure(self, work: Work) -> None:
+        """See Section.measure. A step that cannot be captured is a row too."""
+        for size, batch in (("tiny", 64), ("B", 16), ("B", 128)):
+            for name, settings in self.variants().items():
+                case = f"{size}, batch {batch}, {name}"
+                if not work.wants(case):
+                    continue
+                try:
+                    step = synthetic_step(size, "cuda", batch, settings | OURS)
+                    row = timed_row(case, step.call, batch, step.flops)
+                    work.emit(row | {"idle": idle_share(step.call)})
+                except Exception as error:
+                    work.emit({"case": case, "failed": reason(error)})
+
+    def table(self, rows: list[Row], ceilings: Ceilings) -> list[str]:
+        """See Section.table."""
+        names = ["configuration", "images/s", "quartiles", "idle", "GB", "first step, s"]
+        found = ["| " + " | ".join(names) + " |", "|---|---:|---|---:|---:|---:|"]
+        return found + [launching_line(row) for row in rows]
+
+
+def launching_line(row: Row) -> str:
+    """One configuration of `Launching`."""
+    if "failed" in row:
+        return f"| {row['case']} | failed: {row['failed'][:120]} | | | | |"
+    low, high = row["quartiles"]
+    idle = "" if row["idle"] is None else f"{row['idle']:.1%}"
+    return (
+        f"| {row['case']} | {row['images_per_second']} | {low} to {high} | {idle} | "
+        f"{row['memory_GB']} | {row['first_step_seconds']} |"
+    )
+
+
 def plain_llamagen(case: str, size: str, batch: int, how: str) -> Row:
     """The row of `bench/plain_llamagen.py`, with the FLOPs of our own step."""
     from bench.bench_llamagen import plain_model
@@ -247,6 +298,8 @@ def timed_row(case: str, call: timer.Call, batch: int, flops: float) -> Row:
     call()
     torch.cuda.synchronize()
     first = time.monotonic() - begin
+    for _ in range(WARM_UP):  # the last of them is captured, where steps are
+        call()
     watches = {case: timer.WallWatch(call, "cuda")}
     timing = timer.in_turns(watches, ROUNDS)[case]
     low, high = timing.quartiles
@@ -263,13 +316,25 @@ def timed_row(case: str, call: timer.Call, batch: int, flops: float) -> Row:
     }
 
 
-def kernel_times(call: timer.Call) -> list[Row]:
-    """Device time per step of everything together, and of the longest kernels."""
+def profiled(call: timer.Call) -> torch.profiler.profile:
+    """What torch.profiler sees of some steps."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(PROFILED_STEPS):
             call()
         torch.cuda.synchronize()
+    return profiler
+
+
+def idle_share(call: timer.Call) -> float | None:
+    """Of the time of some steps, what the GPU ran no kernel in; the profiler slows the host down,
+    and so makes it larger."""
+    return profile.of_torch(profiled(call), PROFILED_STEPS, on_gpu=True).idle
+
+
+def kernel_times(call: timer.Call) -> list[Row]:
+    """Device time per step of everything together, and of the longest kernels."""
+    profiler = profiled(call)
     # The loop's own ranges appear on the device too and would count everything twice.
     cuda = torch.autograd.DeviceType.CUDA
     found = [

@@ -122,6 +122,20 @@ class RunSettings(Settings):
         may_change=True,
     )
 
+    cuda_graph: Literal["auto", "on", "off"] = setting(
+        "Capture the steps of a GPU in CUDA graphs, which spares the launching of every kernel: "
+        "auto where that can be, on one GPU and with ddp. Results are the same, bit for bit.",
+        default="auto",
+        may_change=True,
+    )
+
+    compile: Literal["auto", "on", "off"] = setting(
+        "Compile the blocks by torch.compile, which takes a while at the first step and may round "
+        "otherwise; auto does on a GPU.",
+        default="off",
+        may_change=True,
+    )
+
     @property
     def sinks(self) -> tuple[str, ...]:
         """Names in `log`."""

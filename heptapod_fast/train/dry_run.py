@@ -13,6 +13,7 @@ from heptapod_fast.data.logograms import logogram_classes
 from heptapod_fast.ops.dispatch import Unavailable
 from heptapod_fast.runs import RunDir
 from heptapod_fast.systems import Phase, System, build_system
+from heptapod_fast.train import capture, compilation
 from heptapod_fast.train.memory import GB, Work, fit_into, memory_limit
 from heptapod_fast.train.metrics import FLOPS_FORMULA, training_flops
 from heptapod_fast.train.operators import choose_operators
@@ -132,10 +133,17 @@ def memory_lines(config: Config, classes: int, world_size: int) -> list[str]:
     """Bytes of a step by what they are for, with the mode of --recompute that this machine would
     choose; see memory.py."""
     work, note = work_here(config, classes, world_size)
+    layout = choose_layout(work, World(0, world_size, work.device, local_size=world_size))
     if world_size > 1:
-        layout = choose_layout(work, World(0, world_size, work.device, local_size=world_size))
-        work = dataclasses.replace(work, shards=layout.shards)
         note.append(f"parallel  {layout.mode}: {layout.why}")
+    work = dataclasses.replace(work, shards=layout.shards)
+    try:
+        graph = capture.choose(config.run.cuda_graph, work.device, layout.mode)
+        work = dataclasses.replace(work, is_captured=graph.is_on)
+        note.append(graph.line())
+    except ValueError as error:  # it may be meant for another machine
+        note.append(f"graph     refused: {error}")
+    note.append(compilation.choose(config.run.compile, work.device).line())
     planned = fit_into(work, memory_limit(work.device, world_size))
     lines = [f"  {line}" for line in [*note, *planned.lines()]]
     found = planned.estimate

@@ -47,7 +47,7 @@ from heptapod_fast.train.session import (
     go_back,
     save_snapshot,
 )
-from heptapod_fast.train.step import forward_backward, load, update
+from heptapod_fast.train.step import load
 
 GRID_CLASSES = 8
 GRID_COLUMNS = 8
@@ -144,22 +144,20 @@ def training_step(
     config = session.config
     world = session.world
     split = session.split
-    buffers = session.buffers
-    expected = session.system.expected_count(config.recipe.batch, phase)
-    buffers.sums.zero_()
+    session.buffers.sums.zero_()
     world.whereabouts.at = f"step {session.optimizer.step_count + 1}"
     first = state.images + world.rank * split.share
     for start in range(first, first + split.share, split.micro_batch):
         with record_function("data"), timed("data"):
-            load(session.source, start, buffers)
+            load(session.source, start, session.buffers)
         is_last = start + split.micro_batch == first + split.share
-        with session.parallel.adding_up(is_last), timed("forward_backward"):
-            forward_backward(session.parallel.model, buffers, session.rng, expected, phase)
+        with timed("forward_backward"):
+            session.executor.forward_backward(phase, is_last)
     faults.point(f"step={session.optimizer.step_count + 1}")
     state.images += config.recipe.batch
     with record_function("optimizer"), timed("optimizer"):
         session.optimizer.begin(learning_rate(config.recipe, state.images, phase))
-        return update(session.optimizer, world, buffers.sums, expected)
+        return session.executor.update(phase)
 
 
 def begin_phase(session: Session, state: State, meter: Meter) -> Phase:

@@ -56,6 +56,7 @@ class Work:
         operators: as the system is built with.
         world_size: ranks.
         shards: ranks that hold one copy of the model together.
+        is_captured: whether steps are captured in CUDA graphs.
     """
 
     config: Config
@@ -64,12 +65,15 @@ class Work:
     operators: Operators = AUTO
     world_size: int = 1
     shards: int = 1
+    is_captured: bool = False
 
     @property
     def keeps_gradients(self) -> bool:
         """Whether memory of all gradients stays during a step: earlier micro-batches have left
-        theirs, or DDP has its messages there, or what is sharded is added to it."""
-        return self.config.split_batch(self.world_size).micro_batches > 1 or self.world_size > 1
+        theirs, or DDP has its messages there, or what is sharded is added to it, or a graph adds to
+        gradients that stay."""
+        micro_batches = self.config.split_batch(self.world_size).micro_batches
+        return micro_batches > 1 or self.world_size > 1 or self.is_captured
 
     def system(self) -> System:
         """Of the run, on meta."""

@@ -55,6 +55,13 @@ class Optimizer:
         self.scalars = torch.zeros(2 + len(self.averages), device=data[0].device)
         self.skipped = torch.zeros((), device=data[0].device)
         self.guard = Guard(data[0].device, recipe.skip_spikes)
+        self._keeps_gradients = False
+
+    def keep_gradients(self) -> None:
+        """From now on gradients stay where they are, and an update sets them to zero instead of
+        dropping them: a captured graph adds to them at the same addresses."""
+        self._keeps_gradients = True
+        gradients_of(self.parameters)
 
     def step(self, lr: float, correction: Tensor | float = 1.0) -> Tensor:
         """`begin` and `update` in one."""
@@ -66,12 +73,15 @@ class Optimizer:
         does not wait for."""
         self.step_count += 1
         decays = [average.decay_at(self.step_count) for average in self.averages]
-        host = torch.tensor([lr, self.step_count, *decays])
+        # Pinned, or the copy to a GPU could wait for all before it. New memory for every step: the
+        # host runs ahead, and PyTorch gives pinned memory away again only when its copy is done.
+        is_pinned = self.scalars.is_cuda
+        host = torch.tensor([lr, self.step_count, *decays], pin_memory=is_pinned)
         self.scalars.copy_(host, non_blocking=True)
 
     def update(self, correction: Tensor | float = 1.0, world: World = ALONE) -> Tensor:
-        """The device's part: new weights from the gradients, which are then dropped. Collective
-        call.
+        """The device's part: new weights from the gradients, which are then dropped, or zero
+        (`keep_gradients`). Collective call.
 
         Args:
             correction: factor on the gradients, before clipping.
@@ -103,16 +113,20 @@ class Optimizer:
             eps=EPS,
             implementation=self.operators["adamw_ema"],
         )
-        for parameter in self.parameters:
-            parameter.grad = None
+        if self._keeps_gradients:
+            torch._foreach_zero_(grads)
+        else:
+            for parameter in self.parameters:
+                parameter.grad = None
         return norm
 
     def _gradient_scale(self, norm: Tensor, correction: Tensor | float, is_good: Tensor) -> Tensor:
         """Correction and clipping in one factor, 0-dim float32; 0 for a bad step, which makes
         `adamw_ema` leave everything as it was."""
-        limit = self.recipe.clip / (norm + 1e-6) if self.recipe.clip else torch.inf
-        clipping = torch.clamp(torch.as_tensor(limit, device=norm.device), max=1.0)
-        return torch.where(is_good, correction * clipping, torch.zeros_like(norm)).float()
+        scale = correction
+        if self.recipe.clip:
+            scale = correction * torch.clamp(self.recipe.clip / (norm + 1e-6), max=1.0)
+        return torch.where(is_good, scale, torch.zeros_like(norm)).float()
 
     # ------------------------------------------------------------------------------- checkpointing
 

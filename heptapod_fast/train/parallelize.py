@@ -112,7 +112,12 @@ class Parallel:
     Attributes:
         model: what steps call in the system's place, so that the hooks of wrappers fire.
         groups: of ranks that send messages to each other, beside the main one.
+        messages_settle: whether the first steps decide how gradients are sent later.
+        obstacle: why its steps cannot be captured in a graph, besides what follows from the mode.
     """
+
+    messages_settle = False
+    obstacle: str | None = None
 
     def __init__(self, system: System):
         self.system = system
@@ -146,9 +151,16 @@ class Replicated(Parallel):
         phases: of the training.
     """
 
+    messages_settle = True
+
     def __init__(self, system: System, phases: Sequence[Phase]):
         super().__init__(system)
         leaves_out = [phase for phase in phases if _unused_in(system, phase)]
+        if leaves_out:
+            names = ", ".join(_unused_in(system, leaves_out[0]))
+            self.obstacle = (
+                f"the host of ddp looks for parameters that a phase leaves out ({names})"
+            )
         self.wrapped = torch.nn.parallel.DistributedDataParallel(
             system,
             gradient_as_bucket_view=True,
@@ -176,11 +188,13 @@ _WITHOUT_BUFFERS: dict[str, Any] = {_SYNC: False}
 
 
 def _smallest_pass(model: Model, system: System, phase: Phase) -> None:
-    """Forward and backward pass of the fewest sequences that the system takes, all zeros."""
+    """Forward and backward pass of as few sequences of zeros as a micro-batch can have."""
     device = next(system.parameters()).device
-    sequences, _ = system.settings.micro_batch_multiple()
-    loss = model(Batch.zeros(system.spec, sequences, device), Rng(0), phase)
-    loss.total.backward()
+    few, _ = system.settings.micro_batch_multiple()
+    # Nothing is compiled for this shape alone.
+    with torch.compiler.set_stance("force_eager"):
+        loss = model(Batch.zeros(system.spec, few, device), Rng(0), phase)
+        loss.total.backward()
 
 
 def _unused_in(system: System, phase: Phase) -> list[str]:
@@ -260,8 +274,26 @@ def spread(
     if layout.mode == "single":
         return Parallel(system)
     if layout.mode == "ddp":
-        return Replicated(system, phases)
+        # DDP adds up gradients on the stream that it was made on, and the default stream cannot
+        # take part in a capture (see capture.py).
+        is_cuda = world.device.type == "cuda"
+        with beside(torch.cuda.Stream(world.device) if is_cuda else None):
+            return Replicated(system, phases)
     return Sharded(system, layout, world, blank)
+
+
+@contextmanager
+def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """A block on a side stream: after all that the current one was given before, and before all
+    that it is given next. None: where there are no streams."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

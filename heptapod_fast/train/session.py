@@ -33,7 +33,7 @@ from heptapod_fast.runs.initial import find_weights, report, start_from
 from heptapod_fast.runs.tokenizer import keep_tokenizer, open_tokenizer
 from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
-from heptapod_fast.train import recompute
+from heptapod_fast.train import capture, compilation, recompute
 from heptapod_fast.train.memory import Fit, Work, fit_into, memory_limit
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
@@ -41,7 +41,7 @@ from heptapod_fast.train.parallelize import Layout, Parallel, choose_layout, spr
 from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.saving import Saver
 from heptapod_fast.train.schedule import peaks_not_reached, warmup_images
-from heptapod_fast.train.step import Buffers
+from heptapod_fast.train.step import Buffers, Eager, Executor
 from heptapod_fast.world import World, choose_precision, device_name, processor_kind
 
 Say = Callable[[str], None]
@@ -60,6 +60,7 @@ class Session:
         parallel: the system among its ranks.
         saver: what writes checkpoints.
         buffers: the tensors that every step fills anew.
+        executor: what runs the device's part of a step.
         environment: what this session runs on, for sessions.jsonl.
         started: `time.monotonic()` at the start.
     """
@@ -78,6 +79,7 @@ class Session:
     saver: Saver
     rng: Rng
     buffers: Buffers
+    executor: Executor
     environment: dict[str, str | int]
     started: float
 
@@ -128,8 +130,8 @@ def prepare(
     tokenizer = _open_tokenizer(config, world, directory, images, cache)
     reserved = 0
     if cache is not None and world.device.type == "cuda":
-        _, of_training = _decide(config, len(cache.class_names), world, operators)
-        reserved = of_training.bytes
+        of_training = _decide(config, len(cache.class_names), world, operators)
+        reserved = of_training.fit.bytes
     source = open_tokens(config, world, images, tokenizer, cache, reserved)
     tokenizer_id = _tokenizer_id(tokenizer, cache)
     world.same(
@@ -139,9 +141,13 @@ def prepare(
     )
     config = _with_classes(config, source.num_classes)
     with world.together():
-        layout, fit = _decide(config, source.num_classes, world, operators)
+        plan = _decide(config, source.num_classes, world, operators)
 
-    world.same(layout=f"{layout.mode}, {layout.shards}", recomputation=fit.mode)
+    world.same(
+        layout=f"{plan.layout.mode}, {plan.layout.shards}",
+        recomputation=plan.fit.mode,
+        cuda_graph=str(plan.graph.is_on),
+    )
 
     def build(fill: bool) -> System:
         built = build_system(config, source.num_classes, world.device, operators, fill)
@@ -150,16 +156,26 @@ def prepare(
 
     system = build(fill=True)
     phases = list(system.phases(config.recipe.images))
-    for line in describe(config, source, world, dtype, operators, directory, phases, layout, fit):
+    for line in describe(config, source, world, dtype, operators, directory, phases, plan):
         say(line)
-    recompute.apply(system, fit.mode)
+    recompute.apply(system, plan.fit.mode)
+    if plan.compiled.is_on:
+        compilation.apply(system)
     if cache is not None and tokenizer is None:
         say(_no_grids(config, cache))
     checkpoint = find_checkpoint(directory, world, say)
     if checkpoint is None:
         _start_from_weights(config, world, say, system, source.class_names, tokenizer_id)
-    parallel = spread(system, layout, world, phases, blank=lambda: build(fill=False))
+    parallel = spread(system, plan.layout, world, phases, blank=lambda: build(fill=False))
     split = config.split_batch(world.size)
+    eager = Eager(
+        parallel=parallel,
+        optimizer=Optimizer(system, config.recipe, operators),
+        world=world,
+        buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
+        rng=Rng(config.recipe.seed),
+        batch=config.recipe.batch,
+    )
     session = Session(
         config=config,
         world=world,
@@ -171,10 +187,11 @@ def prepare(
         tokenizer_id=tokenizer_id,
         system=system,
         parallel=parallel,
-        optimizer=Optimizer(system, config.recipe, operators),
+        optimizer=eager.optimizer,
         saver=Saver(world, in_background=not config.run.sync_checkpoints),
-        rng=Rng(config.recipe.seed),
-        buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
+        rng=eager.rng,
+        buffers=eager.buffers,
+        executor=capture.executor_of(eager, plan.graph, world.device, say),
         environment=environment_of(world, dtype),
         started=started,
     )
@@ -184,12 +201,29 @@ def prepare(
     return session, state
 
 
-def _decide(config: Config, classes: int, world: World, operators: Operators) -> tuple[Layout, Fit]:
-    """How the run is spread over the ranks, and how its part fits into the memory of this one."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run comes to among its ranks: how it is spread, whether steps are captured and blocks
+    compiled, and how the part of this rank fits into its memory."""
+
+    layout: Layout
+    graph: capture.Choice
+    compiled: compilation.Choice
+    fit: Fit
+
+    def lines(self) -> list[str]:
+        """What was decided, and why, besides the layout."""
+        return [self.graph.line(), self.compiled.line(), *self.fit.lines()]
+
+
+def _decide(config: Config, classes: int, world: World, operators: Operators) -> Plan:
     work = Work(config, classes, world.device, operators, world.size)
     layout = choose_layout(work, world)
-    work = dataclasses.replace(work, shards=layout.shards)
-    return layout, fit_into(work, memory_limit(world.device, world.local_size))
+    graph = capture.choose(config.run.cuda_graph, world.device, layout.mode)
+    work = dataclasses.replace(work, shards=layout.shards, is_captured=graph.is_on)
+    compiled = compilation.choose(config.run.compile, world.device)
+    fit = fit_into(work, memory_limit(world.device, world.local_size))
+    return Plan(layout, graph, compiled, fit)
 
 
 def environment_of(world: World, dtype: torch.dtype) -> dict[str, str | int]:
@@ -253,8 +287,7 @@ def describe(
     operators: Operators,
     directory: RunDir,
     phases: list[Phase],
-    layout: Layout,
-    fit: Fit,
+    plan: Plan,
 ) -> list[str]:
     """What was decided, and why: the lines at the start of a run."""
     data = config.data
@@ -284,8 +317,8 @@ def describe(
     ]
     lines += [f"          {line}" for line in peaks_not_reached(recipe, phases)]
     if world.size > 1:
-        lines.append(f"parallel  {_in_words(layout, world)}: {layout.why}")
-    lines += fit.lines()
+        lines.append(f"parallel  {_in_words(plan.layout, world)}: {plan.layout.why}")
+    lines += plan.lines()
     lines += [f"operator  {line}" for line in operators.lines()]
     return [*lines, f"          {ops.library.status()}"]
 

@@ -1,4 +1,5 @@
-"""One optimizer step over the global batch, as three functions over fixed buffers.
+"""One optimizer step over the global batch, as three functions over fixed buffers, and what runs
+the two of the device for a session.
 
     load               the next micro-batch into the buffers            host and device
     forward_backward   its loss, and its gradient added to the others   device alone
@@ -17,6 +18,7 @@ antithetic:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.systems import Phase
 from heptapod_fast.tokenizers import TokenSpec
 from heptapod_fast.train.optimizer import Optimizer
-from heptapod_fast.train.parallelize import Model
+from heptapod_fast.train.parallelize import Model, Parallel
 from heptapod_fast.world import World
 
 
@@ -86,3 +88,48 @@ def update(
     total, count = sums.unbind()
     norm = optimizer.update((expected / count).float(), world)
     return total / count, norm
+
+
+# --------------------------------------------------------------------------------------- executors
+
+
+class Executor(Protocol):
+    """Runs the device's part of a session's steps: operation by operation (`Eager`), or as graphs
+    that were captured of it (`capture.Captured`)."""
+
+    def forward_backward(self, phase: Phase, is_last: bool) -> None:
+        """`forward_backward` of the micro-batch in the buffers. is_last: of the step."""
+        ...
+
+    def update(self, phase: Phase) -> tuple[Tensor, Tensor]:
+        """`update`; what it returns is the caller's to keep. Collective call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Eager:
+    """An executor that runs one operation after the other.
+
+    batch: sequences of the global batch. The rest is the session's.
+    """
+
+    parallel: Parallel
+    optimizer: Optimizer
+    world: World
+    buffers: Buffers
+    rng: Rng
+    batch: int
+
+    def forward_backward(self, phase: Phase, is_last: bool) -> None:
+        """See Executor.forward_backward."""
+        with self.parallel.adding_up(is_last):
+            forward_backward(
+                self.parallel.model, self.buffers, self.rng, self._expected(phase), phase
+            )
+
+    def update(self, phase: Phase) -> tuple[Tensor, Tensor]:
+        """See Executor.update."""
+        return update(self.optimizer, self.world, self.buffers.sums, self._expected(phase))
+
+    def _expected(self, phase: Phase) -> float:
+        return self.parallel.system.expected_count(self.batch, phase)

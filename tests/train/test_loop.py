@@ -9,7 +9,7 @@ import torch
 from heptapod_fast import checkpoints
 from heptapod_fast.checkpoints import CheckpointError, listed
 from heptapod_fast.runs import RunError
-from heptapod_fast.train import loop
+from heptapod_fast.train import loop, step
 from heptapod_fast.train.loop import train
 from heptapod_fast.train.optimizer import Optimizer
 from heptapod_fast.train.records import read_metrics
@@ -202,14 +202,15 @@ def test_steps_with_a_bad_gradient_are_skipped_and_counted(tmp_path, monkeypatch
 def test_records_say_what_the_time_of_a_step_goes_to(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    for name, seconds in (("load", 1.0), ("forward_backward", 2.0), ("update", 4.0)):
-        done = getattr(loop, name)
+    parts = [(loop, "load", 1.0), (step, "forward_backward", 2.0), (step, "update", 4.0)]
+    for module, name, seconds in parts:
+        done = getattr(module, name)
 
         def slow(*arguments, done=done, seconds=seconds):
             now[0] += seconds
             return done(*arguments)
 
-        monkeypatch.setattr(loop, name, slow)
+        monkeypatch.setattr(module, name, slow)
     train_here(tmp_path, images=32, log_every=16, micro_batch=4)
     for record in read_metrics(tmp_path / "metrics.jsonl"):
         # Two steps of two micro-batches.

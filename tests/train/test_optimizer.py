@@ -1,5 +1,7 @@
 """The optimizer: decay groups, averages, clipping, skipped steps, checkpoints."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -219,3 +221,25 @@ def test_snapshots_are_half_as_large_where_values_allow_it():
             torch.testing.assert_close(tensors[key].float(), average, rtol=1e-3, atol=1e-7)
     tensors = found["power-0.1"]
     assert tensors[large].data_ptr() != optimizer.emas["power-0.1"][0].data_ptr()
+
+
+def test_scalars_go_to_a_gpu_from_pinned_memory(monkeypatch):
+    """A copy from other memory may wait for all that the GPU has to do."""
+    optimizer = Optimizer(small_system(), small_config().recipe)
+    pinned = []
+    copies = []
+    make = torch.tensor
+
+    def spy(values, pin_memory=False):
+        pinned.append(pin_memory)
+        return make(values)
+
+    def copy(host, non_blocking):
+        copies.append((host.tolist()[1], non_blocking))
+
+    monkeypatch.setattr(torch, "tensor", spy)
+    for is_cuda in (True, False):
+        optimizer.scalars = SimpleNamespace(is_cuda=is_cuda, copy_=copy)
+        optimizer.begin(1e-3)
+    assert pinned == [True, False]
+    assert copies == [(1.0, True), (2.0, True)]

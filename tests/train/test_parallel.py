@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from heptapod_fast.checkpoints import listed
+from heptapod_fast.train import parallelize
 from heptapod_fast.train.parallelize import gradients_of
 from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.session import Ending
 from heptapod_fast.world import choose_device
+from tests.conftest import small_system
 from tests.running import CPU, final_tensors, finish, flags, start, torchrun, train_here, wait_for
 
 FP32 = {"precision": "fp32", "checkpoint_every": 32, "dropout": 0.1}
@@ -145,3 +147,11 @@ def test_an_error_of_all_or_of_rank_0_is_said_once(tmp_path, what):
     assert len(said) == 1 and line in said[0], result.out
     assert "Connection closed by peer" not in result.out
     assert out.exists() is (what != "other classes")
+
+
+@pytest.mark.parametrize("steps", ["antithetic", "uniform"])
+def test_ddp_tries_a_micro_batch_that_the_system_takes(steps):
+    """Antithetic steps come in pairs."""
+    system = small_system(steps=steps)
+    assert parallelize._unused_in(system, system.phase(0, 8)) == []
+    assert all(parameter.grad is None for parameter in system.parameters())
