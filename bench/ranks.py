@@ -1,6 +1,6 @@
 """Several ranks of one core each against one rank with all cores: images/s of whole training runs.
 
-    python bench/bench_ranks.py --size B --batch 8 --out bench/results/ranks-B-cpu.json
+    python bench/ranks.py --size B --batch 8 --out bench/results/ranks-B-cpu.json
 
 Runs of the same global batch through tools/train.py and torchrun, in turns: one process with as
 many threads as there are ranks otherwise, then that many processes of one thread. Both do the same
@@ -75,13 +75,15 @@ def row(name: str, rates: dict[str, list[float]], options: argparse.Namespace) -
         "name": f"{group}: {name}",
         "group": group,
         "extra_info": found,
-        "stats": {"median": statistics.median(seconds), "rounds": options.rounds},
+        "stats": harness.stats_of(seconds),
     }
 
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=2)
