@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from heptapod_fast.checkpoints import listed
+from heptapod_fast.checkpoints import listed, load_verified
 from heptapod_fast.config import Config
 from heptapod_fast.runs import RunDir
 from heptapod_fast.systems import configure
@@ -117,7 +116,7 @@ def final_files(out) -> dict[str, bytes]:
 
 def final_tensors(out, file: str = "model") -> dict[str, torch.Tensor]:
     """Tensors of the newest checkpoint."""
-    return load_file(listed(Path(out) / "checkpoints")[-1] / f"{file}.safetensors")
+    return load_verified(listed(Path(out) / "checkpoints")[-1]).read(file)
 
 
 @dataclass
