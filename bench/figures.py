@@ -54,19 +54,11 @@ def extra_info(case: Case, timing: Timing, ours: Timing | None) -> dict[str, Any
 
 def row(name: str, case: Case, timing: Timing, ours: Timing | None) -> dict[str, Any]:
     """A benchmark as pytest-benchmark stores it, for tools/report.py: seconds per call."""
-    low, high = timing.quartiles
     return {
         "name": name,
         "group": f"{case.operation}: {case.name}",
         "extra_info": extra_info(case, timing, ours),
-        "stats": {
-            "min": min(timing.samples),
-            "max": max(timing.samples),
-            "median": timing.median,
-            "q1": low,
-            "q3": high,
-            "rounds": len(timing.samples),
-        },
+        "stats": timing.stats,
     }
 
 

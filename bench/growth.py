@@ -242,14 +242,7 @@ def rows(
                         "time per FLOP": times,
                         "time per FLOP, quartiles": list(quartiles),
                     },
-                    "stats": {
-                        "min": min(timing.samples),
-                        "max": max(timing.samples),
-                        "median": timing.median,
-                        "q1": low,
-                        "q3": high,
-                        "rounds": len(timing.samples),
-                    },
+                    "stats": timing.stats,
                 }
             )
     return found

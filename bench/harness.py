@@ -16,7 +16,6 @@ import datetime
 import functools
 import json
 import platform
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,19 +152,6 @@ def machine(device: str) -> dict[str, Any]:
         "device": device_name(torch.device(device)),
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def stats_of(samples: Sequence[float]) -> dict[str, float]:
-    """Seconds of each round, as a results file has them."""
-    first, _, third = statistics.quantiles(samples, n=4) if len(samples) > 1 else 3 * [samples[0]]
-    return {
-        "min": min(samples),
-        "max": max(samples),
-        "median": statistics.median(samples),
-        "q1": first,
-        "q3": third,
-        "rounds": len(samples),
     }
 
 

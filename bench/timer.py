@@ -47,8 +47,23 @@ class Timing:
     @property
     def quartiles(self) -> tuple[float, float]:
         """Seconds: the spread of the middle half of the samples."""
+        if len(self.samples) == 1:
+            return self.samples[0], self.samples[0]
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return low, high
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """As pytest-benchmark stores them, in seconds."""
+        low, high = self.quartiles
+        return {
+            "min": min(self.samples),
+            "max": max(self.samples),
+            "median": self.median,
+            "q1": low,
+            "q3": high,
+            "rounds": len(self.samples),
+        }
 
 
 class Watch(Protocol):

@@ -14,7 +14,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,20 +58,29 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], world: World) 
     # Where there is a GPU it would wait for the GPU's work even for tensors on the host.
     writer.per_thread_copy_ahead = 0
     mine = share(tensors, world)
-    try:
+    with _plain_errors():
         checkpoint.save(
             {key: tensor for key, tensor in tensors.items() if key in mine},
             storage_writer=writer,
             process_group=world.group,
             no_dist=world.size == 1,
         )
-    except checkpoint.CheckpointException as error:
-        # Its own text is an account of every rank with its stack.
-        causes = {str(cause) for cause, _ in error.failures.values()}
-        raise OSError("; ".join(sorted(causes))) from error
     with world.together():
         if world.main:
             _take_over(parts, folder, name)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The library's errors as OSError with their causes: their own text is an account of every rank
+    with its stack, and they are no Exception."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {str(cause) for cause, _ in error.failures.values()}
+        raise OSError("; ".join(sorted(causes))) from error
 
 
 def share(tensors: Mapping[str, Tensor], world: World) -> set[str]:
@@ -183,11 +193,8 @@ def read_into(paths: Iterable[Path], tensors: Mapping[str, Tensor]) -> None:
     """
     from torch.distributed import checkpoint
 
-    try:
+    with _plain_errors():
         checkpoint.load(dict(tensors), storage_reader=_reader(list(paths)), no_dist=True)
-    except checkpoint.CheckpointException as error:
-        causes = {str(cause) for cause, _ in error.failures.values()}
-        raise OSError("; ".join(sorted(causes))) from error
 
 
 def _reader(paths: list[Path]) -> HuggingFaceStorageReader:

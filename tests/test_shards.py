@@ -105,8 +105,14 @@ def here():
     return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
-def folder_of(name):
-    return Path(os.environ["FOLDER"]) / name
+def new_folder(name, fill=lambda folder: None):
+    """A folder that all ranks see, with what one of them puts there. Collective call."""
+    folder = Path(os.environ["FOLDER"]) / name
+    with here().together():
+        if here().main:
+            folder.mkdir()
+            fill(folder)
+    return folder
 
 
 def distributed(full, placement):
@@ -130,10 +136,7 @@ def sharded_tensors(seed=0):
 def check_plain_tensors_are_written_once():
     """As those of ddp: the ranks share the work."""
     world = here()
-    folder = folder_of("plain")
-    with world.together():
-        if world.main:
-            folder.mkdir()
+    folder = new_folder("plain")
     shards.write(folder, "model", tensors(), world)
     paths = shards.files(folder, "model")
     equal(shards.read(paths), tensors())
@@ -146,22 +149,14 @@ def check_plain_tensors_are_written_once():
 
 def check_shards_are_put_together():
     world = here()
-    folder = folder_of("sharded")
-    with world.together():
-        if world.main:
-            folder.mkdir()
+    folder = new_folder("sharded")
     shards.write(folder, "model", sharded_tensors(), world)
     equal(shards.read(shards.files(folder, "model")), tensors())
 
 
 def check_whole_tensors_are_cut_into_shards():
     """What one rank wrote, and what shards were read from."""
-    world = here()
-    folder = folder_of("whole")
-    with world.together():
-        if world.main:
-            folder.mkdir()
-            shards.write(folder, "model", tensors(), ALONE)
+    folder = new_folder("whole", lambda folder: shards.write(folder, "model", tensors(), ALONE))
     ours = sharded_tensors(seed=1)
     shards.read_into(shards.files(folder, "model"), ours)
     for name, tensor in ours.items():
@@ -171,11 +166,7 @@ def check_whole_tensors_are_cut_into_shards():
 
 def check_a_failure_of_one_rank_is_everybodys():
     world = here()
-    folder = folder_of("failure")
-    with world.together():
-        if world.main:
-            folder.mkdir()
-            (folder / "model.parts").write_text("in the way of a folder")
+    folder = new_folder("failure", lambda folder: (folder / "model.parts").write_text("in the way"))
     try:
         shards.write(folder, "model", tensors(), world)
     except (OSError, OtherRankFailed):

@@ -53,6 +53,7 @@ GRID_CLASSES = 8
 GRID_COLUMNS = 8
 LAST_SAVE_ATTEMPTS = 3
 SECONDS_BETWEEN_ATTEMPTS = 5
+LATER = "at the next progress line, training goes on"
 
 
 def train(session: Session, state: State) -> Ending:
@@ -112,7 +113,7 @@ def train(session: Session, state: State) -> Ending:
             # 5. A checkpoint. It comes before the grid: a grid that fails must not cost the run.
             if wishes.save_failed:
                 save_failed = True
-                note_failure(session, state, recorder)
+                settle_earlier(session, state, recorder, again=LATER)
             try_again = save_failed and is_due(config.run.log_every)
             if is_due(config.run.checkpoint_every) or is_last or wishes.save or try_again:
                 with meter.time("checkpoint"):
@@ -305,7 +306,7 @@ def try_save(session: Session, state: State, recorder: Recorder, is_last: bool) 
                 "continues from the newest checkpoint, if there is one"
             )
             session.world.fail(final)
-        again = "at the next progress line, training goes on"
+        again = LATER
         if is_last:
             again = f"in {SECONDS_BETWEEN_ATTEMPTS} s"
         say_failure(session, error, again)
@@ -333,24 +334,14 @@ def attempt_save(session: Session, state: State, waits: bool) -> CheckpointError
     return error
 
 
-def settle_earlier(session: Session, state: State, recorder: Recorder) -> None:
-    """Wait for the checkpoint before, if it is still being written. It is too late to mend what
-    failed of it: another one follows at once."""
+def settle_earlier(session: Session, state: State, recorder: Recorder, again: str = "now") -> None:
+    """Wait for the checkpoint before, if it is still being written, and report it if it failed.
+    again: when another one is tried."""
     try:
         session.saver.settle()
     except CheckpointError as error:
         record_failure(session, state, recorder, error)
-        say_failure(session, error, "now")
-
-
-def note_failure(session: Session, state: State, recorder: Recorder) -> None:
-    """Report a checkpoint that failed while training went on. Collective call: the others' threads
-    are about to find out."""
-    try:
-        session.saver.settle()
-    except CheckpointError as error:
-        record_failure(session, state, recorder, error)
-        say_failure(session, error, "at the next progress line, training goes on")
+        say_failure(session, error, again)
 
 
 def record_failure(

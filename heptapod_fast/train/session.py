@@ -117,6 +117,77 @@ def prepare(
     directory = RunDir.of(config) if directory is None else directory
     dtype = choose_precision(config.run.precision, world.device)
     operators = choose_operators(config, world.device)
+    data = _open_data(config, world, say, directory, operators)
+    source = data.source
+    config = _with_classes(config, source.num_classes)
+    plan = _agree_on_plan(config, source.num_classes, world, operators)
+
+    def build(fill: bool) -> System:
+        built = build_system(config, source.num_classes, world.device, operators, fill)
+        built.set_dtype(dtype)
+        return built
+
+    system = build(fill=True)
+    phases = list(system.phases(config.recipe.images))
+    for line in describe(config, source, world, dtype, operators, directory, phases, plan):
+        say(line)
+    if data.cache is not None and data.tokenizer is None:
+        say(_no_grids(config, data.cache))
+    recompute.apply(system, plan.fit.mode)
+    if plan.compiled.is_on:
+        compilation.apply(system)
+    checkpoint = find_checkpoint(directory, world, say)
+    if checkpoint is None:
+        _start_from_weights(config, world, say, system, source.class_names, data.tokenizer_id)
+    parallel = spread(system, plan.layout, world, phases, blank=lambda: build(fill=False))
+    split = config.split_batch(world.size)
+    eager = Eager(
+        parallel=parallel,
+        optimizer=Optimizer(system, config.recipe, operators),
+        world=world,
+        buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
+        rng=Rng(config.recipe.seed),
+        batch=config.recipe.batch,
+    )
+    session = Session(
+        config=config,
+        world=world,
+        directory=directory,
+        say=say,
+        split=split,
+        source=source,
+        tokenizer=data.tokenizer,
+        tokenizer_id=data.tokenizer_id,
+        system=system,
+        parallel=parallel,
+        optimizer=eager.optimizer,
+        saver=Saver(world, in_background=not config.run.sync_checkpoints),
+        rng=eager.rng,
+        buffers=eager.buffers,
+        executor=capture.executor_of(eager, plan.graph, world.device, say),
+        environment=environment_of(world, dtype),
+        started=started,
+    )
+    state = State() if checkpoint is None else resume(session, checkpoint)
+    if data.cache is not None and world.main:
+        keep_tokenizer(directory, data.cache, data.tokenizer)
+    return session, state
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a run reads. cache: None where there is none; the others as in Session."""
+
+    source: TokenSource
+    tokenizer: Tokenizer | None
+    tokenizer_id: str | None
+    cache: Cache | None
+
+
+def _open_data(
+    config: Config, world: World, say: Say, directory: RunDir, operators: Operators
+) -> _Data:
+    """Open data and tokenizer, the same on all ranks. Collective call."""
     with world.together():
         if config.run.init_from is not None and not checkpoints.listed(directory.checkpoints):
             find_weights(config.run.init_from)  # before hours of encoding
@@ -139,66 +210,7 @@ def prepare(
         classes=repr(source.class_names),
         tokenizer=str(tokenizer_id),
     )
-    config = _with_classes(config, source.num_classes)
-    with world.together():
-        plan = _decide(config, source.num_classes, world, operators)
-
-    world.same(
-        layout=f"{plan.layout.mode}, {plan.layout.shards}",
-        recomputation=plan.fit.mode,
-        cuda_graph=str(plan.graph.is_on),
-    )
-
-    def build(fill: bool) -> System:
-        built = build_system(config, source.num_classes, world.device, operators, fill)
-        built.set_dtype(dtype)
-        return built
-
-    system = build(fill=True)
-    phases = list(system.phases(config.recipe.images))
-    for line in describe(config, source, world, dtype, operators, directory, phases, plan):
-        say(line)
-    recompute.apply(system, plan.fit.mode)
-    if plan.compiled.is_on:
-        compilation.apply(system)
-    if cache is not None and tokenizer is None:
-        say(_no_grids(config, cache))
-    checkpoint = find_checkpoint(directory, world, say)
-    if checkpoint is None:
-        _start_from_weights(config, world, say, system, source.class_names, tokenizer_id)
-    parallel = spread(system, plan.layout, world, phases, blank=lambda: build(fill=False))
-    split = config.split_batch(world.size)
-    eager = Eager(
-        parallel=parallel,
-        optimizer=Optimizer(system, config.recipe, operators),
-        world=world,
-        buffers=Buffers.allocate(config.spec, split.micro_batch, world.device),
-        rng=Rng(config.recipe.seed),
-        batch=config.recipe.batch,
-    )
-    session = Session(
-        config=config,
-        world=world,
-        directory=directory,
-        say=say,
-        split=split,
-        source=source,
-        tokenizer=tokenizer,
-        tokenizer_id=tokenizer_id,
-        system=system,
-        parallel=parallel,
-        optimizer=eager.optimizer,
-        saver=Saver(world, in_background=not config.run.sync_checkpoints),
-        rng=eager.rng,
-        buffers=eager.buffers,
-        executor=capture.executor_of(eager, plan.graph, world.device, say),
-        environment=environment_of(world, dtype),
-        started=started,
-    )
-    state = State() if checkpoint is None else resume(session, checkpoint)
-    if cache is not None and world.main:
-        keep_tokenizer(directory, cache, tokenizer)
-    return session, state
+    return _Data(source, tokenizer, tokenizer_id, cache)
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,18 @@ class Plan:
     def lines(self) -> list[str]:
         """What was decided, and why, besides the layout."""
         return [self.graph.line(), self.compiled.line(), *self.fit.lines()]
+
+
+def _agree_on_plan(config: Config, classes: int, world: World, operators: Operators) -> Plan:
+    """The plan of every rank, which has to be the same. Collective call."""
+    with world.together():
+        plan = _decide(config, classes, world, operators)
+    world.same(
+        layout=f"{plan.layout.mode}, {plan.layout.shards}",
+        recomputation=plan.fit.mode,
+        cuda_graph=str(plan.graph.is_on),
+    )
+    return plan
 
 
 def _decide(config: Config, classes: int, world: World, operators: Operators) -> Plan:

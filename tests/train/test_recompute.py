@@ -11,23 +11,13 @@ from heptapod_fast.ops import dispatch
 from heptapod_fast.rng import Rng
 from heptapod_fast.train import recompute
 from heptapod_fast.train.session import Ending
+from tests.cases import EVERY_SYSTEM
 from tests.conftest import small_batch, small_system
 from tests.numerics import needs_triton
 from tests.running import command, final_files, flags, refused, tiny_config, train_here
 
 DROPOUT = {"dropout": 0.1}
-CASES = {
-    "global": ("discrete", {"density": 2}),
-    "local": ("discrete", {"head": "local", "window": 4, "density": 2}),
-    "uniform": ("discrete", {"steps": "uniform"}),
-    "diffusion": ("continuous", {}),
-    "1d-raster": ("discrete", {"system": "1d-raster"}),
-    "1d-random": ("continuous", {"system": "1d-random", "token_loss": "flow"}),
-    "llamagen": ("discrete", {"system": "llamagen"}),
-    "npp": ("discrete", {"system": "npp"}),
-    "two streams": ("continuous", {"system": "sar"}),
-    "one stream": ("continuous", {"system": "sar", "grouping": "next-row"}),
-}
+CASES = EVERY_SYSTEM | {"uniform": ("discrete", {"steps": "uniform"})}
 AGAIN = ("selective", "full")
 
 
