@@ -121,6 +121,8 @@ def test_a_run_goes_back_and_on_with_the_images_that_come_next(tmp_path, monkeyp
     assert steps == [2, 5, 6]  # that of step 4 is of the way it did not go on
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["images"] for r in records if "loss" in r] == [8, 16, 24, 32, 40, 48]
+    # What was skipped stays counted, although the checkpoint knows of none.
+    assert records[-1]["skipped"] == 2
     assert [(r["images"], r["went_back_to"]) for r in records if "went_back_to" in r] == [(40, 16)]
 
 

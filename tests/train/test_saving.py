@@ -1,12 +1,14 @@
 """Checkpoints that are written while training goes on."""
 
 import threading
+import types
 
 import pytest
 import torch
 
 from heptapod_fast import checkpoints
 from heptapod_fast.checkpoints import CheckpointError
+from heptapod_fast.train import loop
 from heptapod_fast.train.records import read_metrics
 from heptapod_fast.train.saving import HostBuffers, Saver
 from heptapod_fast.train.session import Ending
@@ -176,6 +178,22 @@ def test_waiting_or_not_writes_the_same_bytes(tmp_path):
     train_here(tmp_path / "beside", images=32)
     train_here(tmp_path / "waiting", images=32, sync_checkpoints=True)
     assert final_files(tmp_path / "beside") == final_files(tmp_path / "waiting")
+
+
+def test_a_checkpoint_that_another_rank_could_not_write_has_failed_on_this_one(monkeypatch):
+    """Or this one would go on, and the other one try again alone."""
+
+    class Other(World):
+        """A world whose other rank says yes to everything."""
+
+        def any(self, *flags):
+            return (True,) * len(flags)
+
+    monkeypatch.setattr(loop, "begin_save", lambda session, state: None)
+    session = types.SimpleNamespace(world=Other(1, 2, torch.device("cpu")), saver=Saver(ALONE))
+    assert isinstance(loop.attempt_save(session, None, waits=True), CheckpointError)
+    session.world = ALONE
+    assert loop.attempt_save(session, None, waits=True) is None
 
 
 def test_a_run_notices_a_checkpoint_that_failed_beside_it(tmp_path, monkeypatch):
