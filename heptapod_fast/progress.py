@@ -16,6 +16,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def speed(rate: float) -> str:
+    """Things per second as 1,234, 12, 3.4 or 0.85."""
+    if rate >= 10:
+        return f"{rate:,.0f}"
+    return f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
+
+
 class Progress:
     """Callable `progress(done, total)` that shows how far it is, the rate and the time left.
 
@@ -95,6 +102,6 @@ class Progress:
             end = f"ETA {duration((total - done) / max(rate, 1e-9))}"
         share = 100 * done / max(total, 1)
         return (
-            f"{self.what}: {done:,}/{total:,} {self.unit} ({share:.0f}%)  {rate:,.0f} "
+            f"{self.what}: {done:,}/{total:,} {self.unit} ({share:.0f}%)  {speed(rate)} "
             f"{self.unit}/s  {end}"
         )

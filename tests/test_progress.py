@@ -5,7 +5,7 @@ import io
 import pytest
 
 from heptapod_fast import progress
-from heptapod_fast.progress import Progress, duration
+from heptapod_fast.progress import Progress, duration, speed
 
 
 class Clock:
@@ -43,9 +43,9 @@ def test_a_line_every_few_seconds_and_one_at_the_end(clock, capsys):
         report(done, 10)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "decoding: 4/10 images (40%)  2 images/s  ETA 0:03",
-        "decoding: 8/10 images (80%)  2 images/s  ETA 0:01",
-        "decoding: 10/10 images (100%)  2 images/s  took 0:05",
+        "decoding: 4/10 images (40%)  2.0 images/s  ETA 0:03",
+        "decoding: 8/10 images (80%)  2.0 images/s  ETA 0:01",
+        "decoding: 10/10 images (100%)  2.0 images/s  took 0:05",
     ]
 
 
@@ -81,4 +81,12 @@ def test_lines_where_rich_is_missing(clock, monkeypatch):
     report = Progress("decoding", seconds=2.0)
     clock.now += 3
     report(3, 10)
-    assert terminal.getvalue() == "decoding: 3/10 images (30%)  1 images/s  ETA 0:07\n"
+    assert terminal.getvalue() == "decoding: 3/10 images (30%)  1.0 images/s  ETA 0:07\n"
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(12_345.6, "12,346"), (612.4, "612"), (3.44, "3.4"), (0.846, "0.85"), (0.0, "0.00")],
+)
+def test_slow_rates_are_no_zeros(rate, text):
+    assert speed(rate) == text

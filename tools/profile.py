@@ -22,6 +22,7 @@ from _cli import main
 from _training import parse_training
 
 from heptapod_fast.config import Config
+from heptapod_fast.progress import speed
 from heptapod_fast.reports import nsys, profile
 from heptapod_fast.world import choose_device, device_name
 
@@ -150,7 +151,7 @@ def about_machine(config: Config, steps: int, profiler: str) -> str:
 def rate_of(config: Config, found: profile.Profile) -> str:
     """Images/s of the steps that were measured."""
     rate = config.recipe.batch / max(found.step_ms, 1e-9) * 1000
-    return f"{rate:,.0f} images/s while profiled."
+    return f"{speed(rate)} images/s while profiled."
 
 
 def write_page(found: profile.Profile, title: str, about: str, trace: Path) -> None:

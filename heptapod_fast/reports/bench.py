@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from heptapod_fast.progress import speed
 from heptapod_fast.reports.charts import save_bars
 from heptapod_fast.reports.growth import FILES as OF_GROWTH
 from heptapod_fast.reports.growth import MADE_HERE as GROWTH_MADE_HERE
@@ -128,10 +129,10 @@ def runs_table(folder: Path) -> list[str]:
         )
         seconds = run.get("training_seconds")
         evaluation = run.get("evaluation", {})
-        rate = f"{run['images_per_second_median']:.0f}"
+        rate = speed(run["images_per_second_median"])
         if "images_per_second_of_phases" in run:
             phases = run["images_per_second_of_phases"].items()
-            rate = ", ".join(f"{phase}: {value:.0f}" for phase, value in phases)
+            rate = ", ".join(f"{phase}: {speed(value)}" for phase, value in phases)
         rows.append(
             (
                 file,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from heptapod_fast.progress import duration
+from heptapod_fast.progress import duration, speed
 from heptapod_fast.systems import Phase, System
 
 # Dense bf16 peak in FLOP/s, from the vendors' datasheets. A device that is not listed gets no MFU.
@@ -203,11 +203,11 @@ class Meter:
             "images": images,
             "loss": loss,
             "grad_norm": norm,
-            "images_per_second": round(rate, 1),
+            "images_per_second": float(f"{rate:.5g}"),
             "seconds": round(seconds, 3),
             **to_milliseconds(times),
             "eta_seconds": round(left / max(overall, 1e-9), 1),
-            "tflops": round(rate * self.flops / 1e12, 4),
+            "tflops": float(f"{rate * self.flops / 1e12:.5g}"),
             "memory_peak_gb": round(memory_peak(self.device) / 1e9, 3),
         }
         if self.peak:
@@ -231,7 +231,7 @@ def progress_line(record: dict[str, Any], total: int) -> str:
         f"loss {record['loss']:.4f}",
         f"lr {record['lr']:.2e}",
         f"norm {record['grad_norm']:6.3f}",
-        f"{record['images_per_second']:>6,.0f} images/s",
+        f"{speed(record['images_per_second']):>6} images/s",
     ]
     if "mfu" in record:
         columns.append(f"MFU {record['mfu']:.1%}")

@@ -52,6 +52,16 @@ def test_a_record_starts_anew(clock):
     assert record["images_per_second"] == 5.0
 
 
+def test_the_rate_of_a_slow_run_keeps_its_digits(clock):
+    meter = Meter(1000, None, 1)
+    meter.add(torch.tensor(5.0), torch.tensor(1.0), 8)
+    clock[0] += 9.4
+    record = meter.record(8)
+    assert record["images_per_second"] == pytest.approx(8 / 9.4, rel=1e-4)
+    record |= {"lr": 1e-3}
+    assert " 0.85 images/s" in progress_line(record, 1000)
+
+
 def test_the_time_is_split_into_its_parts(clock):
     """What nobody times is a step's; each record counts anew."""
     meter = Meter(1000, None, 1)
