@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from heptapod_fast.ops import library
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -143,8 +145,15 @@ def check_compiles(
         assert torch.equal(expected, found)
 
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+def has_triton() -> bool:
+    """Whether there are kernels to compile or interpret."""
+    return importlib.util.find_spec("triton") is not None
+
+
+needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+needs_cpu = pytest.mark.skipif(
+    DEVICE != "cpu" or not library.available("cpu"),
+    reason=f"for tensors on a CPU, and {library.status()}",
 )
 
 

@@ -18,10 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heptapod_fast.ops import dispatch
+from heptapod_fast.ops import dispatch, library
 from heptapod_fast.ops.checks import check_rows, check_shape
 from heptapod_fast.ops.dropout_mask import DropoutMask
-from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
+from heptapod_fast.ops.operators import (
+    Context,
+    Gradients,
+    Inputs,
+    compiled,
+    differentiable,
+    once,
+    operator,
+)
 
 MAX_WIDTH = 16_384  # kernels/configs/bias_gelu.json
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
@@ -37,8 +45,8 @@ def bias_gelu(
     """x (..., F) float32 or bfloat16, bias (F,) float32 -> the shape and dtype of x.
 
     mask: dropout over the rows of x. activation: "gelu" or "silu". implementation: "auto",
-    "triton" or "reference". Raises ValueError on another activation or a bias or mask that does
-    not fit.
+    "triton", "cpu" or "reference". Raises ValueError on another activation or a bias or mask that
+    does not fit.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"bias_gelu knows {', '.join(ACTIVATIONS)}, not {activation!r}")
@@ -46,13 +54,16 @@ def bias_gelu(
     check_shape("bias_gelu", x.shape[-1:], bias=bias)
     mask = DropoutMask.checked(mask, "bias_gelu", x)
     unsupported = f"width {len(bias)} is above {MAX_WIDTH}" if len(bias) > MAX_WIDTH else None
-    chosen = dispatch.select("bias_gelu", x.device, x.dtype, implementation, unsupported)
+    chosen = dispatch.select(
+        "bias_gelu", x.device, x.dtype, implementation, {"triton": unsupported}
+    )
     if chosen == "reference":
         y = ACTIVATIONS[activation](x + bias.to(x.dtype))
         return y if mask is None else mask.apply(y)
-    return _operator(
-        x.contiguous(), bias.float().contiguous(), *DropoutMask.parts(mask), activation
-    )
+    arguments = x.contiguous(), bias.float().contiguous(), *DropoutMask.parts(mask)
+    if chosen == "cpu":
+        return _cpu_operator(*arguments, activation == "silu")
+    return _operator(*arguments, activation)
 
 
 # The operator and its gradient.
@@ -75,9 +86,14 @@ def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     ctx.save_for_backward(x, bias, key, counter)
 
 
-def _gradient(ctx: Context, grad: Tensor) -> Gradients:
-    dx, dbias = _backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.p, ctx.activation)
-    return dx, dbias, None, None, None, None
+def _gradient_by(backward_operator: Callable[..., Any]) -> Callable[..., Gradients]:
+    """The gradient of one of the two operators. Of the activation each has its own kind."""
+
+    def gradient(ctx: Context, grad: Tensor) -> Gradients:
+        dx, dbias = backward_operator(grad.contiguous(), *ctx.saved_tensors, ctx.p, ctx.activation)
+        return dx, dbias, None, None, None, None
+
+    return gradient
 
 
 _operator = operator(
@@ -92,6 +108,14 @@ _backward_operator = operator(
     _backward,
     lambda grad, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)),
 )
-differentiable(_operator, _gradient, _setup)
+differentiable(_operator, _gradient_by(_backward_operator), _setup)
 once(_backward_operator, "bias_gelu")
-dispatch.register_triton("bias_gelu")
+if library.available("cpu"):
+    _cpu_operator = compiled("bias_gelu_cpu", lambda x, *_: torch.empty_like(x))
+    _cpu_backward_operator = compiled(
+        "bias_gelu_backward_cpu",
+        lambda grad, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)),
+    )
+    differentiable(_cpu_operator, _gradient_by(_cpu_backward_operator), _setup)
+    once(_cpu_backward_operator, "bias_gelu")
+dispatch.register_triton("bias_gelu", cpu=library.check_rows)

@@ -236,7 +236,12 @@ def avoid_interpreter(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cuda" else "the interpreter is for tests"
 
 
-def register_triton(operation: str) -> None:
-    """Registers "triton" and, behind it, "reference"."""
+def register_triton(operation: str, cpu: Check | None = None) -> None:
+    """Registers "triton" and, behind it, "reference".
+
+    cpu: the check of a "cpu" between them, where the compiled library has one.
+    """
     register(operation, "triton", triton_check, avoid=avoid_interpreter)
+    if cpu is not None:
+        register(operation, "cpu", cpu)
     register(operation, "reference", lambda device, dtype: None)

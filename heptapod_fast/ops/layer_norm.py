@@ -15,16 +15,25 @@ dtype, the kernels compute in float32 and round once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heptapod_fast.ops import dispatch
+from heptapod_fast.ops import dispatch, library
 from heptapod_fast.ops.checks import check_like, check_rows, check_shape, check_together
 from heptapod_fast.ops.dropout_mask import DropoutMask
-from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
+from heptapod_fast.ops.operators import (
+    Context,
+    Gradients,
+    Inputs,
+    compiled,
+    differentiable,
+    once,
+    operator,
+)
 
 MAX_WIDTH = 4096
 
@@ -38,14 +47,16 @@ def layer_norm(
 ) -> Tensor:
     """x (..., D) float32 or bfloat16, weight and bias (D,) float32 or both None -> as x.
 
-    implementation: "auto", "triton" (D up to MAX_WIDTH) or "reference" (any floating dtype). Raises
-    ValueError if the parameters do not fit.
+    implementation: "auto", "triton" (D up to MAX_WIDTH), "cpu" or "reference" (any floating dtype).
+    Raises ValueError if the parameters do not fit.
     """
     check_rows("layer_norm", x=x, weight=weight, bias=bias)
     _check_parameters("layer_norm", x, weight, bias)
-    if _select(x, implementation) == "reference":
+    chosen = _select(x, implementation)
+    if chosen == "reference":
         return _reference(x, weight, bias, eps)
-    y, _ = _operator(x.contiguous(), _master(weight), _master(bias), eps)
+    run = _cpu_operator if chosen == "cpu" else _operator
+    y, _ = run(x.contiguous(), _master(weight), _master(bias), eps)
     return y
 
 
@@ -63,8 +74,8 @@ def add_layer_norm(
 
     x, branch (..., D) of one dtype, float32 or bfloat16; branch_bias (D,) float32 or None; weight
     and bias (D,) float32 or both None; mask: dropout over the rows of branch. implementation:
-    "auto", "triton" (D up to MAX_WIDTH) or "reference". Raises ValueError if shapes, dtypes or the
-    mask do not fit.
+    "auto", "triton" (D up to MAX_WIDTH), "cpu" or "reference". Raises ValueError if shapes, dtypes
+    or the mask do not fit.
     """
     name = "add_layer_norm"
     parameters = dict(branch_bias=branch_bias, weight=weight, bias=bias)
@@ -73,11 +84,13 @@ def add_layer_norm(
     check_like(name, x, branch=branch)
     check_shape(name, x.shape[-1:], branch_bias=branch_bias)
     mask = DropoutMask.checked(mask, name, x)
-    if _select(x, implementation) == "reference":
+    chosen = _select(x, implementation)
+    if chosen == "reference":
         branch = branch if branch_bias is None else branch + branch_bias.to(x.dtype)
         total = x + (branch if mask is None else mask.apply(branch))
         return total, _reference(total, weight, bias, eps)
-    total, y, _ = _add_operator(
+    run = _cpu_add_operator if chosen == "cpu" else _add_operator
+    total, y, _ = run(
         x.contiguous(),
         branch.contiguous(),
         _master(branch_bias),
@@ -99,7 +112,7 @@ def _check_parameters(
 def _select(x: Tensor, implementation: str) -> str:
     width = x.shape[-1]
     why = f"rows are {width} wide, at most {MAX_WIDTH} fit" if width > MAX_WIDTH else None
-    return dispatch.select("layer_norm", x.device, x.dtype, implementation, why)
+    return dispatch.select("layer_norm", x.device, x.dtype, implementation, {"triton": why})
 
 
 def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -142,6 +155,14 @@ def _stats_like(x: Tensor) -> Tensor:
     return x.new_empty((x.numel() // max(1, x.shape[-1]), 2), dtype=torch.float32)
 
 
+def _fake(x, *_):
+    return torch.empty_like(x), _stats_like(x)
+
+
+def _fake_add(x, *_):
+    return torch.empty_like(x), torch.empty_like(x), _stats_like(x)
+
+
 def _fake_backward(grad, grad_sum, total, stats, weight, key, counter, p, branch_bias):
     sums = 2 * (weight is not None) + branch_bias
     dbranch = total.new_empty(0) if key is None else torch.empty_like(total)
@@ -158,15 +179,20 @@ def _setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     ctx.save_for_backward(x, output[1], weight)
 
 
-def _gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
-    if grad is None:
-        return None, None, None, None
-    x, stats, weight = ctx.saved_tensors
-    dx, _, sums = _backward_operator(
-        grad.contiguous(), None, x, stats, weight, *DropoutMask.parts(None), False
-    )
-    dweight, dbias = (None, None) if weight is None else sums.unbind()
-    return dx, dweight, dbias, None
+def _gradient_by(backward_operator: Callable[..., Any]) -> Callable[..., Gradients]:
+    """The gradient of `layer_norm`'s operator, of the kernels or of the compiled library."""
+
+    def gradient(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
+        if grad is None:
+            return None, None, None, None
+        x, stats, weight = ctx.saved_tensors
+        dx, _, sums = backward_operator(
+            grad.contiguous(), None, x, stats, weight, *DropoutMask.parts(None), False
+        )
+        dweight, dbias = (None, None) if weight is None else sums.unbind()
+        return dx, dweight, dbias, None
+
+    return gradient
 
 
 def _add_setup(ctx: Context, inputs: Inputs, output: Any) -> None:
@@ -176,34 +202,39 @@ def _add_setup(ctx: Context, inputs: Inputs, output: Any) -> None:
     ctx.save_for_backward(output[0], output[2], weight, key, counter)
 
 
-def _add_gradient(ctx: Context, grad_sum: Tensor | None, grad: Tensor | None, _: None) -> Gradients:
-    total, stats, weight, key, counter = ctx.saved_tensors
-    if grad is None and grad_sum is None:
-        return (None,) * 9
-    # A sum without its norm is rare (no block does it): it need not be fast.
-    grad = torch.zeros_like(total) if grad is None else grad.contiguous()
-    grad_sum = None if grad_sum is None else grad_sum.contiguous()
-    dx, dbranch, sums = _backward_operator(
-        grad, grad_sum, total, stats, weight, key, counter, ctx.p, ctx.branch_bias
-    )
-    if key is None:
-        dbranch = dx  # without dropout they are the same
-    rows = list(sums.unbind())
-    dbranch_bias = rows.pop() if ctx.branch_bias else None
-    dweight, dbias = rows or (None, None)
-    return dx, dbranch, dbranch_bias, dweight, dbias, None, None, None, None
+def _add_gradient_by(backward_operator: Callable[..., Any]) -> Callable[..., Gradients]:
+    """The same of `add_layer_norm`'s."""
+
+    def gradient(ctx: Context, grad_sum: Tensor | None, grad: Tensor | None, _: None) -> Gradients:
+        total, stats, weight, key, counter = ctx.saved_tensors
+        if grad is None and grad_sum is None:
+            return (None,) * 9
+        # A sum without its norm is rare (no block does it): it need not be fast.
+        grad = torch.zeros_like(total) if grad is None else grad.contiguous()
+        grad_sum = None if grad_sum is None else grad_sum.contiguous()
+        dx, dbranch, sums = backward_operator(
+            grad, grad_sum, total, stats, weight, key, counter, ctx.p, ctx.branch_bias
+        )
+        if key is None:
+            dbranch = dx  # without dropout they are the same
+        rows = list(sums.unbind())
+        dbranch_bias = rows.pop() if ctx.branch_bias else None
+        dweight, dbias = rows or (None, None)
+        return dx, dbranch, dbranch_bias, dweight, dbias, None, None, None, None
+
+    return gradient
 
 
 _operator = operator(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     _forward,
-    lambda x, *_: (torch.empty_like(x), _stats_like(x)),
+    _fake,
 )
 _add_operator = operator(
     "add_layer_norm(Tensor x, Tensor branch, Tensor? branch_bias, Tensor? weight, Tensor? bias, "
     "Tensor? key, Tensor? counter, float p, float eps) -> (Tensor, Tensor, Tensor)",
     _add_forward,
-    lambda x, *_: (torch.empty_like(x), torch.empty_like(x), _stats_like(x)),
+    _fake_add,
 )
 _backward_operator = operator(
     "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor total, Tensor stats, "
@@ -212,7 +243,14 @@ _backward_operator = operator(
     _backward,
     _fake_backward,
 )
-differentiable(_operator, _gradient, _setup)
-differentiable(_add_operator, _add_gradient, _add_setup)
+differentiable(_operator, _gradient_by(_backward_operator), _setup)
+differentiable(_add_operator, _add_gradient_by(_backward_operator), _add_setup)
 once(_backward_operator, "layer_norm")
-dispatch.register_triton("layer_norm")
+if library.available("cpu"):
+    _cpu_operator = compiled("layer_norm_cpu", _fake)
+    _cpu_add_operator = compiled("add_layer_norm_cpu", _fake_add)
+    _cpu_backward_operator = compiled("layer_norm_backward_cpu", _fake_backward)
+    differentiable(_cpu_operator, _gradient_by(_cpu_backward_operator), _setup)
+    differentiable(_cpu_add_operator, _add_gradient_by(_cpu_backward_operator), _add_setup)
+    once(_cpu_backward_operator, "layer_norm")
+dispatch.register_triton("layer_norm", cpu=library.check_rows)

@@ -100,6 +100,13 @@ def check(device_type: str) -> Callable[[torch.device, torch.dtype], str | None]
     return usable
 
 
+def check_rows(device: torch.device, dtype: torch.dtype) -> str | None:
+    """A check for `dispatch.register`: the operators of csrc/rows.h can take such tensors."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, these are {dtype}"
+    return check("cpu")(device, dtype)
+
+
 def available(device_type: str) -> bool:
     """Whether the compiled operators for tensors on "cpu" or "cuda" are loaded."""
     return why_not(device_type) is None

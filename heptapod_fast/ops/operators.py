@@ -2,7 +2,8 @@
 
 An operator here is what the kernels compute: one opaque call for torch.compile and CUDA graphs,
 with a fake implementation for tracing. It runs on CUDA tensors, and on CPU tensors in Triton's
-interpreter. The plain-PyTorch reference is no operator: torch.compile sees through it.
+interpreter. Those of the compiled library (csrc/) get theirs here too. The plain-PyTorch reference
+is no operator: torch.compile sees through it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def operator(
     _library.impl(name, _on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"heptapod_fast::{name}", fake, lib=_library)
     return overload
+
+
+def compiled(name: str, fake: Callable) -> OpOverload:
+    """heptapod_fast::NAME of the compiled library, which is loaded. fake: allocates the outputs."""
+    torch.library.register_fake(f"heptapod_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.heptapod_fast, name).default
 
 
 def _contiguous(strided: list[bool], kernel: Callable) -> Callable:

@@ -7,6 +7,7 @@ import torch
 
 from heptapod_fast.ops import library
 from tests.csrc import emulator
+from tests.numerics import DEVICE, has_triton
 
 COMPILED = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -53,3 +54,15 @@ def implementation(request):
 def device(request):
     """A device whose compiled operators are there; its name is the implementation's."""
     yield from usable(request)
+
+
+@pytest.fixture(params=["triton", "cpu"])
+def kernel(request):
+    """The name of an implementation beside the reference, of operations that have these two."""
+    if request.param == "triton" and not has_triton():
+        pytest.skip("triton is not installed")
+    if request.param == "cpu" and DEVICE != "cpu":
+        pytest.skip("tensors are on a GPU")
+    if request.param == "cpu" and not library.available("cpu"):
+        pytest.skip(library.status())
+    return request.param

@@ -18,7 +18,7 @@ from heptapod_fast.ops.layer_norm import (
     _operator,
     add_layer_norm,
 )
-from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_triton
+from tests.numerics import DEVICE, check_compiles, check_operator, compare, needs_cpu, needs_triton
 
 # A masked part, a full one, two parts, two of which one is masked; more rows than a program has.
 SHAPES = [(3, 7), (2, 3, 64), (9, 160), (1, 1160)]
@@ -113,33 +113,30 @@ def test_sum_gradients_by_finite_differences():
     )
 
 
-@needs_triton
 @pytest.mark.parametrize("shape, affine", [*((shape, True) for shape in SHAPES), ((3, 96), False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_kernel_by_the_rule(shape, dtype, affine):
+def test_norm_kernel_by_the_rule(kernel, shape, dtype, affine):
     x, _, (_, weight, bias), _, upstream = draw(shape, dtype)
     arguments = (x, weight, bias) if affine else (x, None, None)
 
     def run(implementation):
         return lambda *arguments: layer_norm(*arguments, implementation=implementation)
 
-    compare(run("triton"), run("reference"), arguments, upstream[:1])
+    compare(run(kernel), run("reference"), arguments, upstream[:1])
 
 
-@needs_triton
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("drop", [0.0, 0.2])
-def test_sum_kernel_by_the_rule(shape, dtype, drop):
+def test_sum_kernel_by_the_rule(kernel, shape, dtype, drop):
     x, branch, parameters, mask, upstream = draw(shape, dtype, drop)
 
     def run(implementation):
         return lambda *a: add_layer_norm(*a, mask, implementation=implementation)
 
-    compare(run("triton"), run("reference"), (x, branch, *parameters), upstream)
+    compare(run(kernel), run("reference"), (x, branch, *parameters), upstream)
 
 
-@needs_triton
 @pytest.mark.parametrize(
     "bias, affine, drop, used",
     [
@@ -153,7 +150,7 @@ def test_sum_kernel_by_the_rule(shape, dtype, drop):
         (True, True, 0.0, (True, False)),
     ],
 )
-def test_sum_kernel_without_some_of_it(bias, affine, drop, used):
+def test_sum_kernel_without_some_of_it(kernel, bias, affine, drop, used):
     """used: whether the sum and its norm have a gradient."""
     x, branch, (shift, *norm), mask, upstream = draw((2, 2, 96), torch.float32, drop)
     arguments = (x, branch, shift if bias else None, *(norm if affine else (None, None)))
@@ -168,27 +165,25 @@ def test_sum_kernel_without_some_of_it(bias, affine, drop, used):
         return function
 
     compare(
-        run("triton"),
+        run(kernel),
         run("reference"),
         arguments,
         [g for g, wanted in zip(upstream, used, strict=True) if wanted],
     )
 
 
-@needs_triton
-def test_norm_is_of_the_rounded_sum():
+def test_norm_is_of_the_rounded_sum(kernel):
     x, branch, (shift, weight, bias), mask, _ = draw((6, 96), torch.bfloat16, 0.2)
-    total, y = add_layer_norm(x, branch, shift, weight, bias, mask, implementation="triton")
-    assert torch.equal(y, layer_norm(total, weight, bias, implementation="triton"))
+    total, y = add_layer_norm(x, branch, shift, weight, bias, mask, implementation=kernel)
+    assert torch.equal(y, layer_norm(total, weight, bias, implementation=kernel))
     kept = mask.keep(6, 96)
     assert torch.equal(total[~kept], x[~kept]) and float((~kept).float().mean()) > 0.1
 
 
-@needs_triton
-def test_statistics_far_from_zero():
+def test_statistics_far_from_zero(kernel):
     x, weight, bias = (t.to(DEVICE) for t in inputs())
     compare(
-        lambda x: layer_norm(x, weight, bias, implementation="triton"),
+        lambda x: layer_norm(x, weight, bias, implementation=kernel),
         lambda x: layer_norm(x, weight.to(x.dtype), bias.to(x.dtype), implementation="reference"),
         (x + 3000,),
     )
@@ -292,33 +287,89 @@ def test_operators():
         check_operator(_backward_operator, grad, None, x.detach(), stats, None, *key, False)
 
 
-@needs_triton
 @pytest.mark.parametrize("drop", [0.0, 0.2])
-def test_compiles(drop):
+def test_compiles(kernel, drop):
     x, branch, parameters, mask, upstream = draw((2, 2, 40), torch.float32, drop)
     check_compiles(
-        lambda *a: add_layer_norm(*a, mask, implementation="triton"),
+        lambda *a: add_layer_norm(*a, mask, implementation=kernel),
         (x, branch, *parameters),
         upstream,
     )
     check_compiles(
-        lambda *a: add_layer_norm(*a, mask, implementation="triton")[1],
+        lambda *a: add_layer_norm(*a, mask, implementation=kernel)[1],
         (x, branch, *parameters),
         upstream[1:],
     )
     check_compiles(
-        lambda *a: layer_norm(*a, implementation="triton"), (x, *parameters[1:]), upstream[:1]
+        lambda *a: layer_norm(*a, implementation=kernel), (x, *parameters[1:]), upstream[:1]
     )
 
 
-@needs_triton
-def test_no_rows():
+def test_no_rows(kernel):
     x = torch.randn(0, 8, device=DEVICE, requires_grad=True)
     parameters = [torch.ones(8, device=DEVICE, requires_grad=True) for _ in range(3)]
-    total, y = add_layer_norm(x, x, *parameters, implementation="triton")
+    total, y = add_layer_norm(x, x, *parameters, implementation=kernel)
     (total.sum() + y.sum()).backward()
     assert total.shape == y.shape == x.grad.shape == (0, 8)
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in parameters)
+
+
+@needs_cpu
+def test_compiled_operators():
+    norm, add, backward = (
+        getattr(torch.ops.heptapod_fast, f"{name}_cpu").default
+        for name in ("layer_norm", "add_layer_norm", "layer_norm_backward")
+    )
+    x, branch, (shift, weight, bias), mask, (grad_sum, grad) = draw((2, 2, 40), torch.float32, 0.2)
+    stats = torch.rand(4, 2)
+    check_operator(norm, x, weight, bias, 1e-6)
+    for key in ((None, None, 0.0), (*mask.arrays(), mask.p)):
+        check_operator(add, x, branch, shift, weight, bias, *key, 1e-6)
+        check_operator(add, x, branch, None, None, None, *key, 1e-6)
+        check_operator(backward, grad, grad_sum, x.detach(), stats, weight.detach(), *key, True)
+        check_operator(backward, grad, None, x.detach(), stats, None, *key, False)
+
+
+@needs_cpu
+def test_compiled_operators_on_any_number_of_threads():
+    """Sums over rows are taken in an order that follows from the shape alone."""
+    x, branch, parameters, mask, upstream = draw((7, 43, 96), torch.float32, 0.2)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs = add_layer_norm(x, branch, *parameters, mask, implementation="cpu")
+            gradients = torch.autograd.grad(outputs, (x, branch, *parameters), upstream)
+            found.append([*outputs, *gradients])
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+@needs_cpu
+def test_compiled_operators_refuse_second_derivatives():
+    x = torch.randn(3, 8, requires_grad=True)
+    y = layer_norm(x, None, None, implementation="cpu")
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+@needs_cpu
+def test_compiled_operators_refuse_what_they_cannot_read():
+    """The library's own checks, for who calls an operator by its name."""
+    norm = torch.ops.heptapod_fast.layer_norm_cpu.default
+    x = torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match="contiguous tensors only"):
+        norm(x.t(), None, None, 1e-6)
+    with pytest.raises(RuntimeError, match="float32 or bfloat16 only"):
+        norm(x.half(), None, None, 1e-6)
+    with pytest.raises(RuntimeError, match="of the width of a row"):
+        norm(x, torch.ones(7), torch.ones(7), 1e-6)
+    with pytest.raises(RuntimeError, match="together, or neither"):
+        norm(x, torch.ones(8), None, 1e-6)
 
 
 def test_refusals():
