@@ -1,5 +1,5 @@
 // Operations on blocks of rows on the CPU, compiled for several instruction sets: rows_baseline.cpp,
-// rows_avx2.cpp and rows_avx512.cpp include rows_kernels.inc, and `kernels` picks one of them when
+// rows_avx2.cpp and rows_avx512.cpp include rows_kernels.inc, and rows.cpp picks one of them when
 // the library is loaded. All give the same bits: every sum and every fused multiply-add is written
 // out, and the build forbids others.
 #pragma once
@@ -47,7 +47,7 @@ extern const Kernels kBaseline;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 
-// Those of the best instruction set that this processor has.
+// Those of the best instruction set that this processor has (rows.cpp).
 const Kernels& kernels();
 
 }  // namespace heptapod::rows
