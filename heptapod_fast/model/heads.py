@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
-from heptapod_fast.model.layers import LayerNorm, Linear, Modules
+from heptapod_fast.model.layers import Embedding, LayerNorm, Linear, Modules
 from heptapod_fast.model.transformer import Block, Packing, Stream, block_flops
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import FULL, Ends
@@ -38,7 +38,7 @@ class GlobalHead(nn.Module):
         super().__init__()
         self.operators = operators
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.position = nn.Embedding(num_tokens + 1, width)
+        self.position = Embedding(num_tokens + 1, width)
         self.blocks = Modules[Block](Block(width, heads, operators) for _ in range(depth))
         self.norm = LayerNorm(width, operators=operators)
 
@@ -174,7 +174,7 @@ class LocalHead(nn.Module):
     ):
         super().__init__()
         self.query = nn.Parameter(torch.empty(window, width))
-        self.position = nn.Embedding(grid * grid, width)
+        self.position = Embedding(grid * grid, width)
         self.blocks = Modules[LocalBlock](LocalBlock(width, heads, operators) for _ in range(depth))
         self.norm = LayerNorm(width, operators=operators)
         self.register_buffer("windows", gridlib.window_positions(grid, window), persistent=False)

@@ -56,6 +56,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that the system fills."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the system fills its parameters in one place."""
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm through the operation of the same name."""
 

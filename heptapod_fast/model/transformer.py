@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
-from heptapod_fast.model.layers import LayerNorm, Linear, Modules, RMSNorm
+from heptapod_fast.model.layers import Embedding, LayerNorm, Linear, Modules, RMSNorm
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import CAUSAL, FULL, Visible
 from heptapod_fast.sampling.kv_cache import KVCache, LayerCache
@@ -181,10 +181,10 @@ class Backbone(nn.Module):
         operators: Operators = AUTO,
     ):
         super().__init__()
-        self.token = Linear(channels, width) if channels else nn.Embedding(vocabulary, width)
-        self.label = nn.Embedding(num_classes, width)
-        self.position = nn.Embedding(num_tokens, width)
-        self.time = nn.Embedding(num_tokens if times is None else times, width)
+        self.token = Linear(channels, width) if channels else Embedding(vocabulary, width)
+        self.label = Embedding(num_classes, width)
+        self.position = Embedding(num_tokens, width)
+        self.time = Embedding(num_tokens if times is None else times, width)
         self.blocks = Modules[Block](Block(width, heads, operators) for _ in range(depth))
         self.norm = LayerNorm(width, operators=operators)
         self.dtype = torch.float32

@@ -146,7 +146,6 @@ def summary(choices: Sequence[Choice]) -> list[str]:
     ]
 
 
-@torch.compiler.assume_constant_result
 def select(
     operation: str,
     device: torch.device,
@@ -183,6 +182,11 @@ def select(
     runs = "the plain-PyTorch reference" if instead == "reference" else instead
     _tell(f"{message}; {runs} runs instead")
     return instead
+
+
+# What torch.compiler.assume_constant_result does; that imports torch._dynamo, two seconds of every
+# start.
+setattr(select, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _tell(message: str) -> None:

@@ -36,7 +36,7 @@ from heptapod_fast.config.settings import Rule, at_least, between, more_than, se
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model import initial
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, drop_labels
-from heptapod_fast.model.layers import Linear, Modules, RMSNorm
+from heptapod_fast.model.layers import Embedding, Linear, Modules, RMSNorm
 from heptapod_fast.model.llama import LlamaBlock, block_flops, mlp_width
 from heptapod_fast.model.transformer import Stream
 from heptapod_fast.ops.dispatch import AUTO, Operators
@@ -323,7 +323,7 @@ class ClassEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = Embedding(num_classes + 1, width)
 
 
 class LlamaGen(System):
@@ -352,7 +352,7 @@ class LlamaGen(System):
         self.side = math.isqrt(spec.num_tokens)
         self.dtype = torch.float32
         self.cls_embedding = ClassEmbedding(num_classes, width)
-        self.tok_embeddings = nn.Embedding(spec.vocabulary, width)
+        self.tok_embeddings = Embedding(spec.vocabulary, width)
         self.layers = Modules[LlamaBlock](
             LlamaBlock(width, settings.heads, operators) for _ in range(settings.depth)
         )

@@ -158,6 +158,11 @@ def memory_lines(config: Config, classes: int, world_size: int) -> list[str]:
         ("weights in bf16", found.casts, "kept for the backward pass"),
         ("activations", found.activations, f"for {split.micro_batch} sequences (--micro-batch)"),
         ("at the peak", found.rest, "more: gradients and temporaries"),
+        (
+            "copies of the state",
+            found.copies,
+            "to write checkpoints from (--sync-checkpoints: none)",
+        ),
         ("total", found.total, ""),
     ]
     for name, count_of_bytes, why in rows:

@@ -6,8 +6,9 @@ really is made: what the operators of the run keep, with the recomputation of th
 temporaries of the backward pass. No system has to say what it keeps.
 
 Exact up to rounding where PyTorch allocates: the CPU, and a GPU while nothing is compiled. Left out
-are temporaries inside of one operation, the batch itself, and on a GPU the CUDA context, the work
-space of cuBLAS and what the caching allocator holds beyond what is asked for.
+are temporaries inside of one operation, the batch itself, the files that are put together while a
+checkpoint is written, and on a GPU the CUDA context, the work space of cuBLAS and what the caching
+allocator holds beyond what is asked for.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class MemoryEstimate(NamedTuple):
     casts: weights in bf16, which the backward pass of a product reads.
     activations: what else a forward pass of a micro-batch keeps for its backward pass.
     rest: what comes on top of these at the peak: gradients, and temporaries.
+    copies: of the state, from which checkpoints are written while training goes on. They stay, on
+        the host: 0 where the device is a GPU.
     """
 
     per_parameter: int
@@ -95,11 +98,12 @@ class MemoryEstimate(NamedTuple):
     casts: int
     activations: int
     rest: int
+    copies: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.fixed + self.casts + self.activations + self.rest
+        return self.fixed + self.casts + self.activations + self.rest + self.copies
 
 
 # ---------------------------------------------------------------------------------------- counting
@@ -133,7 +137,16 @@ def _of_phase(work: Work, mode: str, phase: Phase) -> MemoryEstimate:
         casts=step.casts,
         activations=step.kept - step.casts,
         rest=peak - step.kept,
+        copies=_bytes_of_copies(work, per_parameter * parameters),
     )
+
+
+def _bytes_of_copies(work: Work, state: int) -> int:
+    """What a rank copies of the state of all parameters (saving.HostBuffers): its part."""
+    is_on_the_host = work.device.type == "cpu"
+    if not is_on_the_host or work.config.run.sync_checkpoints:
+        return 0
+    return state // work.world_size
 
 
 def bytes_per_parameter(averages: int) -> int:

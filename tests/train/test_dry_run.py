@@ -142,6 +142,7 @@ def test_memory_is_the_estimate(mode):
         "weights in bf16": found.casts,
         "activations": found.activations,
         "at the peak": found.rest,
+        "copies of the state": found.copies,
         "total": found.total,
     }
     for name, expected in rows.items():
