@@ -40,6 +40,11 @@ GB = 1e9
 FLOAT32 = 4  # bytes
 # Of a GPU's memory that training may fill: the allocator needs some air, CUDA has its own share.
 SHARE_OF_GPU = 0.9
+# Bytes that a step keeps or makes, for each FLOP of its forward pass: more than any system here
+# comes to, whose tensors are results of products or lie beside them. Narrow fp32 ones have 0.4.
+MOST_BYTES_PER_FLOP = 1.0
+# Of the memory that training may fill: what stays below it fits, whatever else there is.
+OBVIOUS_SHARE = 0.05
 
 
 class NoEstimateError(RuntimeError):
@@ -280,17 +285,19 @@ class Fit(NamedTuple):
     mode: of `recompute.MODES`, and reason: why.
     estimate: with that mode; None where there is none.
     warning: what to change where it does not fit; "" where it does.
+    bound: bytes that training does not come to, where there is no estimate.
     """
 
     mode: str
     reason: str
     estimate: MemoryEstimate | None
     warning: str = ""
+    bound: int = sys.maxsize
 
     @property
     def bytes(self) -> int:
         """What to leave free for training; everything where nobody knows."""
-        return sys.maxsize if self.estimate is None else self.estimate.total
+        return self.bound if self.estimate is None else self.estimate.total
 
     def lines(self) -> list[str]:
         """What was decided, and why, for the start of a run."""
@@ -298,6 +305,34 @@ class Fit(NamedTuple):
         if self.warning:
             lines.append(f"memory    {self.warning}")
         return lines
+
+
+def obvious_fit(work: Work, limit: float) -> Fit | None:
+    """`fit_into` without an estimate, which takes seconds: for a run that not even a bound brings
+    near the limit. None for any other."""
+    most = bound(work)
+    if not math.isfinite(limit) or most > OBVIOUS_SHARE * limit:
+        return None
+    asked = work.config.run.recompute
+    why = f"less than {_in_gb(most)} of {_in_gb(limit)}"
+    if asked != "auto":
+        why = f"asked for; {why}"
+    return Fit(recompute.MODES[0] if asked == "auto" else asked, why, None, bound=most)
+
+
+def bound(work: Work) -> int:
+    """Bytes that no step of the run comes to, from its FLOPs and parameters alone."""
+    system = work.system()
+    parameters = _count(system.parameters())
+    state = bytes_per_parameter(len(averages_of(work.config.recipe.ema))) * parameters
+    gradients_and_casts = 2 * FLOAT32 * parameters
+    micro_batch = work.config.split_batch(work.world_size).micro_batch
+    flops = max(
+        sum(system.flops_per_image(phase).values())
+        for phase in system.phases(work.config.recipe.images)
+    )
+    of_step = math.ceil(MOST_BYTES_PER_FLOP * flops * micro_batch)
+    return state + gradients_and_casts + of_step + _bytes_of_copies(work, state)
 
 
 def fit_into(work: Work, limit: float) -> Fit:

@@ -34,7 +34,7 @@ from heptapod_fast.runs.tokenizer import keep_tokenizer, open_tokenizer
 from heptapod_fast.systems import Phase, System, build_system
 from heptapod_fast.tokenizers import PRETRAINED, Tokenizer
 from heptapod_fast.train import capture, compilation, recompute
-from heptapod_fast.train.memory import Fit, Work, fit_into, memory_limit
+from heptapod_fast.train.memory import Fit, Work, fit_into, memory_limit, obvious_fit
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
 from heptapod_fast.train.parallelize import Layout, Parallel, choose_layout, spread
@@ -246,7 +246,8 @@ def _decide(config: Config, classes: int, world: World, operators: Operators) ->
     graph = capture.choose(config.run.cuda_graph, world.device, layout.mode)
     work = dataclasses.replace(work, shards=layout.shards, is_captured=graph.is_on)
     compiled = compilation.choose(config.run.compile, world.device)
-    fit = fit_into(work, memory_limit(world.device, world.local_size))
+    limit = memory_limit(world.device, world.local_size)
+    fit = obvious_fit(work, limit) or fit_into(work, limit)
     return Plan(layout, graph, compiled, fit)
 
 

@@ -14,13 +14,16 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.systems import Heptapod, NextPatch, build_system
 from heptapod_fast.train import memory, recompute
 from heptapod_fast.train.memory import (
+    OBVIOUS_SHARE,
     Ledger,
     NoEstimateError,
     Work,
+    bound,
     bytes_per_parameter,
     estimate,
     fit_into,
     memory_limit,
+    obvious_fit,
 )
 from heptapod_fast.train.operators import choose_operators
 from heptapod_fast.train.optimizer import Optimizer
@@ -351,6 +354,29 @@ def test_a_step_that_cannot_be_counted_is_no_reason_not_to_train(monkeypatch):
     assert planned.bytes > 2**60
     asked = replace(work, config=work.config.replace(recompute="full"))
     assert fit_into(asked, 1e4).mode == "full"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_bound_is_one(name, precision):
+    """With room to spare: a network of heads of 4 channels has the most bytes for its FLOPs."""
+    narrow = {"width": 32, "heads": 8, "precision": precision}
+    work = work_of(config_of(**CASES[name] | narrow))
+    assert bound(work) > 1.5 * estimate(work).total
+
+
+def test_what_obviously_fits_is_not_counted(monkeypatch):
+    work = work_of(config_of())
+    most = bound(work)
+    limit = most / OBVIOUS_SHARE
+    assert obvious_fit(work, 0.99 * limit) is None
+    assert obvious_fit(work, math.inf) is None
+    monkeypatch.setattr(memory, "estimate", None)
+    found = obvious_fit(work, 1.01 * limit)
+    assert (found.mode, found.bytes, found.warning) == ("off", most, "")
+    assert found.lines()[0].startswith("recompute off (less than")
+    asked = replace(work, config=work.config.replace(recompute="full"))
+    assert obvious_fit(asked, 1.01 * limit).lines()[0].startswith("recompute full (asked for; less")
 
 
 def test_limits(monkeypatch):

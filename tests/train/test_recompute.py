@@ -223,7 +223,7 @@ def test_a_session_recomputes_what_its_line_says(tmp_path):
     assert any(line.startswith("recompute full (asked for") for line in said)
     chosen, _, _ = train_here(tmp_path / "auto", say=said.append, images=8)
     assert chosen.config.run.recompute == "auto"
-    assert any(line.startswith("recompute off (off needs") for line in said)
+    assert any(line.startswith("recompute off (less than") for line in said)
 
 
 def test_a_word_that_is_no_mode_is_refused(tmp_path):
