@@ -77,7 +77,7 @@ def test_micro_batches_are_those_of_a_rank():
 
 
 def test_parameters_by_part_add_up():
-    config = configure("B", data="no such folder")
+    config = configure("B", data="no such folder", batch=8, recompute="off")
     text = section(dry_run(config), "parameters")
     parts = [
         int(line_of(text, name).replace(",", "")) for name in ("backbone", "head", "token_loss")
@@ -88,23 +88,26 @@ def test_parameters_by_part_add_up():
 
 def test_blocks_of_the_mask_that_are_skipped_are_counted():
     """On 16 x 16: anti-diagonals in two streams of 256, and rows in one."""
-    text = dry_run(configure("B", "sar", data="no such folder"))
+    few = dict(data="no such folder", batch=8, recompute="off")
+    text = dry_run(configure("B", "sar", **few))
     assert line_of(text, "streams") == "two, 512 elements"
     assert line_of(text, "skipped") == "48% = 31 / 64 blocks of 64 x 64 in attention"
-    rows = dry_run(configure("B", "sar", data="no such folder", grouping="next-row"))
+    rows = dry_run(configure("B", "sar", grouping="next-row", **few))
     assert line_of(rows, "skipped") == "38% = 6 / 16 blocks of 64 x 64 in attention"
-    single = dry_run(configure("B", "sar", data="no such folder", grouping="next-token"))
+    single = dry_run(configure("B", "sar", grouping="next-token", **few))
     assert "skipped" not in single
 
 
 def test_parameters_of_the_system_itself_count():
-    text = dry_run(configure("B", "sar", data="no such folder"))
+    text = dry_run(configure("B", "sar", data="no such folder", batch=8, recompute="off"))
     assert line_of(section(text, "parameters"), "total") == "141,218,320"
     assert "bytes x 141,218,320" in section(text, "memory per rank")
 
 
 def test_neither_data_nor_weights_are_opened():
-    config = configure("L", data="/no/such/folder", tokenizer_weights="/no/weights")
+    config = configure(
+        "L", data="/no/such/folder", tokenizer_weights="/no/weights", batch=8, recompute="off"
+    )
     text = dry_run(config)
     assert "/no/such/folder" in text
     assert line_of(text, "classes") == "1000 (assumed: the data is not opened by a dry run)"
