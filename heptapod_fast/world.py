@@ -320,6 +320,10 @@ def processor_kind() -> str:
     return " + ".join(parts)
 
 
+# Whether this process has joined others; that is not undone by `stop`.
+has_joined = False
+
+
 def start(device: str = "auto", patience: timedelta = PATIENCE_AT_START) -> World:
     """The world that torchrun, srun or mpirun set up, or a world of one.
 
@@ -335,6 +339,8 @@ def start(device: str = "auto", patience: timedelta = PATIENCE_AT_START) -> Worl
         torch.cuda.set_device(chosen)
     store = None
     if ranks.size > 1:
+        global has_joined
+        has_joined = True
         where = "env://"
         if ranks.address is not None:
             host, port = ranks.address

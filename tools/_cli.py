@@ -8,15 +8,17 @@ _training.py and _sampling.py put the groups together. Their docstrings show wha
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 # The folder of a script comes first in sys.path, where profile.py would stand in for the standard
 # library's module of that name (which torch imports): it goes to the end.
@@ -253,4 +255,22 @@ def main(work: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted before there was anything to save", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    leave(code or 0)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process.
+
+    One of several ranks does so without Python's own clearing up: a thread of gloo may let go of a
+    tensor late, wants Python for that, and Python, while it ends, ends such a thread in a way that
+    aborts the process. The work would be done and the command would fail.
+    """
+    from heptapod_fast import world as worlds
+
+    if not worlds.has_joined:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads, or closed
+            stream.flush()
+    os._exit(code)

@@ -3,6 +3,7 @@
 import importlib
 import io
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from heptapod_fast.config import DataSettings, RecipeSettings, RunSettings, Syst
 from heptapod_fast.config.settings import setting
 from heptapod_fast.systems import SYSTEMS, settings_registry
 from heptapod_fast.world import OtherRankFailed
-from tests.running import ROOT, command, flags, refused
+from tests.running import ROOT, command, environment, flags, refused
 
 TOOLS = ("cache", "evaluate", "profile", "report", "sample", "train", "verify")
 SHARED_MODULES = ("_cli", "_training", "_sampling")
@@ -297,3 +298,29 @@ def test_what_the_terminal_cannot_show_is_escaped(cli, monkeypatch):
 
     assert ending(cli, work) == 0
     assert raw.getvalue() == b"gr\\xf6\\xdfe \\udce9\n"
+
+
+LEAVING = """
+import atexit, sys
+sys.path.insert(0, "tools")
+import _cli
+from heptapod_fast import world
+
+class Late:
+    def __del__(self):
+        print("cleared up")
+
+world.has_joined = bool(int(sys.argv[1]))
+kept = Late()
+atexit.register(print, "at exit")
+print("worked")
+_cli.leave(3)
+"""
+
+
+@pytest.mark.parametrize("joined, cleared", [(0, "cleared up\n"), (1, "")])
+def test_one_of_several_ranks_leaves_without_pythons_clearing_up(joined, cleared):
+    """Which threads of gloo do not survive; what was printed or registered is not lost."""
+    words = [sys.executable, "-c", LEAVING, str(joined)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, f"worked\nat exit\n{cleared}"), done.stderr
