@@ -30,6 +30,13 @@ def raster_orders(index_B: Tensor, num_tokens: int) -> Tensor:
     return torch.arange(num_tokens, device=index_B.device).expand(len(index_B), -1)
 
 
+def given_first(order_BN: Tensor, known_N: Tensor) -> Tensor:
+    """The same orders with the known positions, (N,) bool, before the others."""
+    is_late_BN = ~known_N[order_BN]
+    place_BN = is_late_BN.to(torch.uint8).argsort(dim=1, stable=True)
+    return order_BN.gather(1, place_BN)
+
+
 def ranks(order_BN: Tensor) -> Tensor:
     """Inverse permutation: rank_BN[b, p] = the time at which position p comes up."""
     times = torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)

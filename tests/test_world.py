@@ -129,6 +129,7 @@ def test_ranks_meet_where_the_launcher_says_and_wait_as_long_as_they_are_told(
     monkeypatch, environment, where
 ):
     asked = {}
+    monkeypatch.setattr(world, "has_joined", False)  # and taken back: this process joins nobody
     monkeypatch.setattr(world.dist, "init_process_group", lambda *a, **k: asked.update(k))
     met = []
 
@@ -140,6 +141,7 @@ def test_ranks_meet_where_the_launcher_says_and_wait_as_long_as_they_are_told(
     monkeypatch.setattr(world, "find_ranks", lambda: launchers.find_ranks(environment))
     found = world.start("cpu", timedelta(days=7))
     assert (found.rank, found.size) == (1, 2)
+    assert world.has_joined
     assert met == [(where, (1, 2), {"timeout": timedelta(days=7)})]
     assert isinstance(asked.pop("store"), PrefixStore)
     assert asked == {

@@ -16,7 +16,7 @@ from torch import Tensor
 from heptapod_fast import world as worlds
 from heptapod_fast.config import flag
 from heptapod_fast.runs import LoadedRun, RunDir, load_run
-from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.sampling import Given, SampleOptions
 from heptapod_fast.systems import SYSTEMS, System
 from heptapod_fast.world import World
 
@@ -170,6 +170,7 @@ def samples_of(
     options: SampleOptions,
     world: World,
     finish: Callable[[Tensor], Tensor] = Tensor.float,
+    given: Given | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(labels, images), batch by batch; see `generate`. options: of the run's system."""
     from heptapod_fast.progress import Progress
@@ -186,4 +187,5 @@ def samples_of(
         Progress("sampling"),
         finish,
         world,
+        given,
     )

@@ -1,6 +1,7 @@
-"""Sampling: the key-value cache, options, and the samplers of single tokens."""
+"""Sampling: the key-value cache, options, given tokens, and the samplers of single tokens."""
 
 from heptapod_fast.sampling.codes import sample_codes
+from heptapod_fast.sampling.completion import Given
 from heptapod_fast.sampling.diffusion import Denoiser, respaced
 from heptapod_fast.sampling.flow import FLOW_STEPS, Path
 from heptapod_fast.sampling.kv_cache import KVCache
@@ -10,6 +11,7 @@ __all__ = [
     "DIFFUSION_STEPS",
     "FLOW_STEPS",
     "Denoiser",
+    "Given",
     "KVCache",
     "Path",
     "SampleOptions",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.rng import Rng
+from heptapod_fast.sampling.completion import Given
 from heptapod_fast.sampling.options import SampleOptions
 from heptapod_fast.world import ALONE, World
 
@@ -26,6 +27,17 @@ class Sampler(Protocol):
         index: Tensor | None = None,
     ) -> Tensor:
         """Tokens of images of these classes."""
+        ...
+
+    def complete(
+        self,
+        given: Given,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """The same of images of which a part is given."""
         ...
 
 
@@ -65,6 +77,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     finish: Callable[[Tensor], Tensor] = Tensor.float,
     world: World | None = None,
+    given: Given | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(labels, images) of one batch after the other: (b,) int64, and (b, 3, H, W) on the CPU.
 
@@ -79,6 +92,7 @@ def generate(
         world: ranks that share the work, a batch each in turn, so that every number of them makes
             the same batches and the same bits. All batches come out on the main rank, none on the
             others. Collective: every rank must go through all that comes.
+        given: of all images, tokens that are not drawn.
     """
     index = keys(classes)
     starts = range(0, len(classes), batch)
@@ -88,7 +102,11 @@ def generate(
         # A rank for which no batch is left makes the last one too: it has to wait for it anyway.
         mine = turn[min(world.rank, len(turn) - 1)]
         these = slice(mine, mine + batch)
-        tokens = system.sample(classes[these], rng, options, index[these])
+        if given is None:
+            tokens = system.sample(classes[these], rng, options, index[these])
+        else:
+            part = Given(given.tokens_BN[these], given.known_N)
+            tokens = system.complete(part, classes[these], rng, options, index[these])
         images = finish(tokenizer.decode(tokens))
         for start, whole in zip(turn, _gathered(images, batch, world), strict=False):
             labels = classes[start : start + batch]

@@ -22,7 +22,7 @@ from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
 from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling import KVCache, SampleOptions
+from heptapod_fast.sampling import Given, KVCache, SampleOptions
 from heptapod_fast.systems.base import Loss, Phase
 from heptapod_fast.systems.mar import (
     MarSettings,
@@ -111,22 +111,65 @@ class NextToken(MarSystem):
         index: Tensor | None = None,
     ) -> Tensor:
         """One token per step with a KV cache; see System.sample."""
+        return self._draw_all(classes, rng, options, index, None)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        given: Given,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """See System.complete."""
+        given.check(self.spec, len(classes))
+        return self._draw_all(classes, rng, options, index, given)
+
+    def given_first(self, order_BN: Tensor, known_N: Tensor) -> Tensor:
+        """The order of sequences of which these tokens are given.
+
+        Raises:
+            ValueError: this system's order does not let them come first.
+        """
+        return gridlib.given_first(order_BN, known_N.to(order_BN.device))
+
+    def _draw_all(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None,
+        index: Tensor | None,
+        given: Given | None,
+    ) -> Tensor:
+        """Every token that is not given, behind those that are."""
         options = self.own_options(options, SampleOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
         order_BN = self.orders(index_B, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)
-        x_B1D = self.backbone.embed_start(classes, order_BN[:, 0])
-        for step in range(self.num_tokens):
-            z_BD = self.backbone(x_B1D, cache=cache)[:, 0]
-            cache.advance(1)
+        seen = 0
+        if given is not None:
+            order_BN = self.given_first(order_BN, given.known_N)
+            seen = given.num_known
+        x_BMD = self.backbone.embed_start(classes, order_BN[:, 0])
+        if given is not None:
+            position_BK = order_BN[:, :seen]
+            token_BK = gridlib.take_tokens(given.tokens_BN.to(order_BN.device), position_BK)
+            put(tokens_BN, position_BK, token_BK)
+            # A token stands with the position of the one that comes next.
+            x_BKD = self.backbone.embed_tokens(token_BK, order_BN[:, 1 : seen + 1], 1)
+            x_BMD = torch.cat((x_BMD, x_BKD), dim=1)
+        for step in range(seen, self.num_tokens):
+            z_BD = self.backbone(x_BMD, cache=cache)[:, -1]
+            cache.advance(x_BMD.shape[1])
             position_B = order_BN[:, step]
             token_B, _ = self.token_loss.draw(z_BD, rng.at(step), index_B, position_B, options)
             put(tokens_BN, position_B[:, None], token_B[:, None])
             if step + 1 < self.num_tokens:
                 next_B1 = order_BN[:, step + 1 : step + 2]
-                x_B1D = self.backbone.embed_tokens(token_B[:, None], next_B1, step + 1)
+                x_BMD = self.backbone.embed_tokens(token_B[:, None], next_B1, step + 1)
         return tokens_BN
 
     def expected_count(self, batch: int, phase: Phase | None = None) -> float:
@@ -150,6 +193,16 @@ class RasterOrder(NextToken):
     def orders(self, index_B: Tensor, rng: Rng) -> Tensor:
         """See NextToken.orders."""
         return gridlib.raster_orders(index_B, self.num_tokens)
+
+    def given_first(self, order_BN: Tensor, known_N: Tensor) -> Tensor:
+        """See NextToken.given_first: only what comes first anyway can be given."""
+        count = int(known_N.sum())
+        if not bool(known_N[:count].all()):
+            raise ValueError(
+                "1d-raster draws row by row, so that only the first tokens can be given, as those "
+                "of the top half; heptapod and 1d-random go on from any part"
+            )
+        return order_BN
 
 
 class RandomOrder(NextToken):

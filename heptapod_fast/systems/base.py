@@ -19,7 +19,7 @@ from heptapod_fast.config import DataSettings, RunSettings, SystemSettings, flag
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.sampling import Given, SampleOptions
 from heptapod_fast.tokenizers import TokenSpec
 
 AnyOptions = TypeVar("AnyOptions", bound=SampleOptions)
@@ -257,6 +257,26 @@ class System(nn.Module, ABC):
         Raises:
             ValueError: classes out of range, or options that cannot be.
         """
+
+    def complete(
+        self,
+        given: Given,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens of images of which a part is given: see `sample`. Given tokens come back bit for
+        bit.
+
+        Raises:
+            ValueError: as `sample`; tokens that do not fit; and where this system's order does not
+                let any part of an image come first.
+        """
+        raise ValueError(
+            "an image is completed by a system that draws tokens in random orders, as heptapod "
+            "and 1d-random do; the order of this one is fixed"
+        )
 
     @staticmethod
     def own_options(options: SampleOptions | None, kind: type[AnyOptions]) -> AnyOptions:

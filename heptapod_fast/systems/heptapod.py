@@ -25,7 +25,7 @@ from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL, FULL, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling import KVCache, SampleOptions
+from heptapod_fast.sampling import Given, KVCache, SampleOptions
 from heptapod_fast.systems.base import Loss, Phase
 from heptapod_fast.systems.mar import (
     MarSettings,
@@ -325,18 +325,51 @@ class Heptapod(MarSystem):
         See System.sample. With the local head the positions are drawn first and only their windows
         are run.
         """
+        return self._draw_all(classes, rng, options, index, None)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        given: Given,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """See System.complete."""
+        given.check(self.spec, len(classes))
+        return self._draw_all(classes, rng, options, index, given)
+
+    def _draw_all(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None,
+        index: Tensor | None,
+        given: Given | None,
+    ) -> Tensor:
+        """Every token that is not given, in a random order behind those that are."""
         options = self.own_options(options, HeptapodOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)
-        sizes = gridlib.group_sizes(
-            self.num_tokens, options.positions_per_step, options.position_schedule
-        )
         x_BMD = self.backbone.embed_start(classes)
-        states: list[Tensor] = []
         seen = 0
+        if given is not None:
+            order_BN = gridlib.given_first(order_BN, given.known_N.to(order_BN.device))
+            seen = given.num_known
+            position_BK = order_BN[:, :seen]
+            token_BK = gridlib.take_tokens(given.tokens_BN.to(order_BN.device), position_BK)
+            put(tokens_BN, position_BK, token_BK)
+            x_BKD = self.backbone.embed_tokens(token_BK, position_BK, 1)
+            x_BMD = torch.cat((x_BMD, x_BKD), dim=1)
+        left = self.num_tokens - seen
+        sizes = gridlib.group_sizes(
+            left, self._positions_per_step(options, left), options.position_schedule
+        )
+        states: list[Tensor] = []
         for step, count in enumerate(sizes):
             states.append(self.backbone(x_BMD, cache=cache))
             cache.advance(x_BMD.shape[1])
@@ -354,6 +387,11 @@ class Heptapod(MarSystem):
                 x_BMD = self.backbone.embed_tokens(token_Bk, position_Bk, seen + 1)
             seen += count
         return tokens_BN
+
+    def _positions_per_step(self, options: HeptapodOptions, left: int) -> int:
+        """As asked for, but not more than are left to draw."""
+        asked = options.positions_per_step
+        return min(asked, left) if asked <= self.num_tokens else asked
 
     def check_sampling(self, classes: Tensor, options: SampleOptions) -> None:
         """See System.check_sampling."""

@@ -9,7 +9,7 @@ import torch
 from heptapod_fast import grid
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.sampling import Given, SampleOptions
 from heptapod_fast.sampling.generate import generate, keys, spread, together
 from heptapod_fast.systems.heptapod import HeptapodOptions
 from heptapod_fast.world import World
@@ -53,12 +53,28 @@ def head_at(system, h, order, seen, position):
     return system.head.norm(x)[torch.arange(3), position + 1]
 
 
+def start_of(system, order, given):
+    """(tokens, order, number of tokens that are there): those that are given come first, among
+    each other and the rest in the order that they had."""
+    tokens = system.empty_tokens(3, torch.device("cpu"))
+    if given is None:
+        return tokens, order, 0
+    known = given.known_N.nonzero().flatten().tolist()
+    rows = []
+    for b, row in enumerate(order.tolist()):
+        rows.append([p for p in row if p in known] + [p for p in row if p not in known])
+        for position in known:
+            tokens[b, position] = given.tokens_BN[b, position]
+    return tokens, torch.tensor(rows), len(known)
+
+
 @torch.no_grad()
-def naive_heptapod(system, options):
+def naive_heptapod(system, options, given=None):
     """One position after the other; nothing is kept between steps but the tokens."""
-    order = grid.random_orders(INDEX, TOKENS, RNG)
-    tokens, seen = system.empty_tokens(3, torch.device("cpu")), 0
-    sizes = grid.group_sizes(TOKENS, options.positions_per_step, options.position_schedule)
+    tokens, order, seen = start_of(system, grid.random_orders(INDEX, TOKENS, RNG), given)
+    left = TOKENS - seen
+    per_step = min(options.positions_per_step, left)
+    sizes = grid.group_sizes(left, per_step, options.position_schedule)
     for step, count in enumerate(sizes):
         h = states_so_far(system, tokens, order, seen)
         candidates = order[:, seen:]
@@ -79,10 +95,9 @@ def naive_heptapod(system, options):
 
 
 @torch.no_grad()
-def naive_next_token(system, options):
-    order = system.orders(INDEX, RNG)
-    tokens = system.empty_tokens(3, torch.device("cpu"))
-    for step in range(TOKENS):
+def naive_next_token(system, options, given=None):
+    tokens, order, seen = start_of(system, system.orders(INDEX, RNG), given)
+    for step in range(seen, TOKENS):
         x = system.backbone.embed_start(CLASSES, order[:, 0])
         if step:
             x = torch.cat(
@@ -133,6 +148,80 @@ def test_confidence_equals_the_naive_sampler(make_system, k):
     system = make_system().eval()
     options = quick(system, positions_per_step=k, position_order="confidence", top_k=7)
     agree(system.sample(CLASSES, RNG, options, INDEX), naive_heptapod(system, options))
+
+
+def given_to(system, known):
+    """Tokens of three images, of which those at these positions are known; the others are such
+    that reading them would show."""
+    is_known = torch.zeros(TOKENS, dtype=torch.bool)
+    is_known[known] = True
+    if system.spec.kind == "discrete":
+        tokens = torch.randint(system.spec.vocabulary, (3, TOKENS))
+        tokens[:, ~is_known] = -(10**6)
+    else:
+        tokens = torch.randn(3, TOKENS, system.spec.channels)
+        tokens[:, ~is_known] = torch.nan
+    return Given(tokens, is_known)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(head="local", window=4), dict(system="1d-random")],
+    ids=("global", "local", "1d"),
+)
+@pytest.mark.parametrize("known", [[5], [0, 3, 7, 8, 15], [*range(15)]], ids=("1", "5", "15"))
+def test_what_is_given_stays_and_the_rest_is_drawn_after_it(make_system, kind, settings, known):
+    system = make_system(kind, **settings).eval()
+    given = given_to(system, known)
+    options = quick(system)
+    found = system.complete(given, CLASSES, RNG, options, INDEX)
+    assert torch.equal(found[:, known], given.tokens_BN[:, known])
+    naive = naive_next_token if "system" in settings else naive_heptapod
+    agree(found, naive(system, options, given))
+    others = [p for p in range(TOKENS) if p not in known]
+    free = system.sample(CLASSES, RNG, options, INDEX)
+    assert not torch.equal(found[:, others], free[:, others])
+
+
+@pytest.mark.parametrize("per_step, order", [(4, "random"), (TOKENS, "random"), (3, "confidence")])
+def test_a_completion_of_several_positions_a_step(make_system, per_step, order):
+    system = make_system().eval()
+    given = given_to(system, [1, 2, 6, 9, 10])
+    options = quick(system, positions_per_step=per_step, position_order=order)
+    found = system.complete(given, CLASSES, RNG, options, INDEX)
+    agree(found, naive_heptapod(system, options, given))
+
+
+def test_a_raster_order_goes_on_from_its_beginning_alone(make_system):
+    system = make_system(system="1d-raster").eval()
+    given = given_to(system, [0, 1, 2])
+    found = system.complete(given, CLASSES, RNG, quick(system), INDEX)
+    agree(found, naive_next_token(system, quick(system), given))
+    with pytest.raises(ValueError, match="1d-raster draws row by row"):
+        system.complete(given_to(system, [0, 2]), CLASSES, RNG, quick(system), INDEX)
+
+
+def test_a_fixed_order_completes_nothing(make_system):
+    system = make_system(system="llamagen").eval()
+    with pytest.raises(ValueError, match="the order of this one is fixed"):
+        system.complete(given_to(system, [0]), CLASSES, RNG)
+
+
+def test_given_tokens_have_to_fit(make_system):
+    system = make_system().eval()
+    given = given_to(system, [0, 1])
+    tokens, known = given
+    wrong = {
+        r"\(2, 16\), expected \(3, 16\)": Given(tokens[:2], known),
+        r"bool \(16,\)": Given(tokens, known[:8]),
+        "0 of 16 tokens are given": Given(tokens, torch.zeros_like(known)),
+        "16 of 16 tokens are given": Given(tokens, torch.ones_like(known)),
+        "expected 0 to 10": Given(tokens + 11, known),
+    }
+    for message, each in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            system.complete(each, CLASSES, RNG)
 
 
 @pytest.mark.parametrize("kind", KINDS)

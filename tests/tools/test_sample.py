@@ -268,3 +268,92 @@ def test_a_thousand_classes_are_all_drawn(tmp_path, monkeypatch):
     assert np.load(npz)["labels"].tolist() == list(range(66))
     assert "66 images of 66 classes" in result.out and "(the first 64 of 66 images)" in result.out
     assert "classes: 0 c00, 1 c01, 2 c02, 3 c03, 4 c04, 5 c05, ..., 65 c65" in result.out
+
+
+# --------------------------------------------------------------------------------------- completion
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two pictures of the run's classes, in folders of their names."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, name in enumerate(("2-fold", "3-fold")):
+        (folder / name).mkdir()
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name / "a.png")
+    return folder
+
+
+def test_a_folder_is_completed(trained, pictures, tmp_path):
+    words = ["--complete", pictures, "--keep", "top-half", "--out", tmp_path / "g.png"]
+    result = command("sample", trained, *words, "--save-npz", tmp_path / "a.npz")
+    assert result.code == 0, result.err
+    assert "2 images of 2 classes" in result.out
+    assert "given: 3 of 9 tokens (--keep top-half)" in result.out
+    with Image.open(tmp_path / "g.png") as image:
+        assert image.size == (3 * 98 + 2, 2 * 98 + 2)  # given, completed, original
+    pasted = command("sample", trained, *words, "--paste", "--save-npz", tmp_path / "b.npz")
+    assert pasted.code == 0, pasted.err
+    with np.load(tmp_path / "a.npz") as plain, np.load(tmp_path / "b.npz") as with_pixels:
+        assert plain["labels"].tolist() == [0, 1]
+        for number, name in enumerate(("2-fold", "3-fold")):
+            with Image.open(pictures / name / "a.png") as image:
+                original = np.asarray(image)
+            kept = with_pixels["arr_0"][number]
+            assert np.array_equal(kept[:4], original[:4])  # a row of 3 tokens
+            assert np.array_equal(kept[4:], plain["arr_0"][number][4:])
+            assert not np.array_equal(plain["arr_0"][number][:4], original[:4])  # 16 codes
+
+
+def test_one_picture_is_completed(trained, pictures, tmp_path):
+    picture = pictures / "3-fold" / "a.png"
+    words = ["--complete", picture, "--out", tmp_path / "g.png"]
+    result = command("sample", trained, *words, "--classes", "3-fold")
+    assert result.code == 0, result.err
+    assert "1 images of 1 classes" in result.out and "given: 3 of 9" in result.out
+    refused(command("sample", trained, *words), "its class is not known: say it with --classes")
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--keep", "centre"], "--keep and --paste are for --complete"),
+        (["--paste"], "--keep and --paste are for --complete"),
+        (["--complete", "{}", "--count", 3], "--count 3: --complete makes one image of each"),
+        (["--complete", "{}", "--keep", "half"], "no such file; expected left-half"),
+        (["--complete", "{}/nothing"], "--complete {}/nothing: "),
+        (["--complete", "text.png", "--classes", 0], "--complete text.png: not an image"),
+    ],
+)
+def test_completions_that_cannot_be(trained, pictures, tmp_path, monkeypatch, words, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    words = [str(word).format(pictures) for word in words]
+    refused(command("sample", trained.resolve(), *words), text.format(pictures))
+
+
+def test_a_picture_of_a_class_that_the_run_does_not_know(trained, pictures, tmp_path):
+    folder = tmp_path / "others"
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.png").write_bytes((pictures / "2-fold" / "a.png").read_bytes())
+    result = command("sample", trained, "--complete", folder)
+    refused(result, "the run has no class 'cats'; its classes are 2-fold, 3-fold")
+    assert command("sample", trained, "--complete", folder, "--classes", "0").code == 0
+
+
+def test_a_run_of_a_fixed_order_completes_nothing(pictures, tmp_path):
+    out = tmp_path / "raster"
+    train_here(out, **SMALL, system="1d-raster", head_depth=None)
+    result = command("sample", out, "--complete", pictures, "--keep", "left-half")
+    refused(result, "1d-raster draws row by row")
+
+
+def test_ranks_share_a_completion(trained, pictures, tmp_path):
+    words = ["--complete", pictures, "--batch", 1, "--keep", "border"]
+    alone = command("sample", trained, *words, "--out", tmp_path / "alone.png")
+    assert alone.code == 0, alone.err
+    many = [*words, "--out", tmp_path / "many.png"]
+    shared = finish(start("sample", trained, *many, launcher=torchrun(2)))
+    assert shared.code == 0, shared.out
+    assert (tmp_path / "many.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
