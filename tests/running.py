@@ -157,11 +157,22 @@ def environment(**extra) -> dict[str, str]:
     )
 
 
-def torchrun(ranks: int) -> tuple[str, ...]:
-    """A launcher on a port that is free."""
+def free_port() -> int:
+    """One that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start_ranks(count: int, tool: str, *words, **extra) -> list[subprocess.Popen]:
+    """Processes that find each other by their environment, with nobody who watches over them."""
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count))
+    return [start(tool, *words, RANK=str(rank), **meeting, **extra) for rank in range(count)]
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    """A launcher on a port that is free."""
+    port = free_port()
     return (
         sys.executable,
         "-m",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,13 +24,30 @@ HERE = Path(__file__).parent
 def key(bug: str) -> str:
     """A hash of the sources with the bug in them, the emulation, and the checks."""
     edits, _ = mutants.PLANTED[bug]
-    texts = emulator.edited(edits)
+    changed = emulator.edited(edits)
+    texts = {name: changed[name] for name in (*reached(changed), "CMakeLists.txt")}
     own = [*sorted(emulator.HEADERS.iterdir()), HERE / "emulator.py", HERE / "battery.py"]
     texts |= {path.name: path.read_text() for path in own}
     digest = hashlib.sha256()
     for name in sorted(texts):
         digest.update(f"{name}\0{texts[name]}\0".encode())
     return digest.hexdigest()[:32]
+
+
+_INCLUDE = re.compile(r'^#include "(\w+\.\w+)"', re.MULTILINE)
+
+
+def reached(texts: dict[str, str]) -> set[str]:
+    """The CUDA sources, the operators of the CPU that they are compared with, and what these
+    include: nothing else in csrc/ has a say."""
+    cuda = {name for name in texts if name.endswith(".cu")}
+    found: set[str] = set()
+    ahead = cuda | {name.replace(".cu", ".cpp") for name in cuda}
+    while ahead:
+        name = ahead.pop()
+        found.add(name)
+        ahead |= set(_INCLUDE.findall(texts[name])) - found
+    return found
 
 
 def known() -> dict[str, dict[str, str]]:

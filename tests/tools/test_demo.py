@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from heptapod_fast.train import dry_run
 from tests.running import ROOT, command
 
 RESULTS = {
@@ -79,6 +80,7 @@ def test_the_commands_it_runs_and_names_are_understood(demo, monkeypatch, tmp_pa
     """Training is not begun, but its flags are read; what samples knows all of its flags."""
     module, steps = demo
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(dry_run, "memory_lines", lambda *given: [])  # which takes its time
     work(module, monkeypatch, "--images", "64")
     named = [tuple(words[1:]) for words in next_commands(module)]
     assert len(named) == 4

@@ -66,7 +66,18 @@ def test_help_lists_the_contract():
 
 def test_dry_run_needs_neither_data_nor_weights_and_writes_nothing(tmp_path):
     result = command(
-        "train", "--size", "B", "--data", "/no/data", "--out", tmp_path / "run", "--dry-run"
+        "train",
+        "--size",
+        "B",
+        "--data",
+        "/no/data",
+        "--out",
+        tmp_path / "run",
+        "--dry-run",
+        "--batch",
+        8,
+        "--recompute",
+        "off",
     )
     assert result.code == 0, result.err
     for text in ("207,234,336", "FLOPs per image", "memory per rank", "learning rate", "--seed"):

@@ -63,7 +63,7 @@ def test_with_kernels_too_whose_attention_selective_keeps(monkeypatch):
     found = {}
     count = {}
     for mode in recompute.MODES:
-        settings = {"operators": operators, "heads": 1, "depth": 1}
+        settings = {"operators": operators, "heads": 1, "depth": 1, "grid": 2}
         system = system_of("1d-raster", mode, torch.bfloat16, **settings)
         found[mode] = loss_and_gradients(system)
         count[mode] = len(calls)
