@@ -17,6 +17,7 @@ rank has divided its loss by the expected count of the global batch (step.py).
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -191,10 +192,17 @@ def _smallest_pass(model: Model, system: System, phase: Phase) -> None:
     """Forward and backward pass of as few sequences of zeros as a micro-batch can have."""
     device = next(system.parameters()).device
     few, _ = system.settings.micro_batch_multiple()
-    # Nothing is compiled for this shape alone.
-    with torch.compiler.set_stance("force_eager"):
+    with _nothing_compiled():  # for this shape alone
         loss = model(Batch.zeros(system.spec, few, device), Rng(0), phase)
         loss.total.backward()
+
+
+def _nothing_compiled() -> AbstractContextManager[object]:
+    """Compiled units run as they are written. Where the compiler was not imported there are none,
+    and asking for it would import it, in two seconds."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _unused_in(system: System, phase: Phase) -> list[str]:

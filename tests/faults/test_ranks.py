@@ -9,7 +9,8 @@ import pytest
 from heptapod_fast.checkpoints import damage, listed
 from tests.running import final_files, finish, flags, free_port, start, start_ranks, torchrun
 
-SHARDED = dict(parallel="fsdp", checkpoint_every=8)
+EVERY_STEP = dict(checkpoint_every=8)
+SHARDED = EVERY_STEP | dict(parallel="fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +48,13 @@ def test_one_rank_is_killed_at_five_random_steps(tmp_path, undisturbed):
     steps = sorted(random.Random(3).sample(range(1, 9), 5))
     for number, step in enumerate(steps):
         killed = number % 2
-        results = run_unwatched(tmp_path, f"kill9@step={step},rank={killed}", **SHARDED)
+        results = run_unwatched(tmp_path, f"kill9@step={step},rank={killed}", **EVERY_STEP)
         assert results[killed].code == -signal.SIGKILL
         assert results[1 - killed].code not in (0, -signal.SIGKILL)
         assert all(damage(path) == [] for path in listed(tmp_path / "checkpoints"))
-    results = run_unwatched(tmp_path, **SHARDED)
+    results = run_unwatched(tmp_path, **EVERY_STEP)
     assert [result.code for result in results] == [0, 0], results[0].out
-    assert final_files(tmp_path) == undisturbed(**SHARDED)
+    assert final_files(tmp_path) == undisturbed(**EVERY_STEP)
 
 
 @pytest.mark.slow
