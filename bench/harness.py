@@ -82,6 +82,13 @@ def default_size(device: str) -> str:
     return "B" if device == "cuda" else "tiny"
 
 
+def _rounds(text: str) -> int:
+    """Of the command line: quartiles need two."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected 2 or more, found {text}")
+    return int(text)
+
+
 def parser(described: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The flags that all bench files share. described: the docstring of the file."""
     columns = "\n".join(f"  {name:10}{what}" for name, what in figures.COLUMNS.items())
@@ -94,7 +101,7 @@ def parser(described: str | None, **defaults: Any) -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: small shapes"
     )
     found.add_argument("--only", default="", metavar="TEXT", help="cases with this in their names")
-    found.add_argument("--rounds", type=int, help="samples of each contender")
+    found.add_argument("--rounds", type=_rounds, help="samples of each contender, 2 or more")
     found.add_argument(
         "--out", type=Path, metavar="FILE.json", help="write a file that tools/report.py reads"
     )

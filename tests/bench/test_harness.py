@@ -204,6 +204,14 @@ def script(name, *flags, timeout=300):
     )
 
 
+def test_one_round_is_refused(capsys):
+    """There are no quartiles of it."""
+    with pytest.raises(SystemExit):
+        harness.parser("about").parse_args(["--rounds", "1"])
+    assert "--rounds: expected 2 or more, found 1" in capsys.readouterr().err
+    assert harness.parser("about").parse_args(["--rounds", "2"]).rounds == 2
+
+
 def test_a_bench_file_prints_a_table_by_itself(tmp_path):
     path = tmp_path / "out.json"
     flags = ("--device", "cpu", "--rounds", 2, "--only", "layer_norm forward", "--out", path)
@@ -260,7 +268,8 @@ def test_files_of_data_and_whole_steps_print_their_tables(name, tmp_path):
     if name in ("bench_cache", "bench_loader"):
         for package in ("zarr", "google_crc32c"):
             pytest.importorskip(package)
-    done = script(name, "--out", tmp_path / "out.json", timeout=600)
+    few = () if name in ("bench_cache", "bench_decode") else ("--rounds", 2)
+    done = script(name, *few, "--out", tmp_path / "out.json", timeout=600)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 5
     assert "median" in reports.bench_table(tmp_path / "out.json")
