@@ -16,8 +16,11 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-# A process per core, one thread each: the tests' tensors are small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+# One thread each, as the tests' tensors are small; a process more than there are cores, as some
+# tests wait for others' processes.
+CORES := $(shell nproc 2>/dev/null || echo 2)
+WORKERS := $(shell n=$$(( $(CORES) + 1 )); echo $$(( n < 8 ? n : 8 )))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 QUIET := -qq --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 SAY := printf '\n== %s\n'

@@ -356,11 +356,10 @@ def test_a_step_that_cannot_be_counted_is_no_reason_not_to_train(monkeypatch):
     assert fit_into(asked, 1e4).mode == "full"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_a_bound_is_one(name, precision):
-    """With room to spare: a network of heads of 4 channels has the most bytes for its FLOPs."""
-    narrow = {"width": 32, "heads": 8, "precision": precision}
+@pytest.mark.parametrize("name", ["dense", "dropout", "local", "diffusion", "npp", "two streams"])
+def test_a_bound_is_one(name):
+    """With room to spare: float32 and heads of 4 channels have the most bytes for their FLOPs."""
+    narrow = {"width": 32, "heads": 8, "precision": "fp32"}
     work = work_of(config_of(**CASES[name] | narrow))
     assert bound(work) > 1.5 * estimate(work).total
 
