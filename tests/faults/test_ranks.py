@@ -77,7 +77,6 @@ def test_torchrun_restarts_what_was_killed(tmp_path, undisturbed):
     assert final_files(tmp_path) == undisturbed(**SHARDED)
 
 
-@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
     words = flags(out=tmp_path, rank_timeout=3)
     waits, hangs = start_ranks(2, "train", *words, HEPTAPOD_FAULT="sleep@step=4,rank=1")
@@ -91,7 +90,6 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
     assert "Timed out" in result.out
 
 
-@pytest.mark.slow
 def test_a_rank_that_fails_says_so_and_the_others_end_with_it(tmp_path):
     result = run(tmp_path, "raise@step=4,rank=1")
     assert result.code != 0
@@ -100,7 +98,6 @@ def test_a_rank_that_fails_says_so_and_the_others_end_with_it(tmp_path):
     assert result.out.index("asked to fail") < result.out.index("FAILED")
 
 
-@pytest.mark.slow
 def test_ranks_of_different_settings_are_refused_before_anything_is_made(tmp_path):
     out = tmp_path / "run"
     meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")

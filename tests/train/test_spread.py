@@ -201,7 +201,6 @@ def check_every_rank_holds_its_part():
     assert held < 0.75 * total
 
 
-@pytest.mark.slow
 def test_two_ranks_then_one_then_three(tmp_path):
     """Two steps each. In one test: its processes are started once."""
     for first, count in ((0, 2), (2, 1), (4, 3)):
