@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Fewer than the size's own: with the installation this takes less than five minutes on two cores.
+IMAGES = 110_000
 
 NEXT = """
 Next, in this folder:
@@ -35,13 +37,11 @@ def work() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="run directory")
     parser.add_argument("--minutes", type=float, default=7.0, help="limit of the training time")
-    parser.add_argument("--images", default=None, help="training images (default: the size's)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="training images (%(default)s)")
     given = parser.parse_args()
     begin = time.monotonic()
     training = ["--size", "tiny", "--out", given.out, "--minutes", f"{given.minutes:g}"]
-    if given.images:
-        training += ["--images", given.images]
-    step("tools/train.py", *training)
+    step("tools/train.py", *training, "--images", str(given.images))
     step("tools/evaluate.py", given.out, "--count", "400")
     step("tools/report.py", given.out)
     run = ROOT / given.out

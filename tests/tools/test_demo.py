@@ -53,6 +53,7 @@ def test_it_trains_measures_and_reports(demo, monkeypatch, tmp_path, capsys):
         "tools/evaluate.py",
         "tools/report.py",
     ]
+    assert steps[0][-2:] == ("--images", str(module.IMAGES))
     assert (tmp_path / "demo.png").read_bytes() == b"a picture"
     text = capsys.readouterr().out
     assert "symmetry accuracy  0.750 over 400 samples" in text
