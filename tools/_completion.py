@@ -70,6 +70,7 @@ def read_originals(
         pixels = folder.images(torch.arange(len(folder)))
         labels = _labels_of(folder, path, loaded.class_names, classes)
     given = Given(_encoded(tokenizer, pixels), known_N)
+    loaded.system.check_given(given, len(labels))
     return Originals(pixels, labels, given, area_of(known_N, size))
 
 

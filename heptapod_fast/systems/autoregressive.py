@@ -25,10 +25,11 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
 from heptapod_fast.systems.base import Loss, Phase
 from heptapod_fast.systems.mar import (
+    Completing,
     MarSettings,
-    MarSystem,
     NetworkSize,
     put,
+    put_given,
     sizes,
 )
 from heptapod_fast.tokenizers import TokenSpec
@@ -59,7 +60,7 @@ def _defaults(name: str, network: NetworkSize) -> NextTokenSettings:
 NextTokenSettings.SIZES = sizes(_defaults)
 
 
-class NextToken(MarSystem):
+class NextToken(Completing):
     """One next token per step; `orders` says in which order."""
 
     Settings = NextTokenSettings
@@ -102,39 +103,7 @@ class NextToken(MarSystem):
         total, _ = self.token_losses(h_BND.flatten(0, 1), batch, rows, rng)
         return Loss(total, rows.total_weight())
 
-    @torch.no_grad()
-    def sample(
-        self,
-        classes: Tensor,
-        rng: Rng,
-        options: SampleOptions | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """One token per step with a KV cache; see System.sample."""
-        return self._draw_all(classes, rng, options, index, None)
-
-    @torch.no_grad()
-    def complete(
-        self,
-        given: Given,
-        classes: Tensor,
-        rng: Rng,
-        options: SampleOptions | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """See System.complete."""
-        given.check(self.spec, len(classes))
-        return self._draw_all(classes, rng, options, index, given)
-
-    def given_first(self, order_BN: Tensor, known_N: Tensor) -> Tensor:
-        """The order of sequences of which these tokens are given.
-
-        Raises:
-            ValueError: this system's order does not let them come first.
-        """
-        return gridlib.given_first(order_BN, known_N.to(order_BN.device))
-
-    def _draw_all(
+    def draw(
         self,
         classes: Tensor,
         rng: Rng,
@@ -142,7 +111,7 @@ class NextToken(MarSystem):
         index: Tensor | None,
         given: Given | None,
     ) -> Tensor:
-        """Every token that is not given, behind those that are."""
+        """One token per step with a KV cache; see Completing.draw."""
         options = self.own_options(options, SampleOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
@@ -150,17 +119,14 @@ class NextToken(MarSystem):
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)
         seen = 0
+        before: list[Tensor] = []
         if given is not None:
-            order_BN = self.given_first(order_BN, given.known_N)
+            order_BN, token_BK = put_given(given, order_BN, tokens_BN)
             seen = given.num_known
-        x_BMD = self.backbone.embed_start(classes, order_BN[:, 0])
-        if given is not None:
-            position_BK = order_BN[:, :seen]
-            token_BK = gridlib.take_tokens(given.tokens_BN.to(order_BN.device), position_BK)
-            put(tokens_BN, position_BK, token_BK)
             # A token stands with the position of the one that comes next.
-            x_BKD = self.backbone.embed_tokens(token_BK, order_BN[:, 1 : seen + 1], 1)
-            x_BMD = torch.cat((x_BMD, x_BKD), dim=1)
+            before = [self.backbone.embed_tokens(token_BK, order_BN[:, 1 : seen + 1], 1)]
+        start_B1D = self.backbone.embed_start(classes, order_BN[:, 0])
+        x_BMD = torch.cat((start_B1D, *before), dim=1)
         for step in range(seen, self.num_tokens):
             z_BD = self.backbone(x_BMD, cache=cache)[:, -1]
             cache.advance(x_BMD.shape[1])
@@ -194,15 +160,14 @@ class RasterOrder(NextToken):
         """See NextToken.orders."""
         return gridlib.raster_orders(index_B, self.num_tokens)
 
-    def given_first(self, order_BN: Tensor, known_N: Tensor) -> Tensor:
-        """See NextToken.given_first: only what comes first anyway can be given."""
-        count = int(known_N.sum())
-        if not bool(known_N[:count].all()):
+    def check_given(self, given: Given, batch: int) -> None:
+        """See System.check_given: only what comes first anyway can be given."""
+        super().check_given(given, batch)
+        if not bool(given.known_N[: given.num_known].all()):
             raise ValueError(
                 "1d-raster draws row by row, so that only the first tokens can be given, as those "
                 "of the top half; heptapod and 1d-random go on from any part"
             )
-        return order_BN
 
 
 class RandomOrder(NextToken):

@@ -270,9 +270,14 @@ class System(nn.Module, ABC):
         bit.
 
         Raises:
-            ValueError: as `sample`; tokens that do not fit; and where this system's order does not
-                let any part of an image come first.
+            ValueError: as `sample`, and as `check_given`.
         """
+        self.check_given(given, len(classes))
+        raise NotImplementedError(f"{type(self).__name__} lets tokens be given and has no complete")
+
+    def check_given(self, given: Given, batch: int) -> None:
+        """Refuse given tokens that do not fit so many sequences, or that this system's order does
+        not let come first."""
         raise ValueError(
             "an image is completed by a system that draws tokens in random orders, as heptapod "
             "and 1d-random do; the order of this one is fixed"

@@ -28,10 +28,11 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
 from heptapod_fast.systems.base import Loss, Phase
 from heptapod_fast.systems.mar import (
+    Completing,
     MarSettings,
-    MarSystem,
     NetworkSize,
     put,
+    put_given,
     sizes,
 )
 from heptapod_fast.tokenizers import TokenSpec
@@ -184,7 +185,7 @@ class HeptapodOptions(SampleOptions):
             raise ValueError("--position-order confidence needs discrete tokens")
 
 
-class Heptapod(MarSystem):
+class Heptapod(Completing):
     """Causal backbone, 2D head (global or local), token loss."""
 
     Settings = HeptapodSettings
@@ -312,35 +313,7 @@ class Heptapod(MarSystem):
 
     # ------------------------------------------------------------------------------------ sampling
 
-    @torch.no_grad()
-    def sample(
-        self,
-        classes: Tensor,
-        rng: Rng,
-        options: SampleOptions | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """One (position, token) pair per step, or several; the backbone runs with a KV cache.
-
-        See System.sample. With the local head the positions are drawn first and only their windows
-        are run.
-        """
-        return self._draw_all(classes, rng, options, index, None)
-
-    @torch.no_grad()
-    def complete(
-        self,
-        given: Given,
-        classes: Tensor,
-        rng: Rng,
-        options: SampleOptions | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """See System.complete."""
-        given.check(self.spec, len(classes))
-        return self._draw_all(classes, rng, options, index, given)
-
-    def _draw_all(
+    def draw(
         self,
         classes: Tensor,
         rng: Rng,
@@ -348,7 +321,11 @@ class Heptapod(MarSystem):
         index: Tensor | None,
         given: Given | None,
     ) -> Tensor:
-        """Every token that is not given, in a random order behind those that are."""
+        """One (position, token) pair per step, or several; the backbone runs with a KV cache.
+
+        See Completing.draw. With the local head the positions are drawn first and only their
+        windows are run.
+        """
         options = self.own_options(options, HeptapodOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
@@ -358,12 +335,9 @@ class Heptapod(MarSystem):
         x_BMD = self.backbone.embed_start(classes)
         seen = 0
         if given is not None:
-            order_BN = gridlib.given_first(order_BN, given.known_N.to(order_BN.device))
+            order_BN, token_BK = put_given(given, order_BN, tokens_BN)
             seen = given.num_known
-            position_BK = order_BN[:, :seen]
-            token_BK = gridlib.take_tokens(given.tokens_BN.to(order_BN.device), position_BK)
-            put(tokens_BN, position_BK, token_BK)
-            x_BKD = self.backbone.embed_tokens(token_BK, position_BK, 1)
+            x_BKD = self.backbone.embed_tokens(token_BK, order_BN[:, :seen], 1)
             x_BMD = torch.cat((x_BMD, x_BKD), dim=1)
         left = self.num_tokens - seen
         sizes = gridlib.group_sizes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from heptapod_fast.config import (
 )
 from heptapod_fast.config.settings import between, more_than, setting, share
 from heptapod_fast.data.tokens import Batch
-from heptapod_fast.grid import Rows
+from heptapod_fast.grid import Rows, given_first, take_tokens
 from heptapod_fast.model import initial
 from heptapod_fast.model.token_losses import (
     Categorical,
@@ -31,7 +32,7 @@ from heptapod_fast.model.token_losses import (
 from heptapod_fast.model.transformer import Backbone
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
-from heptapod_fast.sampling import SampleOptions
+from heptapod_fast.sampling import Given, SampleOptions
 from heptapod_fast.systems.base import TINY_DATA, TINY_RUN, System
 from heptapod_fast.tokenizers import TokenSpec
 
@@ -283,6 +284,63 @@ class MarSystem(System):
         if self.spec.kind == "continuous":
             return torch.zeros(batch, self.num_tokens, self.spec.channels, device=device)
         return torch.zeros(batch, self.num_tokens, dtype=torch.int64, device=device)
+
+
+class Completing(MarSystem):
+    """One that draws tokens one after the other, in an order in which given ones may come first."""
+
+    @abstractmethod
+    def draw(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None,
+        index: Tensor | None,
+        given: Given | None,
+    ) -> Tensor:
+        """`sample`, or with given tokens `complete`: every token that is not given, behind those
+        that are. Without gradients."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """See System.sample."""
+        return self.draw(classes, rng, options, index, None)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        given: Given,
+        classes: Tensor,
+        rng: Rng,
+        options: SampleOptions | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """See System.complete."""
+        self.check_given(given, len(classes))
+        return self.draw(classes, rng, options, index, given)
+
+    def check_given(self, given: Given, batch: int) -> None:
+        """See System.check_given: any tokens may come first."""
+        given.check(self.spec, batch)
+
+
+def put_given(given: Given, order_BN: Tensor, tokens_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Put K given tokens into tokens (B, N[, C]), in place.
+
+    Returns:
+        The orders (B, N) with the given positions first, and the given tokens (B, K[, C]) in them.
+    """
+    order_BN = given_first(order_BN, given.known_N.to(order_BN.device))
+    position_BK = order_BN[:, : given.num_known]
+    token_BK = take_tokens(given.tokens_BN.to(order_BN.device), position_BK)
+    put(tokens_BN, position_BK, token_BK)
+    return order_BN, token_BK
 
 
 def token_loss_of(settings: MarSettings, spec: TokenSpec, operators: Operators) -> TokenLoss:
