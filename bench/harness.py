@@ -26,6 +26,7 @@ import torch
 from bench import figures, roofline
 from bench.case import Case
 from bench.measuring import Result, measure
+from bench.process import ROOT
 from heptapod_fast.world import choose_device, device_name
 
 Cases = Callable[[str], list[Case]]
@@ -153,12 +154,13 @@ def entry_name(case: Case, contender: str) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What results say about where they come from."""
+    """What results say about where they come from; files of the project as seen from its root."""
+    words = [word.removeprefix(f"{ROOT}/") for word in sys.argv]
     return {
         "python_version": platform.python_version(),
         "device": device_name(torch.device(device)),
         "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *words]),
     }
 
 

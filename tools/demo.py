@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Fewer than the size's own: with the installation this takes less than five minutes on two cores.
+# Fewer than the size's own: on two cores the demo should be over in five minutes, with installing.
 IMAGES = 110_000
 
 NEXT = """

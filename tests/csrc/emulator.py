@@ -216,15 +216,15 @@ def _key(unit: _Unit, headers: dict[str, str]) -> str:
     """A hash of everything that an object file is made of."""
     text = unit.path.read_text() if unit.text is None else unit.text
     own_headers = [path.read_text() for path in sorted(HEADERS.glob("*.h"))]
-    included = [headers[name] for name in sorted(_included(text, headers))]
+    of_csrc = [headers[name] for name in sorted(included(text, headers))]
     flags = (*unit.flags, *COMMON)
-    return _hash(text, *flags, *own_headers, *included, torch.__version__, _version())
+    return _hash(text, *flags, *own_headers, *of_csrc, torch.__version__, _version())
 
 
-def _included(text: str, headers: dict[str, str]) -> set[str]:
+def included(text: str, headers: dict[str, str]) -> set[str]:
     """The headers of csrc/ that a text includes, and those that these include."""
     names = set(re.findall(r'#include "(.*?)"', text)) & headers.keys()
-    deeper = [_included(headers[name], headers) for name in names]
+    deeper = [included(headers[name], headers) for name in names]
     return names.union(*deeper)
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 
 from tests.csrc import emulator, mutants
 
+ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(__file__).with_name("verdicts.json")
 HERE = Path(__file__).parent
 
@@ -34,20 +34,12 @@ def key(bug: str) -> str:
     return digest.hexdigest()[:32]
 
 
-_INCLUDE = re.compile(r'^#include "(\w+\.\w+)"', re.MULTILINE)
-
-
 def reached(texts: dict[str, str]) -> set[str]:
     """The CUDA sources, the operators of the CPU that they are compared with, and what these
     include: nothing else in csrc/ has a say."""
     cuda = {name for name in texts if name.endswith(".cu")}
-    found: set[str] = set()
-    ahead = cuda | {name.replace(".cu", ".cpp") for name in cuda}
-    while ahead:
-        name = ahead.pop()
-        found.add(name)
-        ahead |= set(_INCLUDE.findall(texts[name])) - found
-    return found
+    sources = cuda | {name.replace(".cu", ".cpp") for name in cuda}
+    return sources.union(*(emulator.included(texts[name], texts) for name in sources))
 
 
 def known() -> dict[str, dict[str, str]]:
@@ -55,9 +47,9 @@ def known() -> dict[str, dict[str, str]]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-def recorded(bug: str) -> str | None:
-    """What caught the bug as it is planted now, if that was noted."""
-    entry = known().get(bug, {})
+def recorded(bug: str, noted: dict[str, dict[str, str]] | None = None) -> str | None:
+    """What caught the bug as it is planted now, if that was noted. noted: default, `known`."""
+    entry = (known() if noted is None else noted).get(bug, {})
     return entry.get("caught") if entry.get("key") == key(bug) else None
 
 
@@ -65,10 +57,11 @@ def main() -> None:
     """Plant what the file does not know."""
     from tests.csrc.test_planted_bugs import Judge
 
+    noted = known()
     found = {}
     with Judge(seed=0) as judge:
         for number, bug in enumerate(mutants.PLANTED, 1):
-            caught = recorded(bug)
+            caught = recorded(bug, noted)
             how = "as before"
             if caught is None:
                 caught = judge(mutants.PLANTED[bug][0])
@@ -76,11 +69,14 @@ def main() -> None:
             if caught is None:
                 sys.exit(f"{bug}: the checks are content")
             # The first line says it; what follows are numbers of this run.
-            found[bug] = {"key": key(bug), "caught": caught.splitlines()[0][:200]}
+            first_line = caught.splitlines()[0].replace(f"{ROOT}/", "")
+            found[bug] = {"key": key(bug), "caught": first_line[:200]}
             print(
                 f"{number}/{len(mutants.PLANTED)}  {how}  {bug}: {found[bug]['caught']}", flush=True
             )
-            FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+            # Ended in between, it goes on from here.
+            kept = {bug: entry for bug, entry in (noted | found).items() if bug in mutants.PLANTED}
+            FILE.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
