@@ -253,4 +253,4 @@ if library.available("cpu"):
     differentiable(_cpu_operator, _gradient_by(_cpu_backward_operator), _setup)
     differentiable(_cpu_add_operator, _add_gradient_by(_cpu_backward_operator), _add_setup)
     once(_cpu_backward_operator, "layer_norm")
-dispatch.register_triton("layer_norm", cpu=library.check_rows)
+dispatch.register_triton("layer_norm", cpu=library.takes_rows)

@@ -100,7 +100,7 @@ def check(device_type: str) -> Callable[[torch.device, torch.dtype], str | None]
     return usable
 
 
-def check_rows(device: torch.device, dtype: torch.dtype) -> str | None:
+def takes_rows(device: torch.device, dtype: torch.dtype) -> str | None:
     """A check for `dispatch.register`: the operators of csrc/rows.h can take such tensors."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, these are {dtype}"

@@ -6,6 +6,7 @@ from any part of an image: what is given comes first in the order, the rest is d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,32 +61,23 @@ def _in_range(codes: Tensor, vocabulary: int) -> bool:
 # ----------------------------------------------------------------------------------- what is given
 
 
-def _rows_and_columns(grid: int) -> tuple[Tensor, Tensor]:
-    """Of every position, each (grid, grid)."""
-    places = torch.arange(grid)
-    row, column = torch.meshgrid(places, places, indexing="ij")
-    return row, column
-
-
-def _centre(grid: int) -> Tensor:
+def _is_central(row: Tensor, column: Tensor, grid: int) -> Tensor:
     """The middle half of rows and columns, but not the outermost."""
-    row, column = _rows_and_columns(grid)
     first = max(1, grid // 4)
     last = grid - first
     return (row >= first) & (row < last) & (column >= first) & (column < last)
 
 
-def _half(grid: int, name: str) -> Tensor:
-    row, column = _rows_and_columns(grid)
-    return {
-        "top-half": row < grid // 2,
-        "bottom-half": row >= grid // 2,
-        "left-half": column < grid // 2,
-        "right-half": column >= grid // 2,
-    }[name]
-
-
-KEEPS = ("left-half", "right-half", "top-half", "bottom-half", "centre", "border")
+# {name: which positions it gives, from every position's row and column, each (grid, grid)}
+PARTS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "left-half": lambda row, column, grid: column < grid // 2,
+    "right-half": lambda row, column, grid: column >= grid // 2,
+    "top-half": lambda row, column, grid: row < grid // 2,
+    "bottom-half": lambda row, column, grid: row >= grid // 2,
+    "centre": _is_central,
+    "border": lambda row, column, grid: ~_is_central(row, column, grid),
+}
+KEEPS = tuple(PARTS)
 
 
 def known_tokens(keep: str, spec: TokenSpec, image_size: int) -> Tensor:
@@ -99,11 +91,10 @@ def known_tokens(keep: str, spec: TokenSpec, image_size: int) -> Tensor:
         ValueError: no such file, a mask of another size, or one that gives all tokens or none.
     """
     grid = spec.grid
-    if keep in ("centre", "border"):
-        centre = _centre(grid)
-        known = centre if keep == "centre" else ~centre
-    elif keep in KEEPS:
-        known = _half(grid, keep)
+    if keep in PARTS:
+        places = torch.arange(grid)
+        row, column = torch.meshgrid(places, places, indexing="ij")
+        known = PARTS[keep](row, column, grid)
     else:
         known = _read_mask(keep, grid, image_size)
     count = int(known.sum())

@@ -33,9 +33,10 @@ def tensors(tree):
 
 
 def in_float32(tree):
-    """The same inputs with bfloat16 tensors widened. PyTorch's own operators in bfloat16 may sum the
-    gradients of a norm's parameters in bfloat16 (6 % off at 4,736 rows on some processors), so in
-    bfloat16 they are no measure.
+    """The same inputs with bfloat16 tensors widened.
+
+    PyTorch's own operators in bfloat16 may sum the gradients of a norm's parameters in bfloat16
+    (6 % off at 4,736 rows on some processors), so in bfloat16 they are no measure.
     """
     if isinstance(tree, tuple | list):
         make = getattr(type(tree), "_make", type(tree))  # a named tuple takes its parts one by one

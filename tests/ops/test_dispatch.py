@@ -152,3 +152,18 @@ def test_integers_have_no_tangents_that_a_kernel_could_lose(monkeypatch):
         assert dispatch.select("op", cpu, torch.int64) == "cpu"
         with pytest.warns(UserWarning, match="no forward-mode derivatives"):
             assert dispatch.select("op", cpu, torch.float32) == "reference"
+
+
+def test_a_warning_does_not_break_a_compiled_graph():
+    """torch.compile asks for the implementation once, and does not trace how it is found."""
+
+    def function(x):
+        name = dispatch.select("layer_norm", x.device, x.dtype, unsupported="of a width of 7")
+        return x + len(name)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = compiled(torch.zeros(2))
+    assert found.tolist() == [len("reference")] * 2

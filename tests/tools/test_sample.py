@@ -286,6 +286,7 @@ def pictures(tmp_path_factory):
 
 def test_a_folder_is_completed(trained, pictures, tmp_path):
     words = ["--complete", pictures, "--keep", "top-half", "--out", tmp_path / "g.png"]
+    words += ["--batch", 1]  # the second image is not the first of its batch's originals
     result = command("sample", trained, *words, "--save-npz", tmp_path / "a.npz")
     assert result.code == 0, result.err
     assert "2 images of 2 classes" in result.out

@@ -1,13 +1,14 @@
 """tools/train.py: help, dry run, refusals, a whole run, running again."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from heptapod_fast.data import Logograms, write_folder
 from heptapod_fast.train.records import read_metrics
-from tests.running import command, flags, refused
+from tests.running import command, finish, flags, refused, start
 
 CONTRACT = (
     "size system data tokenizer tokenizer-weights image-size patch-size head window density"
@@ -231,3 +232,19 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path):
         (path / "state.json").unlink()
     for _ in range(2):
         refused(command("train", *flags(out=tmp_path)), "no checkpoint in", "--out")
+
+
+def test_a_small_run_does_not_wait_for_the_compiler(tmp_path):
+    """torch._dynamo takes two seconds to import, more than such a run trains."""
+    words = flags(out=tmp_path / "run", device="cpu", images=8)
+    asks_at_the_end = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('imported:', 'torch._dynamo' in sys.modules))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, 'tools')\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    launcher = (sys.executable, "-c", asks_at_the_end)
+    result = finish(start("train", *words, launcher=launcher))
+    assert result.code == 0, result.out
+    assert "imported: False" in result.out
