@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from heptapod_fast.allocator import keep_freed_memory
 from heptapod_fast.launchers import Ranks, find_ranks
 
 Result = TypeVar("Result")
@@ -337,6 +338,8 @@ def start(device: str = "auto", patience: timedelta = PATIENCE_AT_START) -> Worl
     chosen = choose_device(device, _gpu_of(ranks))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     store = None
     if ranks.size > 1:
         global has_joined

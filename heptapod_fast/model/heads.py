@@ -6,6 +6,8 @@ L = N + 1 elements of the global head, Q = n * W queries of a sequence in the lo
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from heptapod_fast.model.layers import Embedding, LayerNorm, Linear, Modules
 from heptapod_fast.model.transformer import Block, Packing, Stream, block_flops
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import FULL, Ends
+from heptapod_fast.sampling.kv_cache import KVCache, LayerCache
 
 
 class GlobalHead(nn.Module):
@@ -100,6 +103,10 @@ class GlobalHead(nn.Module):
         )
         return placed.view(batch, length, -1)
 
+    def drawing(self, batch: int, dtype: torch.dtype) -> GlobalDrawing:
+        """The head's work while images are drawn, at its beginning."""
+        return GlobalDrawing(self, batch, dtype)
+
     @property
     def dropout_sites(self) -> int:
         """Sites of one forward pass."""
@@ -112,6 +119,70 @@ class GlobalHead(nn.Module):
         full = block_flops(width, length, length)
         last = block_flops(width, length, length, rows=rows)
         return density * ((len(self.blocks) - 1) * full + last)
+
+
+class Drawing(Protocol):
+    """What a head keeps from step to step while images are drawn."""
+
+    def see(self, h_BMD: Tensor, element_BM: Tensor) -> None:
+        """Take in the states that the backbone has added; element 0 is [S], 1 + p the token at
+        position p."""
+        ...
+
+    def vectors(self, position_Bk: Tensor) -> Tensor:
+        """The head's vectors at k unseen positions of each sequence: (B * k, D)."""
+        ...
+
+
+class GlobalDrawing:
+    """A `GlobalHead` at work: see `Drawing`.
+
+    Every state is put on the grid once, and once projected by the first block, where no element
+    has seen another yet; what is not seen there is the same in all sequences at the start. Of the
+    last block only the elements that are drawn are computed.
+    """
+
+    def __init__(self, head: GlobalHead, batch: int, dtype: torch.dtype):
+        self.head = head
+        self._position_LD = head.position.weight.to(dtype)
+        unseen_1LD = (head.mask_token.to(dtype) + self._position_LD)[None]
+        self._x_BLD = unseen_1LD.repeat(batch, 1, 1)
+        self._sequence_B1 = torch.arange(batch, device=unseen_1LD.device)[:, None]
+        self._qkv_BL3HE: Tensor | None = None
+        if len(head.blocks) > 1:
+            self._qkv_BL3HE = self._projected(unseen_1LD).repeat(batch, 1, 1, 1, 1)
+
+    def _projected(self, x_BND: Tensor) -> Tensor:
+        first = self.head.blocks[0]
+        return first.project(first.norm1(x_BND))
+
+    def see(self, h_BMD: Tensor, element_BM: Tensor) -> None:
+        """See `Drawing`."""
+        x_BMD = h_BMD + self._position_LD[element_BM]
+        self._x_BLD[self._sequence_B1, element_BM] = x_BMD
+        if self._qkv_BL3HE is not None:
+            self._qkv_BL3HE[self._sequence_B1, element_BM] = self._projected(x_BMD)
+
+    def vectors(self, position_Bk: Tensor) -> Tensor:
+        """See `Drawing`."""
+        *others, last = self.head.blocks
+        stream = Stream(self._x_BLD)
+        if self._qkv_BL3HE is not None:
+            attended_BLD = others[0].mix(self._qkv_BL3HE)
+            stream = others[0].finish(self._x_BLD, attended_BLD, Block.NO_MASKS)
+        for block in others[1:]:
+            stream = block(stream)
+        element_Bk = position_Bk + 1
+        if self._is_few(position_Bk.shape[1]):
+            rows = last.few(stream, element_Bk)
+        else:
+            sequence_Bk = self._sequence_B1.expand_as(element_Bk)
+            rows = last(stream, packing=Packing(sequence_Bk.flatten(), element_Bk.flatten()))
+        return rows.normed(self.head.norm)[1].view(-1, self._x_BLD.shape[-1])
+
+    def _is_few(self, count: int) -> bool:
+        """Whether to read all elements once per row and head is less than to project them."""
+        return 2 * count * self.head.blocks[-1].heads <= self._x_BLD.shape[-1]
 
 
 class LocalBlock(nn.Module):
@@ -134,17 +205,21 @@ class LocalBlock(nn.Module):
         visible: Ends,
         masks: Masks = Block.NO_MASKS,
         cross_mask: ops.DropoutMask | None = None,
+        cache: LayerCache | None = None,
     ) -> Stream:
         """A stream of the windows' queries (S, W, D) -> the same.
 
         visible: how many states each of a sequence's Q queries sees. masks: dropout of the block's
-        three sites. cross_mask: of the one after the cross-attention's projection. Keys and values
-        are projected once per sequence, whatever the number of steps.
+        three sites. cross_mask: of the one after the cross-attention's projection. cache: keys and
+        values of earlier states, to which those of h are added. Keys and values are projected once
+        per sequence, whatever the number of steps.
         """
         batch = len(h_BMD)
         x_SWD, y_SWD = stream.normed(self.norm)
         q_BQHE = self.q(y_SWD).view(batch, -1, self.heads, x_SWD.shape[-1] // self.heads)
         kv_BM2HE = self.kv(h_BMD).unflatten(-1, (2, self.heads, -1))
+        if cache is not None:
+            kv_BM2HE = cache.append(kv_BM2HE)
         seen_BQHE = ops.cross_attention(q_BQHE, kv_BM2HE, visible, self.operators["attention"])
         branch_SWD = self.proj.product(seen_BQHE.flatten(-2).view_as(x_SWD))
         stream = Stream(x_SWD, branch_SWD, self.proj.bias, cross_mask)
@@ -191,14 +266,16 @@ class LocalHead(nn.Module):
         position_SW: Tensor,
         dropout: Dropout = NO_DROPOUT,
         cross_dropout: Dropout = NO_DROPOUT,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The head's vectors for every position of the windows.
 
         Args:
-            h_BMD: the states so far, M > max(steps).
+            h_BMD: the states so far, M > max(steps); with a cache those that are new.
             steps_Bn: how many tokens are visible, for each of n steps.
             position_SW: the grid positions of each pair's window.
             dropout, cross_dropout: of S sequences of W elements.
+            cache: keys and values of the states before h.
 
         Returns:
             (S * W, D), after the final LayerNorm.
@@ -210,8 +287,13 @@ class LocalHead(nn.Module):
         for i, block in enumerate(self.blocks):
             masks = dropout.sites(Block.SITES * i, Block.SITES)
             (cross_mask,) = cross_dropout.sites(i, 1)
-            stream = block(stream, h_BMD, visible, masks, cross_mask)
+            layer = None if cache is None else cache.layer(i)
+            stream = block(stream, h_BMD, visible, masks, cross_mask, layer)
         return stream.normed(self.norm)[1].flatten(0, 1)
+
+    def drawing(self, batch: int, dtype: torch.dtype) -> LocalDrawing:
+        """The head's work while images are drawn, at its beginning."""
+        return LocalDrawing(self)
 
     @property
     def dropout_sites(self) -> int:
@@ -226,3 +308,31 @@ class LocalHead(nn.Module):
             2 * width**2 * queries + 2 * width**2 * num_tokens + 2 * width * queries * states
         )
         return len(self.blocks) * (cross + density * block_flops(width, window, window))
+
+
+class LocalDrawing:
+    """A `LocalHead` at work: see `Drawing`. Keys and values of every state are computed once."""
+
+    def __init__(self, head: LocalHead):
+        self.head = head
+        num_tokens = len(head.owner)
+        self._cache = KVCache(len(head.blocks), num_tokens)
+        self._new: Tensor | None = None
+
+    def see(self, h_BMD: Tensor, element_BM: Tensor) -> None:
+        """See `Drawing`; `vectors` has to come before the next states."""
+        assert self._new is None
+        self._new = h_BMD
+
+    def vectors(self, position_Bk: Tensor) -> Tensor:
+        """See `Drawing`. One window is run for each position: a query sees its own window only."""
+        assert self._new is not None
+        h_BMD = self._new
+        seen = self._cache.filled + h_BMD.shape[1] - 1  # [S] is no token
+        steps_Bk = torch.full_like(position_Bk, seen)
+        position_SW = self.head.window_positions(position_Bk.flatten())
+        z_RD = self.head(h_BMD, steps_Bk, position_SW, cache=self._cache)
+        self._cache.advance(h_BMD.shape[1])
+        self._new = None
+        wanted_SW = position_SW == position_Bk.reshape(-1, 1)
+        return z_RD.unflatten(0, position_SW.shape)[wanted_SW]

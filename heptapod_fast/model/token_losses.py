@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from heptapod_fast import ops
 from heptapod_fast.model.layers import EPS, LayerNorm, Linear, Modules
-from heptapod_fast.ops.diffusion_mlp import reference_of_sum
+from heptapod_fast.model.sampled_mlp import SampledMlp
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import (
@@ -253,22 +253,19 @@ class Denoising(TokenLoss):
         """(..., 256) features of times -> (..., F)."""
         return self.time2(F.silu(self.time1(sinusoids)))
 
-    def run(self, xt_RC: Tensor, y_RF: Tensor) -> Tensor:
-        """`mlp` in plain PyTorch, given the sum of time embedding and condition."""
-        return reference_of_sum(xt_RC, y_RF, self.weights(), EPS)
-
     def predictor(
         self, z_RD: Tensor, time_TF: Tensor, contrast: Contrast | None
     ) -> Callable[[Tensor, int], Tensor]:
         """(x_t (R, C), row of the table of times) -> prediction (R, OUTPUTS * C), guided where
         there is a contrast, which is a second pass of the network."""
         condition_RF = self.condition(z_RD)
+        run = SampledMlp(self.weights(), EPS)
         if contrast is None:
-            return lambda x_RC, step: self.run(x_RC, time_TF[step] + condition_RF)
+            return lambda x_RC, step: run(x_RC, time_TF[step] + condition_RF)
         conditions = torch.cat((condition_RF, self.condition(contrast.z_RD.to(z_RD.dtype))))
 
         def predict(x_RC: Tensor, step: int) -> Tensor:
-            both = self.run(torch.cat((x_RC, x_RC)), time_TF[step] + conditions)
+            both = run(torch.cat((x_RC, x_RC)), time_TF[step] + conditions)
             return self.combine(contrast, *both.chunk(2))
 
         return predict
@@ -358,7 +355,7 @@ class Diffusion(Denoising):
         """
         z_RD = z_RD.float()
         times = respaced(options.diffusion_steps or DIFFUSION_STEPS).to(z_RD.device)
-        time_TF = self.embed_time(z_RD.dtype)[times]
+        time_TF = self.embed(self.sinusoids[times])
         predict = self.predictor(z_RD, time_TF, contrast)
         denoiser = Denoiser(predict, rng, index_R, slot_R, options, self.limit)
         return denoiser.sample(self.channels), None

@@ -97,11 +97,6 @@ def reference(
     """The definition."""
     repeat = len(t_R) // max(1, len(condition_MF))
     y_RF = F.embedding(t_R, time_TF) + condition_MF.repeat_interleave(repeat, dim=0)
-    return reference_of_sum(xt_RC, y_RF, weights, eps)
-
-
-def reference_of_sum(xt_RC: Tensor, y_RF: Tensor, weights: DiffusionWeights, eps: float) -> Tensor:
-    """The same, given the sum of time embedding and condition of every row."""
     silu_y = F.silu(y_RF)
     x_RF = F.linear(xt_RC, weights.input_weight, weights.input_bias).to(y_RF.dtype)
     for block in weights.blocks:

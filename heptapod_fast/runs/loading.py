@@ -114,7 +114,7 @@ def load_run(
     system = build_system(config, len(class_names), target, fill=False)
     weights = weights_name(config, ema)
     system.load_state_dict(read_weights(run, chosen, weights))
-    system.eval().requires_grad_(False).set_dtype(dtype)
+    system.eval().requires_grad_(False).settle_dtype(dtype)
     if tokenizer_weights is not None:
         config = config.replace(tokenizer_weights=tokenizer_weights)
     tokenizer = saved_tokenizer(config, run, chosen)

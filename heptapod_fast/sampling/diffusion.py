@@ -3,8 +3,10 @@ C channels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,21 @@ from torch import Tensor
 from heptapod_fast import ops
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.options import DIFFUSION_STEPS, SampleOptions
+
+NOISES = 10  # steps whose noise is drawn together
+
+
+class Scheduled(NamedTuple):
+    """One timestep's constants, as `ops.schedule_tables` has them."""
+
+    sqrt_abar: float
+    sqrt_noise: float
+    recip: float
+    recip_minus_one: float
+    mean_x0: float
+    mean_xt: float
+    log_beta: float
+    log_posterior: float
 
 
 def respaced(steps: int) -> Tensor:
@@ -53,49 +70,64 @@ class Denoiser:
         temperature scales the initial noise only.
         """
         steps = self.options.diffusion_steps or DIFFUSION_STEPS
-        tables = respaced_tables(steps).to(self.index_R.device)
+        # Numbers of the host: a step takes them along without a look at the device.
+        schedule = [Scheduled(*row) for row in respaced_tables(steps).t().tolist()]
         x_RC = self.rng.normal("sample.start", self.index_R, channels, self.slot_R)
         if self.options.diffusion_sampler == "ddim":
             x_RC = x_RC * self.options.temperature
-        for step in reversed(range(tables.shape[1])):
+            for step in reversed(range(steps)):
+                x_RC = self._ddim(self.predict(x_RC, step), x_RC, schedule[step], step == 0)
+            return x_RC
+        noise_RSC = x_RC[:, None]
+        for step in reversed(range(steps)):
             prediction_RK = self.predict(x_RC, step)
-            x_RC = self._previous(prediction_RK, x_RC, tables[:, step], step)
+            place = step % NOISES
+            if place == NOISES - 1 or step == steps - 1:
+                noise_RSC = self._noises(step // NOISES, channels)
+            noise_RC = None if step == 0 else noise_RSC[:, place]
+            x_RC = self._ddpm(prediction_RK, x_RC, schedule[step], noise_RC)
         return x_RC
 
-    def _previous(self, prediction_RK: Tensor, x_RC: Tensor, table: Tensor, step: int) -> Tensor:
-        """x_{t-1} from x_t and the network's (eps, v); table: the schedule's row of this step."""
-        (
-            sqrt_abar,
-            sqrt_noise,
-            recip,
-            recip_minus_one,
-            mean_x0,
-            mean_xt,
-            log_beta,
-            log_posterior,
-        ) = table
-        eps_RC, v_RC = prediction_RK.chunk(2, dim=-1)
-        x0_RC = recip * x_RC - recip_minus_one * eps_RC
+    def _noises(self, group: int, channels: int) -> Tensor:
+        """Of `NOISES` steps at once, for they are many small draws otherwise: (R, S, C)."""
+        stream = f"sample.noises.{group}"
+        noise_RK = self.rng.normal(stream, self.index_R, NOISES * channels, self.slot_R)
+        return noise_RK.unflatten(1, (NOISES, channels))
+
+    def _data(self, eps_RC: Tensor, x_RC: Tensor, of: Scheduled) -> Tensor:
+        """What x_0 would be if eps were the noise in x_t."""
+        x0_RC = torch.sub(of.recip * x_RC, eps_RC, alpha=of.recip_minus_one)
+        return x0_RC.clamp_(-self.limit, self.limit) if self.limit else x0_RC
+
+    def _ddim(self, prediction_RK: Tensor, x_RC: Tensor, of: Scheduled, is_last: bool) -> Tensor:
+        """x_{t-1} from x_t and the network's (eps, v), without noise."""
+        eps_RC, _ = prediction_RK.chunk(2, dim=-1)
+        x0_RC = self._data(eps_RC, x_RC, of)
+        if is_last:
+            return x0_RC
         if self.limit:
-            x0_RC = x0_RC.clamp(-self.limit, self.limit)
-            eps_RC = (x_RC - sqrt_abar * x0_RC) / sqrt_noise
-        if self.options.diffusion_sampler == "ddim":
-            if step == 0:
-                return x0_RC
-            # sqrt(abar) and 1 - abar of the previous step, from the definitions of mean_x0 and
-            # mean_xt; abar / (1 - beta) would lose all digits where beta is near 1.
-            signal = mean_x0 * sqrt_noise.square() / log_beta.exp()
-            noise = mean_xt * sqrt_noise.square() * signal / sqrt_abar
-            return signal * x0_RC + noise.sqrt() * eps_RC
-        mean_RC = mean_x0 * x0_RC + mean_xt * x_RC
-        if step == 0:
+            eps_RC = (x_RC - of.sqrt_abar * x0_RC) / of.sqrt_noise
+        # sqrt(abar) and 1 - abar of the previous step, from the definitions of mean_x0 and
+        # mean_xt; abar / (1 - beta) would lose all digits where beta is near 1.
+        signal = of.mean_x0 * of.sqrt_noise**2 / math.exp(of.log_beta)
+        noise = of.mean_xt * of.sqrt_noise**2 * signal / of.sqrt_abar
+        return signal * x0_RC + math.sqrt(noise) * eps_RC
+
+    def _ddpm(
+        self, prediction_RK: Tensor, x_RC: Tensor, of: Scheduled, noise_RC: Tensor | None
+    ) -> Tensor:
+        """x_{t-1} from x_t and the network's (eps, v); noise: None in the last step."""
+        eps_RC, v_RC = prediction_RK.chunk(2, dim=-1)
+        x0_RC = self._data(eps_RC, x_RC, of)
+        mean_RC = torch.add(of.mean_x0 * x0_RC, x_RC, alpha=of.mean_xt)
+        if noise_RC is None:
             return mean_RC
-        share_RC = (v_RC + 1) / 2
-        log_variance_RC = share_RC * log_beta + (1 - share_RC) * log_posterior
-        sigma_RC = (0.5 * log_variance_RC).exp()
-        channels = x_RC.shape[-1]
-        noise_RC = self.rng.normal(f"sample.noise.{step}", self.index_R, channels, self.slot_R)
-        return mean_RC + self.options.temperature * sigma_RC * noise_RC
+        # The log variance lies between those of beta and of the posterior, at (v + 1) / 2; sigma is
+        # the root of the variance.
+        half_way = 0.25 * (of.log_beta + of.log_posterior)
+        half_span = 0.25 * (of.log_beta - of.log_posterior)
+        sigma_RC = (half_span * v_RC).add_(half_way).exp_()
+        return mean_RC.addcmul_(sigma_RC, noise_RC, value=self.options.temperature)
 
 
 def respaced_tables(steps: int) -> Tensor:

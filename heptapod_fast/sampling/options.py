@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from heptapod_fast.config.settings import Rule, Settings, at_least, between, setting
 from heptapod_fast.ops import STEPS
@@ -37,10 +37,23 @@ class SampleOptions(Settings):
         f"{FLOW_STEPS} of a flow).",
         rule=between(1, STEPS),
     )
+    late_diffusion_steps: int | None = setting(
+        "Denoising steps of an image's last tokens: the number falls evenly from "
+        "--diffusion-steps to this, as late tokens have little left to decide (DiSA).",
+        rule=between(1, STEPS),
+    )
     diffusion_sampler: Literal["ddpm", "ddim", "euler", "heun"] | None = setting(
         "Ancestral sampling with the learned variance (ddpm, the default), or the deterministic "
         "DDIM; of a flow euler (the default), or heun, two passes in each step.",
     )
+
+    def at(self, drawn: float) -> Self:
+        """The options of a token before which this share of the image, 0 to below 1, was drawn:
+        the number of denoising steps falls on a straight line (DiSA, arXiv 2505.20297)."""
+        early, late = self.diffusion_steps, self.late_diffusion_steps
+        if early is None or late is None:
+            return self
+        return replace(self, diffusion_steps=max(1, round(early + (late - early) * drawn)))
 
     def check_tokens(self, spec: TokenSpec) -> None:
         """Refuse what cannot be with these tokens.
@@ -52,7 +65,13 @@ class SampleOptions(Settings):
         if spec.kind == "continuous":
             if self.top_k or self.top_p < 1:
                 raise ValueError("--top-k and --top-p need discrete tokens")
+            if self.late_diffusion_steps is not None and self.diffusion_steps is None:
+                raise ValueError(
+                    f"--late-diffusion-steps {self.late_diffusion_steps}: say with "
+                    "--diffusion-steps how many the first tokens take"
+                )
             return
-        self.refuse(("diffusion_steps", "diffusion_sampler"), "needs continuous tokens")
+        of_vectors = ("diffusion_steps", "late_diffusion_steps", "diffusion_sampler")
+        self.refuse(of_vectors, "needs continuous tokens")
         if self.top_k > spec.vocabulary:
             raise ValueError(f"--top-k {self.top_k}: expected 0 to {spec.vocabulary}")

@@ -131,7 +131,8 @@ class NextToken(Completing):
             z_BD = self.backbone(x_BMD, cache=cache)[:, -1]
             cache.advance(x_BMD.shape[1])
             position_B = order_BN[:, step]
-            token_B, _ = self.token_loss.draw(z_BD, rng.at(step), index_B, position_B, options)
+            now = options.at(step / self.num_tokens)
+            token_B, _ = self.token_loss.draw(z_BD, rng.at(step), index_B, position_B, now)
             put(tokens_BN, position_B[:, None], token_B[:, None])
             if step + 1 < self.num_tokens:
                 next_B1 = order_BN[:, step + 1 : step + 2]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from heptapod_fast.config import DataSettings, RunSettings, SystemSettings, flag
 from heptapod_fast.data.tokens import Batch
+from heptapod_fast.model.layers import Linear
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, SampleOptions
@@ -160,6 +161,16 @@ class System(nn.Module, ABC):
     @abstractmethod
     def set_dtype(self, dtype: torch.dtype) -> None:
         """The dtype of activations; parameters stay float32."""
+
+    def settle_dtype(self, dtype: torch.dtype) -> None:
+        """`set_dtype` of a system that is not trained any more: the units' products, the most of
+        its parameters, are kept in that dtype, where training casts its float32 masters for every
+        product. The same values are multiplied."""
+        self.set_dtype(dtype)
+        for unit in self.units():
+            for module in unit.modules():
+                if isinstance(module, Linear):
+                    module.weight.data = module.weight.data.to(dtype)
 
     # ---------------------------------------------------------------------------------- parameters
 

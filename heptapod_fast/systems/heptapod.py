@@ -8,8 +8,9 @@ for every position of its window, and every unseen one is supervised. Suffixes a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Self, cast
 
 import torch
@@ -20,7 +21,7 @@ from heptapod_fast.config import AttentionUse
 from heptapod_fast.config.settings import at_least, between, setting
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
-from heptapod_fast.model.heads import GlobalHead, LocalHead
+from heptapod_fast.model.heads import Drawing, GlobalHead, LocalHead
 from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL, FULL, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
@@ -332,33 +333,39 @@ class Heptapod(Completing):
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
         tokens_BN = self.empty_tokens(len(classes), classes.device)
         cache = KVCache(len(self.backbone.blocks), self.num_tokens)
+        drawing: Drawing = self.head.drawing(len(classes), self.backbone.dtype)
         x_BMD = self.backbone.embed_start(classes)
+        element_BM = torch.zeros_like(classes)[:, None]
         seen = 0
         if given is not None:
             order_BN, token_BK = put_given(given, order_BN, tokens_BN)
             seen = given.num_known
-            x_BKD = self.backbone.embed_tokens(token_BK, order_BN[:, :seen], 1)
+            position_BK = order_BN[:, :seen]
+            x_BKD = self.backbone.embed_tokens(token_BK, position_BK, 1)
             x_BMD = torch.cat((x_BMD, x_BKD), dim=1)
+            element_BM = torch.cat((element_BM, position_BK + 1), dim=1)
         left = self.num_tokens - seen
         sizes = gridlib.group_sizes(
             left, self._positions_per_step(options, left), options.position_schedule
         )
-        states: list[Tensor] = []
         for step, count in enumerate(sizes):
-            states.append(self.backbone(x_BMD, cache=cache))
+            h_BMD = self.backbone(x_BMD, cache=cache)
             cache.advance(x_BMD.shape[1])
-            h_BMD = torch.cat(states, dim=1)
-            step_rng = rng.at(step)
+            drawing.see(h_BMD, element_BM)
+            draw_at = partial(
+                self.draw_at, drawing, rng.at(step), index_B, options.at(seen / self.num_tokens)
+            )
             if options.position_order == "confidence":
-                order_BN, token_Bk = self.most_confident(
-                    h_BMD, order_BN, seen, count, step_rng, index_B, options
-                )
+                ranked_BU, token_Bk = self.most_confident(draw_at, order_BN[:, seen:], count)
+                order_BN = torch.cat((order_BN[:, :seen], ranked_BU), dim=1)
+                position_Bk = ranked_BU[:, :count]
             else:
-                token_Bk = self.draw_next(h_BMD, order_BN, seen, count, step_rng, index_B, options)
-            position_Bk = order_BN[:, seen : seen + count]
+                position_Bk = order_BN[:, seen : seen + count]
+                token_Bk, _ = draw_at(position_Bk)
             put(tokens_BN, position_Bk, token_Bk)
             if seen + count < self.num_tokens:
                 x_BMD = self.backbone.embed_tokens(token_Bk, position_Bk, seen + 1)
+                element_BM = position_Bk + 1
             seen += count
         return tokens_BN
 
@@ -377,59 +384,33 @@ class Heptapod(Completing):
                 "predicts one window at a time"
             )
 
-    def draw_next(
+    def draw_at(
         self,
-        h_BMD: Tensor,
-        order_BN: Tensor,
-        seen: int,
-        count: int,
+        drawing: Drawing,
         rng: Rng,
         index_B: Tensor,
-        options: HeptapodOptions,
-    ) -> Tensor:
-        """Tokens (B, k) or (B, k, C) at the next k positions of the order."""
-        position_Bk = order_BN[:, seen : seen + count]
-        z_RD = self.predict(h_BMD, order_BN, seen, position_Bk)
-        index_R = index_B.repeat_interleave(count)
-        token_R, _ = self.token_loss.draw(z_RD, rng, index_R, position_Bk.flatten(), options)
-        return token_R.unflatten(0, (-1, count))
+        options: SampleOptions,
+        position_Bk: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, k) or (B, k, C) at unseen positions, and the probabilities (B, k) of codes."""
+        index_R = index_B.repeat_interleave(position_Bk.shape[1])
+        z_RD = drawing.vectors(position_Bk)
+        token_R, chance_R = self.token_loss.draw(z_RD, rng, index_R, position_Bk.flatten(), options)
+        chance_Bk = None if chance_R is None else chance_R.view_as(position_Bk)
+        return token_R.unflatten(0, position_Bk.shape), chance_Bk
 
     def most_confident(
         self,
-        h_BMD: Tensor,
-        order_BN: Tensor,
-        seen: int,
+        draw_at: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        unseen_BU: Tensor,
         count: int,
-        rng: Rng,
-        index_B: Tensor,
-        options: HeptapodOptions,
     ) -> tuple[Tensor, Tensor]:
-        """Draw a code everywhere unseen, keep the k likeliest; the order is rearranged to match."""
-        unseen_BU = order_BN[:, seen:]
-        z_RD = self.predict(h_BMD, order_BN, seen, unseen_BU)
-        index_R = index_B.repeat_interleave(unseen_BU.shape[1])
-        code_R, chance_R = self.token_loss.draw(z_RD, rng, index_R, unseen_BU.flatten(), options)
-        # Only codes have a probability, and only they are drawn by confidence.
-        chance_BU = cast(Tensor, chance_R).view_as(unseen_BU)
+        """A code is drawn everywhere unseen: (the positions, the likeliest first; the codes of the
+        first `count` of them)."""
+        code_BU, chance_BU = draw_at(unseen_BU)
+        assert chance_BU is not None  # only codes are drawn by confidence
         ranking_BU = chance_BU.argsort(dim=1, descending=True, stable=True)
-        ranked_BU = unseen_BU.gather(1, ranking_BU)
-        order_BN = torch.cat((order_BN[:, :seen], ranked_BU), dim=1)
-        return order_BN, code_R.view_as(unseen_BU).gather(1, ranking_BU[:, :count])
-
-    def predict(self, h_BMD: Tensor, order_BN: Tensor, seen: int, position_Bk: Tensor) -> Tensor:
-        """The head's vectors at k positions of every sequence: (B * k, D)."""
-        batch, count = position_Bk.shape
-        step_B1 = torch.full((batch, 1), seen, device=order_BN.device)
-        if self.settings.head == "global":
-            pair_R = torch.arange(batch, device=order_BN.device).repeat_interleave(count)
-            return self.head(h_BMD, order_BN, step_B1, pair_R, position_Bk.flatten())
-        # One window per drawn position: a local query sees its own window only.
-        head = cast(LocalHead, self.head)
-        position_SW = head.window_positions(position_Bk.flatten())
-        steps_Bk = step_B1.expand(-1, count)
-        z_SWD = head(h_BMD, steps_Bk, position_SW).unflatten(0, position_SW.shape)
-        wanted_SW = position_SW == position_Bk.reshape(-1, 1)
-        return z_SWD[wanted_SW]
+        return unseen_BU.gather(1, ranking_BU), code_BU.gather(1, ranking_BU[:, :count])
 
     # ------------------------------------------------------------------------------------ counting
 

@@ -445,8 +445,9 @@ class Sar(MarSystem):
             z_RD, contrast = guidance.of_head(z_RD)
             position_BG = self.order_N[part].expand(batch, -1)
             index_BG = index_B[:, None].expand_as(position_BG)
+            now = chosen.at(part.start / self.num_tokens)
             token_RC, _ = self.token_loss.draw(
-                z_RD, rng.at(step), index_BG.flatten(), position_BG.flatten(), chosen, contrast
+                z_RD, rng.at(step), index_BG.flatten(), position_BG.flatten(), now, contrast
             )
             token_BG = token_RC.unflatten(0, position_BG.shape)
             put(tokens_BN, position_BG, token_BG)
