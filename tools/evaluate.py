@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _cli import alike_on_all_ranks, main
 from _sampling import SamplingArguments, parse_sampling, samples_of, started
 from torch import Tensor
 
+from heptapod_fast.config import flag
 from heptapod_fast.evaluation import METRICS, Metric, MetricContext, make_metrics
-from heptapod_fast.pictures import save_grid
+from heptapod_fast.evaluation.image_sets import ImageSet, open_images_at
+from heptapod_fast.pictures import grid_of_pixels, save_png
+from heptapod_fast.progress import Progress
 from heptapod_fast.runs import LoadedRun
 from heptapod_fast.runs.data import open_images
 from heptapod_fast.sampling.generate import spread
+from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.world import World, device_name
 
 GRID_CLASSES = 8
@@ -32,7 +37,20 @@ class Arguments(SamplingArguments):
     count: int = 400
     """Samples in total, spread evenly over the classes."""
     metrics: str | None = None
-    """Metrics separated by commas; default: what the data allows (symmetry for logograms)."""
+    """Metrics separated by commas: fid, sfid, kid, is, precision, recall, symmetry; default: what
+    the data allows without weights (symmetry for logograms)."""
+    reference: str | None = None
+    """What samples are compared with: a folder of pictures, or an .npz with images (arr_0) or
+    statistics (mu, sigma), as ADM's; default: the run's training images."""
+    inception: str | None = None
+    """File of Inception's weights, for fid and its relatives."""
+    inception_sha256: str | None = None
+    """How the SHA-256 of --inception begins, if it is not the published file."""
+    extractor: Literal["inception", "small"] = "inception"
+    """Network of features: Inception, or small, a classifier of the run's images that is trained in
+    about a minute and kept in RUN_DIR; its numbers compare runs on the same data alone."""
+    samples: str | None = None
+    """Measure these instead of sampling: an .npz or a folder, as tools/sample.py writes them."""
     out: str | None = None
     """Where the numbers go; default: RUN_DIR/evaluation.json."""
 
@@ -42,6 +60,11 @@ def work() -> int:
     with alike_on_all_ranks():
         arguments, given = parse_sampling(Arguments)
         arguments.check_count(arguments.count)
+        if arguments.samples is not None and given:
+            raise ValueError(
+                f"{', '.join(map(flag, given))} beside --samples {arguments.samples}: nothing is "
+                "sampled then"
+            )
     with started(arguments.device) as world:
         evaluate(arguments, given, world)
     return 0
@@ -52,45 +75,108 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     with world.together():
         loaded = arguments.load(world)
         options = loaded.system.settled(loaded.system.options(**given))
-        metrics = metrics_of(arguments.metrics, loaded) if world.main else []
-    labels = spread(list(range(len(loaded.class_names))), arguments.count)
+        metrics = metrics_of(arguments, loaded, world) if world.main else []
+        written = written_samples(arguments, loaded)
+    if written is not None:
+        labels, batches = written
+    else:
+        labels = spread(list(range(len(loaded.class_names))), arguments.count)
+        batches = samples_of(loaded, labels, arguments, options, world, to_uint8)
     shown = set(some_of_each(labels))
     grid = []
     first = 0
-    drawn = Timed(samples_of(loaded, labels, arguments, options, world))
-    for batch_labels, images in drawn:
+    drawn = Timed(batches)
+    for batch_labels, pixels in drawn:
         for metric in metrics:
-            metric.update(images, batch_labels)
-        grid += [image for i, image in enumerate(images, first) if i in shown]
-        first += len(images)
+            metric.update(pixels, batch_labels)
+        # Copies: a part of a batch would keep all of it.
+        grid += [image.clone() for i, image in enumerate(pixels, first) if i in shown]
+        first += len(pixels)
     if not world.main:
         return
-    results: dict[str, object] = {
+    results: dict[str, Any] = {
         "system": loaded.config.system,
         "size": loaded.config.size,
         "device": device_name(world.device),
         "torch": torch.__version__,
         "images_seen": loaded.images_seen,
-        "samples": arguments.count,
-        "checkpoint": loaded.checkpoint.name,
-        "seed": arguments.seed,
-        "weights": loaded.weights,
-        "sampling_seconds": round(drawn.seconds, 3),
-        "samples_per_second": round(arguments.count / drawn.seconds, 3),
-        "options": asdict(options),
+        "samples": len(labels),
     }
+    if arguments.samples is not None:
+        results["samples_from"] = arguments.samples
+    else:
+        results |= {
+            "checkpoint": loaded.checkpoint.name,
+            "seed": arguments.seed,
+            "weights": loaded.weights,
+            "sampling_seconds": round(drawn.seconds, 3),
+            "samples_per_second": round(len(labels) / drawn.seconds, 3),
+            "options": asdict(options),
+        }
     for metric in metrics:
         results |= metric.compute()
+    results["samples_per_class"] = of_each_class(labels, loaded.class_names)
     out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     columns = min(GRID_COLUMNS, int(labels.bincount().max()))
-    save_grid(torch.stack(grid), out.with_suffix(".png"), columns)
-    del results["options"]  # said one by one
-    for name, value in (results | asdict(options)).items():
+    save_png(grid_of_pixels(torch.stack(grid), columns), out.with_suffix(".png"))
+    say(results)
+    print(f"written: {out} and {out.with_suffix('.png')}")
+
+
+def say(results: dict[str, Any]) -> None:
+    """One line for each number; a warning on stderr."""
+    said = {name: value for name, value in results.items() if not isinstance(value, dict)}
+    warning = said.pop("warning", None)
+    for name, value in (said | results.get("options", {})).items():
         text = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name:32} {text}")
-    print(f"written: {out} and {out.with_suffix('.png')}")
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def of_each_class(labels: Tensor, names: Sequence[str]) -> dict[str, int]:
+    """{class: how many samples}, of classes that have some."""
+    counts = labels.bincount(minlength=len(names)).tolist()
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
+
+
+def written_samples(
+    arguments: Arguments, loaded: LoadedRun
+) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]] | None:
+    """(labels, batches) of --samples, None without.
+
+    Raises:
+        ValueError: files that do not say of which class a sample is, or say one that is not there.
+    """
+    if arguments.samples is None:
+        return None
+    assert loaded.tokenizer is not None  # `SamplingArguments.load` has seen to it
+    found = open_images_at(arguments.samples, loaded.tokenizer.image_size, "--samples")
+    labels = found.labels
+    classes = len(loaded.class_names)
+    if not len(found):
+        raise ValueError(f"--samples {arguments.samples} has statistics and no images")
+    if labels is None:
+        raise ValueError(
+            f"--samples {arguments.samples} does not say the samples' classes: expected labels in "
+            "the .npz, or names such as 000001-class3.png, as tools/sample.py writes them"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"--samples {arguments.samples} has class {int(labels.max())}, the run 0 to "
+            f"{classes - 1}"
+        )
+    return labels, with_labels(found, labels)
+
+
+def with_labels(images: ImageSet, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(labels, pixels), batch by batch."""
+    first = 0
+    for pixels in images.batches():
+        yield labels[first : first + len(pixels)], pixels
+        first += len(pixels)
 
 
 class Timed:
@@ -115,19 +201,32 @@ class Timed:
             self.seconds += time.monotonic() - before
 
 
-def metrics_of(asked: str | None, loaded: LoadedRun) -> list[Metric]:
+def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Metric]:
     """The metrics of --metrics, or those that the data allows.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one lacks what it needs.
     """
-    names = metric_names(asked, loaded.config.data.data)
+    data = loaded.config.data.data
+    names = metric_names(arguments.metrics, data)
     if not names:
         raise ValueError(
-            f"--metrics is missing: there is no metric yet for --data {loaded.config.data.data}; "
-            f"{', '.join(METRICS)} measures samples of logograms"
+            f"--metrics is missing: for --data {data} say which, of {', '.join(METRICS)}; fid and "
+            "its relatives need --inception FILE or --extractor small"
         )
-    context = MetricContext(source=open_images(loaded.config), tokenizer=loaded.tokenizer)
+    assert loaded.tokenizer is not None  # `SamplingArguments.load` has seen to it
+    context = MetricContext(
+        source=open_images(loaded.config),
+        tokenizer=loaded.tokenizer,
+        image_size=loaded.tokenizer.image_size,
+        device=world.device,
+        reference=arguments.reference,
+        extractor=arguments.extractor,
+        inception=arguments.inception,
+        inception_sha256=arguments.inception_sha256,
+        folder=arguments.run,
+        progress=Progress,
+    )
     return make_metrics(names, context)
 
 

@@ -8,6 +8,7 @@ pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from heptapod_fast.data.logograms import Logograms
 from heptapod_fast.data.sources import ImageSource
-from heptapod_fast.evaluation import MetricContext
+from heptapod_fast.evaluation.context import MetricContext
 from heptapod_fast.tokenizers.base import Tokenizer, to_unit
 
 ANGLES = 96
@@ -164,9 +165,7 @@ class SymmetryAccuracy:
         ValueError: the context's source is not a set of logograms.
     """
 
-    name = "symmetry"
-
-    def __init__(self, context: MetricContext) -> None:
+    def __init__(self, context: MetricContext, names: Sequence[str] = ("symmetry",)) -> None:
         if not isinstance(context.source, Logograms):
             found = "none" if context.source is None else context.source.name
             raise ValueError(
@@ -180,14 +179,16 @@ class SymmetryAccuracy:
         self._folds: list[Tensor] = []
         self._turns: list[Tensor] = []
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        """(B, 3, H, W) float in [-1, 1] and (B,) int64 classes; ValueError for other shapes."""
+    def update(self, pixels: Tensor, labels: Tensor) -> None:
+        """(B, 3, H, W) uint8 and (B,) int64 classes; ValueError for others."""
         side = self.source.image_size
-        if images.shape[1:] != (3, side, side) or labels.shape != images.shape[:1]:
+        is_right = pixels.shape[1:] == (3, side, side) and labels.shape == pixels.shape[:1]
+        if not is_right or pixels.dtype != torch.uint8:
             raise ValueError(
-                f"symmetry: expected images (B, 3, {side}, {side}) and labels (B,), "
-                f"found {tuple(images.shape)} and {tuple(labels.shape)}"
+                f"symmetry: expected uint8 images (B, 3, {side}, {side}) and labels (B,), "
+                f"found {pixels.dtype} {tuple(pixels.shape)} and {tuple(labels.shape)}"
             )
+        images = to_unit(pixels)
         fold, turn = read_symmetry(images)
         self._folds.append(fold.cpu())
         self._turns.append(turn.cpu())

@@ -21,9 +21,11 @@ class SampledMlp:
         self.weights = weights
         self.eps = eps
         self.width = len(weights.input_bias)
-        parts = [*weights.blocks, weights]
-        self.modulation_weight = torch.cat([part.modulation_weight for part in parts])
-        self.modulation_bias = torch.cat([self._with_one(part.modulation_bias) for part in parts])
+        products = [block.modulation_weight for block in weights.blocks]
+        self.modulation_weight = torch.cat([*products, weights.modulation_weight])
+        biases = [block.modulation_bias for block in weights.blocks]
+        with_ones = [self._with_one(bias) for bias in (*biases, weights.modulation_bias)]
+        self.modulation_bias = torch.cat(with_ones)
 
     def _with_one(self, bias: Tensor) -> Tensor:
         """Shift, scale + 1, and the gate where there is one."""

@@ -22,6 +22,7 @@ from heptapod_fast import grid as gridlib
 from heptapod_fast import ops
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
 from heptapod_fast.model.layers import Embedding, LayerNorm, Linear, Modules, RMSNorm
+from heptapod_fast.ops.checks import at_least_float32
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.masks import CAUSAL, FULL, Visible
 from heptapod_fast.sampling.kv_cache import KVCache, LayerCache
@@ -155,7 +156,8 @@ class Block(nn.Module):
         key_HED = key_weight.unflatten(0, (self.heads, -1))
         probe_BkHD = torch.einsum("bkhe,hed->bkhd", q_BkHE, key_HED)
         score_BKN = probe_BkHD.flatten(1, 2) @ y_BND.transpose(1, 2)
-        share_BKN = (score_BKN.float() / head_width**0.5).softmax(-1).to(y_BND.dtype)
+        score_BKN = at_least_float32(score_BKN) / head_width**0.5
+        share_BKN = score_BKN.softmax(-1).to(y_BND.dtype)
         seen_BkHD = (share_BKN @ y_BND).view_as(probe_BkHD)
         value_HED = value_weight.unflatten(0, (self.heads, -1))
         return torch.einsum("bkhd,hed->bkhe", seen_BkHD, value_HED).flatten(-2) + value_bias

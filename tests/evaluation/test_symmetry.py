@@ -14,7 +14,7 @@ from heptapod_fast.evaluation.symmetry import (
     rayleigh_p,
     read_symmetry,
 )
-from heptapod_fast.tokenizers import PatchVQ, to_unit
+from heptapod_fast.tokenizers import PatchVQ, to_uint8, to_unit
 
 TRAIN = Logograms(24, 3000)
 FRESH = Logograms(24, 1000, seed=77)
@@ -25,7 +25,7 @@ def measure(images, labels, tokenizer=None):
     (metric,) = make_metrics(["symmetry"], MetricContext(TRAIN, tokenizer))
     assert isinstance(metric, Metric)
     for start in range(0, len(images), 300):
-        metric.update(images[start : start + 300], labels[start : start + 300])
+        metric.update(to_uint8(images[start : start + 300]), labels[start : start + 300])
     return metric.compute()
 
 
@@ -141,12 +141,12 @@ def test_rayleigh_is_calibrated():
 
 def test_refusals():
     assert "symmetry" in METRICS
-    with pytest.raises(ValueError, match="unknown --metrics fad: choose among symmetry"):
+    with pytest.raises(ValueError, match="unknown --metrics fad: choose among fid, is, .*symmetry"):
         make_metrics(["symmetry", "fad"], MetricContext(TRAIN))
     with pytest.raises(ValueError, match="--data logograms"):
         make_metrics(["symmetry"], MetricContext())
     (metric,) = make_metrics(["symmetry"], MetricContext(TRAIN))
     with pytest.raises(ValueError, match="no samples"):
         metric.compute()
-    with pytest.raises(ValueError, match="expected images"):
+    with pytest.raises(ValueError, match="expected uint8 images"):
         metric.update(torch.zeros(2, 3, 32, 32), torch.zeros(2))

@@ -5,11 +5,13 @@ import torch
 
 from heptapod_fast import grid
 from heptapod_fast.model.heads import GlobalHead, LocalHead
+from heptapod_fast.model.transformer import Block
 from heptapod_fast.ops.dispatch import Operators
 from heptapod_fast.rng import Rng
 from tests.running import dense, fill
 
 WIDTH, SIDE, TOKENS = 16, 4, 16
+few = Block.few
 REFERENCE = Operators({"attention": "reference"})
 ORDER = grid.random_orders(torch.arange(2), TOKENS, Rng(0))
 
@@ -123,3 +125,57 @@ def test_window_holds_the_next_token():
     chosen = head.window_positions(torch.arange(TOKENS))
     assert (chosen == torch.arange(TOKENS)[:, None]).any(1).all()
     assert chosen[0].tolist() == [0, 1, 4, 5] and chosen[14].tolist() == [10, 11, 14, 15]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("counts", [[1] * 5, [2, 3], [4, 11]], ids=str)
+def test_a_global_head_that_draws_is_the_head(depth, counts):
+    """Step by step on states that come one after the other, in float64: a few rows, or many."""
+    head, h = global_head(depth).double(), states().double()
+    drawing = head.drawing(2, torch.float64)
+    drawing.see(h[:, :1], torch.zeros(2, 1, dtype=torch.int64))
+    seen = 0
+    for count in counts:
+        position = ORDER[:, seen : seen + count].flip(1)
+        steps = torch.full((2, 1), seen)
+        pair = torch.arange(2).repeat_interleave(count)
+        expected = head(h[:, : seen + 1], ORDER, steps, pair, position.flatten())
+        found = drawing.vectors(position)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        new = slice(seen + 1, seen + count + 1)
+        drawing.see(h[:, new], ORDER[:, seen : seen + count] + 1)
+        seen += count
+
+
+def test_a_global_head_reads_all_elements_for_few_rows_alone(monkeypatch):
+    """2 k heads of WIDTH values: up to 4 rows of this head's two heads."""
+    head, asked = global_head(), []
+    monkeypatch.setattr(type(head.blocks[0]), "few", lambda *args: asked.append(True) or few(*args))
+    for count in (4, 5):
+        drawing = head.drawing(2, torch.float32)
+        drawing.see(states(1), torch.zeros(2, 1, dtype=torch.int64))
+        drawing.vectors(ORDER[:, :count])
+        assert len(asked) == 1
+
+
+def test_a_local_head_that_draws_projects_every_state_once():
+    head, h = local_head().double(), states().double()
+    inputs = []
+    for block in head.blocks:
+        block.kv.register_forward_pre_hook(lambda module, args: inputs.append(args[0].shape[1]))
+    drawing = head.drawing(2, torch.float64)
+    drawing.see(h[:, :3], torch.zeros(2, 3, dtype=torch.int64))  # [S] and two tokens
+    seen, new = 2, 3
+    for count in (1, 2, 4):
+        position = ORDER[:, seen : seen + count]
+        found = drawing.vectors(position)
+        assert inputs == [new] * len(head.blocks)
+        windows = head.window_positions(position.flatten())
+        steps = torch.full((2, count), seen)
+        whole = head(h[:, : seen + 1], steps, windows).view(*windows.shape, WIDTH)
+        expected = whole[windows == position.reshape(-1, 1)]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        drawing.see(h[:, seen + 1 : seen + count + 1], position + 1)
+        inputs.clear()
+        new = count
+        seen += count

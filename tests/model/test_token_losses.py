@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from heptapod_fast import ops
+from heptapod_fast.model.sampled_mlp import SampledMlp
 from heptapod_fast.model.token_losses import (
     Categorical,
     Contrast,
@@ -257,6 +258,17 @@ def test_a_diffusion_draw_denoises_with_its_own_network():
         x = math.sqrt(before) * x0 + math.sqrt(1 - before) * eps
     assert x.abs().max() <= limit
     torch.testing.assert_close(drawn, x.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_mlp_that_samples_is_upstreams(blocks):
+    """Every time its own row, in float64."""
+    m, (z, x0, _, _) = diffusion(blocks=blocks).double(), rows()
+    z, x = z.double(), x0.double()
+    t = torch.tensor([0, 3, 500, 998, 999])
+    y = m.embed(m.sinusoids[t]) + m.condition(z)
+    found = SampledMlp(m.weights(), 1e-6)(x, y)
+    torch.testing.assert_close(found, upstream_mlp(m, x, t, z), rtol=1e-7, atol=1e-8)
 
 
 # --------------------------------------------------------------------------------- flow matching

@@ -236,3 +236,17 @@ def test_bf16_works_on_float32_masters():
     assert x.dtype == h.dtype == torch.bfloat16
     h.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in module.blocks.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_elements_without_keys_and_values(count):
+    """In float64 what `forward` lets out, each sequence its own elements in its own order."""
+    module = block().double()
+    generator = torch.Generator().manual_seed(5)
+    parts = [torch.randn(3, 5, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2)]
+    stream = Stream(*parts, torch.randn(WIDTH, generator=generator, dtype=torch.float64))
+    element = torch.stack([torch.randperm(5, generator=generator)[:count] for _ in range(3)])
+    sequence = torch.arange(3).repeat_interleave(count)
+    expected = module(stream, packing=Packing(sequence, element.flatten())).value()
+    found = module.few(stream, element).value()
+    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-10, atol=1e-10)

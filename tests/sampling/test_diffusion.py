@@ -101,6 +101,30 @@ def test_ddim_recovers_a_gaussian(mean, deviation):
     assert float(x.std()) == pytest.approx(deviation, rel=0.03)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 11, 25])
+def test_ddpm_is_its_recursion_in_float64(steps):
+    """With the noise of every step from its own place among those that are drawn together."""
+    network, index = Gaussian(1.5, 0.5, steps), torch.arange(50)
+    noises = [
+        Rng(0).normal(f"sample.noises.{group}", index, 20, 0).double().view(50, 10, 2)
+        for group in range(3)
+    ]
+    x = Rng(0).normal("sample.start", index, 2, 0).double()
+    for step in reversed(range(steps)):
+        abar, before = network.schedule[step]
+        eps, v = network.predict(x, step).chunk(2, dim=1)
+        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+        beta = 1 - abar / before
+        x = (math.sqrt(before) * beta * x0 + math.sqrt(1 - beta) * (1 - before) * x) / (1 - abar)
+        if step:
+            smallest = beta * (1 - before) / (1 - abar)
+            share = (v + 1) / 2
+            variance = (share * math.log(beta) + (1 - share) * math.log(smallest)).exp()
+            x = x + 0.8 * variance.sqrt() * noises[step // 10][:, step % 10]
+    out = vectors(network, steps, count=50, temperature=0.8)
+    torch.testing.assert_close(out.double(), x, rtol=2e-3, atol=2e-3)
+
+
 def test_temperature_of_the_diffusion_samplers():
     network = Gaussian(0.0, 1.0, 20)
     widths = [float(vectors(network, 20, 4000, temperature=t).std()) for t in (0.0, 0.9, 1.0)]

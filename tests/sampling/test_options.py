@@ -31,6 +31,9 @@ VECTORS = token_spec("patch", 4, 1)
         (CODES, {"position_order": "likely"}, "--position-order likely"),
         (CODES, {"position_schedule": "linear"}, "--position-schedule linear"),
         (VECTORS, {"diffusion_sampler": "rk4"}, "--diffusion-sampler rk4"),
+        (VECTORS, {"late_diffusion_steps": 5}, "say with --diffusion-steps how many"),
+        (CODES, {"late_diffusion_steps": 5}, "--late-diffusion-steps 5 needs continuous tokens"),
+        (VECTORS, {"diffusion_steps": 9, "late_diffusion_steps": 0}, "--late-diffusion-steps 0"),
     ],
 )
 def test_bad_options_name_the_flag(spec, options, message):
@@ -69,3 +72,12 @@ def test_an_option_that_a_system_does_not_understand_is_refused(system, options,
 def test_options_given_by_name_leave_the_others_at_their_defaults():
     assert SYSTEMS["heptapod"].options(top_k=3) == HeptapodOptions(top_k=3)
     assert SYSTEMS["1d-raster"].options() == SampleOptions()
+
+
+def test_steps_fall_on_a_line_from_the_first_token_to_the_last():
+    options = HeptapodOptions(diffusion_steps=50, late_diffusion_steps=5, temperature=0.9)
+    steps = [options.at(seen / 9).diffusion_steps for seen in range(10)]
+    assert steps == [50, 45, 40, 35, 30, 25, 20, 15, 10, 5]
+    assert options.at(0.5).temperature == 0.9 and type(options.at(0.5)) is HeptapodOptions
+    plain = HeptapodOptions(diffusion_steps=50)
+    assert plain.at(0.9) is plain

@@ -399,3 +399,43 @@ def test_any_number_of_ranks_gives_the_images_of_one(make_system, size):
     assert done == [(3, 8), (6, 8), (8, 8)]
     # The work is shared: no rank makes all batches.
     assert max(len(drawn) for drawn in work) == -(-3 // size)
+
+
+@pytest.mark.parametrize("name", ["heptapod", "1d-random", "sar"])
+def test_late_tokens_take_fewer_steps(make_system, name, monkeypatch):
+    """As many as the share of the image says that was drawn before them."""
+    settings = {} if name == "heptapod" else {"system": name}
+    system = make_system("continuous", **settings).eval()
+    asked = []
+    draw = system.token_loss.draw
+
+    def counting(z_RD, rng, index_R, slot_R, options, contrast=None):
+        asked.append((len(z_RD) // 3, options.diffusion_steps))
+        return draw(z_RD, rng, index_R, slot_R, options, contrast)
+
+    monkeypatch.setattr(system.token_loss, "draw", counting)
+    options = system.options(diffusion_steps=9, late_diffusion_steps=2)
+    system.sample(CLASSES, RNG, options, INDEX)
+    drawn = 0
+    for count, steps in asked:
+        assert steps == round(9 - 7 * drawn / TOKENS)
+        drawn += count
+    assert drawn == TOKENS and len({steps for _, steps in asked}) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(head="local", window=4), dict(system="1d-random")],
+    ids=("global", "local", "1d"),
+)
+def test_weights_kept_in_bf16_give_the_same_bits(make_system, kind, settings):
+    """Of a system that is not trained any more products are cast once, not each time."""
+    before, after = (make_system(kind, **settings).eval() for _ in range(2))
+    before.set_dtype(torch.bfloat16)
+    after.settle_dtype(torch.bfloat16)
+    assert all(unit.fc1.weight.dtype == torch.bfloat16 for unit in after.backbone.blocks)
+    assert all(p.dtype == torch.float32 for p in after.token_loss.parameters())
+    options = quick(before)
+    found = [system.sample(CLASSES, RNG, options, INDEX) for system in (before, after)]
+    assert torch.equal(*found)

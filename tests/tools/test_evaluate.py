@@ -3,9 +3,11 @@
 import json
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from heptapod_fast.evaluation import small
 from tests.running import command, refused, train_here
 
 
@@ -72,7 +74,10 @@ def test_the_weights_that_were_sampled_are_recorded(trained, tmp_path):
 @pytest.mark.parametrize(
     "words, named",
     [
-        (("--metrics", "fid,charm"), ("--metrics fid, charm", "symmetry")),
+        (("--metrics", "far,charm"), ("--metrics far, charm", "symmetry")),
+        (("--metrics", "fid"), ("--inception is missing", "--extractor small")),
+        (("--samples", "gone.npz", "--temperature", 0.9), ("--temperature beside --samples",)),
+        (("--samples", "gone.npz"), ("--samples gone.npz: no such file",)),
         (("--count", 0), ("--count 0",)),
         (("--batch", 0), ("--batch 0",)),
         (("--ema", "0.1"), ("--ema 0.1",)),
@@ -80,3 +85,42 @@ def test_the_weights_that_were_sampled_are_recorded(trained, tmp_path):
 )
 def test_what_cannot_be_is_refused(trained, words, named):
     refused(command("evaluate", trained, *words), *named)
+
+
+def test_fidelity_of_a_run_and_of_what_it_wrote(trained, tmp_path, monkeypatch):
+    """The same numbers whether samples are drawn, or read from an .npz or a folder."""
+    monkeypatch.setattr(small, "STEPS", 20)
+    monkeypatch.setattr(small, "BATCH", 16)
+    written = ("--save-npz", tmp_path / "s.npz", "--save-images", tmp_path / "pngs")
+    sampled = command("sample", trained, "--count", 30, "--out", tmp_path / "g.png", *written)
+    assert sampled.code == 0, sampled.err
+    words = ("--metrics", "fid,is,kid,precision,symmetry", "--extractor", "small", "--count", 30)
+    results = []
+    for name, more in (
+        ("drawn", ()),
+        ("npz", ("--samples", tmp_path / "s.npz")),
+        ("pngs", ("--samples", tmp_path / "pngs")),
+    ):
+        out = tmp_path / f"{name}.json"
+        result = command("evaluate", trained, *words, *more, "--out", out)
+        assert result.code == 0, result.err
+        assert "warning: 30 samples: below 2,048" in result.err
+        results.append(json.loads(out.read_text()))
+    drawn, npz, pngs = results
+    measured = ("fid", "inception_score", "kid", "precision", "symmetry_accuracy", "copy_distance")
+    for name in measured:
+        assert drawn[name] == npz[name] == pngs[name]
+    assert drawn["samples_per_class"] == npz["samples_per_class"] == pngs["samples_per_class"]
+    assert sum(drawn["samples_per_class"].values()) == 30
+    assert npz["samples_from"] == str(tmp_path / "s.npz") and "seed" not in npz
+    assert drawn["extractor"] == "small" and len(drawn["extractor_sha256"]) == 64
+    assert (trained / "extractor-small.safetensors").is_file()
+    assert (tmp_path / "npz.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
+
+
+def test_samples_without_classes_or_of_others_are_refused(trained, tmp_path):
+    images = np.zeros((2, 24, 24, 3), np.uint8)
+    np.savez(tmp_path / "bare.npz", arr_0=images)
+    np.savez(tmp_path / "other.npz", arr_0=images, labels=np.array([0, 7]))
+    for name, text in (("bare", "does not say the samples' classes"), ("other", "has class 7")):
+        refused(command("evaluate", trained, "--samples", tmp_path / f"{name}.npz"), text)
