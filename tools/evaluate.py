@@ -37,8 +37,8 @@ class Arguments(SamplingArguments):
     count: int = 400
     """Samples in total, spread evenly over the classes."""
     metrics: str | None = None
-    """Metrics separated by commas: fid, sfid, kid, is, precision, recall, symmetry; default: what
-    the data allows without weights (symmetry for logograms)."""
+    """Metrics separated by commas: fid, sfid, kid, is, precision, recall, symmetry, likelihood;
+    default: what the data allows without weights (symmetry for logograms)."""
     reference: str | None = None
     """What samples are compared with: a folder of pictures, or an .npz with images (arr_0) or
     statistics (mu, sigma), as ADM's; default: the run's training images."""
@@ -218,6 +218,8 @@ def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Me
     context = MetricContext(
         source=open_images(loaded.config),
         tokenizer=loaded.tokenizer,
+        system=loaded.system,
+        count=arguments.count,
         image_size=loaded.tokenizer.image_size,
         device=world.device,
         reference=arguments.reference,

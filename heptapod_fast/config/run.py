@@ -32,6 +32,36 @@ class RunSettings(Settings):
     sample_every: int = setting(
         "Images between sample grids; 0 turns them off.", rule=at_least(0), may_change=True
     )
+    evaluate_every: int = setting(
+        "Images between measurements of samples, into metrics.jsonl and the report; 0 turns them "
+        "off.",
+        default=0,
+        rule=at_least(0),
+        may_change=True,
+    )
+    evaluate_metrics: str | None = setting(
+        "What is measured then, separated by commas, of the metrics of tools/evaluate.py; default: "
+        "symmetry for logograms, else fid,is.",
+        may_change=True,
+        before=None,
+    )
+    evaluate_count: int = setting(
+        "Samples of a measurement, spread evenly over the classes.",
+        default=400,
+        rule=at_least(2),
+        may_change=True,
+    )
+    evaluate_reference: str | None = setting(
+        "What samples are compared with, a folder or an .npz; default: the training images.",
+        may_change=True,
+        before=None,
+    )
+    evaluate_inception: str | None = setting(
+        "File of Inception's weights for fid and its relatives; default: a small classifier of the "
+        "training images.",
+        may_change=True,
+        before=None,
+    )
     log_every: int = setting(
         "Images between progress lines and records of metrics.jsonl.",
         rule=at_least(1),

@@ -14,6 +14,7 @@ _FIDELITY = ("heptapod_fast.evaluation.fidelity", "Fidelity")
 # Name -> module and class; the class takes the context, and which of its names were asked for.
 METRICS: dict[str, tuple[str, str]] = {
     "symmetry": ("heptapod_fast.evaluation.symmetry", "SymmetryAccuracy"),
+    "likelihood": ("heptapod_fast.evaluation.likelihood", "Likelihood"),
     "fid": _FIDELITY,
     "sfid": _FIDELITY,
     "kid": _FIDELITY,

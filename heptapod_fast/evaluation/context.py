@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from heptapod_fast.data.sources import ImageSource
+from heptapod_fast.systems.base import System
 from heptapod_fast.tokenizers.base import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -22,6 +23,10 @@ class Metric(Protocol):
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """pixels: (B, 3, H, W) uint8, as samples are written; labels: (B,) int64 classes that the
         samples were asked for."""
+        ...
+
+    def restart(self) -> None:
+        """Forget the samples, for others."""
         ...
 
     def compute(self) -> dict[str, Any]:
@@ -42,6 +47,8 @@ class MetricContext:
         source: the training images.
         tokenizer: the samples' tokenizer; real images then go through it before they are looked
             for among samples, so that its error does not pass for novelty.
+        system: that the samples are from.
+        count: samples, or images that are looked at in their place.
         image_size: of the samples, in pixels.
         device: where networks run.
         reference: a folder or an .npz that samples are compared with; None for the source.
@@ -54,6 +61,8 @@ class MetricContext:
 
     source: ImageSource | None = None
     tokenizer: Tokenizer | None = None
+    system: System | None = None
+    count: int = 400
     image_size: int = 0
     device: torch.device = torch.device("cpu")
     reference: str | None = None

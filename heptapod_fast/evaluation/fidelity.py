@@ -56,6 +56,11 @@ class Fidelity:
         if set(names) != {"is"}:
             self._reference = reference_of(context)
             self._check_reference(self._reference)
+        self._real: Kept | None = None  # the reference's features, once they were needed
+        self.restart()
+
+    def restart(self) -> None:
+        """See `Metric.restart`."""
         self._samples = Kept(self._extractor, self._wanted(of_samples=True))
 
     def _wanted(self, of_samples: bool) -> set[str]:
@@ -100,9 +105,9 @@ class Fidelity:
         if count < 2:
             raise ValueError(f"{', '.join(self._names)}: of {count} samples there is no spread")
         found: dict[str, Any] = {}
-        real = None
-        if self._reference is not None:
-            real = self._features_of_reference(self._reference)
+        if self._reference is not None and self._real is None:
+            self._real = self._features_of_reference(self._reference)
+        real = self._real
         for name, is_spatial in (("fid", False), ("sfid", True)):
             if name in self._names:
                 found[name] = self._frechet(real, is_spatial)

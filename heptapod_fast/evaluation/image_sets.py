@@ -224,16 +224,13 @@ class PictureFolder:
 
 @dataclass
 class TrainingImages:
-    """The images that the run is trained on, the first `most` of them.
-
-    A set of its own order: each `stride`-th image, so that all classes are among them.
-    """
+    """The images that a run is trained on; of more than `most`, so many evenly spread."""
 
     source: ImageSource
     most: int = 50_000
+    name: str = "the training images"
 
     def __post_init__(self) -> None:
-        self.name = f"the training images ({self.source.name})"
         self.sha256 = self.source.fingerprint
         stride = -(-len(self.source) // self.most)
         self._ids = torch.arange(0, len(self.source), stride)

@@ -17,7 +17,7 @@ from torch import Tensor
 from heptapod_fast.data.logograms import Logograms
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.evaluation.context import MetricContext
-from heptapod_fast.tokenizers.base import Tokenizer, to_unit
+from heptapod_fast.tokenizers.base import Tokenizer, to_uint8, to_unit
 
 ANGLES = 96
 RADII = 64
@@ -125,11 +125,12 @@ def nearest_distance(
 
 
 def through(tokenizer: Tokenizer | None, images: Tensor) -> Tensor:
-    """Images encoded and decoded, on the CPU; unchanged without a tokenizer."""
+    """Images encoded, decoded and rounded as samples are, on the CPU; unchanged without a
+    tokenizer."""
     if tokenizer is None:
         return images
     with torch.no_grad():
-        return tokenizer.decode(tokenizer.encode(images)).cpu()
+        return to_unit(to_uint8(tokenizer.decode(tokenizer.encode(images)))).cpu()
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -174,6 +175,10 @@ class SymmetryAccuracy:
             )
         self.source = context.source
         self.tokenizer = context.tokenizer
+        self.restart()
+
+    def restart(self) -> None:
+        """See `Metric.restart`."""
         self._images: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._folds: list[Tensor] = []

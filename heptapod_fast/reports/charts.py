@@ -69,6 +69,26 @@ def save_lines(
     _save(figure, path)
 
 
+def save_panels(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, x_label: str
+) -> None:
+    """A panel for each of several lines, {name: (x, y)}, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(lines), 2.8), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(lines), squeeze=False)[0]
+    for axes, (name, (x, y)) in zip(panels, lines.items(), strict=True):
+        axes.plot(x, y, color=BLUE, marker="o", markersize=3)
+        axes.set_title(name, loc="left")
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", alpha=0.3)
+        axes.tick_params(axis="x", rotation=45)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def save_time_and_rate(
     seconds: Mapping[str, float],
     images: Sequence[float],

@@ -11,12 +11,12 @@ from typing import Any
 from heptapod_fast.config import Config, flag
 from heptapod_fast.config.settings import as_typed
 from heptapod_fast.progress import duration
-from heptapod_fast.reports.charts import save_line
+from heptapod_fast.reports.charts import save_line, save_panels
 from heptapod_fast.reports.tables import properties, table
 from heptapod_fast.reports.throughput import throughput, throughput_section
 from heptapod_fast.runs import RunDir
 from heptapod_fast.systems import configure
-from heptapod_fast.train.records import Record, read_metrics
+from heptapod_fast.train.records import OF_SAMPLES, Record, read_metrics
 
 LOSS_POINTS = 8  # of the images that the run is meant to see, at which its loss is told
 # What report.md has tables of its own for.
@@ -37,6 +37,7 @@ IN_TABLES = (
     "projected_days",
     "loss_by_images",
     "evaluation",
+    "evaluations",
 )
 
 
@@ -59,6 +60,7 @@ def report_run(folder: Path) -> Path:
     numbers |= throughput(config, lines, sessions)
     points = loss_points(config.recipe.images, records[-1]["images"])
     numbers["loss_by_images"] = losses_at(records, points)
+    numbers["evaluations"] = evaluations_of(read_metrics(run.metrics))
     evaluation = folder / "evaluation.json"
     if evaluation.exists():
         numbers["evaluation"] = json.loads(evaluation.read_text())
@@ -73,6 +75,7 @@ def report_run(folder: Path) -> Path:
         properties(numbers, leave_out=IN_TABLES),
         *throughput_section(numbers, lines, sessions, folder, name),
         *loss_section(numbers, records, folder, name),
+        *evaluations_section(numbers["evaluations"], folder),
     ]
     if evaluation.exists():
         parts += [
@@ -96,6 +99,38 @@ def loss_section(
         losses = [record["loss"] for record in records]
         save_line(images, losses, folder / "loss.png", f"{name}: training loss", "images", "loss")
         parts.append("![loss](loss.png)")
+    return parts
+
+
+def evaluations_of(records: list[Record]) -> list[dict[str, Any]]:
+    """What --evaluate-every measured: {"images": ..., a number by its name, ...} each time."""
+    found = []
+    for record in records:
+        numbers = {
+            name.removeprefix(OF_SAMPLES): value
+            for name, value in record.items()
+            if name.startswith(OF_SAMPLES)
+        }
+        if numbers:
+            found.append({"images": record["images"], **numbers})
+    return found
+
+
+def evaluations_section(evaluations: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Paragraphs of Markdown on them, and a chart in `folder`; [] without any."""
+    if not evaluations:
+        return []
+    names = list(evaluations[-1])
+    rows = [[each.get(name) for name in names] for each in evaluations]
+    parts = ["## Samples while it trained", table(names, rows)]
+    lines = {}
+    for name in names[1:]:
+        points = [each for each in evaluations if each.get(name) is not None]
+        if len(points) > 1:
+            lines[name] = ([p["images"] for p in points], [p[name] for p in points])
+    if lines:
+        save_panels(lines, folder / "evaluations.png", "images")
+        parts.append("![numbers of samples over images](evaluations.png)")
     return parts
 
 

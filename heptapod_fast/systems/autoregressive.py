@@ -83,6 +83,11 @@ class NextToken(Completing):
 
     def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
         """Sum of the token loss over all N steps of every sequence; see System.forward."""
+        total, _ = self.losses(batch, rng)
+        return Loss(total, float(batch.tokens.shape[0] * self.num_tokens))
+
+    def losses(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        """(their sum, (B * N,) losses of all tokens in the order that they come)."""
         order_BN = self.orders(batch.index, rng)
         ordered_BN = gridlib.take_tokens(batch.tokens, order_BN)
         start_B1D = self.backbone.embed_start(batch.labels, order_BN[:, 0])
@@ -100,8 +105,12 @@ class NextToken(Completing):
             )
         h_BND = self.backbone(torch.cat((start_B1D, x_BMD), dim=1), dropout)
         rows = gridlib.rows_of_all_steps(order_BN)
-        total, _ = self.token_losses(h_BND.flatten(0, 1), batch, rows, rng)
-        return Loss(total, rows.total_weight())
+        return self.token_losses(h_BND.flatten(0, 1), batch, rows, rng)
+
+    def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
+        """See Completing.next_token_losses."""
+        _, loss_R = self.losses(batch, rng)
+        return loss_R.view(-1, self.num_tokens)
 
     def draw(
         self,

@@ -294,6 +294,25 @@ class System(nn.Module, ABC):
             "and 1d-random do; the order of this one is fixed"
         )
 
+    def log_likelihood(
+        self, tokens: Tensor, classes: Tensor, rng: Rng, index: Tensor | None = None
+    ) -> Tensor:
+        """What the model gives images in one order each: (B,) log p(tokens | class, order), in
+        nats, of codes (B, N). The order is drawn as in training, where there are several.
+
+        Raises:
+            ValueError: as `check_likelihood`.
+        """
+        self.check_likelihood()
+        raise NotImplementedError(f"{type(self).__name__} has a likelihood and does not say it")
+
+    def check_likelihood(self) -> None:
+        """Refuse `log_likelihood` where the model has none that is defined here."""
+        raise ValueError(
+            "--metrics likelihood: this system does not say how likely it finds an image; "
+            "heptapod, 1d-raster and 1d-random do"
+        )
+
     @staticmethod
     def own_options(options: SampleOptions | None, kind: type[AnyOptions]) -> AnyOptions:
         """The options given to `sample`, or the defaults for None.

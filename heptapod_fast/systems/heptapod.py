@@ -14,6 +14,7 @@ from functools import partial
 from typing import Literal, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heptapod_fast import grid as gridlib
@@ -411,6 +412,24 @@ class Heptapod(Completing):
         assert chance_BU is not None  # only codes are drawn by confidence
         ranking_BU = chance_BU.argsort(dim=1, descending=True, stable=True)
         return unseen_BU.gather(1, ranking_BU), code_BU.gather(1, ranking_BU[:, :count])
+
+    def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
+        """See Completing.next_token_losses: a head pass for each of the N steps."""
+        order_BN = gridlib.random_orders(batch.index, self.num_tokens, rng)
+        h_BND = self.states(batch, order_BN, rng)
+        drawing: Drawing = self.head.drawing(len(order_BN), h_BND.dtype)
+        element_BN = F.pad(order_BN[:, :-1] + 1, (1, 0))  # whose states they are: [S] is 0
+        target_BN = gridlib.take_tokens(batch.tokens, order_BN)
+        losses = []
+        for step in range(self.num_tokens):
+            drawing.see(h_BND[:, step : step + 1], element_BN[:, step : step + 1])
+            position_B1 = order_BN[:, step : step + 1]
+            z_BD = drawing.vectors(position_B1)
+            _, loss_B = self.token_loss.loss(
+                z_BD, target_BN[:, step], rng, batch.index, position_B1[:, 0]
+            )
+            losses.append(loss_B)
+        return torch.stack(losses, dim=1)
 
     # ------------------------------------------------------------------------------------ counting
 

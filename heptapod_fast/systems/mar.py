@@ -329,6 +329,27 @@ class Completing(MarSystem):
         """See System.check_given: any tokens may come first."""
         given.check(self.spec, batch)
 
+    @torch.no_grad()
+    def log_likelihood(
+        self, tokens: Tensor, classes: Tensor, rng: Rng, index: Tensor | None = None
+    ) -> Tensor:
+        """See System.log_likelihood."""
+        self.check_likelihood()
+        if self.training:
+            raise ValueError("log_likelihood of a system in training mode: dropout would act")
+        classes, index_B = self.place_sampling(classes, index)
+        batch = Batch(tokens.to(classes.device), classes, index_B)
+        return -self.next_token_losses(batch, rng).double().sum(1)
+
+    @abstractmethod
+    def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
+        """(B, N) losses of each token in the order that it comes, given those before it."""
+
+    def check_likelihood(self) -> None:
+        """See System.check_likelihood: there are probabilities of codes."""
+        if self.spec.kind != "discrete":
+            raise ValueError("a likelihood is that of codes; the tokens are continuous")
+
 
 def put_given(given: Given, order_BN: Tensor, tokens_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Put K given tokens into tokens (B, N[, C]), in place.

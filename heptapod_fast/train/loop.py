@@ -22,6 +22,7 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.runs.directory import RunError
 from heptapod_fast.sampling.generate import generate, spread, together
 from heptapod_fast.systems import Phase
+from heptapod_fast.train.evaluating import measure, measures_samples, open_metrics
 from heptapod_fast.train.metrics import (
     Meter,
     peak_flops,
@@ -69,6 +70,7 @@ def train(session: Session, state: State) -> Ending:
     total = config.recipe.images
     batch = config.recipe.batch
     recorder = open_recorder(session, state)
+    metrics = open_metrics(session)
     meter = Meter(total, peak_flops(world.device), world.size, world.device)
     phase = begin_phase(session, state, meter)
     session.system.train()
@@ -127,7 +129,12 @@ def train(session: Session, state: State) -> Ending:
                 with meter.time("sampling"):
                     sample_grid(session, state)
 
-            # 7. What depends on the phase is read anew when another one begins.
+            # 7. Numbers of samples.
+            if measures_samples(session) and (is_due(config.run.evaluate_every) or finished):
+                with meter.time("sampling"):
+                    measure(session, state, metrics, recorder)
+
+            # 8. What depends on the phase is read anew when another one begins.
             if phase_ends:
                 phase = begin_phase(session, state, meter)
     return Ending.FINISHED

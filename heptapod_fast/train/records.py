@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from heptapod_fast.config import Config
 
 Record = dict[str, Any]
+OF_SAMPLES = "evaluation/"  # how the names of numbers of samples begin
 Say = Callable[[str], None]
 
 

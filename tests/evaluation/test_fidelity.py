@@ -85,6 +85,7 @@ def test_torch_fidelitys_own_numbers_of_two_folders(inception, tmp_path):
         isc=True,
         prc=True,
         kid_subset_size=6,
+        isc_splits=6,
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=path,
         verbose=False,

@@ -439,3 +439,53 @@ def test_weights_kept_in_bf16_give_the_same_bits(make_system, kind, settings):
     options = quick(before)
     found = [system.sample(CLASSES, RNG, options, INDEX) for system in (before, after)]
     assert torch.equal(*found)
+
+
+LIKELY = [dict(), dict(head="local", window=4), dict(system="1d-random"), dict(system="1d-raster")]
+
+
+@pytest.mark.parametrize("settings", LIKELY, ids=("global", "local", "random", "raster"))
+def test_likelihoods_of_all_images_add_up_to_one(make_system, settings):
+    """All 3 ** 4 grids of 2 x 2 codes, in the order of one index: nothing was seen too early."""
+    settings = settings | ({"window": 1} if "window" in settings else {})
+    system = make_system(grid=2, codes=3, **settings).eval()
+    every = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    for index in (0, 5):
+        indices = torch.full((81,), index)
+        found = system.log_likelihood(every, torch.zeros(81, dtype=torch.int64), RNG, indices)
+        assert found.dtype == torch.float64 and found.shape == (81,)
+        assert float(found.exp().sum()) == pytest.approx(1, rel=1e-5)
+        assert float(found.std()) > 0.1
+
+
+@pytest.mark.parametrize("settings", LIKELY, ids=("global", "local", "random", "raster"))
+def test_a_likelihood_is_that_of_each_token_after_those_before_it(make_system, settings):
+    system = make_system(**settings).eval()
+    tokens = torch.randint(system.spec.vocabulary, (3, TOKENS))
+    found = system.log_likelihood(tokens, CLASSES, RNG, INDEX)
+    expected = torch.zeros(3)
+    if "system" in settings:
+        order = system.orders(INDEX, RNG)
+        x = system.backbone.embed_start(CLASSES, order[:, 0])
+        inputs = system.backbone.embed_tokens(taken(tokens, order[:, :-1]), order[:, 1:], 1)
+        h = system.backbone(torch.cat((x, inputs), dim=1)).unbind(1)
+    else:
+        order = grid.random_orders(INDEX, TOKENS, RNG)
+        h = [
+            head_at(system, states_so_far(system, tokens, order, t), order, t, order[:, t])
+            for t in range(TOKENS)
+        ]
+    for t in range(TOKENS):
+        logits = system.token_loss.logits(h[t]).log_softmax(-1)
+        target = taken(tokens, order[:, t : t + 1])
+        expected += logits.gather(1, target)[:, 0].detach()
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_likelihoods_that_are_not_there(make_system):
+    with pytest.raises(ValueError, match="the tokens are continuous"):
+        make_system("continuous").eval().log_likelihood(torch.zeros(1, TOKENS), CLASSES[:1], RNG)
+    with pytest.raises(ValueError, match="does not say how likely"):
+        make_system(system="llamagen").eval().check_likelihood()
+    with pytest.raises(ValueError, match="in training mode"):
+        make_system().train().log_likelihood(torch.zeros(1, TOKENS).long(), CLASSES[:1], RNG)

@@ -1,0 +1,117 @@
+"""How likely a model finds images: bits per token, of discrete tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heptapod_fast.data.logograms import Logograms
+from heptapod_fast.evaluation.context import MetricContext
+from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, open_images_at
+from heptapod_fast.rng import Rng
+from heptapod_fast.tokenizers.base import Tokenizer, to_unit
+
+BATCH = 64
+
+
+class Likelihood:
+    """Bits that a token costs, given the class: see `Metric`. Samples are not looked at.
+
+    The images are those of --reference; without it fresh logograms, or for other data the training
+    images. Every image is scored in one order (`System.log_likelihood`): exactly where the system
+    has but one order, else an unbiased estimate of a bound, -log p(x) <= E over orders of
+    -log p(x | order).
+
+    `compute` returns:
+        bits_per_token: the mean; bits_per_token_error: its standard error.
+        bits_per_token_shuffled: of the same tokens with their places exchanged within each image,
+            what a model without any sense of place would not tell from the images.
+
+    Raises:
+        ValueError: vectors for tokens, a system that cannot say, images without classes.
+    """
+
+    def __init__(self, context: MetricContext, names: Sequence[str]):
+        if context.system is None or context.tokenizer is None:
+            raise ValueError("--metrics likelihood needs a run and its tokenizer")
+        if context.tokenizer.spec.kind != "discrete":
+            raise ValueError(
+                "--metrics likelihood needs discrete tokens: a diffusion model of continuous ones "
+                "gives samples and no densities"
+            )
+        context.system.check_likelihood()
+        self._context = context
+        self._tokenizer: Tokenizer = context.tokenizer
+        self._images = images_of(context)
+
+    def update(self, pixels: Tensor, labels: Tensor) -> None:
+        """See `Metric.update`: samples are not what is scored."""
+
+    def restart(self) -> None:
+        """See `Metric.restart`."""
+
+    def compute(self) -> dict[str, Any]:
+        """See `Metric.compute`."""
+        labels = self._images.labels
+        assert labels is not None  # `images_of` saw to it
+        progress = self._context.progress("likelihood")
+        found: dict[str, list[Tensor]] = {"": [], "_shuffled": []}
+        first = 0
+        for pixels in self._images.batches():
+            for part in pixels.split(BATCH):
+                index = torch.arange(first, first + len(part))
+                tokens = self._tokenizer.encode(to_unit(part).to(self._tokenizer.device))
+                for name, these in (("", tokens), ("_shuffled", exchanged(tokens))):
+                    found[name].append(self._bits(these, labels[index], index))
+                first += len(part)
+                progress(first, len(self._images))
+        results: dict[str, Any] = {}
+        for name, parts in found.items():
+            bits = torch.cat(parts)
+            results[f"bits_per_token{name}"] = float(bits.mean())
+            if not name:
+                deviation = float(bits.std()) if len(bits) > 1 else 0.0
+                results["bits_per_token_error"] = deviation / len(bits) ** 0.5
+        results["likelihood_of"] = self._images.name
+        results["likelihood_images"] = len(self._images)
+        return results
+
+    def _bits(self, tokens: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        system = self._context.system
+        assert system is not None
+        nats = system.log_likelihood(tokens, labels, Rng(0), index)
+        return -nats.double().cpu() / (tokens.shape[1] * math.log(2))
+
+
+def exchanged(tokens_BN: Tensor) -> Tensor:
+    """Each image's tokens in an order of its own."""
+    batch, count = tokens_BN.shape
+    index = torch.arange(batch, device=tokens_BN.device)
+    return tokens_BN.gather(1, Rng(1).permutation("exchanged", index, count))
+
+
+def images_of(context: MetricContext) -> ImageSet:
+    """What is scored."""
+    source = context.source
+    if context.reference is not None:
+        found = open_images_at(context.reference, context.image_size, "--reference")
+        if found.labels is None or not len(found):
+            raise ValueError(
+                f"--metrics likelihood: --reference {context.reference} does not say its images' "
+                "classes: expected labels beside arr_0, or names such as 000001-class3.png"
+            )
+        return found
+    if isinstance(source, Logograms):
+        classes = len(source.class_names)
+        fresh = Logograms(source.image_size, context.count, source.seed + 1, classes)
+        return TrainingImages(fresh, name="fresh logograms")
+    if source is None:
+        raise ValueError(
+            "--metrics likelihood: the run has no images beside its tokens: name some, with "
+            "their classes, with --reference"
+        )
+    return TrainingImages(source, most=context.count)

@@ -1,0 +1,113 @@
+"""Numbers of samples while a run trains: --evaluate-every."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from heptapod_fast.data.sources import ImageSource
+from heptapod_fast.evaluation import Metric, MetricContext, make_metrics
+from heptapod_fast.progress import Progress, duration
+from heptapod_fast.rng import Rng
+from heptapod_fast.sampling.generate import generate, spread
+from heptapod_fast.tokenizers import to_uint8
+from heptapod_fast.train.records import OF_SAMPLES, Record, Recorder
+from heptapod_fast.train.session import Session, State
+
+BATCH = 256
+
+
+def measures_samples(session: Session) -> bool:
+    """Whether the run is asked to, and can."""
+    return bool(session.config.run.evaluate_every) and session.tokenizer is not None
+
+
+def open_metrics(session: Session) -> list[Metric]:
+    """The metrics of --evaluate-metrics, on the rank that writes; elsewhere none. Collective call.
+
+    Raises:
+        ValueError: one lacks what it needs; says what to give.
+    """
+    if not measures_samples(session):
+        return []
+    with session.world.together():
+        return _made(session) if session.world.main else []
+
+
+def _made(session: Session) -> list[Metric]:
+    run = session.config.run
+    assert session.tokenizer is not None  # `measures_samples`
+    # Tokens that are made of images while training have them; those of a cache do not.
+    behind = getattr(session.source, "source", None)
+    names = run.evaluate_metrics
+    if names is None:
+        names = "symmetry" if session.config.data.data == "logograms" else "fid,is"
+    context = MetricContext(
+        source=behind if isinstance(behind, ImageSource) else None,
+        tokenizer=session.tokenizer,
+        system=session.system,
+        count=run.evaluate_count,
+        image_size=session.tokenizer.image_size,
+        device=session.world.device,
+        reference=run.evaluate_reference,
+        extractor="small" if run.evaluate_inception is None else "inception",
+        inception=run.evaluate_inception,
+        folder=str(session.directory.path),
+        progress=Progress,
+    )
+    try:
+        return make_metrics(names.split(","), context)
+    except ValueError as error:
+        raise ValueError(f"--evaluate-metrics {names}: {error}") from None
+
+
+def measure(session: Session, state: State, metrics: list[Metric], recorder: Recorder) -> None:
+    """A record of the numbers of samples of the first moving average, the same classes and seeds
+    each time. What fails costs this record, not the run. Collective call."""
+    tokenizer = session.tokenizer
+    assert tokenizer is not None  # `measures_samples`
+    begin = time.monotonic()
+    labels = spread(list(range(session.source.num_classes)), session.config.run.evaluate_count)
+    optimizer = session.optimizer
+    weights = next(iter(optimizer.emas.values()), optimizer.parameters)
+    drawn: list[tuple[Tensor, Tensor]] = []
+    with session.parallel.whole(weights) as system:
+        system.eval()
+        try:
+            batches = generate(
+                system,
+                tokenizer,
+                labels,
+                Rng(session.config.recipe.seed),
+                batch=min(BATCH, -(-len(labels) // session.world.size)),
+                finish=to_uint8,
+                world=session.world,
+            )
+            drawn = list(batches)
+            if session.world.main:
+                numbers = _numbers(metrics, drawn)
+        except (ValueError, OSError) as error:
+            session.say(f"WARNING: no evaluation: {error}; training goes on")
+            return
+        finally:
+            session.system.train()
+    if not session.world.main:
+        return
+    recorder.write({"images": state.images, **{OF_SAMPLES + key: numbers[key] for key in numbers}})
+    said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    session.say(f"evaluated {said} ({duration(time.monotonic() - begin)})")
+
+
+def _numbers(metrics: list[Metric], drawn: list[tuple[Tensor, Tensor]]) -> Record:
+    """What all metrics say of samples that is a measured number, without that of single classes."""
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        metric.restart()
+        for labels, pixels in drawn:
+            metric.update(pixels, labels)
+        found |= metric.compute()
+    return {
+        name: value for name, value in found.items() if isinstance(value, float) and "/" not in name
+    }

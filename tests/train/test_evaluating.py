@@ -1,0 +1,122 @@
+"""--evaluate-every: the numbers of tools/evaluate.py while a run trains, without a trace in it."""
+
+import json
+
+import pytest
+import torch
+
+from heptapod_fast.evaluation import fidelity, small
+from heptapod_fast.reports.run import report_run
+from heptapod_fast.train.records import read_metrics
+from tests.running import (
+    command,
+    final_tensors,
+    finish,
+    flags,
+    refused,
+    start,
+    torchrun,
+    train_here,
+)
+
+EVERY = dict(images=48, evaluate_every=16, evaluate_count=20)
+
+
+def measured(out):
+    """{images: {name: number}}"""
+    return {
+        record["images"]: {
+            name.removeprefix("evaluation/"): value
+            for name, value in record.items()
+            if name.startswith("evaluation/")
+        }
+        for record in read_metrics(out / "metrics.jsonl")
+        if any(name.startswith("evaluation/") for name in record)
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run that was measured three times."""
+    out = tmp_path_factory.mktemp("run")
+    train_here(out, seed=3, **EVERY)
+    return out
+
+
+def test_numbers_are_those_of_the_command(trained, tmp_path):
+    found = measured(trained)
+    assert list(found) == [16, 32, 48]
+    out = tmp_path / "e.json"
+    result = command("evaluate", trained, "--count", 20, "--seed", 3, "--out", out)
+    assert result.code == 0, result.err
+    numbers = json.loads(out.read_text())
+    assert found[48]["symmetry_accuracy"] == numbers["symmetry_accuracy"]
+    assert found[48]["copy_distance"] == pytest.approx(numbers["copy_distance"], abs=1e-6)
+    assert not any("fold" in name for name in found[48])  # single classes are left out
+
+
+def test_training_is_what_it_is_without(trained, tmp_path):
+    train_here(tmp_path / "plain", seed=3, images=48)
+    expected, found = final_tensors(tmp_path / "plain"), final_tensors(trained)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not measured(tmp_path / "plain")
+
+
+def test_a_report_has_a_table_and_a_chart(trained):
+    page = report_run(trained).read_text()
+    assert "## Samples while it trained" in page and "![numbers of samples" in page
+    assert (trained / "evaluations.png").stat().st_size > 5000
+    rows = json.loads((trained / "report.json").read_text())["evaluations"]
+    assert [row["images"] for row in rows] == [16, 32, 48]
+    assert rows[1]["symmetry_accuracy"] == measured(trained)[32]["symmetry_accuracy"]
+
+
+def test_a_run_that_goes_on_measures_each_once(trained, tmp_path):
+    out = tmp_path / "run"
+    train_here(out, stop_at=24, seed=3, **EVERY)
+    train_here(out, seed=3, **EVERY)
+    assert measured(out) == measured(trained)
+
+
+def test_fid_by_the_small_extractor_looks_at_the_reference_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "STEPS", 10)
+    looked = []
+    of_reference = fidelity.Fidelity._features_of_reference
+    monkeypatch.setattr(
+        fidelity.Fidelity,
+        "_features_of_reference",
+        lambda self, reference: looked.append(1) or of_reference(self, reference),
+    )
+    train_here(tmp_path, evaluate_metrics="fid,kid,likelihood", **EVERY)
+    found = measured(tmp_path)
+    assert len(found) == 3 and len(looked) == 1
+    for numbers in found.values():
+        assert numbers["fid"] > 0 and "kid" in numbers and numbers["bits_per_token"] > 0
+        assert "reference_images" not in numbers
+    assert found[16]["fid"] != found[48]["fid"]
+
+
+def test_ranks_share_it(trained, tmp_path):
+    words = flags(out=tmp_path, seed=3, **EVERY)
+    result = finish(start("train", *words, launcher=torchrun(2)))
+    assert result.code == 0, result.out
+    assert result.out.count("evaluated ") == 3
+    found = measured(tmp_path)
+    assert list(found) == [16, 32, 48]
+    # Weights of two ranks differ in their last bits, and tokens hardly.
+    near = pytest.approx(measured(trained)[16]["symmetry_accuracy"], abs=0.101)
+    assert found[16]["symmetry_accuracy"] == near
+
+
+def test_what_cannot_be_measured_is_said_before_training(tmp_path):
+    for number, (words, text) in enumerate(
+        (
+            (("--evaluate-metrics", "charm"), "--evaluate-metrics charm: unknown --metrics charm"),
+            (("--evaluate-metrics", "fid", "--evaluate-inception", "gone.pth"), "no such file"),
+            (("--evaluate-count", 1), "--evaluate-count 1"),
+        )
+    ):
+        out = tmp_path / str(number)
+        result = command("train", *flags(out=out, evaluate_every=8), *words)
+        refused(result, text)
+        assert "images/s" not in result.out
