@@ -61,16 +61,16 @@ class Interrupting:
     """A source of tokens that calls `act` before it answers for sample `at`."""
 
     def __init__(self, source, at: int, act):
-        self.source, self.at, self.act = source, at, act
+        self.inner, self.at, self.act = source, at, act
 
     def __getattr__(self, name):
-        return getattr(self.source, name)
+        return getattr(self.inner, name)
 
     def batch(self, index):
         """The batch of the real source."""
         if int(index[0]) == self.at:
             self.act()
-        return self.source.batch(index)
+        return self.inner.batch(index)
 
 
 def silent(text: str) -> None:
