@@ -73,7 +73,7 @@ def test_a_report_has_a_table_and_a_chart(trained):
 
 def test_a_run_that_goes_on_measures_each_once(trained, tmp_path):
     out = tmp_path / "run"
-    train_here(out, stop_at=24, seed=3, **EVERY)
+    train_here(out, stop_at=16, seed=3, **EVERY)
     train_here(out, seed=3, **EVERY)
     assert measured(out) == measured(trained)
 

@@ -114,7 +114,7 @@ class Spy(Interrupting):
         self.seen = seen
 
     def batch(self, index):
-        batch = self.source.batch(index)
+        batch = self.inner.batch(index)
         for sample, tokens in zip(index.tolist(), batch.tokens.tolist(), strict=True):
             self.seen.append((sample, tuple(tokens)))
         return batch
