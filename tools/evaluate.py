@@ -77,6 +77,8 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
         options = loaded.system.settled(loaded.system.options(**given))
         metrics = metrics_of(arguments, loaded, world) if world.main else []
         written = written_samples(arguments, loaded)
+    if written is not None and not world.main:
+        return  # there is nothing to share
     if written is not None:
         labels, batches = written
     else:

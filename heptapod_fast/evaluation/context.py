@@ -25,8 +25,8 @@ class Metric(Protocol):
         samples were asked for."""
         ...
 
-    def restart(self) -> None:
-        """Forget the samples, for others."""
+    def restart(self, system: System) -> None:
+        """Forget the samples; those that come are of this system."""
         ...
 
     def compute(self) -> dict[str, Any]:

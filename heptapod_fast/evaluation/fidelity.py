@@ -27,6 +27,7 @@ from heptapod_fast.evaluation.extractors import (
 )
 from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, open_images_at
 from heptapod_fast.evaluation.small import small_extractor
+from heptapod_fast.systems.base import System
 
 FEW = 2048  # samples below which FID's covariance has no full rank
 KID_SUBSETS = 100
@@ -57,9 +58,9 @@ class Fidelity:
             self._reference = reference_of(context)
             self._check_reference(self._reference)
         self._real: Kept | None = None  # the reference's features, once they were needed
-        self.restart()
+        self._samples = Kept(self._extractor, self._wanted(of_samples=True))
 
-    def restart(self) -> None:
+    def restart(self, system: System) -> None:
         """See `Metric.restart`."""
         self._samples = Kept(self._extractor, self._wanted(of_samples=True))
 

@@ -13,6 +13,7 @@ from heptapod_fast.data.logograms import Logograms
 from heptapod_fast.evaluation.context import MetricContext
 from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, open_images_at
 from heptapod_fast.rng import Rng
+from heptapod_fast.systems.base import System
 from heptapod_fast.tokenizers.base import Tokenizer, to_unit
 
 BATCH = 64
@@ -44,6 +45,7 @@ class Likelihood:
                 "gives samples and no densities"
             )
         context.system.check_likelihood()
+        self._system = context.system
         self._context = context
         self._tokenizer: Tokenizer = context.tokenizer
         self._images = images_of(context)
@@ -51,8 +53,9 @@ class Likelihood:
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """See `Metric.update`: samples are not what is scored."""
 
-    def restart(self) -> None:
+    def restart(self, system: System) -> None:
         """See `Metric.restart`."""
+        self._system = system
 
     def compute(self) -> dict[str, Any]:
         """See `Metric.compute`."""
@@ -81,9 +84,7 @@ class Likelihood:
         return results
 
     def _bits(self, tokens: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        system = self._context.system
-        assert system is not None
-        nats = system.log_likelihood(tokens, labels, Rng(0), index)
+        nats = self._system.log_likelihood(tokens, labels, Rng(0), index)
         return -nats.double().cpu() / (tokens.shape[1] * math.log(2))
 
 

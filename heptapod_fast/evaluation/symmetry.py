@@ -17,6 +17,7 @@ from torch import Tensor
 from heptapod_fast.data.logograms import Logograms
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.evaluation.context import MetricContext
+from heptapod_fast.systems.base import System
 from heptapod_fast.tokenizers.base import Tokenizer, to_uint8, to_unit
 
 ANGLES = 96
@@ -175,14 +176,15 @@ class SymmetryAccuracy:
             )
         self.source = context.source
         self.tokenizer = context.tokenizer
-        self.restart()
-
-    def restart(self) -> None:
-        """See `Metric.restart`."""
         self._images: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._folds: list[Tensor] = []
         self._turns: list[Tensor] = []
+
+    def restart(self, system: System) -> None:
+        """See `Metric.restart`."""
+        for kept in (self._images, self._labels, self._folds, self._turns):
+            kept.clear()
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """(B, 3, H, W) uint8 and (B,) int64 classes; ValueError for others."""

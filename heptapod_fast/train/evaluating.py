@@ -12,6 +12,7 @@ from heptapod_fast.evaluation import Metric, MetricContext, make_metrics
 from heptapod_fast.progress import Progress, duration
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.generate import generate, spread
+from heptapod_fast.systems import System
 from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.train.records import OF_SAMPLES, Record, Recorder
 from heptapod_fast.train.session import Session, State
@@ -87,7 +88,7 @@ def measure(session: Session, state: State, metrics: list[Metric], recorder: Rec
             )
             drawn = list(batches)
             if session.world.main:
-                numbers = _numbers(metrics, drawn)
+                numbers = _numbers(metrics, system, drawn)
         except (ValueError, OSError) as error:
             session.say(f"WARNING: no evaluation: {error}; training goes on")
             return
@@ -100,11 +101,11 @@ def measure(session: Session, state: State, metrics: list[Metric], recorder: Rec
     session.say(f"evaluated {said} ({duration(time.monotonic() - begin)})")
 
 
-def _numbers(metrics: list[Metric], drawn: list[tuple[Tensor, Tensor]]) -> Record:
+def _numbers(metrics: list[Metric], system: System, drawn: list[tuple[Tensor, Tensor]]) -> Record:
     """What all metrics say of samples that is a measured number, without that of single classes."""
     found: dict[str, Any] = {}
     for metric in metrics:
-        metric.restart()
+        metric.restart(system)
         for labels, pixels in drawn:
             metric.update(pixels, labels)
         found |= metric.compute()

@@ -97,15 +97,23 @@ def test_fid_by_the_small_extractor_looks_at_the_reference_once(tmp_path, monkey
 
 
 def test_ranks_share_it(trained, tmp_path):
-    words = flags(out=tmp_path, seed=3, **EVERY)
-    result = finish(start("train", *words, launcher=torchrun(2)))
+    """Of a state that is spread over them, measured as a whole by one."""
+    words = flags(out=tmp_path, seed=3, evaluate_metrics="symmetry,likelihood", **EVERY)
+    result = finish(start("train", *words, "--parallel", "fsdp", launcher=torchrun(2)))
     assert result.code == 0, result.out
     assert result.out.count("evaluated ") == 3
     found = measured(tmp_path)
     assert list(found) == [16, 32, 48]
     # Weights of two ranks differ in their last bits, and tokens hardly.
-    near = pytest.approx(measured(trained)[16]["symmetry_accuracy"], abs=0.101)
-    assert found[16]["symmetry_accuracy"] == near
+    train_here(tmp_path / "alone", seed=3, evaluate_metrics="likelihood", **EVERY)
+    alone = measured(tmp_path / "alone")
+    for images, numbers in found.items():
+        near = pytest.approx(measured(trained)[images]["symmetry_accuracy"], abs=0.101)
+        assert numbers["symmetry_accuracy"] == near
+        near = pytest.approx(alone[images]["bits_per_token"], rel=1e-3)
+        assert numbers["bits_per_token"] == near
+    # The average of the weights is what is measured, which hardly moves, and not the weights.
+    assert alone[16]["bits_per_token"] == pytest.approx(alone[48]["bits_per_token"], rel=1e-2)
 
 
 def test_what_cannot_be_measured_is_said_before_training(tmp_path):
