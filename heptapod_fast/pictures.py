@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -46,6 +47,15 @@ def save_png(pixels: Tensor, path: str | Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def png_bytes(pixels: Tensor) -> bytes:
+    """uint8 (height, width, 3) -> a PNG file's bytes."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(data, format="PNG")
+    return data.getvalue()
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> None:

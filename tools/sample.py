@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heptapod_fast.classes import chosen, numbered
 from heptapod_fast.sampling.generate import spread
-from heptapod_fast.sampling.outputs import COLUMNS, MOST_ROWS, Arrays, Grid, Output, Singles
+from heptapod_fast.sampling.outputs import COLUMNS, MOST_ROWS, Arrays, Grid, Output, Singles, Tarred
 from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.world import World
 
@@ -33,6 +33,8 @@ class Arguments(SamplingArguments):
     """Grid to write; default: RUN_DIR/samples/sample-STEP-SEED.png."""
     save_images: str | None = None
     """Folder for single PNG images."""
+    save_tar: str | None = None
+    """File for PNG images and their classes (.cls), as webdataset and --data read it."""
     save_npz: str | None = None
     """File for arr_0 (B, H, W, 3) uint8 and labels, as ADM's evaluator reads it."""
     complete: str | None = None
@@ -55,6 +57,7 @@ def work() -> int:
         for flag, path, ending in (
             ("--out", arguments.out, ".png"),
             ("--save-npz", arguments.save_npz, ".npz"),
+            ("--save-tar", arguments.save_tar, ".tar"),
         ):
             if path is not None and not path.endswith(ending):
                 raise ValueError(f"{flag} {path}: expected a name that ends in {ending}")
@@ -86,6 +89,8 @@ def sample(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     others: list[Output] = []
     if arguments.save_images:
         others.append(Singles(Path(arguments.save_images)))
+    if arguments.save_tar:
+        others.append(Tarred(Path(arguments.save_tar)))
     if arguments.save_npz:
         others.append(Arrays(Path(arguments.save_npz), labels))
     with contextlib.ExitStack() as stack:

@@ -4,6 +4,8 @@ and keeps no more than it has to."""
 from __future__ import annotations
 
 import contextlib
+import io
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heptapod_fast.pictures import grid_of_pixels, save_png
+from heptapod_fast.pictures import grid_of_pixels, png_bytes, save_png
 
 COLUMNS = 8
 MOST_ROWS = 64
@@ -117,6 +119,56 @@ class Singles:
     def said(self) -> str:
         """See `Output`."""
         return f"single images: {self.folder}"
+
+
+class Tarred:
+    """A .tar file with a PNG file and a .cls file, the class's number, of every image: what
+    webdataset reads, and --data of tools/train.py. The same images make the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._archive: tarfile.TarFile | None = None
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._archive = tarfile.open(self._temporary, "w")  # noqa: SIM115  # closed at the end
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            assert self._archive is not None  # entered
+            self._archive.close()
+            if error is None:
+                self._temporary.replace(self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def add(self, labels: Tensor, pixels: Tensor) -> None:
+        """See `Output`."""
+        images = pixels.permute(0, 2, 3, 1).contiguous()
+        for image, label in zip(images, labels.tolist(), strict=True):
+            self._put(f"{self._count:06d}.png", png_bytes(image))
+            self._put(f"{self._count:06d}.cls", str(label).encode())
+            self._count += 1
+
+    def _put(self, name: str, data: bytes) -> None:
+        """A file without an owner or a time."""
+        assert self._archive is not None  # entered
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._archive.addfile(member, io.BytesIO(data))
+        self._archive.members.clear()  # which it would keep of every file
+
+    def said(self) -> str:
+        """See `Output`."""
+        return f"tar file: {self.path}"
 
 
 class Arrays:

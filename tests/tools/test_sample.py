@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from heptapod_fast.data.images import ImageFolder
 from heptapod_fast.sampling import outputs
 from tests.running import command, finish, refused, start, torchrun, train_here
 
 CONTRACT = (
     "classes count positions-per-step temperature diffusion-steps top-k top-p ema"
-    " checkpoint seed out save-images save-npz"
+    " checkpoint seed out save-images save-npz save-tar"
 ).split()
 SMALL = dict(image_size=12, patch_size=4, images=16)
 
@@ -43,7 +44,7 @@ def test_a_grid_goes_where_it_is_told(trained, tmp_path):
         assert image.size == (3 * 98 + 2, 2 * 98 + 2)
 
 
-@pytest.mark.parametrize("flag, name", [("--out", "grid.jpg"), ("--save-npz", "arrays")])
+@pytest.mark.parametrize("flag, name", [("--out", "grid.jpg"), ("--save-npz", "arrays"), ("--save-tar", "a.zip")])
 def test_names_must_say_what_is_in_the_file(trained, tmp_path, flag, name):
     refused(command("sample", trained, flag, tmp_path / name), flag, "ends in")
 
@@ -228,6 +229,28 @@ def test_an_archive_that_was_not_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tar_of_samples_is_data_to_train_on(tmp_path):
+    labels = torch.tensor([3, 0, 3])
+    pixels = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    files = []
+    for name in ("a", "b"):
+        path = tmp_path / name / "samples.tar"
+        with outputs.Tarred(path) as tar:
+            tar.add(labels[:2], pixels[:2])
+            tar.add(labels[2:], pixels[2:])
+            assert tar._archive.members == []  # nothing grows with the number of images
+        files.append(path.read_bytes())
+    assert files[0] == files[1] and not list(tmp_path.rglob(".*"))
+    found = ImageFolder(tmp_path / "a" / "samples.tar", 8)
+    assert found.class_names == ("0", "3") and found.labels.tolist() == [1, 0, 1]
+    assert torch.equal(found.images(torch.arange(3)), pixels)
+    with pytest.raises(KeyboardInterrupt):
+        with outputs.Tarred(tmp_path / "broken.tar") as tar:
+            tar.add(labels[:1], pixels[:1])
+            raise KeyboardInterrupt
+    assert not list(tmp_path.glob("*broken*"))
+
+
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """Batches are let go of once they are written; a grid keeps no more than it shows."""
     count = 40 * 32
@@ -235,6 +258,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     everywhere = [
         outputs.Grid(tmp_path / "g.png", 8),
         outputs.Singles(tmp_path / "singles"),
+        outputs.Tarred(tmp_path / "a.tar"),
         outputs.Arrays(tmp_path / "a.npz", labels),
     ]
     kept = []
