@@ -164,7 +164,8 @@ class Tarred:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._archive.addfile(member, io.BytesIO(data))
-        self._archive.members.clear()  # which it would keep of every file
+        kept: list[tarfile.TarInfo] = self._archive.members  # type: ignore[attr-defined]
+        kept.clear()  # of every file so far, which are many
 
     def said(self) -> str:
         """See `Output`."""

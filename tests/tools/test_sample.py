@@ -44,7 +44,9 @@ def test_a_grid_goes_where_it_is_told(trained, tmp_path):
         assert image.size == (3 * 98 + 2, 2 * 98 + 2)
 
 
-@pytest.mark.parametrize("flag, name", [("--out", "grid.jpg"), ("--save-npz", "arrays"), ("--save-tar", "a.zip")])
+@pytest.mark.parametrize(
+    "flag, name", [("--out", "grid.jpg"), ("--save-npz", "arrays"), ("--save-tar", "a.zip")]
+)
 def test_names_must_say_what_is_in_the_file(trained, tmp_path, flag, name):
     refused(command("sample", trained, flag, tmp_path / name), flag, "ends in")
 
