@@ -41,13 +41,15 @@ FIRST_FOLD = 2  # of class 0
 # What both states run: it prints the seconds of each of several samplings, a first one left out.
 TIMED = """
 import json, sys, time
+from inspect import signature
 import torch
 sys.path.insert(0, sys.argv[1])
 from heptapod_fast import world as worlds
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs import load_run
 worlds.start("cpu")
-loaded = load_run(sys.argv[2], device="cpu")
+settled = {"only_samples": True} if "only_samples" in signature(load_run).parameters else {}
+loaded = load_run(sys.argv[2], device="cpu", **settled)
 labels = torch.arange(int(sys.argv[3])) % len(loaded.class_names)
 seconds = []
 for _ in range(1 + int(sys.argv[4])):
@@ -155,7 +157,7 @@ def main() -> None:
     rows = []
     worlds.start("cpu")
     for run in options.runs:
-        loaded = load_run(run, device="cpu")
+        loaded = load_run(run, device="cpu", only_samples=True)
         if loaded.config.data.data != "logograms":
             parser.error(f"{run}: expected a run of --data logograms")
         kind = f"{loaded.config.spec.kind} tokens"

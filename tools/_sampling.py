@@ -52,6 +52,7 @@ class SamplingArguments:
             self.ema,
             str(world.device),
             tokenizer_weights=self.tokenizer_weights,
+            only_samples=True,
         )
         if loaded.tokenizer is None:
             raise ValueError(f"{self.run} was trained on synthetic tokens: nothing can be decoded")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import io
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from heptapod_fast.storage import read_numbers, write_numbers
 
 # torch-fidelity's conversion of the TensorFlow graph that published numbers are made with; the file
 # is named by the beginning of its hash.
@@ -74,14 +76,16 @@ class Inception:
         self._device = device
         load_torch_fidelity()
         module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-        # The class unpickles what it is given; it is given bytes that are made here, of tensors.
-        again = io.BytesIO()
-        torch.save(_read_tensors(path), again)
-        again.seek(0)
         try:
-            self._network: Any = module.FeatureExtractorInceptionV3(
-                self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=again
-            )
+            # The class would execute what it is given; it is given a file that is made here.
+            with tempfile.TemporaryDirectory() as folder:
+                again = Path(folder, "weights.pth")
+                write_numbers(_read_tensors(path), again)
+                self._network: Any = module.FeatureExtractorInceptionV3(
+                    self.name,
+                    ["2048", "logits_unbiased"],
+                    feature_extractor_weights_path=str(again),
+                )
         except RuntimeError as error:
             raise ValueError(
                 f"--inception {path}: not the weights of torch-fidelity's Inception: {error}"
@@ -124,13 +128,13 @@ def _checked_hash(path: str, expected: str | None) -> str:
     return found
 
 
-def _read_tensors(path: str) -> dict[str, Tensor]:
+def _read_tensors(path: str) -> object:
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
 
         return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_numbers(Path(path))
     except Exception as error:  # whatever stands in the file
         raise ValueError(
             f"--inception {path}: expected tensors saved by PyTorch, or .safetensors: {error}"

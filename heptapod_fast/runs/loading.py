@@ -89,6 +89,7 @@ def load_run(
     device: str = "auto",
     precision: str = "auto",
     tokenizer_weights: str | None = None,
+    only_samples: bool = False,
 ) -> LoadedRun:
     """A trained run from the newest checkpoint that verifies.
 
@@ -101,6 +102,8 @@ def load_run(
         device: auto, cpu or cuda.
         precision: auto (the run's), bf16 or fp32.
         tokenizer_weights: where published weights are now, if they are not where they were.
+        only_samples: keep most weights in the dtype of the activations (`System.settle_dtype`),
+            which draws the same samples faster; else all are the float32 masters.
 
     Raises:
         RunError, CheckpointError: say what is missing.
@@ -114,7 +117,11 @@ def load_run(
     system = build_system(config, len(class_names), target, fill=False)
     weights = weights_name(config, ema)
     system.load_state_dict(read_weights(run, chosen, weights))
-    system.eval().requires_grad_(False).settle_dtype(dtype)
+    system.eval().requires_grad_(False)
+    if only_samples:
+        system.settle_dtype(dtype)
+    else:
+        system.set_dtype(dtype)
     if tokenizer_weights is not None:
         config = config.replace(tokenizer_weights=tokenizer_weights)
     tokenizer = saved_tokenizer(config, run, chosen)
