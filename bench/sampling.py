@@ -11,7 +11,8 @@ state of the code, in turns.
 Quality is the share of samples whose symmetry is that of their class (evaluation/symmetry.py). With
 --against, each round runs both states one after the other, each in a process of its own, at one
 position at a step, and the row says how many times faster this one is. The other state needs no
-installation: its package and its compiled operators are found in its folder.
+installation, but its compiled operators: build it, or copy heptapod_fast/*.so and _build_note.txt
+where csrc/ is the same; else it runs without them.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class Arguments(SamplingArguments):
     """Network of features: Inception, or small, a classifier of the run's images that is trained in
     about a minute and kept in RUN_DIR; its numbers compare runs on the same data alone."""
     samples: str | None = None
-    """Measure these instead of sampling: an .npz or a folder, as tools/sample.py writes them."""
+    """Measure all of these instead of sampling: an .npz or a folder, as tools/sample.py writes
+    them."""
     out: str | None = None
     """Where the numbers go; default: RUN_DIR/evaluation.json."""
 
@@ -84,15 +85,17 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     else:
         labels = spread(list(range(len(loaded.class_names))), arguments.count)
         batches = samples_of(loaded, labels, arguments, options, world, to_uint8)
-    shown = set(some_of_each(labels))
-    grid = []
+    shown = some_of_each(labels)
+    grid: dict[int, Tensor] = {}
     first = 0
     drawn = Timed(batches)
     for batch_labels, pixels in drawn:
         for metric in metrics:
             metric.update(pixels, batch_labels)
         # Copies: a part of a batch would keep all of it.
-        grid += [image.clone() for i, image in enumerate(pixels, first) if i in shown]
+        for number in shown:
+            if first <= number < first + len(pixels):
+                grid[number] = pixels[number - first].clone()
         first += len(pixels)
     if not world.main:
         return
@@ -104,13 +107,12 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
         "images_seen": loaded.images_seen,
         "samples": len(labels),
     }
+    results |= {"checkpoint": loaded.checkpoint.name, "weights": loaded.weights}
     if arguments.samples is not None:
         results["samples_from"] = arguments.samples
     else:
         results |= {
-            "checkpoint": loaded.checkpoint.name,
             "seed": arguments.seed,
-            "weights": loaded.weights,
             "sampling_seconds": round(drawn.seconds, 3),
             "samples_per_second": round(len(labels) / drawn.seconds, 3),
             "options": asdict(options),
@@ -122,7 +124,8 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     columns = min(GRID_COLUMNS, int(labels.bincount().max()))
-    save_png(grid_of_pixels(torch.stack(grid), columns), out.with_suffix(".png"))
+    pictures = torch.stack([grid[number] for number in shown])
+    save_png(grid_of_pixels(pictures, columns), out.with_suffix(".png"))
     say(results)
     print(f"written: {out} and {out.with_suffix('.png')}")
 
@@ -217,8 +220,13 @@ def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Me
             "its relatives need --inception FILE or --extractor small"
         )
     assert loaded.tokenizer is not None  # `SamplingArguments.load` has seen to it
+    # A folder of images is decoded as a whole: not where nobody looks at them.
+    needs_images = arguments.reference is None or arguments.extractor == "small"
+    source = None
+    if needs_images or "symmetry" in names:
+        source = open_images(loaded.config)
     context = MetricContext(
-        source=open_images(loaded.config),
+        source=source,
         tokenizer=loaded.tokenizer,
         system=loaded.system,
         count=arguments.count,

@@ -119,6 +119,8 @@ def _checked_hash(path: str, expected: str | None) -> str:
         )
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     wanted = INCEPTION_SHA256 if expected is None else expected.lower()
+    if not wanted:
+        raise ValueError("--inception-sha256 is empty: expected how the hash of the file begins")
     if not found.startswith(wanted):
         raise ValueError(
             f"--inception {path} has the SHA-256 {found}, expected {wanted}...: another file, or a "
@@ -129,20 +131,21 @@ def _checked_hash(path: str, expected: str | None) -> str:
 
 
 def _read_tensors(path: str) -> object:
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+    from safetensors.torch import load_file
 
-        return load_file(path)
+    read = load_file if path.endswith(".safetensors") else read_numbers
+    expected = "expected tensors saved by PyTorch, or .safetensors"
     try:
-        return read_numbers(Path(path))
+        found = read(Path(path))
     except Exception as error:  # whatever stands in the file
-        raise ValueError(
-            f"--inception {path}: expected tensors saved by PyTorch, or .safetensors: {error}"
-        ) from None
+        raise ValueError(f"--inception {path}: {expected}: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"--inception {path}: {expected} by their names")
+    return found
 
 
 def load_torch_fidelity() -> Any:
-    """The package, or an ImportError that says how to get it.
+    """The package, or a ValueError that says how to get it.
 
     It imports torchvision, and uses none of its operators. They are compiled for CUDA in the
     package index, do not load beside a CPU build of torch, and torchvision then fails over the
@@ -163,7 +166,7 @@ def load_torch_fidelity() -> Any:
     try:
         return importlib.import_module("torch_fidelity")
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             f"fid, sfid, kid, is, precision and recall need torch-fidelity ({error}): "
             "pip install 'heptapod_fast[eval]'"
         ) from None

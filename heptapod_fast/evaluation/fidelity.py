@@ -4,7 +4,7 @@ The protocol: samples are rounded to uint8 first; FID and sFID compare mean and 
 features with those of the reference, as they are stored in an ADM file or computed of its images;
 KID takes 100 subsets of at most 1,000; the Inception Score ten parts of the shuffled samples;
 precision and recall the third nearest neighbour (Kynkaanniemi et al. 2019), on the pooled features
-as ADM does. What is needed of samples and reference is kept as features, 8 KiB an image.
+as ADM does. What is needed of samples and reference is kept as features, at most 20 KiB an image.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from heptapod_fast.systems.base import System
 FEW = 2048  # samples below which FID's covariance has no full rank
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
+PARTS = 10  # of the Inception Score
 NEIGHBOUR = 3
 SEED = 2020  # of KID's subsets and the Inception Score's parts, torch-fidelity's default
 ROWS = 1024  # of distances or covariances at a time
@@ -50,6 +51,7 @@ class Fidelity:
     """
 
     def __init__(self, context: MetricContext, names: Sequence[str]):
+        load_torch_fidelity()  # what is missing is said before anything is sampled
         self._names = tuple(names)
         self._context = context
         self._extractor = extractor_of(context)
@@ -126,6 +128,8 @@ class Fidelity:
             found["reference"] = self._reference.name
             found["reference_sha256"] = self._reference.sha256
             found["reference_images"] = len(self._reference) or "statistics alone"
+            if self._published(self._reference, is_spatial=False) is not None:
+                found["reference_statistics"] = "as published"
         if count < FEW:
             found["warning"] = (
                 f"{count:,} samples: below {FEW:,} FID has a bias that depends on their number; "
@@ -258,11 +262,18 @@ def inception_score(logits: Tensor) -> dict[str, float]:
     """Of (N, K) logits, by torch-fidelity: mean and deviation of ten parts."""
     load_torch_fidelity()
     library = importlib.import_module("torch_fidelity.metric_isc")
-    splits = min(10, len(logits))
-    found = library.isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=SEED)
+    count = len(logits)
+    parts = min(PARTS, count)
+    # Its own shuffle; and part by part, for it makes three float64 copies of what it is given.
+    shuffled = torch.from_numpy(np.random.RandomState(SEED).permutation(count))
+    scores = []
+    for part in range(parts):
+        these = shuffled[part * count // parts : (part + 1) * count // parts]
+        found = library.isc_features_to_metric(logits[these], splits=1, shuffle=False)
+        scores.append(found[library.KEY_METRIC_ISC_MEAN])
     return {
-        "inception_score": found[library.KEY_METRIC_ISC_MEAN],
-        "inception_score_deviation": found[library.KEY_METRIC_ISC_STD],
+        "inception_score": float(np.mean(scores)),
+        "inception_score_deviation": float(np.std(scores)),
     }
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ class ArrayFile:
                     with archive.open("arr_0.npy") as stream:
                         self._shape = self._checked_header(stream, side)
             self.labels = self._read_labels()
-        except zipfile.BadZipFile:
-            raise ValueError(f"{self._where}: not an .npz file") from None
+        except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as error:
+            raise ValueError(f"{self._where}: not an .npz file ({error})") from None
         if not self._members & {"arr_0", "mu"}:
             raise ValueError(
                 f"{self._where} holds {', '.join(sorted(self._members)) or 'nothing'}; expected "
@@ -99,16 +100,22 @@ class ArrayFile:
             )
 
     def _read_labels(self) -> Tensor | None:
-        if "labels" not in self._members:
+        if "labels" not in self._members or not len(self):
             return None
-        with np.load(self._path, allow_pickle=False) as file:
-            labels = file["labels"]
+        labels = self._array("labels")
         if labels.shape != self._shape[:1]:
             raise ValueError(
                 f"{self._where}: labels are {labels.shape}, expected {self._shape[:1]}, one for "
                 "each image"
             )
         return torch.from_numpy(labels.astype(np.int64))
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                return file[name]
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"{self._where}: {name} cannot be read: {error}") from None
 
     def _checked_header(self, stream: IO[bytes], side: int) -> tuple[int, ...]:
         shape, dtype = _read_header(stream, self._where)
@@ -148,8 +155,7 @@ class ArrayFile:
         mean, covariance = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
         if not {mean, covariance} <= self._members:
             return None
-        with np.load(self._path, allow_pickle=False) as file:
-            mu, sigma = file[mean], file[covariance]
+        mu, sigma = self._array(mean), self._array(covariance)
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise ValueError(
                 f"{self._where}: {mean} is {mu.shape} and {covariance} {sigma.shape}, expected "
@@ -160,7 +166,10 @@ class ArrayFile:
 
 def _read_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of an array in a file; what follows are its bytes."""
-    version = np.lib.format.read_magic(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+    except ValueError as error:
+        raise ValueError(f"{where}: arr_0 is no array ({error})") from None
     read = np.lib.format.read_array_header_1_0
     if version != (1, 0):
         read = np.lib.format.read_array_header_2_0
@@ -232,8 +241,8 @@ class TrainingImages:
 
     def __post_init__(self) -> None:
         self.sha256 = self.source.fingerprint
-        stride = -(-len(self.source) // self.most)
-        self._ids = torch.arange(0, len(self.source), stride)
+        count = min(len(self.source), self.most)
+        self._ids = torch.arange(count) * len(self.source) // count
         self.labels: Tensor | None = self.source.labels[self._ids]
 
     def __len__(self) -> int:

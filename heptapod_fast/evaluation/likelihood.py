@@ -49,6 +49,14 @@ class Likelihood:
         self._context = context
         self._tokenizer: Tokenizer = context.tokenizer
         self._images = images_of(context)
+        labels = self._images.labels
+        assert labels is not None  # `images_of` saw to it
+        classes = context.system.num_classes
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise ValueError(
+                f"--metrics likelihood: {self._images.name} has classes {int(labels.min())} to "
+                f"{int(labels.max())}, the run 0 to {classes - 1}"
+            )
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """See `Metric.update`: samples are not what is scored."""
@@ -68,7 +76,7 @@ class Likelihood:
             for part in pixels.split(BATCH):
                 index = torch.arange(first, first + len(part))
                 tokens = self._tokenizer.encode(to_unit(part).to(self._tokenizer.device))
-                for name, these in (("", tokens), ("_shuffled", exchanged(tokens))):
+                for name, these in (("", tokens), ("_shuffled", exchanged(tokens, index))):
                     found[name].append(self._bits(these, labels[index], index))
                 first += len(part)
                 progress(first, len(self._images))
@@ -88,11 +96,10 @@ class Likelihood:
         return -nats.double().cpu() / (tokens.shape[1] * math.log(2))
 
 
-def exchanged(tokens_BN: Tensor) -> Tensor:
-    """Each image's tokens in an order of its own."""
-    batch, count = tokens_BN.shape
-    index = torch.arange(batch, device=tokens_BN.device)
-    return tokens_BN.gather(1, Rng(1).permutation("exchanged", index, count))
+def exchanged(tokens_BN: Tensor, index_B: Tensor) -> Tensor:
+    """Each image's tokens in an order of its own, by its number."""
+    index_B = index_B.to(tokens_BN.device)
+    return tokens_BN.gather(1, Rng(1).permutation("exchanged", index_B, tokens_BN.shape[1]))
 
 
 def images_of(context: MetricContext) -> ImageSet:

@@ -110,6 +110,8 @@ def _train(
             if parameter.dim() > 1:
                 spread = (2.0 / parameter[0].numel()) ** 0.5
                 parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+        for layer in (*network.convolutions, network.classes):
+            layer.bias.zero_()
     network.to(device).train()
     order = torch.randperm(len(source), generator=generator)
     held_out = order[: min(HELD_OUT, len(order) // 4)]
@@ -149,9 +151,13 @@ def _read(path: Path, about: dict[str, str], network: SmallNetwork) -> float | N
 
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        found = json.loads(file.metadata()["about"])
-        if any(found.get(name) != value for name, value in about.items()):
-            return None
-        network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception:  # a damaged file: another one is trained in its place
+        return None
+    if any(found.get(name) != value for name, value in about.items()):
+        return None
+    network.load_state_dict(tensors)
     return float(found["accuracy"])

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from heptapod_fast.ops import DiffusionWeights
 
+ROWS = 4096  # that are computed at once
+
 
 class SampledMlp:
     """Weights put together for one token's steps: the modulations of all blocks are one product,
@@ -35,6 +37,9 @@ class SampledMlp:
 
     def __call__(self, xt_RC: Tensor, y_RF: Tensor) -> Tensor:
         """Noisy tokens, and the sum of time embedding and condition -> (R, outputs) float32."""
+        if len(xt_RC) > ROWS:  # the modulations of all blocks are wide
+            parts = zip(xt_RC.split(ROWS), y_RF.split(ROWS), strict=True)
+            return torch.cat([self(xt, y) for xt, y in parts])
         weights = self.weights
         width = (self.width,)
         modulation_RK = F.linear(F.silu(y_RF), self.modulation_weight, self.modulation_bias)

@@ -80,7 +80,7 @@ def report_run(folder: Path) -> Path:
     if evaluation.exists():
         parts += [
             "## Evaluation",
-            properties(numbers["evaluation"]),
+            properties(numbers["evaluation"], leave_out=("samples_per_class",)),
             "![samples](evaluation.png)",
         ]
     page = folder / "report.md"

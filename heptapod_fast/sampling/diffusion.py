@@ -78,14 +78,12 @@ class Denoiser:
             for step in reversed(range(steps)):
                 x_RC = self._ddim(self.predict(x_RC, step), x_RC, schedule[step], step == 0)
             return x_RC
-        noise_RSC = x_RC[:, None]
-        for step in reversed(range(steps)):
-            prediction_RK = self.predict(x_RC, step)
-            place = step % NOISES
-            if place == NOISES - 1 or step == steps - 1:
-                noise_RSC = self._noises(step // NOISES, channels)
-            noise_RC = None if step == 0 else noise_RSC[:, place]
-            x_RC = self._ddpm(prediction_RK, x_RC, schedule[step], noise_RC)
+        for group in reversed(range(-(-steps // NOISES))):
+            noise_RSC = self._noises(group, channels)
+            first = group * NOISES
+            for step in reversed(range(first, min(first + NOISES, steps))):
+                noise_RC = None if step == 0 else noise_RSC[:, step - first]
+                x_RC = self._ddpm(self.predict(x_RC, step), x_RC, schedule[step], noise_RC)
         return x_RC
 
     def _noises(self, group: int, channels: int) -> Tensor:

@@ -51,8 +51,6 @@ class Decoder(Protocol):
 
 def spread(classes: list[int], count: int) -> Tensor:
     """(count,) int64: `count` labels spread evenly over the classes, in their order."""
-    if count < len(classes):
-        return torch.tensor(classes[:count])
     return torch.tensor([classes[i * len(classes) // count] for i in range(count)])
 
 

@@ -38,7 +38,7 @@ class SampleOptions(Settings):
         rule=between(1, STEPS),
     )
     late_diffusion_steps: int | None = setting(
-        "Denoising steps of an image's last tokens: the number falls evenly from "
+        "Denoising steps towards the end of an image: the number falls evenly from "
         "--diffusion-steps to this, as late tokens have little left to decide (DiSA).",
         rule=between(1, STEPS),
     )
@@ -53,7 +53,7 @@ class SampleOptions(Settings):
         early, late = self.diffusion_steps, self.late_diffusion_steps
         if early is None or late is None:
             return self
-        return replace(self, diffusion_steps=max(1, round(early + (late - early) * drawn)))
+        return replace(self, diffusion_steps=round(early + (late - early) * drawn))
 
     def check_tokens(self, spec: TokenSpec) -> None:
         """Refuse what cannot be with these tokens.
@@ -69,6 +69,11 @@ class SampleOptions(Settings):
                 raise ValueError(
                     f"--late-diffusion-steps {self.late_diffusion_steps}: say with "
                     "--diffusion-steps how many the first tokens take"
+                )
+            if (self.late_diffusion_steps or 0) > (self.diffusion_steps or STEPS):
+                raise ValueError(
+                    f"--late-diffusion-steps {self.late_diffusion_steps}: expected at most "
+                    f"--diffusion-steps, {self.diffusion_steps}"
                 )
             return
         of_vectors = ("diffusion_steps", "late_diffusion_steps", "diffusion_sampler")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
-
-from torch import Tensor
 
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.evaluation import Metric, MetricContext, make_metrics
 from heptapod_fast.progress import Progress, duration
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.generate import generate, spread
-from heptapod_fast.systems import System
 from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.train.records import OF_SAMPLES, Record, Recorder
 from heptapod_fast.train.session import Session, State
+from heptapod_fast.world import PATIENCE_AT_START
 
 BATCH = 256
 
@@ -31,6 +30,8 @@ def open_metrics(session: Session) -> list[Metric]:
     Raises:
         ValueError: one lacks what it needs; says what to give.
     """
+    if session.config.run.evaluate_every and session.tokenizer is None:
+        session.say("WARNING: --evaluate-every: no samples can be decoded here, none are measured")
     if not measures_samples(session):
         return []
     with session.world.together():
@@ -61,53 +62,65 @@ def _made(session: Session) -> list[Metric]:
     try:
         return make_metrics(names.split(","), context)
     except ValueError as error:
-        raise ValueError(f"--evaluate-metrics {names}: {error}") from None
+        raise ValueError(
+            f"--evaluate-metrics {names}: {error} (in training: --evaluate-inception FILE, "
+            "--evaluate-reference FOLDER|FILE.npz)"
+        ) from None
 
 
 def measure(session: Session, state: State, metrics: list[Metric], recorder: Recorder) -> None:
     """A record of the numbers of samples of the first moving average, the same classes and seeds
-    each time. What fails costs this record, not the run. Collective call."""
+    each time. A metric that fails costs this record, not the run. Collective call."""
     tokenizer = session.tokenizer
     assert tokenizer is not None  # `measures_samples`
     begin = time.monotonic()
     labels = spread(list(range(session.source.num_classes)), session.config.run.evaluate_count)
     optimizer = session.optimizer
     weights = next(iter(optimizer.emas.values()), optimizer.parameters)
-    drawn: list[tuple[Tensor, Tensor]] = []
+    error = None
+    numbers: Record = {}
+    # One rank measures while the others wait, longer than for a step.
+    groups = session.parallel.groups
+    session.world.wait_at_most(PATIENCE_AT_START, groups)
     with session.parallel.whole(weights) as system:
         system.eval()
+        for metric in metrics:
+            metric.restart(system)
+        batches = generate(
+            system,
+            tokenizer,
+            labels,
+            Rng(session.config.recipe.seed),
+            batch=min(BATCH, -(-len(labels) // session.world.size)),
+            finish=to_uint8,
+            world=session.world,
+        )
+        for batch_labels, pixels in batches:
+            for metric in metrics:
+                metric.update(pixels, batch_labels)
         try:
-            batches = generate(
-                system,
-                tokenizer,
-                labels,
-                Rng(session.config.recipe.seed),
-                batch=min(BATCH, -(-len(labels) // session.world.size)),
-                finish=to_uint8,
-                world=session.world,
-            )
-            drawn = list(batches)
-            if session.world.main:
-                numbers = _numbers(metrics, system, drawn)
-        except (ValueError, OSError) as error:
-            session.say(f"WARNING: no evaluation: {error}; training goes on")
-            return
-        finally:
-            session.system.train()
+            numbers = _numbers(metrics)
+        except Exception as caught:  # whatever it is, training has nothing to do with it
+            error = caught
+        for metric in metrics:
+            metric.restart(session.system)  # `system` may be a copy that goes away
+        session.system.train()
+    session.world.any(False)  # all wait for the one that measured
+    session.world.wait_at_most(timedelta(seconds=session.config.run.rank_timeout), groups)
     if not session.world.main:
+        return
+    if error is not None:
+        session.say(f"WARNING: no evaluation: {error}; training goes on")
         return
     recorder.write({"images": state.images, **{OF_SAMPLES + key: numbers[key] for key in numbers}})
     said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     session.say(f"evaluated {said} ({duration(time.monotonic() - begin)})")
 
 
-def _numbers(metrics: list[Metric], system: System, drawn: list[tuple[Tensor, Tensor]]) -> Record:
-    """What all metrics say of samples that is a measured number, without that of single classes."""
+def _numbers(metrics: list[Metric]) -> Record:
+    """What all metrics say that is a measured number, without that of single classes."""
     found: dict[str, Any] = {}
     for metric in metrics:
-        metric.restart(system)
-        for labels, pixels in drawn:
-            metric.update(pixels, labels)
         found |= metric.compute()
     return {
         name: value for name, value in found.items() if isinstance(value, float) and "/" not in name

@@ -69,8 +69,8 @@ def train(session: Session, state: State) -> Ending:
     world = session.world
     total = config.recipe.images
     batch = config.recipe.batch
-    recorder = open_recorder(session, state)
     metrics = open_metrics(session)
+    recorder = open_recorder(session, state)
     meter = Meter(total, peak_flops(world.device), world.size, world.device)
     phase = begin_phase(session, state, meter)
     session.system.train()

@@ -32,6 +32,7 @@ VECTORS = token_spec("patch", 4, 1)
         (CODES, {"position_schedule": "linear"}, "--position-schedule linear"),
         (VECTORS, {"diffusion_sampler": "rk4"}, "--diffusion-sampler rk4"),
         (VECTORS, {"late_diffusion_steps": 5}, "say with --diffusion-steps how many"),
+        (VECTORS, {"diffusion_steps": 5, "late_diffusion_steps": 9}, "at most --diffusion-steps"),
         (CODES, {"late_diffusion_steps": 5}, "--late-diffusion-steps 5 needs continuous tokens"),
         (VECTORS, {"diffusion_steps": 9, "late_diffusion_steps": 0}, "--late-diffusion-steps 0"),
     ],
