@@ -1,6 +1,7 @@
 """FID and its relatives: torch-fidelity's numbers, the same from every kind of file; refusals."""
 
 import hashlib
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from heptapod_fast.evaluation.fidelity import (
     mean_and_covariance,
     precision_recall,
 )
-from heptapod_fast.evaluation.image_sets import open_images_at
+from heptapod_fast.evaluation.image_sets import TrainingImages, open_images_at
 
 ALL = ("fid", "sfid", "kid", "is", "precision", "recall")
 SIDE = 24
@@ -219,6 +220,36 @@ def test_the_small_extractor_is_trained_once_and_for_its_data(tmp_path, monkeypa
     assert first(pixels).spatial.shape == (3, 4 * 4 * 7)
     with pytest.raises(TypeError):  # other images: another one is trained
         small_module.small_extractor(Logograms(SIDE, 200), tmp_path, CPU)
+
+
+def test_the_small_extractor_depends_on_its_data_alone(tmp_path, monkeypatch):
+    """Whatever was drawn before; and a file that is damaged is made anew."""
+    monkeypatch.setattr(small_module, "STEPS", 3)
+    monkeypatch.setattr(small_module, "BATCH", 8)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        found.append(small_module.small_extractor(LOGOGRAMS, folder, CPU).sha256)
+    path = tmp_path / "1" / small_module.FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    found.append(small_module.small_extractor(LOGOGRAMS, tmp_path / "1", CPU).sha256)
+    assert found == [found[0]] * 3
+
+
+def test_training_images_are_evenly_spread():
+    for most, count in ((1000, 400), (399, 399), (7, 7)):
+        images = TrainingImages(LOGOGRAMS, most=most)
+        assert len(images) == count and len(images.labels) == count
+        assert sum(len(batch) for batch in images.batches()) == count
+    assert len(images.labels.unique()) == 5
+
+
+def test_the_package_is_asked_for_before_anything_is_sampled(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match="pip install 'heptapod_fast"):
+        make_metrics(["fid"], MetricContext(LOGOGRAMS, image_size=SIDE, **small))
 
 
 class Means:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from heptapod_fast import ops
+from heptapod_fast.model import sampled_mlp
 from heptapod_fast.model.sampled_mlp import SampledMlp
 from heptapod_fast.model.token_losses import (
     Categorical,
@@ -261,14 +262,16 @@ def test_a_diffusion_draw_denoises_with_its_own_network():
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_the_mlp_that_samples_is_upstreams(blocks):
-    """Every time its own row, in float64."""
+def test_the_mlp_that_samples_is_upstreams(blocks, monkeypatch):
+    """Every time its own row, in float64; many rows in parts."""
     m, (z, x0, _, _) = diffusion(blocks=blocks).double(), rows()
     z, x = z.double(), x0.double()
     t = torch.tensor([0, 3, 500, 998, 999])
     y = m.embed(m.sinusoids[t]) + m.condition(z)
     found = SampledMlp(m.weights(), 1e-6)(x, y)
     torch.testing.assert_close(found, upstream_mlp(m, x, t, z), rtol=1e-7, atol=1e-8)
+    monkeypatch.setattr(sampled_mlp, "ROWS", 2)
+    torch.testing.assert_close(SampledMlp(m.weights(), 1e-6)(x, y), found, rtol=1e-9, atol=1e-10)
 
 
 # --------------------------------------------------------------------------------- flow matching
