@@ -5,8 +5,8 @@ state of the code, in turns.
     python tools/train.py --size tiny --tokenizer patch --images 110000 --out runs/continuous
     python bench/sampling.py runs/discrete runs/continuous --out bench/results/sampling-cpu.json
 
-    git worktree add /tmp/before COMMIT
-    python bench/sampling.py runs/discrete runs/continuous --against /tmp/before ...
+    git worktree add ../before COMMIT
+    python bench/sampling.py runs/discrete runs/continuous --against ../before ...
 
 Quality is the share of samples whose symmetry is that of their class (evaluation/symmetry.py). With
 --against, each round runs both states one after the other, each in a process of its own, at one
