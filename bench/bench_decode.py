@@ -102,8 +102,8 @@ class TorchvisionDecoder:
         try:
             from torchvision import io
             from torchvision.transforms.v2 import InterpolationMode, functional
-        except ImportError as error:
-            raise Missing("torchvision is not installed: pip install torchvision") from error
+        except (ImportError, RuntimeError) as error:  # built for another PyTorch
+            raise Missing(f"torchvision cannot be used here: {error}") from error
         self.io, self.v2 = io, functional
         self.mode = InterpolationMode.BICUBIC
         self.pool = ThreadPoolExecutor(workers)
