@@ -87,7 +87,11 @@ def row(loaded: LoadedRun, kind: str, count: int, positions: int) -> dict:
         "images/s": round(count / statistics.median(seconds), 1),
         "symmetry accuracy": round(float(torch.stack(right).mean()), 4),
     }
-    name = f"sampling, {kind}, {positions} at a step"
+    return entry(f"sampling, {kind}, {positions} at a step", count, found, seconds)
+
+
+def entry(name: str, count: int, found: dict, seconds: list[float]) -> dict:
+    """A row of a results file, said."""
     print(name, found, flush=True)
     return {
         "name": name,
@@ -127,13 +131,7 @@ def compared(run: str, kind: str, other: Path, name: str, options: argparse.Name
         "most": round(max(ratios), 2),
     }
     label = f"sampling, {kind}, 1 at a step, against {name}"
-    print(label, found, flush=True)
-    return {
-        "name": label,
-        "group": f"sampling of {options.count} logograms",
-        "extra_info": found,
-        "stats": Timing(tuple(ours), calls=1, cpu=0.0).stats,
-    }
+    return entry(label, options.count, found, ours)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ _MOST_OF_OLD = 32 * 2**20  # before glibc 2.35
 
 def keep_freed_memory() -> bool:
     """Let glibc's allocator keep large blocks for the next tensor, where it would hand them back to
-    the system and take every page anew: a third of the time of sampling 256 images at size tiny.
+    the system and take every page anew, which large batches of a small network feel.
 
     The process then stays as large as it once was. Returns whether there was a glibc to be told.
     """

@@ -148,20 +148,18 @@ def load_torch_fidelity() -> Any:
     """The package, or a ValueError that says how to get it.
 
     It imports torchvision, and uses none of its operators. They are compiled for CUDA in the
-    package index, do not load beside a CPU build of torch, and torchvision then fails over the
-    descriptions of two of them; so these are declared here, and nothing is behind them.
+    package index and do not load beside a CPU build of torch; torchvision then fails over its
+    descriptions of two of them. So these are declared here, and nothing is behind them.
     """
-    missing = "operator torchvision::{} does not exist"
-    for operator in ("nms", "qnms"):
-        try:
-            importlib.import_module("torchvision")
-            break
-        except ImportError:
-            break  # said below
-        except RuntimeError as error:
-            if missing.format(operator) not in str(error):
-                raise
-            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass  # said below
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", schema)
     try:
         return importlib.import_module("torch_fidelity")

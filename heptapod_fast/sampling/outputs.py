@@ -3,11 +3,11 @@ and keeps no more than it has to."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import tarfile
 import tempfile
 import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol, Self
@@ -121,19 +121,24 @@ class Singles:
         return f"single images: {self.folder}"
 
 
-class Tarred:
-    """A .tar file with a PNG file and a .cls file, the class's number, of every image: what
-    webdataset reads, and --data of tools/train.py. The same images make the same bytes."""
+class WholeFile(ABC):
+    """A file that is there once all is in it, under another name until then."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.tmp")
-        self._archive: tarfile.TarFile | None = None
-        self._count = 0
+        self.temporary = path.with_name(f".{path.name}.tmp")
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Open `temporary`."""
+
+    @abstractmethod
+    def end(self, is_whole: bool) -> None:
+        """Close it. is_whole: nothing has failed, and what comes last is to be written."""
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._archive = tarfile.open(self._temporary, "w")  # noqa: SIM115  # closed at the end
+        self.begin()
         return self
 
     def __exit__(
@@ -143,12 +148,30 @@ class Tarred:
         trace: TracebackType | None,
     ) -> None:
         try:
-            assert self._archive is not None  # entered
-            self._archive.close()
+            self.end(is_whole=error is None)
             if error is None:
-                self._temporary.replace(self.path)
+                self.temporary.replace(self.path)
         finally:
-            self._temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
+
+
+class Tarred(WholeFile):
+    """A .tar file with a PNG file and a .cls file, the class's number, of every image: what
+    webdataset reads, and --data of tools/train.py. The same images make the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._archive: tarfile.TarFile | None = None
+        self._count = 0
+
+    def begin(self) -> None:
+        """See `WholeFile`."""
+        self._archive = tarfile.open(self.temporary, "w")  # noqa: SIM115  # closed by `end`
+
+    def end(self, is_whole: bool) -> None:
+        """See `WholeFile`."""
+        assert self._archive is not None  # begun
+        self._archive.close()
 
     def add(self, labels: Tensor, pixels: Tensor) -> None:
         """See `Output`."""
@@ -160,7 +183,7 @@ class Tarred:
 
     def _put(self, name: str, data: bytes) -> None:
         """A file without an owner or a time."""
-        assert self._archive is not None  # entered
+        assert self._archive is not None  # begun
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._archive.addfile(member, io.BytesIO(data))
@@ -172,46 +195,35 @@ class Tarred:
         return f"tar file: {self.path}"
 
 
-class Arrays:
+class Arrays(WholeFile):
     """An .npz file with arr_0 (B, H, W, 3) uint8 and labels (B,) int64, as numpy writes it, but
     image by image."""
 
     def __init__(self, path: Path, labels: Tensor) -> None:
-        self.path = path
+        super().__init__(path)
         self._labels = labels.numpy()
-        self._temporary = path.with_name(f".{path.name}.tmp")
-        self._open = contextlib.ExitStack()
         self._archive: zipfile.ZipFile | None = None
         self._stream: IO[bytes] | None = None
 
-    def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._archive = self._open.enter_context(zipfile.ZipFile(self._temporary, "w"))
-        return self
+    def begin(self) -> None:
+        """See `WholeFile`."""
+        self._archive = zipfile.ZipFile(self.temporary, "w")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
+    def end(self, is_whole: bool) -> None:
+        """See `WholeFile`."""
+        assert self._archive is not None  # begun
+        with self._archive:
             if self._stream is not None:
                 self._stream.close()
-            if error is None and self._archive is not None:
+            if is_whole:
                 with self._archive.open("labels.npy", "w") as stream:
                     np.lib.format.write_array(stream, self._labels, allow_pickle=False)
-            self._open.close()
-            if error is None:
-                self._temporary.replace(self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
 
     def add(self, labels: Tensor, pixels: Tensor) -> None:
         """See `Output`."""
         images = pixels.permute(0, 2, 3, 1).contiguous().numpy()
         if self._stream is None:
-            assert self._archive is not None  # entered
+            assert self._archive is not None  # begun
             self._stream = self._archive.open("arr_0.npy", "w", force_zip64=True)
             header = {
                 "shape": (len(self._labels), *images.shape[1:]),
