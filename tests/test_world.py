@@ -226,3 +226,10 @@ def test_a_rank_leaves_word_of_where_it_is():
     ours.check_in()
     assert store.get("seen/1") == b"step 9"
     World(0, 1, torch.device("cpu")).check_in()
+
+
+def test_a_process_on_a_cpu_keeps_freed_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(world, "keep_freed_memory", lambda: asked.append(1))
+    world.start("cpu")
+    assert asked == [1]

@@ -401,6 +401,17 @@ def test_any_number_of_ranks_gives_the_images_of_one(make_system, size):
     assert max(len(drawn) for drawn in work) == -(-3 // size)
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 20])
+def test_labels_are_spread_over_all_classes(count):
+    """Also fewer of them than classes."""
+    labels = spread([0, 1, 2, 3, 4], count)
+    assert labels.tolist() == sorted(labels.tolist()) and len(labels) == count
+    held = labels.bincount(minlength=5)
+    assert int(held.max() - held.min()) <= 1
+    if 1 < count < 5:
+        assert int(labels.diff().max()) <= 2 and labels[-1] >= 3
+
+
 @pytest.mark.parametrize("name", ["heptapod", "1d-random", "sar"])
 def test_late_tokens_take_fewer_steps(make_system, name, monkeypatch):
     """As many as the share of the image says that was drawn before them."""

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from heptapod_fast.evaluation import small
+from heptapod_fast.evaluation.extractors import Features
 from tests.running import command, refused, train_here
 
 
@@ -124,3 +125,45 @@ def test_samples_without_classes_or_of_others_are_refused(trained, tmp_path):
     np.savez(tmp_path / "other.npz", arr_0=images, labels=np.array([0, 7]))
     for name, text in (("bare", "does not say the samples' classes"), ("other", "has class 7")):
         refused(command("evaluate", trained, "--samples", tmp_path / f"{name}.npz"), text)
+
+
+def test_a_grid_has_a_row_of_each_class_whatever_the_order_of_the_file(trained, tmp_path):
+    """A grey value for each class, classes in turn."""
+    labels = np.arange(20) % 5
+    images = np.broadcast_to(40 * labels[:, None, None, None], (20, 24, 24, 3)).astype(np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=images, labels=labels)
+    out = tmp_path / "e.json"
+    result = command("evaluate", trained, "--samples", tmp_path / "s.npz", "--out", out)
+    assert result.code == 0, result.err
+    with Image.open(tmp_path / "e.png") as grid:
+        pixels = np.asarray(grid)
+    side = 98
+    for row in range(5):
+        for column in range(4):
+            assert (pixels[row * side + 50, column * side + 50] == 40 * row).all()
+
+
+def test_images_that_nobody_looks_at_are_not_opened(trained, tmp_path, monkeypatch):
+    """A run's data need not be where its samples are measured."""
+    gone = lambda config: pytest.fail("opened")
+    images = np.random.default_rng(0).integers(0, 255, (6, 24, 24, 3), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=images, labels=np.arange(6) % 5)
+    words = ("--samples", tmp_path / "s.npz", "--reference", tmp_path / "s.npz")
+    monkeypatch.setattr("heptapod_fast.runs.data.open_images", gone)
+    monkeypatch.setattr("heptapod_fast.evaluation.fidelity.extractor_of", lambda context: Means())
+    out = tmp_path / "e.json"
+    result = command("evaluate", trained, "--metrics", "fid", *words, "--out", out)
+    assert result.code == 0, result.err
+    assert abs(json.loads(out.read_text())["fid"]) < 1e-6
+
+
+class Means:
+    """An extractor of means over the image."""
+
+    name = "means"
+    sha256 = "0"
+    knows_statistics = True
+
+    def __call__(self, pixels):
+        values = pixels.float().mean((2, 3))
+        return Features(values, values, values)

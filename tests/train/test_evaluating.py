@@ -1,13 +1,16 @@
 """--evaluate-every: the numbers of tools/evaluate.py while a run trains, without a trace in it."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
 
 from heptapod_fast.evaluation import fidelity, small
+from heptapod_fast.evaluation.symmetry import SymmetryAccuracy
 from heptapod_fast.reports.run import report_run
 from heptapod_fast.train.records import read_metrics
+from heptapod_fast.world import PATIENCE_AT_START, World
 from tests.running import (
     command,
     final_tensors,
@@ -128,3 +131,33 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
         result = command("train", *flags(out=out, evaluate_every=8), *words)
         refused(result, text)
         assert "images/s" not in result.out
+
+
+def test_a_metric_that_fails_costs_a_record_alone(tmp_path, monkeypatch):
+    said = []
+
+    def fail(self):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(SymmetryAccuracy, "compute", fail)
+    train_here(tmp_path, say=said.append, seed=3, **EVERY)
+    warnings = [line for line in said if "no evaluation: out of memory" in line]
+    assert len(warnings) == 3 and not measured(tmp_path)
+
+
+def test_ranks_wait_longer_for_what_one_of_them_measures(tmp_path, monkeypatch):
+    patience = []
+    wait = World.wait_at_most
+    monkeypatch.setattr(
+        World,
+        "wait_at_most",
+        lambda self, time, groups=(): patience.append(time) or wait(self, time, groups),
+    )
+    train_here(tmp_path, seed=3, rank_timeout=77.0, **EVERY)
+    in_training = timedelta(seconds=77)
+    assert patience == [in_training, *[PATIENCE_AT_START, in_training] * 3]
+
+
+def test_the_system_trains_on_after_a_measurement(tmp_path):
+    session, _, _ = train_here(tmp_path, seed=3, **EVERY)
+    assert session.system.training
