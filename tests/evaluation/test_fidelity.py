@@ -295,6 +295,32 @@ def test_published_statistics_are_taken_as_they_are(tmp_path, monkeypatch):
     assert measured(samples, ("fid", "recall"), reference=str(both))["recall"] == 0
 
 
+def test_precision_is_of_samples_and_recall_of_the_reference(tmp_path, monkeypatch):
+    """Samples that are one real image, nearly: all of them are real, and most are missing."""
+    monkeypatch.setattr(fidelity, "extractor_of", lambda context: Means())
+    reference = str(write_npz(pictures(0, 200), tmp_path / "a.npz"))
+    samples = pictures(0, 1).repeat(12, 1, 1, 1)
+    samples[:, :, 0, 0] = torch.arange(12, dtype=torch.uint8)[:, None]
+    found = measured(samples, ("precision", "recall"), reference=reference)
+    assert found["precision"] == 1 and found["recall"] < 0.5
+
+
+def test_statistics_of_another_network_are_passed_over(small, tmp_path):
+    """A file of images and of Inception's statistics: the small extractor looks at the images."""
+    statistics = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(9), sigma_s=np.eye(9))
+    real, samples = pictures(0, 30), pictures(30, 20)
+    found = [
+        measured(samples, ("fid", "sfid"), reference=str(path), **small)
+        for path in (
+            write_npz(real, tmp_path / "images.npz"),
+            write_npz(real, tmp_path / "both.npz", **statistics),
+        )
+    ]
+    for name in ("fid", "sfid"):
+        assert found[0][name] == found[1][name]
+    assert "reference_statistics" not in found[1]
+
+
 @pytest.mark.parametrize(
     "arrays, text",
     [
