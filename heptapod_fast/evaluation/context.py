@@ -35,7 +35,7 @@ class Metric(Protocol):
         ...
 
 
-def _no_progress(what: str) -> Progress:
+def _no_progress(what: str, unit: str = "images") -> Progress:
     return lambda done, total: None
 
 
@@ -56,7 +56,8 @@ class MetricContext:
         inception: file of its weights.
         inception_sha256: how the file's hash begins; None for the published file's.
         folder: where what is trained on the way is kept.
-        progress: what to call with (done, total), made for a named piece of work.
+        progress: what to call with (done, total), made for a named piece of work and what of it is
+            counted, images unless it is said.
     """
 
     source: ImageSource | None = None
@@ -70,4 +71,4 @@ class MetricContext:
     inception: str | None = None
     inception_sha256: str | None = None
     folder: str | None = None
-    progress: Callable[[str], Progress] = _no_progress
+    progress: Callable[..., Progress] = _no_progress

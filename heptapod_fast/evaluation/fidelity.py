@@ -206,7 +206,7 @@ def extractor_of(context: MetricContext) -> Extractor:
                 "--extractor small is trained on the run's images, and this run has none beside "
                 "its tokens: give Inception's weights with --inception FILE"
             )
-        progress = context.progress("training the small extractor")
+        progress = context.progress("training the small extractor", "steps")
         return small_extractor(context.source, Path(context.folder), context.device, progress)
     if context.inception is None:
         raise ValueError(

@@ -14,6 +14,9 @@ PARTS = (BLUE, "#5f9bd6", "#e08a2e", "#8e6bbf", "#3f9c6c", "#c23b4b", GREY)
 LABELLED = 0.06
 
 
+PANELS = 4  # side by side
+
+
 def _figure(title: str, width: float, height: float) -> tuple[Any, Any]:
     """(figure, axes); no window system is needed."""
     from matplotlib.figure import Figure
@@ -72,17 +75,21 @@ def save_lines(
 def save_panels(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, x_label: str
 ) -> None:
-    """A panel for each of several lines, {name: (x, y)}, side by side."""
+    """A panel for each of several lines, {name: (x, y)}, at most `PANELS` beside each other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(lines), 2.8), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(lines), squeeze=False)[0]
-    for axes, (name, (x, y)) in zip(panels, lines.items(), strict=True):
+    columns = min(PANELS, len(lines))
+    rows = -(-len(lines) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), dpi=110, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(lines) :]:
+        axes.set_axis_off()
+    for axes, (name, (x, y)) in zip(panels, lines.items(), strict=False):
         axes.plot(x, y, color=BLUE, marker="o", markersize=3)
         axes.set_title(name, loc="left")
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylim(bottom=0)
+        axes.axhline(0, color=GREY, linewidth=1)  # which sizes are seen from; KID may be below
         axes.grid(axis="y", alpha=0.3)
         axes.tick_params(axis="x", rotation=45)
         axes.spines[["top", "right"]].set_visible(False)

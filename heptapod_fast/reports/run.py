@@ -18,6 +18,7 @@ from heptapod_fast.runs import RunDir
 from heptapod_fast.systems import configure
 from heptapod_fast.train.records import OF_SAMPLES, Record, read_metrics
 
+SPREADS = ("_deviation", "_error")  # how numbers end that no chart shows
 LOSS_POINTS = 8  # of the images that the run is meant to see, at which its loss is told
 # What report.md has tables of its own for.
 IN_TABLES = (
@@ -120,11 +121,12 @@ def evaluations_section(evaluations: list[dict[str, Any]], folder: Path) -> list
     """Paragraphs of Markdown on them, and a chart in `folder`; [] without any."""
     if not evaluations:
         return []
-    names = list(evaluations[-1])
+    names = list(dict.fromkeys(name for each in evaluations for name in each))
     rows = [[each.get(name) for name in names] for each in evaluations]
     parts = ["## Samples while it trained", table(names, rows)]
     lines = {}
-    for name in names[1:]:
+    shown = [name for name in names if not name.endswith(SPREADS) and name != "images"]
+    for name in shown:
         points = [each for each in evaluations if each.get(name) is not None]
         if len(points) > 1:
             lines[name] = ([p["images"] for p in points], [p[name] for p in points])

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from PIL import Image
 
 from heptapod_fast.evaluation import fidelity, small
 from heptapod_fast.evaluation.symmetry import SymmetryAccuracy
@@ -77,6 +78,8 @@ def test_a_report_has_a_table_and_a_chart(trained):
     assert (trained / "evaluations.png").stat().st_size > 5000
     rows = json.loads((trained / "report.json").read_text())["evaluations"]
     assert [row["images"] for row in rows] == [16, 32, 48]
+    with Image.open(trained / "evaluations.png") as chart:
+        assert chart.width < 1600 and chart.height > 500  # two rows of panels
     assert rows[1]["symmetry_accuracy"] == measured(trained)[32]["symmetry_accuracy"]
 
 
