@@ -15,6 +15,9 @@ _FIDELITY = ("heptapod_fast.evaluation.fidelity", "Fidelity")
 METRICS: dict[str, tuple[str, str]] = {
     "symmetry": ("heptapod_fast.evaluation.symmetry", "SymmetryAccuracy"),
     "likelihood": ("heptapod_fast.evaluation.likelihood", "Likelihood"),
+    "loss": ("heptapod_fast.evaluation.held_out", "HeldOutLoss"),
+    "probe": ("heptapod_fast.evaluation.probe", "Probe"),
+    "attention": ("heptapod_fast.evaluation.attention_distance", "AttentionDistance"),
     "fid": _FIDELITY,
     "sfid": _FIDELITY,
     "kid": _FIDELITY,

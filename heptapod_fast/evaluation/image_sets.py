@@ -11,7 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -244,6 +244,13 @@ class TrainingImages:
         count = min(len(self.source), self.most)
         self._ids = torch.arange(count) * len(self.source) // count
         self.labels: Tensor | None = self.source.labels[self._ids]
+
+    def part(self, chosen: Tensor, name: str) -> TrainingImages:
+        """Of its images those where (N,) booleans are True, under another name."""
+        found = replace(self, name=name)
+        found._ids = self._ids[chosen]
+        found.labels = self.source.labels[found._ids]
+        return found
 
     def __len__(self) -> int:
         return len(self._ids)

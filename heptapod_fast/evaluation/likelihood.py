@@ -102,14 +102,14 @@ def exchanged(tokens_BN: Tensor, index_B: Tensor) -> Tensor:
     return tokens_BN.gather(1, Rng(1).permutation("exchanged", index_B, tokens_BN.shape[1]))
 
 
-def images_of(context: MetricContext) -> ImageSet:
-    """What is scored."""
+def images_of(context: MetricContext, metric: str = "likelihood") -> ImageSet:
+    """What is scored, for the metric of that name, which messages say."""
     source = context.source
     if context.reference is not None:
         found = open_images_at(context.reference, context.image_size, "--reference")
         if found.labels is None or not len(found):
             raise ValueError(
-                f"--metrics likelihood: --reference {context.reference} does not say its images' "
+                f"--metrics {metric}: --reference {context.reference} does not say its images' "
                 "classes: expected labels beside arr_0, or names such as 000001-class3.png"
             )
         return found
@@ -119,7 +119,7 @@ def images_of(context: MetricContext) -> ImageSet:
         return TrainingImages(fresh, name="fresh logograms")
     if source is None:
         raise ValueError(
-            "--metrics likelihood: the run has no images beside its tokens: name some, with "
+            f"--metrics {metric}: the run has no images beside its tokens: name some, with "
             "their classes, with --reference"
         )
     return TrainingImages(source, most=context.count)

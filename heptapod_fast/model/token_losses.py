@@ -87,6 +87,22 @@ class TokenLoss(nn.Module, ABC):
         there is none. Draws are keyed as in `loss`. contrast: what to guide away from; None costs
         no pass."""
 
+    def loss_at(
+        self,
+        z_RD: Tensor,
+        target: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        share: float,
+    ) -> Tensor:
+        """(R,) float32: `loss` at one degree of noise, 0 to 1 of the time from data to noise.
+
+        Raises:
+            ValueError: nothing is denoised here.
+        """
+        raise ValueError(f"{type(self).__name__} is no loss of denoising: it has no noise")
+
     # The samplers that `draw` takes, the default first.
     SAMPLERS: ClassVar[tuple[str, ...]] = ()
 
@@ -328,6 +344,23 @@ class Diffusion(Denoising):
         loss_R = ops.diffusion_loss(prediction, target, xt, t, draws, self.tables, self.bound, how)
         return weighted_sum(loss_R, weight_R)
 
+    def loss_at(
+        self,
+        z_RD: Tensor,
+        target: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        share: float,
+    ) -> Tensor:
+        """See TokenLoss.loss_at: the mean square error of the noise, without the bound."""
+        last = self.tables.shape[1] - 1
+        t_R = torch.full_like(index_R, round(share * last))
+        noise_RC = rng.normal("diffusion.at", index_R, self.channels, slot_R)
+        xt_RC = ops.add_noise(target.float(), noise_RC, t_R, self.tables)
+        noise_hat_RC, _ = self.net(xt_RC, t_R, self.condition(z_RD)).float().chunk(2, dim=-1)
+        return (noise_hat_RC - noise_RC).square().mean(-1)
+
     def net(self, xt_RC: Tensor, t_R: Tensor, condition_MF: Tensor) -> Tensor:
         """Noisy tokens, timesteps and projected conditions -> (R, 2C) float32: (eps_hat, v).
 
@@ -390,6 +423,22 @@ class Flow(Denoising):
         xt_RC, time_R = ops.flow_inputs(target, draws, how)
         prediction_RC = self.net(xt_RC, time_R, self.condition(z_RD))
         return weighted_sum(ops.flow_loss(prediction_RC, target, draws, how), weight_R)
+
+    def loss_at(
+        self,
+        z_RD: Tensor,
+        target: Tensor,
+        rng: Rng,
+        index_R: Tensor,
+        slot_R: Tensor,
+        share: float,
+    ) -> Tensor:
+        """See TokenLoss.loss_at."""
+        noise_RC = rng.normal("flow.at", index_R, self.channels, slot_R)
+        xt_RC = (1 - share) * target + share * noise_RC
+        time_R = torch.full_like(noise_RC[:, 0], share)
+        velocity_hat_RC = self.net(xt_RC, time_R, self.condition(z_RD)).float()
+        return (velocity_hat_RC - (noise_RC - target)).square().mean(-1)
 
     def net(self, xt_RC: Tensor, time_R: Tensor, condition_MF: Tensor) -> Tensor:
         """Noisy tokens, times in (0, 1) and projected conditions -> (R, C) float32 velocities."""

@@ -9,8 +9,10 @@ from heptapod_fast.ops.adamw_ema import adamw_ema
 from heptapod_fast.ops.attention import (
     attention,
     attention_limits,
+    attention_shares,
     causal_mask,
     cross_attention,
+    watched_attention,
 )
 from heptapod_fast.ops.bias_gelu import bias_gelu
 from heptapod_fast.ops.diffusion_loss import diffusion_inputs, diffusion_loss
@@ -50,6 +52,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_limits",
+    "attention_shares",
     "bias_gelu",
     "causal_mask",
     "cosine_betas",
@@ -73,4 +76,5 @@ __all__ = [
     "scatter_rows",
     "schedule_tables",
     "swiglu",
+    "watched_attention",
 ]

@@ -19,6 +19,8 @@ width.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,30 @@ from heptapod_fast.ops.masks import (
     Visible,
 )
 from heptapod_fast.ops.operators import Context, Gradients, Inputs, differentiable, once, operator
+
+# What `watched_attention` has called while it lasts.
+_WATCHERS: list[Callable[[Tensor, Tensor, Visible], None]] = []
+
+
+@contextmanager
+def watched_attention(watch: Callable[[Tensor, Tensor, Visible], None]) -> Iterator[None]:
+    """While it lasts, each attention also calls watch(queries (B, N, H, E), keys (B, M, H, E), who
+    sees whom), for those who look into a network; `attention_shares` makes its shares of them.
+    Blocks that were compiled before may pass it by."""
+    _WATCHERS.append(watch)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watch)
+
+
+def attention_shares(q: Tensor, k: Tensor, visible: Visible = FULL) -> Tensor:
+    """How much each query takes of each key: (B, H, N, M) float32, rows that add up to 1.
+
+    q: (B, N, H, E). k: (B, M, H, E). visible: as for `cross_attention`.
+    """
+    dense = _dense(visible, q.shape[1], k.shape[1], q.device)
+    return _shares(q.float().transpose(1, 2), k.float().transpose(1, 2), dense)
 
 
 def attention(qkv: Tensor, visible: Visible = FULL, implementation: str = "auto") -> Tensor:
@@ -70,6 +96,8 @@ def attention(qkv: Tensor, visible: Visible = FULL, implementation: str = "auto"
             "attention takes FULL, CAUSAL or an AttentionMask; Ends are for cross_attention"
         )
     _check(qkv, length, length, visible)
+    for watch in _WATCHERS:
+        watch(qkv[:, :, 0], qkv[:, :, 1], visible)
     chosen = dispatch.select(
         "attention", qkv.device, qkv.dtype, implementation, attention_limits(width, length, visible)
     )
@@ -124,6 +152,8 @@ def cross_attention(
         )
     keys = kv.shape[1]
     _check(q, q.shape[1], keys, visible)
+    for watch in _WATCHERS:
+        watch(q, kv[:, :, 0], visible)
     chosen = dispatch.select(
         "attention", q.device, q.dtype, implementation, attention_limits(q.shape[-1], keys, visible)
     )
@@ -262,10 +292,14 @@ def _plain(implementation: str, q: Tensor, k: Tensor, v: Tensor, visible: Visibl
 
 def _reference(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, dense: Tensor | None) -> Tensor:
     """The definition. dense: booleans that broadcast to (B, H, N, M), True where a query sees."""
+    return _shares(q_BHNE, k_BHME, dense) @ v_BHME
+
+
+def _shares(q_BHNE: Tensor, k_BHME: Tensor, dense: Tensor | None) -> Tensor:
     scores_BHNM = (q_BHNE * q_BHNE.shape[-1] ** -0.5) @ k_BHME.transpose(-1, -2)
     if dense is not None:
         scores_BHNM = scores_BHNM.masked_fill(~dense, float("-inf"))
-    return scores_BHNM.softmax(dim=-1) @ v_BHME
+    return scores_BHNM.softmax(dim=-1)
 
 
 # ------------------------------------------------------------------------------------- operators

@@ -23,7 +23,7 @@ from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
-from heptapod_fast.systems.base import Loss, Phase
+from heptapod_fast.systems.base import NOWHERE, Elements, Phase
 from heptapod_fast.systems.mar import (
     Completing,
     MarSettings,
@@ -81,14 +81,14 @@ class NextToken(Completing):
         """See System.units."""
         return list(self.backbone.blocks)
 
-    def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
-        """Sum of the token loss over all N steps of every sequence; see System.forward."""
-        total, _ = self.losses(batch, rng)
-        return Loss(total, float(batch.tokens.shape[0] * self.num_tokens))
-
-    def losses(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        """(their sum, (B * N,) losses of all tokens in the order that they come)."""
+    def predicted(self, batch: Batch, rng: Rng) -> tuple[gridlib.Rows, Tensor]:
+        """See MarSystem.predicted: all tokens, in the order that they come."""
         order_BN = self.orders(batch.index, rng)
+        h_BND = self.states(batch, order_BN, rng)
+        return gridlib.rows_of_all_steps(order_BN), h_BND.flatten(0, 1)
+
+    def states(self, batch: Batch, order_BN: Tensor, rng: Rng) -> Tensor:
+        """The backbone's vector of every token in its order: (B, N, D)."""
         ordered_BN = gridlib.take_tokens(batch.tokens, order_BN)
         start_B1D = self.backbone.embed_start(batch.labels, order_BN[:, 0])
         x_BMD = self.backbone.embed_tokens(ordered_BN[:, :-1], order_BN[:, 1:], 1)
@@ -103,13 +103,20 @@ class NextToken(Completing):
                 self.num_tokens,
                 rng,
             )
-        h_BND = self.backbone(torch.cat((start_B1D, x_BMD), dim=1), dropout)
-        rows = gridlib.rows_of_all_steps(order_BN)
-        return self.token_losses(h_BND.flatten(0, 1), batch, rows, rng)
+        return self.backbone(torch.cat((start_B1D, x_BMD), dim=1), dropout)
+
+    def look(self, batch: Batch, rng: Rng, seen: int) -> list[Elements]:
+        """See System.look: an element carries the token before, and works on the next one."""
+        order_BN = self.orders(batch.index, rng)
+        self.states(batch, order_BN, rng)
+        start_B1 = torch.full_like(order_BN[:, :1], NOWHERE)
+        carried_BN = torch.cat((start_B1, order_BN[:, :-1]), dim=1)
+        return [Elements(carried_BN, ((order_BN, carried_BN),))] * len(self.backbone.blocks)
 
     def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
-        """See Completing.next_token_losses."""
-        _, loss_R = self.losses(batch, rng)
+        """See System.next_token_losses."""
+        rows, z_RD = self.predicted(batch, rng)
+        _, loss_R = self.token_losses(z_RD, batch, rows, rng)
         return loss_R.view(-1, self.num_tokens)
 
     def draw(

@@ -23,6 +23,8 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, SampleOptions
 from heptapod_fast.tokenizers import TokenSpec
 
+NOWHERE = -1  # the position of an element that stands for no token, as that of the class
+
 AnyOptions = TypeVar("AnyOptions", bound=SampleOptions)
 AnySettings = TypeVar("AnySettings", bound=SystemSettings)
 
@@ -46,6 +48,18 @@ class Loss(NamedTuple):
     def mean(self) -> Tensor:
         """The loss of this micro-batch alone."""
         return self.total / self.count
+
+
+class Elements(NamedTuple):
+    """Where on the grid the elements of one unit stand, in raster order; `NOWHERE` for none.
+
+    place_BM: (B, M) of the elements that it lets out: of the token that each has taken in.
+    attention: for every attention within it, in the order they run, (B, N) of the queries, of the
+        token that each works on or is about to predict, and (B, K) of the keys.
+    """
+
+    place_BM: Tensor
+    attention: tuple[tuple[Tensor, Tensor], ...]
 
 
 def with_possible_scale(
@@ -228,6 +242,75 @@ class System(nn.Module, ABC):
         """FLOPs (2 per multiply-add) of one forward pass, by part: products only, causal attention
         by half, supervised rows only."""
 
+    # ---------------------------------------------------------------------------------- looking in
+
+    def check_answers(self, method: str, asked_by: str) -> None:
+        """Refuse one of the methods below where this system has none.
+
+        Raises:
+            ValueError: says who asked.
+        """
+        if getattr(type(self), method) is getattr(System, method):
+            raise ValueError(
+                f"{asked_by}: {type(self).__name__} does not say this; it would be its method "
+                f"{method}, see systems/base.py"
+            )
+
+    @property
+    def null_class(self) -> int | None:
+        """The label of no class, where training has shown it; else None."""
+        return None
+
+    def look(self, batch: Batch, rng: Rng, seen: int) -> list[Elements]:
+        """Run the network over whole images as training does, but without a loss, for those who
+        watch its units and its attention (evaluation/observing.py).
+
+        Args:
+            seen: tokens that what comes behind the backbone is shown, 0 to N - 1, where there is
+                such a thing.
+
+        Returns:
+            For every one of `units`, where its elements stand.
+        """
+        raise ValueError(f"{type(self).__name__} does not say where its elements stand")
+
+    def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
+        """(B, N) float32 losses of every token in the order that they come, given those before it
+        and the class; the order is drawn as in training, where there are several."""
+        raise ValueError(f"{type(self).__name__} does not say what single tokens cost")
+
+    def step_of_tokens(self) -> Tensor:
+        """(N,) int64 on the CPU: the step, from 0, at which each of `next_token_losses` comes."""
+        return torch.arange(self.num_tokens)
+
+    def losses_by_noise(self, batch: Batch, rng: Rng, shares: list[float]) -> Tensor:
+        """(len(shares),) float32 mean losses of continuous tokens that are noisy to these degrees,
+        0 to 1 of the time from data to noise."""
+        raise ValueError(f"{type(self).__name__} does not say what denoising costs")
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, tokens: Tensor, classes: Tensor, rng: Rng, index: Tensor | None = None
+    ) -> Tensor:
+        """What the model gives images in one order each: (B,) log p(tokens | class, order), in
+        nats, of codes (B, N). The order is drawn as in training, where there are several.
+
+        Raises:
+            ValueError: as `check_likelihood`, and in training mode, where dropout would act.
+        """
+        self.check_likelihood()
+        if self.training:
+            raise ValueError("log_likelihood of a system in training mode: dropout would act")
+        classes, index_B = self.place_sampling(classes, index)
+        batch = Batch(tokens.to(classes.device), classes, index_B)
+        return -self.next_token_losses(batch, rng).double().sum(1)
+
+    def check_likelihood(self) -> None:
+        """Refuse `log_likelihood` where the model has none: there are probabilities of codes."""
+        self.check_answers("next_token_losses", "--metrics likelihood")
+        if self.spec.kind != "discrete":
+            raise ValueError("a likelihood is that of codes; the tokens are continuous")
+
     # ------------------------------------------------------------------------------------ sampling
 
     @classmethod
@@ -292,25 +375,6 @@ class System(nn.Module, ABC):
         raise ValueError(
             "an image is completed by a system that draws tokens in random orders, as heptapod "
             "and 1d-random do; the order of this one is fixed"
-        )
-
-    def log_likelihood(
-        self, tokens: Tensor, classes: Tensor, rng: Rng, index: Tensor | None = None
-    ) -> Tensor:
-        """What the model gives images in one order each: (B,) log p(tokens | class, order), in
-        nats, of codes (B, N). The order is drawn as in training, where there are several.
-
-        Raises:
-            ValueError: as `check_likelihood`.
-        """
-        self.check_likelihood()
-        raise NotImplementedError(f"{type(self).__name__} has a likelihood and does not say it")
-
-    def check_likelihood(self) -> None:
-        """Refuse `log_likelihood` where the model has none that is defined here."""
-        raise ValueError(
-            "--metrics likelihood: this system does not say how likely it finds an image; "
-            "heptapod, 1d-raster and 1d-random do"
         )
 
     @staticmethod

@@ -23,12 +23,12 @@ from heptapod_fast.config.settings import at_least, between, setting
 from heptapod_fast.data.tokens import Batch
 from heptapod_fast.model.dropout import NO_DROPOUT, Dropout
 from heptapod_fast.model.heads import Drawing, GlobalHead, LocalHead
-from heptapod_fast.model.transformer import block_flops
+from heptapod_fast.model.transformer import Stream, block_flops
 from heptapod_fast.ops import CAUSAL, FULL, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
-from heptapod_fast.systems.base import Loss, Phase
+from heptapod_fast.systems.base import NOWHERE, Elements, Phase
 from heptapod_fast.systems.mar import (
     Completing,
     MarSettings,
@@ -231,8 +231,8 @@ class Heptapod(Completing):
 
     # ------------------------------------------------------------------------------------ training
 
-    def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
-        """Sum of the token loss over the supervised positions; see System.forward."""
+    def predicted(self, batch: Batch, rng: Rng) -> tuple[gridlib.Rows, Tensor]:
+        """See MarSystem.predicted: the unseen positions of the drawn steps, or of their windows."""
         settings = self.settings
         index_B = batch.index
         order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
@@ -241,11 +241,8 @@ class Heptapod(Completing):
         )
         h_BND = self.states(batch, order_BN, rng)
         if settings.head == "global":
-            rows, z_RD = self.global_head(h_BND, order_BN, steps_Bn, index_B, rng)
-        else:
-            rows, z_RD = self.local_head(h_BND, order_BN, steps_Bn, index_B, rng)
-        total, _ = self.token_losses(z_RD, batch, rows, rng)
-        return Loss(total, rows.total_weight())
+            return self.global_head(h_BND, order_BN, steps_Bn, index_B, rng)
+        return self.local_head(h_BND, order_BN, steps_Bn, index_B, rng)
 
     def states(self, batch: Batch, order_BN: Tensor, rng: Rng) -> Tensor:
         """h_0..h_{N-1} of every sequence: (B, N, D)."""
@@ -413,8 +410,31 @@ class Heptapod(Completing):
         ranking_BU = chance_BU.argsort(dim=1, descending=True, stable=True)
         return unseen_BU.gather(1, ranking_BU), code_BU.gather(1, ranking_BU[:, :count])
 
+    # ---------------------------------------------------------------------------------- looking in
+
+    def look(self, batch: Batch, rng: Rng, seen: int) -> list[Elements]:
+        """See System.look: the head is shown h_0 to h_seen, and lets out all of its elements."""
+        order_BN = gridlib.random_orders(batch.index, self.num_tokens, rng)
+        h_BND = self.states(batch, order_BN, rng)
+        start_B1 = torch.full_like(order_BN[:, :1], NOWHERE)
+        own_BN = torch.cat((start_B1, order_BN[:, :-1]), dim=1)
+        backbone = Elements(own_BN, ((own_BN, own_BN),))
+        steps_B1 = torch.full_like(start_B1, seen)
+        if isinstance(self.head, GlobalHead):
+            stream = Stream(self.head.assemble(h_BND, order_BN, steps_B1))
+            for block in self.head.blocks:
+                stream = block(stream)
+            every_L = torch.arange(NOWHERE, self.num_tokens, device=order_BN.device)
+            every_BL = every_L.expand(len(order_BN), -1)
+            head = Elements(every_BL, ((every_BL, every_BL),))
+        else:
+            window_BW = self.head.window_positions(order_BN[:, seen])
+            self.head(h_BND, steps_B1, window_BW)
+            head = Elements(window_BW, ((window_BW, own_BN), (window_BW, window_BW)))
+        return [backbone] * len(self.backbone.blocks) + [head] * len(self.head.blocks)
+
     def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
-        """See Completing.next_token_losses: a head pass for each of the N steps."""
+        """See System.next_token_losses: a head pass for each of the N steps."""
         order_BN = gridlib.random_orders(batch.index, self.num_tokens, rng)
         h_BND = self.states(batch, order_BN, rng)
         drawing: Drawing = self.head.drawing(len(order_BN), h_BND.dtype)

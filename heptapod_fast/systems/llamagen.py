@@ -46,6 +46,7 @@ from heptapod_fast.sampling import KVCache, SampleOptions, sample_codes
 from heptapod_fast.systems.base import (
     TINY_DATA,
     TINY_RUN,
+    Elements,
     Loss,
     Phase,
     System,
@@ -442,6 +443,31 @@ class LlamaGen(System):
     def table(self, patch: int) -> Tensor:
         """cos and sin of every position of the class slot and the patches."""
         return getattr(self, f"table_{patch}")
+
+    @property
+    def null_class(self) -> int | None:
+        """See System.null_class."""
+        return self.num_classes if self.settings.label_dropout else None
+
+    def look(self, batch: Batch, rng: Rng, seen: int) -> list[Elements]:
+        """See System.look: an element carries the token before the one that it predicts."""
+        self.vectors(batch.labels, batch.tokens)
+        predicted_N = torch.arange(self.num_tokens, device=batch.tokens.device)
+        predicted_BN = predicted_N.expand(len(batch), -1)
+        carried_BN = predicted_BN - 1  # of the class, in front, NOWHERE
+        return [Elements(carried_BN, ((predicted_BN, carried_BN),))] * len(self.layers)
+
+    def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
+        """See System.next_token_losses."""
+        y_BND = self.vectors(batch.labels, batch.tokens)
+        _, loss_R = ops.linear_cross_entropy(
+            y_BND.flatten(0, 1),
+            self.output.weight,
+            self.no_bias,
+            batch.tokens.flatten(),
+            implementation=self.operators["linear_cross_entropy"],
+        )
+        return loss_R.view(-1, self.num_tokens)
 
     @property
     def sites(self) -> int:

@@ -33,7 +33,7 @@ from heptapod_fast.model.transformer import Backbone
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, SampleOptions
-from heptapod_fast.systems.base import TINY_DATA, TINY_RUN, System
+from heptapod_fast.systems.base import TINY_DATA, TINY_RUN, Loss, Phase, System
 from heptapod_fast.tokenizers import TokenSpec
 
 DIFFUSION_REPEAT = 4  # MAR's diffusion_batch_mul
@@ -248,14 +248,41 @@ class MarSystem(System):
         """See System.class_table."""
         return "backbone.label.weight"
 
+    @abstractmethod
+    def predicted(self, batch: Batch, rng: Rng) -> tuple[Rows, Tensor]:
+        """The supervised positions of a micro-batch, and what the token loss is given for each:
+        (R, D)."""
+
+    def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
+        """Sum of the token loss over the supervised positions; see System.forward."""
+        rows, z_RD = self.predicted(batch, rng)
+        total, _ = self.token_losses(z_RD, batch, rows, rng)
+        return Loss(total, rows.total_weight())
+
     def token_losses(
         self, z_RD: Tensor, batch: Batch, rows: Rows, rng: Rng
     ) -> tuple[Tensor, Tensor]:
         """Vectors against the tokens at the rows' positions: the weighted sum, and (R,) losses."""
-        token_R = rows.sequence_R * self.num_tokens + rows.position_R
-        target = batch.tokens.flatten(0, 1)[token_R]
         index_R = batch.index[rows.sequence_R]
+        target = self.targets(batch, rows)
         return self.token_loss.loss(z_RD, target, rng, index_R, rows.slot_R, rows.weight_R)
+
+    def targets(self, batch: Batch, rows: Rows) -> Tensor:
+        """The tokens at the rows' positions: (R,) codes, or (R, C)."""
+        token_R = rows.sequence_R * self.num_tokens + rows.position_R
+        return batch.tokens.flatten(0, 1)[token_R]
+
+    def losses_by_noise(self, batch: Batch, rng: Rng, shares: list[float]) -> Tensor:
+        """See System.losses_by_noise; of the positions that training would supervise."""
+        rows, z_RD = self.predicted(batch, rng)
+        target_RC = self.targets(batch, rows)
+        index_R = batch.index[rows.sequence_R]
+        weight_R = target_RC.new_ones(len(target_RC)) if rows.weight_R is None else rows.weight_R
+        means = []
+        for noise in shares:
+            loss_R = self.token_loss.loss_at(z_RD, target_RC, rng, index_R, rows.slot_R, noise)
+            means.append((loss_R * weight_R).sum() / weight_R.sum())
+        return torch.stack(means)
 
     def decays(self, name: str, parameter: Tensor) -> bool:
         """MAR's decay group (mar:util/misc.py:291-303): all but vectors, biases and the diffusion
@@ -328,27 +355,6 @@ class Completing(MarSystem):
     def check_given(self, given: Given, batch: int) -> None:
         """See System.check_given: any tokens may come first."""
         given.check(self.spec, batch)
-
-    @torch.no_grad()
-    def log_likelihood(
-        self, tokens: Tensor, classes: Tensor, rng: Rng, index: Tensor | None = None
-    ) -> Tensor:
-        """See System.log_likelihood."""
-        self.check_likelihood()
-        if self.training:
-            raise ValueError("log_likelihood of a system in training mode: dropout would act")
-        classes, index_B = self.place_sampling(classes, index)
-        batch = Batch(tokens.to(classes.device), classes, index_B)
-        return -self.next_token_losses(batch, rng).double().sum(1)
-
-    @abstractmethod
-    def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
-        """(B, N) losses of each token in the order that it comes, given those before it."""
-
-    def check_likelihood(self) -> None:
-        """See System.check_likelihood: there are probabilities of codes."""
-        if self.spec.kind != "discrete":
-            raise ValueError("a likelihood is that of codes; the tokens are continuous")
 
 
 def put_given(given: Given, order_BN: Tensor, tokens_BN: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,13 @@ from heptapod_fast.ops.masks import (
 )
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions
-from heptapod_fast.systems.base import TINY_DATA, Loss, Phase, with_possible_scale
+from heptapod_fast.systems.base import (
+    NOWHERE,
+    TINY_DATA,
+    Elements,
+    Phase,
+    with_possible_scale,
+)
 from heptapod_fast.systems.mar import (
     TINY,
     MarSettings,
@@ -301,12 +307,10 @@ class Sar(MarSystem):
 
     # ------------------------------------------------------------------------------------ training
 
-    def forward(self, batch: Batch, rng: Rng, phase: Phase | None = None) -> Loss:
-        """Sum of the token loss over all tokens of every sequence; see System.forward."""
+    def predicted(self, batch: Batch, rng: Rng) -> tuple[Rows, Tensor]:
+        """See MarSystem.predicted: all tokens, in the order of the groups."""
         rows = gridlib.rows_of_all_steps(self.order_N.expand(len(batch), -1))
-        z_RD = self.vectors(batch, rows, rng)
-        total, _ = self.token_losses(z_RD, batch, rows, rng)
-        return Loss(total, rows.total_weight())
+        return rows, self.vectors(batch, rows, rng)
 
     def vectors(self, batch: Batch, rows: Rows, rng: Rng) -> Tensor:
         """The backbone's vector of every token, in the order of the groups: (B * N, D)."""
@@ -383,6 +387,43 @@ class Sar(MarSystem):
         """(G, D): embeddings of position and group."""
         position = self.backbone.position(self.order_N[part])
         return position + self.backbone.time(self.time_N[part])
+
+    # ---------------------------------------------------------------------------------- looking in
+
+    @property
+    def null_class(self) -> int | None:
+        """See System.null_class."""
+        return self.num_classes if self.settings.label_dropout else None
+
+    def look(self, batch: Batch, rng: Rng, seen: int) -> list[Elements]:
+        """See System.look. Elements of the context stand where their tokens do, those of the
+        generation where they predict; in one stream an element carries the token that it was made
+        of."""
+        x_BMD = self.embed(batch.labels, batch.tokens)
+        self.backbone(x_BMD, visible=self.visible_on(x_BMD.device))
+        start_1 = torch.full_like(self.order_N[:1], NOWHERE)
+        if self.settings.has_two_streams:
+            context_M = self.order_N[: self.num_tokens - self.groups.sizes[-1]]
+            place_M = torch.cat((start_1, context_M, self.order_N))
+            predicted_M = place_M
+        else:
+            first = self.groups.sizes[0]
+            place_M = torch.cat((start_1.expand(first), self.order_N[:-first]))
+            predicted_M = self.order_N
+        place_BM = place_M.expand(len(batch), -1)
+        predicted_BM = predicted_M.expand(len(batch), -1)
+        found = Elements(place_BM, ((predicted_BM, place_BM),))
+        return [found] * len(self.backbone.blocks)
+
+    def next_token_losses(self, batch: Batch, rng: Rng) -> Tensor:
+        """See System.next_token_losses; tokens of a group do not see each other."""
+        rows, z_RD = self.predicted(batch, rng)
+        _, loss_R = self.token_losses(z_RD, batch, rows, rng)
+        return loss_R.view(-1, self.num_tokens)
+
+    def step_of_tokens(self) -> Tensor:
+        """See System.step_of_tokens: a group is a step."""
+        return self.time_N.cpu()
 
     # ------------------------------------------------------------------------------------ counting
 
