@@ -24,8 +24,8 @@ MOST_IMAGES = 10_000_000
 
 
 @dataclass(kw_only=True)
-class SamplingArguments:
-    """A run, which of its weights, and how they are sampled."""
+class RunArguments:
+    """A run, and which of its weights."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run directory."""
@@ -34,12 +34,8 @@ class SamplingArguments:
     run with --ema post-hoc also a length, as 0.15."""
     checkpoint: int | None = None
     """Step of the checkpoint; default: the newest."""
-    seed: int = 0
-    """Seed of the samples."""
-    batch: int = 256
-    """Images per batch; does not change what comes out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to sample. Under torchrun, processes share the work, a batch each."""
+    """Where to run; sampling under torchrun, processes share the work, a batch each."""
     tokenizer_weights: str | None = None
     """File of kl16 or vq16, if it is not where it was in training."""
 
@@ -57,6 +53,16 @@ class SamplingArguments:
         if loaded.tokenizer is None:
             raise ValueError(f"{self.run} was trained on synthetic tokens: nothing can be decoded")
         return loaded
+
+
+@dataclass(kw_only=True)
+class SamplingArguments(RunArguments):
+    """A run, which of its weights, and how they are sampled."""
+
+    seed: int = 0
+    """Seed of the samples."""
+    batch: int = 256
+    """Images per batch; does not change what comes out."""
 
     def check_count(self, count: int) -> None:
         """ValueError for counts that cannot be."""

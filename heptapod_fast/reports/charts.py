@@ -28,10 +28,11 @@ def _figure(title: str, width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
+    """As PNG; equal data makes an equal file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the date and the version of matplotlib: equal data makes an equal file.
+    # Without the date and the version of matplotlib.
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -69,7 +70,7 @@ def save_lines(
     axes.set_ylabel(y_label)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_panels(
@@ -93,7 +94,37 @@ def save_panels(
         axes.grid(axis="y", alpha=0.3)
         axes.tick_params(axis="x", rotation=45)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def save_series(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[Any], Sequence[float]]]], path: str | Path
+) -> None:
+    """A panel for each of several groups of lines, {title: {name: (x, y)}}, at most two beside each
+    other. x: numbers, or words that are written below. A line of one value in y is that value all
+    along."""
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), dpi=110, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in all_axes[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
+        for name, (x, y) in lines.items():
+            if len(y) == 1:
+                axes.axhline(y[0], color=GREY, linewidth=1, label=name)
+            else:
+                axes.plot(x, y, marker="o", markersize=3, label=name)
+            if x and isinstance(x[0], str):
+                axes.tick_params(axis="x", rotation=90)
+        axes.set_title(title, loc="left")
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
 
 
 def save_time_and_rate(
@@ -126,7 +157,7 @@ def save_time_and_rate(
     all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, (_, draw) in zip(all_axes, panels, strict=True):
         draw(axes)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -185,7 +216,7 @@ def save_bars(
     else:
         axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_growth(
@@ -211,4 +242,4 @@ def save_growth(
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("time per FLOP, first point = 1")
     panels[0].set_ylim(bottom=0)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -192,6 +192,22 @@ class Tokenizer(ABC):
             ValueError: tokens of another shape.
         """
 
+    def vectors(self, tokens: Tensor) -> Tensor:
+        """Tokens as vectors that can be compared: (B, N, C) float32, of codes their entries in the
+        codebook.
+
+        Raises:
+            ValueError: tokens of another shape.
+        """
+        found = self.check_tokens(tokens)
+        if self.spec.kind == "discrete":
+            return self.code_vectors()[found].float()
+        return found.float()
+
+    def code_vectors(self) -> Tensor:
+        """(V, C): the codebook of discrete tokens."""
+        raise NotImplementedError(f"{self.spec.name} has codes and does not show its codebook")
+
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """The fitted tensors; empty when there are none."""

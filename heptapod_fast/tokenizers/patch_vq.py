@@ -132,6 +132,10 @@ class PatchVQ(Tokenizer):
         codes_BN = self.check_tokens(tokens)
         return unpatchify(self.codebook_VE[codes_BN], self.patch_size)
 
+    def code_vectors(self) -> Tensor:
+        """See Tokenizer.code_vectors: patches."""
+        return self.codebook_VE
+
     def to(self, device: torch.device | str) -> PatchVQ:
         """Moves the codebook and returns the tokenizer."""
         super().to(device)

@@ -79,6 +79,10 @@ class VQ16(Pretrained):
         """(16384, 8) float32: the codebook as stored, before it is normalised."""
         return self.network.get_parameter("quantize.embedding.weight")
 
+    def code_vectors(self) -> Tensor:
+        """See Tokenizer.code_vectors: of length 1, as they are decoded."""
+        return F.normalize(self.codebook_VC, dim=-1)
+
     def encode(self, images: Tensor, rng: Rng | None = None, index: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) float in [-1, 1] -> (B, N) int64, the nearest codes; `rng` is ignored.
 
