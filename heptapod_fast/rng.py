@@ -12,14 +12,21 @@ so that a kernel can make the same numbers again instead of storing them.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from heptapod_fast.ops.philox import philox, philox4x32, to_integer, to_normal, to_uniform
+from heptapod_fast.ops.philox import (
+    philox,
+    philox4x32,
+    reference,
+    to_integer,
+    to_normal,
+    to_uniform,
+)
 
-__all__ = ["Rng", "philox4x32"]
+__all__ = ["Rng", "SteppedRng", "philox4x32"]
 
 _MASK = 0xFFFFFFFF
 
@@ -50,7 +57,10 @@ class Rng:
         several draws of one sample. Returns (..., count) int64 in [0, 2**32)."""
         slots = slot if isinstance(slot, Tensor) else torch.full_like(index, slot)
         index, slots = torch.broadcast_tensors(index, slots.to(index.dtype))
-        return philox(index, slots, (count + 3) // 4, self.key(stream))[..., :count]
+        return self._words(stream, index, slots, (count + 3) // 4)[..., :count]
+
+    def _words(self, stream: str, index: Tensor, slot: Tensor, blocks: int) -> Tensor:
+        return philox(index, slot, blocks, self.key(stream))
 
     def uniform(self, stream: str, index: Tensor, count: int, slot: Tensor | int = 0) -> Tensor:
         """(..., count) float32, uniform on the open interval (0, 1); arguments as `bits`."""
@@ -69,3 +79,31 @@ class Rng:
     def permutation(self, stream: str, index: Tensor, length: int) -> Tensor:
         """index (B,) -> (B, length) int64: one uniformly random permutation per sequence."""
         return self.bits(stream, index, length).argsort(dim=-1, stable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedRng(Rng):
+    """The sources of all steps, `Rng.at(0)` and on, of which a tensor says which one draws.
+
+    So that draws can be recorded once and replayed at other steps: keys are looked up on the
+    device, in a table for each stream, which is made when the stream is first used.
+
+    Attributes:
+        step_1: (1,) int64 on the device where draws are made; whoever holds it sets it.
+        steps: how many there are.
+    """
+
+    step_1: Tensor
+    steps: int
+    _tables: dict[str, Tensor] = field(default_factory=dict)
+
+    def key(self, stream: str) -> tuple[int, int]:
+        """None that the host could know."""
+        raise TypeError(f"{stream}: which step draws is known on the device alone")
+
+    def _words(self, stream: str, index: Tensor, slot: Tensor, blocks: int) -> Tensor:
+        if stream not in self._tables:
+            keys = [self.at(step).key(stream) for step in range(self.steps)]
+            self._tables[stream] = torch.tensor(keys, device=self.step_1.device)
+        first, second = self._tables[stream].index_select(0, self.step_1)[0].unbind()
+        return reference(index, slot, blocks, (first, second))

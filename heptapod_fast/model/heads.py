@@ -124,6 +124,11 @@ class GlobalHead(nn.Module):
 class Drawing(Protocol):
     """What a head keeps from step to step while images are drawn."""
 
+    def place(self, states: int) -> None:
+        """So many states were seen before those that `see` takes next. Outside of what is recorded
+        and replayed."""
+        ...
+
     def see(self, h_BMD: Tensor, element_BM: Tensor) -> None:
         """Take in the states that the backbone has added; element 0 is [S], 1 + p the token at
         position p."""
@@ -151,6 +156,9 @@ class GlobalDrawing:
         self._qkv_BL3HE: Tensor | None = None
         if len(head.blocks) > 1:
             self._qkv_BL3HE = self._projected(unseen_1LD).repeat(batch, 1, 1, 1, 1)
+
+    def place(self, states: int) -> None:
+        """See `Drawing`: states are told apart by their elements here."""
 
     def _projected(self, x_BND: Tensor) -> Tensor:
         first = self.head.blocks[0]
@@ -315,9 +323,13 @@ class LocalDrawing:
 
     def __init__(self, head: LocalHead):
         self.head = head
-        num_tokens = len(head.owner)
-        self._cache = KVCache(len(head.blocks), num_tokens)
+        device = head.query.device
+        self._cache = KVCache(len(head.blocks), len(head.owner), device)
         self._new: Tensor | None = None
+
+    def place(self, states: int) -> None:
+        """See `Drawing`."""
+        self._cache.place(states)
 
     def see(self, h_BMD: Tensor, element_BM: Tensor) -> None:
         """See `Drawing`; `vectors` has to come before the next states."""
@@ -328,11 +340,10 @@ class LocalDrawing:
         """See `Drawing`. One window is run for each position: a query sees its own window only."""
         assert self._new is not None
         h_BMD = self._new
-        seen = self._cache.filled + h_BMD.shape[1] - 1  # [S] is no token
-        steps_Bk = torch.full_like(position_Bk, seen)
+        last_1 = self._cache.slots(h_BMD.shape[1])[-1:]  # state t has seen t tokens
         position_SW = self.head.window_positions(position_Bk.flatten())
-        z_RD = self.head(h_BMD, steps_Bk, position_SW, cache=self._cache)
-        self._cache.advance(h_BMD.shape[1])
+        z_RD = self.head(h_BMD, last_1.expand_as(position_Bk), position_SW, cache=self._cache)
         self._new = None
-        wanted_SW = position_SW == position_Bk.reshape(-1, 1)
-        return z_RD.unflatten(0, position_SW.shape)[wanted_SW]
+        own_S1 = (position_SW == position_Bk.reshape(-1, 1)).int().argmax(1, keepdim=True)
+        z_SWD = z_RD.unflatten(0, position_SW.shape)
+        return z_SWD.take_along_dim(own_S1[..., None], 1)[:, 0]

@@ -13,7 +13,7 @@ from heptapod_fast.model.dropout import Masks
 from heptapod_fast.model.layers import Linear, RMSNorm
 from heptapod_fast.model.transformer import Stream
 from heptapod_fast.ops.dispatch import AUTO, Operators
-from heptapod_fast.ops.masks import CAUSAL
+from heptapod_fast.ops.masks import CAUSAL, Visible
 from heptapod_fast.sampling.kv_cache import LayerCache
 
 
@@ -32,20 +32,26 @@ class Attention(nn.Module):
         self.wqkv = Linear(width, 3 * width, init="normal", bias=False)
         self.wo = Linear(width, width, init="normal", bias=False)
 
-    def forward(self, y_BND: Tensor, table: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Causal attention of normalised y, without dropout: (B, N, D).
+    def forward(
+        self,
+        y_BND: Tensor,
+        table: Tensor,
+        cache: LayerCache | None = None,
+        visible: Visible = CAUSAL,
+    ) -> Tensor:
+        """Attention of normalised y, without dropout: (B, N, D).
 
         table: (N, E / 2, 2) of `ops.rotary`, for these elements. cache: keys and values of earlier
-        elements, rotated, to which these are added.
+        elements, rotated, to which these are added; `visible` are its Ends then.
         """
         qkv_BN3HE = self.wqkv(y_BND).unflatten(-1, (3, self.heads, -1))
         qkv_BN3HE = ops.rotary(qkv_BN3HE, table, self.operators["rotary"])
         how = self.operators["attention"]
         if cache is None:
-            out_BNHE = ops.attention(qkv_BN3HE, CAUSAL, how)
+            out_BNHE = ops.attention(qkv_BN3HE, visible, how)
         else:
             kv_BM2HE = cache.append(qkv_BN3HE[:, :, 1:])
-            out_BNHE = ops.cross_attention(qkv_BN3HE[:, :, 0], kv_BM2HE, CAUSAL, how)
+            out_BNHE = ops.cross_attention(qkv_BN3HE[:, :, 0], kv_BM2HE, visible, how)
         return self.wo(out_BNHE.flatten(-2))
 
 
@@ -84,11 +90,12 @@ class LlamaBlock(nn.Module):
         table: Tensor,
         masks: Masks = NO_MASKS,
         cache: LayerCache | None = None,
+        visible: Visible = CAUSAL,
     ) -> Stream:
         """A stream of (B, N, D) -> the same; arguments as of `Attention`."""
         after_attention, after_mlp = masks
         x, y = stream.normed(self.attention_norm)
-        attended = self.attention(y, table, cache)
+        attended = self.attention(y, table, cache, visible)
         x, y = Stream(x, attended, mask=after_attention).normed(self.ffn_norm)
         return Stream(x, self.feed_forward(y), mask=after_mlp)
 

@@ -27,7 +27,7 @@ from heptapod_fast.sampling import (
     Denoiser,
     Path,
     SampleOptions,
-    respaced,
+    respaced_on,
     sample_codes,
 )
 
@@ -387,7 +387,7 @@ class Diffusion(Denoising):
         denoising multiply its errors by thousands (sampling/diffusion.py).
         """
         z_RD = z_RD.float()
-        times = respaced(options.diffusion_steps or DIFFUSION_STEPS).to(z_RD.device)
+        times = respaced_on(options.diffusion_steps or DIFFUSION_STEPS, z_RD.device)
         time_TF = self.embed(self.sinusoids[times])
         predict = self.predictor(z_RD, time_TF, contrast)
         denoiser = Denoiser(predict, rng, index_R, slot_R, options, self.limit)
@@ -462,7 +462,7 @@ class Flow(Denoising):
         """See TokenLoss.draw; float32, as Diffusion.draw."""
         z_RD = z_RD.float()
         path = Path(rng, index_R, slot_R, options, self.limit)
-        time_TF = self.embed_time(path.times().to(z_RD.device), z_RD.dtype)
+        time_TF = self.embed_time(path.times_on(z_RD.device), z_RD.dtype)
         return path.sample(self.predictor(z_RD, time_TF, contrast), self.channels), None
 
     def times_embedded(self, rows: float) -> float:

@@ -24,7 +24,7 @@ from heptapod_fast.model.dropout import NO_DROPOUT, Dropout, Masks
 from heptapod_fast.model.layers import Embedding, LayerNorm, Linear, Modules, RMSNorm
 from heptapod_fast.ops.checks import at_least_float32
 from heptapod_fast.ops.dispatch import AUTO, Operators
-from heptapod_fast.ops.masks import CAUSAL, FULL, Visible
+from heptapod_fast.ops.masks import CAUSAL, FULL, Causal, Visible
 from heptapod_fast.sampling.kv_cache import KVCache, LayerCache
 
 
@@ -100,7 +100,8 @@ class Block(nn.Module):
         Args:
             visible: who sees whom.
             masks: dropout of the three sites; with `packing` those of the rows (`Dropout.packed`).
-            cache: keys and values of earlier elements, to which these elements are added.
+            cache: keys and values of earlier elements, to which these elements are added;
+                `visible` are Ends then.
             packing: only these elements come out. They are gathered after attention: projection and
                 MLP never see the others.
         """
@@ -238,9 +239,17 @@ class Backbone(nn.Module):
             x_BD = x_BD + self.position(position_B)
         return x_BD[:, None].to(self.dtype)
 
-    def embed_tokens(self, tokens_BM: Tensor, position_BM: Tensor, first_time: int) -> Tensor:
-        """M consecutive tokens of the order, the first at time `first_time` >= 1. (B, M, D)."""
-        times_MD = self.time.weight[first_time : first_time + position_BM.shape[1]]
+    def embed_tokens(
+        self, tokens_BM: Tensor, position_BM: Tensor, first_time: int | Tensor
+    ) -> Tensor:
+        """M consecutive tokens of the order, the first at time `first_time` >= 1, or (1,) int64 on
+        the device. (B, M, D)."""
+        count = position_BM.shape[1]
+        if isinstance(first_time, Tensor):
+            time_M = first_time + torch.arange(count, device=first_time.device)
+            times_MD = self.time.weight.index_select(0, time_M)
+        else:
+            times_MD = self.time.weight[first_time : first_time + count]
         x_BMD = self.token(tokens_BM) + self.position(position_BM) + times_MD
         return x_BMD.to(self.dtype)
 
@@ -252,8 +261,11 @@ class Backbone(nn.Module):
         visible: Visible = CAUSAL,
         packing: Packing | None = None,
     ) -> Tensor:
-        """(B, N, D) -> h (B, N, D), after the final LayerNorm. visible: who sees whom. packing: the
-        last block lets only these elements out, and h is (R, D)."""
+        """(B, N, D) -> h (B, N, D), after the final LayerNorm. visible: who sees whom; with a cache
+        CAUSAL is among all that is in it, and else Ends. packing: the last block lets only these
+        elements out, and h is (R, D)."""
+        if cache is not None and isinstance(visible, Causal):
+            visible = cache.causal(x_BND.shape[0], x_BND.shape[1])
         stream = Stream(x_BND)
         last = len(self.blocks) - 1
         for i in range(last):

@@ -28,12 +28,15 @@ _W0 = 0x9E3779B9
 _W1 = 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
+# Two integers below 2**32; for `reference` also two int64 tensors without dimensions.
+Key = tuple[int, int] | tuple[Tensor, Tensor]
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+
+def philox4x32(counter: tuple[Tensor, ...], key: Key) -> tuple[Tensor, ...]:
     """Philox4x32-10 in int64 arithmetic.
 
-    counter: four int64 tensors with values in [0, 2**32), broadcastable to one shape; key: two
-    integers below 2**32. Returns four int64 tensors of that shape with values in [0, 2**32).
+    counter: four int64 tensors with values in [0, 2**32), broadcastable to one shape.
+    Returns four int64 tensors of that shape with values in [0, 2**32).
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
@@ -74,7 +77,7 @@ def philox(
     )
 
 
-def reference(index: Tensor, slot: Tensor, blocks: int, key: tuple[int, int]) -> Tensor:
+def reference(index: Tensor, slot: Tensor, blocks: int, key: Key) -> Tensor:
     """`philox` in plain PyTorch, on any device."""
     block = torch.arange(blocks, device=index.device)
     words = philox4x32(

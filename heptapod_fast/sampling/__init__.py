@@ -2,7 +2,7 @@
 
 from heptapod_fast.sampling.codes import sample_codes
 from heptapod_fast.sampling.completion import Given
-from heptapod_fast.sampling.diffusion import Denoiser, respaced
+from heptapod_fast.sampling.diffusion import Denoiser, respaced, respaced_on
 from heptapod_fast.sampling.flow import FLOW_STEPS, Path
 from heptapod_fast.sampling.kv_cache import KVCache
 from heptapod_fast.sampling.options import DIFFUSION_STEPS, SampleOptions
@@ -16,5 +16,6 @@ __all__ = [
     "Path",
     "SampleOptions",
     "respaced",
+    "respaced_on",
     "sample_codes",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,12 @@ def respaced(steps: int) -> Tensor:
         chosen.append(round(current))
         current += stride
     return torch.tensor(chosen)
+
+
+@lru_cache
+def respaced_on(steps: int, device: torch.device) -> Tensor:
+    """`respaced` on a device, once: a copy to it cannot be recorded (sampling/replay.py)."""
+    return respaced(steps).to(device)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class Path:
         """(steps + 1,) float32: from 1 down to 0."""
         return torch.linspace(1.0, 0.0, self.steps + 1)
 
+    def times_on(self, device: torch.device) -> Tensor:
+        """`times` on a device, once: a copy to it cannot be recorded (sampling/replay.py)."""
+        return _times_on(self.steps, device)
+
     def sample(self, predict: Callable[[Tensor, int], Tensor], channels: int) -> Tensor:
         """(R, C) float32.
 
@@ -67,3 +72,8 @@ class Path:
             return v_RC
         data_RC = (x_RC - time * v_RC).clamp(-self.limit, self.limit)
         return (x_RC - data_RC) / time
+
+
+@lru_cache
+def _times_on(steps: int, device: torch.device) -> Tensor:
+    return torch.linspace(1.0, 0.0, steps + 1).to(device)

@@ -47,6 +47,12 @@ class SampleOptions(Settings):
         "DDIM; of a flow euler (the default), or heun, two passes in each step.",
     )
 
+    cuda_graph: Literal["auto", "on", "off"] = setting(
+        "Record a step of drawing in a CUDA graph and replay it at those that are like it (auto: "
+        "on a GPU). The samples are the same.",
+        default="auto",
+    )
+
     def at(self, drawn: float) -> Self:
         """The options of a token before which this share of the image, 0 to below 1, was drawn:
         the number of denoising steps falls on a straight line (DiSA, arXiv 2505.20297)."""

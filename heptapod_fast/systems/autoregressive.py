@@ -9,8 +9,9 @@ head scores the next token at all N steps.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
+from heptapod_fast.sampling.replay import steps_for, updated
 from heptapod_fast.systems.base import NOWHERE, Elements, Phase
 from heptapod_fast.systems.mar import (
     Completing,
@@ -58,6 +60,27 @@ def _defaults(name: str, network: NetworkSize) -> NextTokenSettings:
 
 
 NextTokenSettings.SIZES = sizes(_defaults)
+
+
+@dataclass
+class Canvas:
+    """Images that are being drawn.
+
+    Attributes:
+        index_B: keys of their draws.
+        order_BN: the positions in the order they are drawn.
+        tokens_BN: what is there, in raster order.
+        x_BMD: what enters the backbone next.
+        seen_1: (1,) int64, how many tokens are there.
+        cache: keys and values.
+    """
+
+    index_B: Tensor
+    order_BN: Tensor
+    tokens_BN: Tensor
+    x_BMD: Tensor
+    seen_1: Tensor
+    cache: KVCache
 
 
 class NextToken(Completing):
@@ -131,9 +154,9 @@ class NextToken(Completing):
         options = self.own_options(options, SampleOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
+        device = classes.device
         order_BN = self.orders(index_B, rng)
-        tokens_BN = self.empty_tokens(len(classes), classes.device)
-        cache = KVCache(len(self.backbone.blocks), self.num_tokens)
+        tokens_BN = self.empty_tokens(len(classes), device)
         seen = 0
         before: list[Tensor] = []
         if given is not None:
@@ -142,18 +165,38 @@ class NextToken(Completing):
             # A token stands with the position of the one that comes next.
             before = [self.backbone.embed_tokens(token_BK, order_BN[:, 1 : seen + 1], 1)]
         start_B1D = self.backbone.embed_start(classes, order_BN[:, 0])
-        x_BMD = torch.cat((start_B1D, *before), dim=1)
+        canvas = Canvas(
+            index_B=index_B,
+            order_BN=order_BN,
+            tokens_BN=tokens_BN,
+            x_BMD=torch.cat((start_B1D, *before), dim=1),
+            seen_1=torch.zeros(1, dtype=torch.int64, device=device),
+            cache=KVCache(len(self.backbone.blocks), self.num_tokens, device),
+        )
+        steps = steps_for(options, rng, self.num_tokens, device)
         for step in range(seen, self.num_tokens):
-            z_BD = self.backbone(x_BMD, cache=cache)[:, -1]
-            cache.advance(x_BMD.shape[1])
-            position_B = order_BN[:, step]
             now = options.at(step / self.num_tokens)
-            token_B, _ = self.token_loss.draw(z_BD, rng.at(step), index_B, position_B, now)
-            put(tokens_BN, position_B[:, None], token_B[:, None])
-            if step + 1 < self.num_tokens:
-                next_B1 = order_BN[:, step + 1 : step + 2]
-                x_BMD = self.backbone.embed_tokens(token_B[:, None], next_B1, step + 1)
+            is_last = step + 1 == self.num_tokens
+            entering = canvas.x_BMD.shape[1]
+            kind: Hashable = (now.diffusion_steps,)
+            if is_last or entering != 1:
+                kind = None
+            canvas.cache.place(step + 1 - entering)
+            canvas.seen_1.fill_(step)
+            steps.run(step, kind, partial(self.draw_token, canvas, now, is_last))
         return tokens_BN
+
+    def draw_token(self, canvas: Canvas, options: SampleOptions, is_last: bool, rng: Rng) -> None:
+        """One step: the newest elements enter, a token is drawn and becomes one."""
+        z_BD = self.backbone(canvas.x_BMD, cache=canvas.cache)[:, -1]
+        position_B1 = canvas.order_BN.index_select(1, canvas.seen_1)
+        token_B, _ = self.token_loss.draw(z_BD, rng, canvas.index_B, position_B1[:, 0], options)
+        put(canvas.tokens_BN, position_B1, token_B[:, None])
+        if is_last:
+            return
+        next_B1 = canvas.order_BN.index_select(1, canvas.seen_1 + 1)
+        x_B1D = self.backbone.embed_tokens(token_B[:, None], next_B1, canvas.seen_1 + 1)
+        canvas.x_BMD = updated(canvas.x_BMD, x_B1D)
 
     def expected_count(self, batch: int, phase: Phase | None = None) -> float:
         """Every token of every sequence."""

@@ -8,7 +8,7 @@ for every position of its window, and every unseen one is supervised. Suffixes a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Self, cast
@@ -28,6 +28,7 @@ from heptapod_fast.ops import CAUSAL, FULL, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
+from heptapod_fast.sampling.replay import steps_for, updated
 from heptapod_fast.systems.base import NOWHERE, Elements, Phase
 from heptapod_fast.systems.mar import (
     Completing,
@@ -187,6 +188,38 @@ class HeptapodOptions(SampleOptions):
             raise ValueError("--position-order confidence needs discrete tokens")
 
 
+@dataclass
+class Canvas:
+    """Images that are being drawn.
+
+    Attributes:
+        index_B: keys of their draws.
+        order_BN: the positions in the order they are drawn.
+        tokens_BN: what is there, in raster order.
+        x_BMD, element_BM: what enters the backbone next, and as which elements of the head.
+        seen_1: (1,) int64, how many tokens are there; seen: the same, for the host.
+        cache: keys and values of the backbone.
+        drawing: what the head keeps.
+    """
+
+    index_B: Tensor
+    order_BN: Tensor
+    tokens_BN: Tensor
+    x_BMD: Tensor
+    element_BM: Tensor
+    seen_1: Tensor
+    cache: KVCache
+    drawing: Drawing
+    seen: int = 0
+
+    def begin(self, placed: int, seen: int) -> None:
+        """A step before which so many elements were placed, and so many tokens are there."""
+        self.cache.place(placed)
+        self.drawing.place(placed)
+        self.seen = seen
+        self.seen_1.fill_(seen)
+
+
 class Heptapod(Completing):
     """Causal backbone, 2D head (global or local), token loss."""
 
@@ -328,44 +361,76 @@ class Heptapod(Completing):
         options = self.own_options(options, HeptapodOptions)
         self.check_sampling(classes, options)
         classes, index_B = self.place_sampling(classes, index)
-        order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
-        tokens_BN = self.empty_tokens(len(classes), classes.device)
-        cache = KVCache(len(self.backbone.blocks), self.num_tokens)
-        drawing: Drawing = self.head.drawing(len(classes), self.backbone.dtype)
-        x_BMD = self.backbone.embed_start(classes)
-        element_BM = torch.zeros_like(classes)[:, None]
-        seen = 0
-        if given is not None:
-            order_BN, token_BK = put_given(given, order_BN, tokens_BN)
-            seen = given.num_known
-            position_BK = order_BN[:, :seen]
-            x_BKD = self.backbone.embed_tokens(token_BK, position_BK, 1)
-            x_BMD = torch.cat((x_BMD, x_BKD), dim=1)
-            element_BM = torch.cat((element_BM, position_BK + 1), dim=1)
+        device = classes.device
+        canvas = self.canvas(classes, rng, index_B, given)
+        seen = 0 if given is None else given.num_known
         left = self.num_tokens - seen
         sizes = gridlib.group_sizes(
             left, self._positions_per_step(options, left), options.position_schedule
         )
+        steps = steps_for(options, rng, len(sizes), device)
+        placed = 0  # elements in the cache
         for step, count in enumerate(sizes):
-            h_BMD = self.backbone(x_BMD, cache=cache)
-            cache.advance(x_BMD.shape[1])
-            drawing.see(h_BMD, element_BM)
-            draw_at = partial(
-                self.draw_at, drawing, rng.at(step), index_B, options.at(seen / self.num_tokens)
-            )
-            if options.position_order == "confidence":
-                ranked_BU, token_Bk = self.most_confident(draw_at, order_BN[:, seen:], count)
-                order_BN = torch.cat((order_BN[:, :seen], ranked_BU), dim=1)
-                position_Bk = ranked_BU[:, :count]
-            else:
-                position_Bk = order_BN[:, seen : seen + count]
-                token_Bk, _ = draw_at(position_Bk)
-            put(tokens_BN, position_Bk, token_Bk)
-            if seen + count < self.num_tokens:
-                x_BMD = self.backbone.embed_tokens(token_Bk, position_Bk, seen + 1)
-                element_BM = position_Bk + 1
+            entering = canvas.x_BMD.shape[1]
+            now = options.at(seen / self.num_tokens)
+            is_last = step + 1 == len(sizes)
+            # Likeness: as many elements enter as are drawn, so that all tensors stay in place.
+            kind: Hashable = (count, now.diffusion_steps)
+            if is_last or entering != count or options.position_order == "confidence":
+                kind = None
+            canvas.begin(placed, seen)
+            draw_group = partial(self.draw_group, canvas, count, now, is_last)
+            steps.run(step, kind, draw_group)
+            placed += entering
             seen += count
-        return tokens_BN
+        return canvas.tokens_BN
+
+    def canvas(self, classes: Tensor, rng: Rng, index_B: Tensor, given: Given | None) -> Canvas:
+        """Images of which nothing but the given tokens is there."""
+        device = classes.device
+        order_BN = gridlib.random_orders(index_B, self.num_tokens, rng)
+        tokens_BN = self.empty_tokens(len(classes), device)
+        x_BMD = self.backbone.embed_start(classes)
+        element_BM = torch.zeros_like(classes)[:, None]
+        if given is not None:
+            order_BN, token_BK = put_given(given, order_BN, tokens_BN)
+            position_BK = order_BN[:, : given.num_known]
+            x_BKD = self.backbone.embed_tokens(token_BK, position_BK, 1)
+            x_BMD = torch.cat((x_BMD, x_BKD), dim=1)
+            element_BM = torch.cat((element_BM, position_BK + 1), dim=1)
+        return Canvas(
+            index_B=index_B,
+            order_BN=order_BN,
+            tokens_BN=tokens_BN,
+            x_BMD=x_BMD,
+            element_BM=element_BM,
+            seen_1=torch.zeros(1, dtype=torch.int64, device=device),
+            cache=KVCache(len(self.backbone.blocks), self.num_tokens, device),
+            drawing=self.head.drawing(len(classes), self.backbone.dtype),
+        )
+
+    def draw_group(
+        self, canvas: Canvas, count: int, options: SampleOptions, is_last: bool, rng: Rng
+    ) -> None:
+        """One step: the newest elements enter, `count` tokens are drawn and become elements."""
+        h_BMD = self.backbone(canvas.x_BMD, cache=canvas.cache)
+        canvas.drawing.see(h_BMD, canvas.element_BM)
+        draw_at = partial(self.draw_at, canvas.drawing, rng, canvas.index_B, options)
+        if isinstance(options, HeptapodOptions) and options.position_order == "confidence":
+            seen = canvas.seen
+            ranked_BU, token_Bk = self.most_confident(draw_at, canvas.order_BN[:, seen:], count)
+            canvas.order_BN[:, seen:] = ranked_BU
+            position_Bk = ranked_BU[:, :count]
+        else:
+            next_k = canvas.seen_1 + torch.arange(count, device=canvas.seen_1.device)
+            position_Bk = canvas.order_BN.index_select(1, next_k)
+            token_Bk, _ = draw_at(position_Bk)
+        put(canvas.tokens_BN, position_Bk, token_Bk)
+        if is_last:
+            return
+        x_BkD = self.backbone.embed_tokens(token_Bk, position_Bk, canvas.seen_1 + 1)
+        canvas.x_BMD = updated(canvas.x_BMD, x_BkD)
+        canvas.element_BM = updated(canvas.element_BM, position_Bk + 1)
 
     def _positions_per_step(self, options: HeptapodOptions, left: int) -> int:
         """As asked for, but not more than are left to draw."""
@@ -442,6 +507,7 @@ class Heptapod(Completing):
         target_BN = gridlib.take_tokens(batch.tokens, order_BN)
         losses = []
         for step in range(self.num_tokens):
+            drawing.place(step)
             drawing.see(h_BND[:, step : step + 1], element_BN[:, step : step + 1])
             position_B1 = order_BN[:, step : step + 1]
             z_BD = drawing.vectors(position_B1)

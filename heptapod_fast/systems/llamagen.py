@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.ops.linear_cross_entropy import MOST_TARGETS
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import KVCache, SampleOptions, sample_codes
+from heptapod_fast.sampling.replay import steps_for
 from heptapod_fast.systems.base import (
     TINY_DATA,
     TINY_RUN,
@@ -319,6 +321,27 @@ LlamaSettings.SIZES = _sizes(LlamaSettings, PAPER_RECIPE)
 NppSettings.SIZES = _sizes(NppSettings, NPP_RECIPE, levels=2, segment_factor=0.5)
 
 
+@dataclass
+class Canvas:
+    """Images that are being drawn.
+
+    Attributes:
+        index_B: keys of their draws.
+        tokens_BN: codes that are there.
+        x_R1D: what enters the network next.
+        scale_1: (1,) float32, the scale of the guidance.
+        cache: keys and values.
+        copies: rows of each image: of its class, and with guidance of none.
+    """
+
+    index_B: Tensor
+    tokens_BN: Tensor
+    x_R1D: Tensor
+    scale_1: Tensor
+    cache: KVCache
+    copies: int
+
+
 class ClassEmbedding(nn.Module):
     """A row for every class, and one behind them for none."""
 
@@ -545,18 +568,36 @@ class LlamaGen(System):
         if scale > 1:
             label_R = torch.cat((label_B, torch.full_like(label_B, self.num_classes)))
             copies = 2
-        cache = KVCache(len(self.layers), self.num_tokens)
-        x_R1D = self.cls_embedding.embedding_table(label_R)[:, None].to(self.dtype)
+        device = label_B.device
+        canvas = Canvas(
+            index_B=index_B,
+            tokens_BN=tokens_BN,
+            x_R1D=self.cls_embedding.embedding_table(label_R)[:, None].to(self.dtype),
+            scale_1=torch.ones(1, device=device),
+            cache=KVCache(len(self.layers), self.num_tokens, device),
+            copies=copies,
+        )
+        steps = steps_for(chosen, rng, self.num_tokens, device)
         for step in range(self.num_tokens):
-            logits_RV = self._next_logits(x_R1D, step, cache)
-            logits_BV = self._guided(logits_RV, scale, step, chosen)
-            slot_B = torch.full_like(index_B, step)
-            uniform_B = rng.at(step).uniform("sample.token", index_B, 1, slot_B)[:, 0]
-            code_B, _ = sample_codes(logits_BV, uniform_B, chosen)
-            tokens_BN[:, step] = code_B
-            code_R = code_B.repeat(copies)
-            x_R1D = self.tok_embeddings(code_R)[:, None].to(self.dtype)
+            canvas.cache.place(step)
+            canvas.scale_1.fill_(self._scale_at(step, scale, chosen))
+            steps.run(step, "code", partial(self.draw_code, canvas, chosen))
         return tokens_BN
+
+    def draw_code(self, canvas: Canvas, options: LlamaOptions, rng: Rng) -> None:
+        """One step: the newest element enters, a code is drawn and becomes one."""
+        step_1 = canvas.cache.slots(1)
+        logits_RV = self._next_logits(canvas.x_R1D, canvas.cache)
+        logits_BV = logits_RV
+        if canvas.copies == 2:
+            of_class, of_none = logits_RV.chunk(2)
+            logits_BV = of_none + canvas.scale_1 * (of_class - of_none)
+        slot_B = step_1.expand_as(canvas.index_B)
+        uniform_B = rng.uniform("sample.token", canvas.index_B, 1, slot_B)[:, 0]
+        code_B, _ = sample_codes(logits_BV, uniform_B, options)
+        canvas.tokens_BN.index_copy_(1, step_1, code_B[:, None])
+        code_R = code_B.repeat(canvas.copies)
+        canvas.x_R1D.copy_(self.tok_embeddings(code_R)[:, None])
 
     def _scale(self, options: LlamaOptions) -> float:
         """Of the guidance; ValueError where the run has nothing to guide against."""
@@ -574,24 +615,21 @@ class LlamaGen(System):
         chosen = self.own_options(options, LlamaOptions)
         return replace(chosen, guidance=self._scale(chosen))
 
-    def _next_logits(self, x_R1D: Tensor, step: int, cache: KVCache) -> Tensor:
+    def _next_logits(self, x_R1D: Tensor, cache: KVCache) -> Tensor:
         """(R, V) float32 of the code behind the newest element."""
-        table = self.table(1)[step : step + 1]
+        table = self.table(1).index_select(0, cache.slots(1))
+        visible = cache.causal(len(x_R1D), 1)
         stream = Stream(x_R1D)
         for number, block in enumerate(self.layers):
-            stream = block(stream, table, cache=cache.layer(number))
-        cache.advance(1)
+            stream = block(stream, table, cache=cache.layer(number), visible=visible)
         _, y_R1D = stream.normed(self.norm)
         return self.output(y_R1D[:, 0]).float()
 
-    def _guided(self, logits_RV: Tensor, scale: float, step: int, options: LlamaOptions) -> Tensor:
-        """u + s (c - u), of rows of classes and, behind them, rows of none."""
-        if scale <= 1:
-            return logits_RV
+    def _scale_at(self, step: int, scale: float, options: LlamaOptions) -> float:
+        """s of u + s (c - u) at a step."""
         if options.guidance_schedule == "linear":
-            scale = 1 + (scale - 1) * step / max(1, self.num_tokens - 1)
-        of_class, of_none = logits_RV.chunk(2)
-        return of_none + scale * (of_class - of_none)
+            return 1 + (scale - 1) * step / max(1, self.num_tokens - 1)
+        return scale
 
 
 class NextPatch(LlamaGen):

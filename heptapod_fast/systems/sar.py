@@ -480,7 +480,8 @@ class Sar(MarSystem):
         token_PND = self.backbone.label.weight.new_zeros(
             len(label_P), self.num_tokens, self.settings.width
         )
-        cache = KVCache(len(self.backbone.blocks), self.num_tokens + has_two_streams)
+        length = self.num_tokens + has_two_streams
+        cache = KVCache(len(self.backbone.blocks), length, label_B.device)
         for step, part in enumerate(self.groups.parts):
             z_RD = self.vectors_of_group(step, label_P, token_PND, cache)
             z_RD, contrast = guidance.of_head(z_RD)
@@ -509,7 +510,8 @@ class Sar(MarSystem):
         part = self.groups.parts[step]
         generation_PGD = self.generation(label_P, token_PND, part)
         if not self.settings.has_two_streams:
-            z_PGD = self.backbone(generation_PGD, cache=cache, visible=FULL)
+            visible = cache.all_seen(*generation_PGD.shape[:2])
+            z_PGD = self.backbone(generation_PGD, cache=cache, visible=visible)
             cache.advance(z_PGD.shape[1])
             return z_PGD.flatten(0, 1)
         if step == 0:
@@ -519,14 +521,14 @@ class Sar(MarSystem):
         x_PMD = torch.cat((context_PMD, generation_PGD), dim=1)
         sequences, elements, _ = x_PMD.shape
         entering = context_PMD.shape[1]
-        end_M = torch.full((elements,), cache.filled + elements, device=x_PMD.device)
-        end_M[:entering] = cache.filled + entering
+        of_context = cache.all_seen(sequences, entering).ends_BN
+        of_generation = cache.all_seen(sequences, elements - entering, elements).ends_BN
         drawn_M = torch.arange(entering, elements, device=x_PMD.device)
         sequence_R = torch.arange(sequences, device=x_PMD.device).repeat_interleave(len(drawn_M))
         z_RD = self.backbone(
             x_PMD,
             cache=cache,
-            visible=Ends(end_M.expand(sequences, -1)),
+            visible=Ends(torch.cat((of_context, of_generation), dim=1)),
             packing=Packing(sequence_R, drawn_M.repeat(sequences)),
         )
         cache.advance(entering)

@@ -20,18 +20,16 @@ for a capture executes nothing. Another phase has other shapes and numbers: its 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from heptapod_fast.graphs import Graphs, Work
 from heptapod_fast.runs.directory import RunError
 from heptapod_fast.systems import Phase
-from heptapod_fast.train.parallelize import beside
 from heptapod_fast.train.step import Eager, Executor
 
-Result = TypeVar("Result")
-Work = Callable[[], Result]
 Say = Callable[[str], None]
 
 # Steps before a capture. DDP looks at its messages in the first ten:
@@ -112,63 +110,6 @@ def executor_of(eager: Eager, choice: Choice, device: torch.device, say: Say) ->
 
 
 # ------------------------------------------------------------------------------------------ graphs
-
-
-class Recorded(NamedTuple):
-    """A graph and the tensors that it writes anew whenever it is replayed."""
-
-    graph: torch.cuda.CUDAGraph
-    result: Any
-
-
-class Graphs:
-    """CUDA graphs that share one pool of memory, and the side stream that they are captured on.
-
-    They have to be replayed in the order in which they were captured: one may use what the one
-    before it has left.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._recorded: dict[Hashable, Recorded] = {}
-
-    def __contains__(self, name: Hashable) -> bool:
-        return name in self._recorded
-
-    def warm_up(self, work: Work[Result]) -> Result:
-        """Run something on the stream of the captures."""
-        with beside(self._stream):
-            return work()
-
-    def capture(self, name: Hashable, work: Work[object]) -> None:
-        """Record what `work` launches, without running it. RuntimeError: it cannot be recorded."""
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._device)
-        # Other threads, such as those that read data or write a checkpoint, go on meanwhile.
-        recording = torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        )
-        try:
-            with recording:
-                result = work()
-        except BaseException:
-            # Where the end of a capture fails, torch.cuda.graph stays on its stream.
-            torch.cuda.set_stream(current)
-            raise
-        self._recorded[name] = Recorded(graph, result)
-
-    def replay(self, name: Hashable) -> Any:
-        """Run what was recorded; its result is overwritten by the next time."""
-        recorded = self._recorded[name]
-        recorded.graph.replay()
-        return recorded.result
-
-    def drop(self) -> None:
-        """Forget all graphs, and their memory."""
-        self._recorded.clear()
-        self._pool = torch.cuda.graph_pool_handle()
 
 
 class Captured:

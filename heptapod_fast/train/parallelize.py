@@ -29,6 +29,7 @@ from torch import Tensor
 
 from heptapod_fast.config import Config
 from heptapod_fast.data.tokens import Batch
+from heptapod_fast.graphs import beside
 from heptapod_fast.ops import sharded
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems import Loss, Phase, System
@@ -288,20 +289,6 @@ def spread(
         with beside(torch.cuda.Stream(world.device) if is_cuda else None):
             return Replicated(system, phases)
     return Sharded(system, layout, world, blank)
-
-
-@contextmanager
-def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """A block on a side stream: after all that the current one was given before, and before all
-    that it is given next. None: where there are no streams."""
-    if stream is None:
-        yield
-        return
-    current = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

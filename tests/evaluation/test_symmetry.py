@@ -141,7 +141,9 @@ def test_rayleigh_is_calibrated():
 
 def test_refusals():
     assert "symmetry" in METRICS
-    with pytest.raises(ValueError, match="unknown --metrics fad: choose among fid, is, .*symmetry"):
+    with pytest.raises(
+        ValueError, match="unknown --metrics fad: choose among attention, fid, is, .*symmetry"
+    ):
         make_metrics(["symmetry", "fad"], MetricContext(TRAIN))
     with pytest.raises(ValueError, match="--data logograms"):
         make_metrics(["symmetry"], MetricContext())

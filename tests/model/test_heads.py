@@ -175,6 +175,7 @@ def test_a_local_head_that_draws_projects_every_state_once():
         whole = head(h[:, : seen + 1], steps, windows).view(*windows.shape, WIDTH)
         expected = whole[windows == position.reshape(-1, 1)]
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        drawing.place(seen + 1)
         drawing.see(h[:, seen + 1 : seen + count + 1], position + 1)
         inputs.clear()
         new = count

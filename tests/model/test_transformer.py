@@ -196,6 +196,7 @@ def test_embeddings_are_the_sums_they_should_be():
                 + module.position.weight[positions[b, i]]
             )
             torch.testing.assert_close(embedded[b, i], expected)
+    assert torch.equal(embedded, module.embed_tokens(tokens, positions, torch.tensor([3])))
 
 
 def test_vectors_are_projected():
