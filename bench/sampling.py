@@ -8,6 +8,10 @@ state of the code, in turns.
     git worktree add ../before COMMIT
     python bench/sampling.py runs/discrete runs/continuous --against ../before ...
 
+    python bench/sampling.py --size B --batch 8 --out bench/results/sampling-B-cpu.json
+
+Without a run, --size times untrained weights on the tokens of 256 px, at 256, 64 and 16 steps.
+
 Quality is the share of samples whose symmetry is that of their class (evaluation/symmetry.py). With
 --against, each round runs both states one after the other, each in a process of its own, at one
 position at a step, and the row says how many times faster this one is. The other state needs no
@@ -29,6 +33,8 @@ from pathlib import Path
 import torch
 
 from bench import harness
+from bench.sections.sampling import seconds_of as seconds_of_untrained
+from bench.sections.sampling import untrained
 from bench.timer import Timing
 from heptapod_fast import world as worlds
 from heptapod_fast.rng import Rng
@@ -36,6 +42,7 @@ from heptapod_fast.runs import LoadedRun, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_STEP = (1, 2, 4, 9, 18, 36)  # positions
+STEPS = (256, 64, 16)  # of an untrained size
 SEEDS = (0, 1)
 FIRST_FOLD = 2  # of class 0
 
@@ -90,12 +97,28 @@ def row(loaded: LoadedRun, kind: str, count: int, positions: int) -> dict:
     return entry(f"sampling, {kind}, {positions} at a step", count, found, seconds)
 
 
+def sized(size: str, batch: int) -> list[dict]:
+    """A row for codes and for vectors at each of `STEPS`, one batch each."""
+    rows = []
+    for kind, tokenizer in (("discrete", "vq16"), ("continuous", "kl16")):
+        system = untrained(size, "cpu", tokenizer=tokenizer)
+        num_tokens = system.num_tokens
+        seconds_of_untrained(system, batch, positions_per_step=num_tokens)  # the first is slower
+        for steps in STEPS:
+            per_step = num_tokens // steps
+            seconds, _ = seconds_of_untrained(system, batch, positions_per_step=per_step)
+            found = {"seconds per image": round(seconds / batch, 3)}
+            name = f"sampling, size {size}, {kind} tokens, {steps} steps"
+            rows.append(entry(name, batch, found, [seconds]))
+    return rows
+
+
 def entry(name: str, count: int, found: dict, seconds: list[float]) -> dict:
     """A row of a results file, said."""
     print(name, found, flush=True)
     return {
         "name": name,
-        "group": f"sampling of {count} logograms",
+        "group": f"sampling of {count} images",
         "extra_info": found,
         "stats": Timing(tuple(seconds), calls=1, cpu=0.0).stats,
     }
@@ -139,7 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="of --data logograms")
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="*", help="of --data logograms")
+    parser.add_argument("--size", help="time untrained weights of this size instead")
+    parser.add_argument("--batch", type=int, default=8, help="images, of --size")
     parser.add_argument("--count", type=int, default=256, help="images, in one batch")
     parser.add_argument("--rounds", type=int, default=5, help="of --against")
     parser.add_argument(
@@ -153,8 +178,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error(f"--rounds {options.rounds}: expected at least 2")
+    if bool(options.runs) == bool(options.size):
+        parser.error("name runs, or a --size without a run")
     rows = []
     worlds.start("cpu")
+    if options.size:
+        rows += sized(options.size, options.batch)
     for run in options.runs:
         loaded = load_run(run, device="cpu", only_samples=True)
         if loaded.config.data.data != "logograms":

@@ -8,6 +8,7 @@ from bench.process import ROOT
 from bench.sections import suites
 from bench.sections.ceilings import CeilingsSection
 from bench.sections.operations import LARGER, SLOW, Operation
+from bench.sections.sampling import Sampling
 from bench.sections.training import Baseline, Launching, LlamaSteps, SarSteps, Steps
 from bench.sections.work import Section
 
@@ -32,7 +33,7 @@ def by_worth() -> list[Section]:
     if (ROOT / "tests" / "ladder").is_dir():
         found.append(suites.LADDER)
     found += [Steps("L"), Steps("H"), LlamaSteps("B"), LlamaSteps("L")]
-    found.append(SarSteps("B"))
+    found += [SarSteps("B"), Sampling()]
     found += [Baseline(size) for size in ("B", "L", "H")]
     found += [operation(name) for name in OTHERS]
     found += [operation(name, LARGER) for name in (*GATED, *OTHERS) if name not in ONE_SIZE]
