@@ -117,7 +117,7 @@ def verify_tokenizer(config: Config, run: RunDir, checkpoint: Checkpoint) -> Non
         RunError: it is another one.
     """
     try:
-        tokenizer = saved_tokenizer(config, run, checkpoint)
+        tokenizer = saved_tokenizer(config, run, checkpoint.state["tokenizer"], checkpoint.path)
     except FileNotFoundError as error:  # of kl16 and vq16, whose weights lie outside of the run
         print(f"tokenizer: not checked, {error}")
         return

@@ -7,6 +7,7 @@ RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -228,7 +229,19 @@ class RunDir:
                 f"{self.path} is not a run directory: it has no config.json"
                 + (f"; {meant}" if meant else there)
             )
-        try:
-            return read_config(self.config.read_text())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{self.config} cannot be read: {error}") from error
+        return config_in(self.config)
+
+    def published_weights(self) -> str | None:
+        """Where the published weights of its tokenizer were when it began; None where it does not
+        say."""
+        if not self.tokenizer_record.exists():
+            return None
+        return json.loads(self.tokenizer_record.read_text())["weights"]
+
+
+def config_in(file: Path) -> Config:
+    """The settings in a config.json. RunError if they cannot be read."""
+    try:
+        return read_config(file.read_text())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} cannot be read: {error}") from error

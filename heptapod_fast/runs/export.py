@@ -13,7 +13,7 @@ from heptapod_fast import checkpoints
 from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.runs.directory import RunDir, RunError
 from heptapod_fast.runs.initial import EXPORTED, TORCH
-from heptapod_fast.runs.loading import read_weights, weights_name
+from heptapod_fast.runs.weights import read_weights, weights_name
 from heptapod_fast.storage import readable, sync, write_numbers
 
 SAFETENSORS, PYTORCH = ".safetensors", ".pt"

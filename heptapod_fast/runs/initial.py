@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heptapod_fast import checkpoints, shards
 from heptapod_fast.runs.directory import RunDir, RunError
-from heptapod_fast.runs.loading import weights_name
+from heptapod_fast.runs.weights import weights_name
 from heptapod_fast.storage import read_numbers
 from heptapod_fast.systems import System
 
