@@ -22,6 +22,7 @@ from heptapod_fast.storage import InUseError
 from heptapod_fast.systems import read_config
 
 logger = logging.getLogger(__name__)
+EXPORT = "export.json"  # what tells a folder of `runs/exported.py`, which is no place for a run
 
 
 class RunError(RuntimeError):
@@ -75,6 +76,11 @@ class RunDir:
         meant = self.meant()
         if meant:
             raise RunError(f"--out {self.path} is no place for a run: {meant}")
+        if (self.path / EXPORT).exists():
+            raise RunError(
+                f"--out {self.path} is no place for a run: it holds an exported one ({EXPORT}); "
+                "choose another --out, and name it with --init-from to start from its weights"
+            )
         try:
             is_new = self._make()
             self._lock = open(self.path / ".lock", "a+")

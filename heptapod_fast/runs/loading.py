@@ -12,6 +12,7 @@ from torch import Tensor
 from heptapod_fast.config import Config
 from heptapod_fast.rng import Rng
 from heptapod_fast.runs.directory import RunError
+from heptapod_fast.runs.exported import ExportedFolder
 from heptapod_fast.runs.tokenizer import saved_tokenizer
 from heptapod_fast.runs.trained import Source, Trained
 from heptapod_fast.runs.weights import TrainedRun
@@ -33,7 +34,7 @@ class LoadedRun:
         tokenizer: None for a run on synthetic tokens, which nothing decodes.
         class_names: one name per class; a label is a position in it.
         images_seen: training images up to the checkpoint.
-        checkpoint: its path.
+        checkpoint: its path; of an exported folder the name alone that it had in the run.
         weights: which of its files the system's weights are from: "model", the raw weights, or a
             moving average, as "ema-0.9999".
     """
@@ -91,10 +92,10 @@ def load_run(
     tokenizer_weights: str | None = None,
     only_samples: bool = False,
 ) -> LoadedRun:
-    """A trained run from the newest checkpoint that verifies.
+    """A trained run from the newest checkpoint that verifies, or from a folder that was exported.
 
     Args:
-        path: the run directory.
+        path: the run directory, or the folder, which holds one checkpoint and one set of weights.
         checkpoint: a step; None for the newest.
         ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's
             first; "none" for the raw weights. Of a run with `--ema post-hoc` also a length, as
@@ -138,8 +139,9 @@ def load_run(
 
 
 def source_of(path: str | Path) -> Source:
-    """What lies at a path; whether it can be read shows when it is."""
-    return TrainedRun(path)
+    """What lies at a path, a run directory if nothing; whether it can be read shows when it is."""
+    folder = ExportedFolder(path)
+    return folder if folder.is_there() else TrainedRun(path)
 
 
 def _fill(system: System, trained: Trained) -> None:

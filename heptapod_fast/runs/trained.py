@@ -38,7 +38,8 @@ class Trained:
 
 
 class Source(TokenizerFiles, Protocol):
-    """What a trained system is read from: a run directory (`runs/weights.py`).
+    """What a trained system is read from: a run directory (`runs/weights.py`), or a folder that was
+    exported of one (`runs/exported.py`).
 
     Attributes:
         config: the file of its settings; it is there if anything is.
