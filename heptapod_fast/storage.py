@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,6 +92,12 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits, as `sha256sum` prints it."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -113,6 +123,33 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, `.NAME.unfinished` beside `path`. At the end its files are flushed and it
+    becomes `path`; after an error nothing is left of it.
+
+    Args:
+        path: not there yet, or an empty folder.
+
+    Raises:
+        OSError: it cannot be written, or something was put there meanwhile.
+    """
+    path = Path(os.path.abspath(path))
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            sync(file)
+        sync(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sync(path.parent)
 

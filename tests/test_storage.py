@@ -54,6 +54,38 @@ def test_in_use_is_in_use(tmp_path, no_locks):
         lock_cache(tmp_path / "c.zarr")
 
 
+def test_a_folder_appears_whole(tmp_path):
+    left_by_a_killed_process = tmp_path / ".out.unfinished"
+    left_by_a_killed_process.mkdir()
+    (left_by_a_killed_process / "old").write_text("?")
+    (tmp_path / "out").mkdir()  # empty: nothing is lost
+    with storage.whole_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("!")
+        assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), storage.whole_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("!")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_takes_nobodys_place(tmp_path):
+    with pytest.raises(OSError), storage.whole_folder(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("years of work")
+    assert (tmp_path / "out" / "mine").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_sha256_is_what_sha256sum_prints(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert storage.sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
 def test_the_kind_of_a_file_system(tmp_path, monkeypatch):
     table = tmp_path / "mounts"
     table.write_text(

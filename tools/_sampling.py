@@ -15,7 +15,8 @@ from torch import Tensor
 
 from heptapod_fast import world as worlds
 from heptapod_fast.config import flag
-from heptapod_fast.runs import LoadedRun, RunDir, load_run
+from heptapod_fast.runs import LoadedRun, load_run
+from heptapod_fast.runs.loading import source_of
 from heptapod_fast.sampling import Given, SampleOptions
 from heptapod_fast.systems import SYSTEMS, System
 from heptapod_fast.world import World
@@ -28,7 +29,7 @@ class RunArguments:
     """A run, and which of its weights."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Run directory."""
+    """Run directory, or a folder of tools/export.py."""
     ema: str | None = None
     """Moving average by name or decay, "none" for the raw weights; default: the run's first. Of a
     run with --ema post-hoc also a length, as 0.15."""
@@ -92,7 +93,7 @@ def parse_sampling(own: type, argv: list[str] | None = None) -> tuple[Any, dict[
         own: a dataclass of the tool's own flags.
 
     Raises:
-        RunError: RUN_DIR is no run directory.
+        RunError: RUN_DIR is no run directory and no folder that was exported.
         ValueError: an option that the run's system does not understand; says why where it can.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -100,7 +101,7 @@ def parse_sampling(own: type, argv: list[str] | None = None) -> tuple[Any, dict[
     options = SampleOptions
     about = f"{own.__doc__}\n\n{_options_of_all_systems()}"
     if run is not None:
-        name = RunDir(run).read_config().system
+        name = source_of(run).read_config().system
         _refuse_foreign(argv, SYSTEMS[name])
         options = SYSTEMS[name].Options
         about = f"{own.__doc__}\n\n{run} is a run of --system {name}."
@@ -127,7 +128,7 @@ def peek_run(argv: list[str]) -> str | None:
             after_flags.append(word)
         else:
             words.append(word)
-    runs = [word for word in [*words, *after_flags] if RunDir(word).config.exists()]
+    runs = [word for word in [*words, *after_flags] if source_of(word).config.exists()]
     candidates = [*runs, *words]
     return candidates[0] if candidates else None
 

@@ -15,7 +15,8 @@ from _cli import alike_on_all_ranks, main
 from _sampling import SamplingArguments, parse_sampling, samples_of, started
 from torch import Tensor
 
-from heptapod_fast.config import flag
+from heptapod_fast.config import Config, flag
+from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.evaluation import METRICS, Metric, MetricContext, make_metrics
 from heptapod_fast.evaluation.image_sets import ImageSet, open_images_at
 from heptapod_fast.pictures import grid_of_pixels, save_png
@@ -224,7 +225,7 @@ def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Me
     needs_images = arguments.reference is None or arguments.extractor == "small"
     source = None
     if needs_images or "symmetry" in names:
-        source = open_images(loaded.config)
+        source = training_images(arguments.run, loaded.config)
     context = MetricContext(
         source=source,
         tokenizer=loaded.tokenizer,
@@ -240,6 +241,18 @@ def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Me
         progress=Progress,
     )
     return make_metrics(names, context)
+
+
+def training_images(run: str, config: Config) -> ImageSource | None:
+    """The images behind the run's --data; FileNotFoundError where they are not, as with a run or a
+    folder from another machine."""
+    try:
+        return open_images(config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the images that {run} was trained on are not here ({error}): name others with "
+            "--reference, and with --metrics what needs no more than those"
+        ) from error
 
 
 def metric_names(asked: str | None, data: str | None) -> list[str]:

@@ -1,4 +1,5 @@
-"""Check a run or a cache byte by byte: `python tools/verify.py RUN_DIR | CACHE.zarr`.
+"""Check a run, a cache or an exported folder byte by byte:
+`python tools/verify.py RUN_DIR | CACHE.zarr | FOLDER`.
 
 Exit code 1 on damage.
 """
@@ -17,6 +18,7 @@ from heptapod_fast.data.cache import Cache, open_cache
 from heptapod_fast.data.cache.check import find_damage
 from heptapod_fast.progress import Progress
 from heptapod_fast.runs import RunDir
+from heptapod_fast.runs.exported import ExportedFolder
 from heptapod_fast.runs.tokenizer import saved_tokenizer
 from heptapod_fast.train.records import read_metrics
 
@@ -24,16 +26,21 @@ from heptapod_fast.train.records import read_metrics
 @dataclass(frozen=True)
 class Arguments:
     """Verify every checkpoint of a run against its manifest, and its settings and metrics; or every
-    shard of a cache, and what is stored in it."""
+    shard of a cache, and what is stored in it; or every file of a folder of tools/export.py."""
 
     path: tyro.conf.Positional[str]
-    """Run directory, or a cache (its name ends in .zarr)."""
+    """Run directory, a cache (its name ends in .zarr), or a folder of tools/export.py."""
 
 
 def work() -> int:
     """Say what was checked and what is wrong."""
     path = parse(Arguments).path
-    is_whole = verify_cache(path) if is_cache(path) else verify_run(path)
+    if is_cache(path):
+        is_whole = verify_cache(path)
+    elif ExportedFolder(path).is_there():
+        is_whole = verify_exported(path)
+    else:
+        is_whole = verify_run(path)
     return 0 if is_whole else 1
 
 
@@ -67,6 +74,25 @@ def describe_cache(cache: Cache) -> None:
         print(f"encoded on: {hardware or 'not recorded'}, shards: {shards}")
     for entry in left_out:
         print(f"left out: {entry['path']}: {entry['reason']}")
+
+
+# ----------------------------------------------------------------------------- an exported folder
+
+
+def verify_exported(path: str) -> bool:
+    """Check a folder of tools/export.py; says whether it is whole."""
+    folder = ExportedFolder(path)
+    index = folder.read_index()
+    print(
+        f"export.json: {index.system} {index.size}, {index.weights} of {index.checkpoint}, "
+        f"{index.images_seen:,} images"
+    )
+    wrong = folder.damage(index)
+    for text in wrong:
+        print(f"damaged: {text}")
+    if not wrong:
+        print(f"{path}: whole, {len(index.files)} files as they were written")
+    return not wrong
 
 
 # ------------------------------------------------------------------------------------------- a run
@@ -117,7 +143,7 @@ def verify_tokenizer(config: Config, run: RunDir, checkpoint: Checkpoint) -> Non
         RunError: it is another one.
     """
     try:
-        tokenizer = saved_tokenizer(config, run, checkpoint)
+        tokenizer = saved_tokenizer(config, run, checkpoint.state["tokenizer"], checkpoint.path)
     except FileNotFoundError as error:  # of kl16 and vq16, whose weights lie outside of the run
         print(f"tokenizer: not checked, {error}")
         return

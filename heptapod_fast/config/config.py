@@ -93,6 +93,12 @@ class Config:
             groups[group] = groups[group].changed({name: value})
         return dataclasses.replace(self, **groups)
 
+    def portable(self) -> Config:
+        """A copy that says nothing of the machine that it was made on, for others to read: data by
+        their name, no directories."""
+        groups: dict[str, Any] = {name: group.portable() for name, group in self.groups.items()}
+        return dataclasses.replace(self, **groups)
+
     def group_of(self, name: str) -> str:
         """The group that a setting belongs to; ValueError if there is none."""
         for group, settings in self.groups.items():

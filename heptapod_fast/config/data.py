@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from heptapod_fast.config.settings import Settings, at_least, between, flag, setting
+from heptapod_fast.config.settings import (
+    Settings,
+    at_least,
+    between,
+    flag,
+    last_part,
+    setting,
+)
 from heptapod_fast.data.cache.format import GROUP, Cache, open_cache, refuse_other
 from heptapod_fast.tokenizers import DEFAULT_CODES, FITTED, PRETRAINED, TokenSpec, token_spec
 
@@ -88,6 +95,15 @@ class DataSettings(Settings):
     def spec(self) -> TokenSpec:
         """Shape and kind of the tokens."""
         return token_spec(self.tokenizer, self.image_size, self.patch_size, self.codes)
+
+    def portable(self) -> DataSettings:
+        """See `Settings.portable`. Which weights a tokenizer has is recorded beside the settings,
+        with their hash."""
+        data = self.data
+        if data not in (None, "", *EMBEDDED):
+            name = last_part(data)
+            data = f"./{name}" if name in EMBEDDED else name
+        return replace(self, data=data, tokenizer_weights=None)
 
     def resolve(self, defaults: DataSettings) -> DataSettings:
         """Every setting that was not given, from the cache, the size's defaults, or the others.

@@ -6,7 +6,14 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from heptapod_fast.config.settings import Settings, at_least, more_than, names_among, setting
+from heptapod_fast.config.settings import (
+    Settings,
+    at_least,
+    last_part,
+    more_than,
+    names_among,
+    setting,
+)
 
 SINKS = ("tensorboard", "wandb")
 
@@ -170,6 +177,16 @@ class RunSettings(Settings):
     def sinks(self) -> tuple[str, ...]:
         """Names in `log`."""
         return tuple(self.log.split(",")) if self.log else ()
+
+    def portable(self) -> RunSettings:
+        """See `Settings.portable`."""
+        return replace(
+            self,
+            out=None,
+            init_from=last_part(self.init_from),
+            evaluate_reference=last_part(self.evaluate_reference),
+            evaluate_inception=last_part(self.evaluate_inception),
+        )
 
     def resolve(self, defaults: RunSettings) -> RunSettings:
         """Every setting that was not given, from the size's defaults.

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -109,6 +111,11 @@ def decided(value: Value | None, name: str) -> Value:
 def flag(name: str) -> str:
     """The command-line form of a setting's name."""
     return "--" + name.replace("_", "-")
+
+
+def last_part(path: str | None) -> str | None:
+    """What a path names, without where it is; None for None."""
+    return None if path is None else Path(os.path.abspath(path)).name
 
 
 def as_typed(value: Any) -> str:
@@ -224,6 +231,10 @@ class Settings:
     def changed(self, values: Mapping[str, Any]) -> Self:
         """A copy with other values of the settings named."""
         return dataclasses.replace(self, **values)
+
+    def portable(self) -> Self:
+        """A copy that says nothing of the machine: of paths it has the last part, or nothing."""
+        return self
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

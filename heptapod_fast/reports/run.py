@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +43,10 @@ IN_TABLES = (
 )
 
 
+class NothingLogged(ValueError):
+    """A run of which there is nothing to report yet."""
+
+
 def report_run(folder: Path) -> Path:
     """Write report.md, report.json and charts beside the metrics of a run.
 
@@ -54,17 +59,12 @@ def report_run(folder: Path) -> Path:
     """
     run = RunDir(folder)
     config = run.read_config()
-    records = losses_of(run)
-    lines = [record for record in read_metrics(run.metrics) if "images_per_second" in record]
-    sessions = read_metrics(run.sessions)
-    numbers = figures(config, records, sessions)
-    numbers |= throughput(config, lines, sessions)
-    points = loss_points(config.recipe.images, records[-1]["images"])
-    numbers["loss_by_images"] = losses_at(records, points)
-    numbers["evaluations"] = evaluations_of(read_metrics(run.metrics))
-    evaluation = folder / "evaluation.json"
-    if evaluation.exists():
-        numbers["evaluation"] = json.loads(evaluation.read_text())
+    history = history_of(run)
+    records = history.records
+    numbers = numbers_of(config, history)
+    evaluation = evaluation_of(run)
+    if evaluation is not None:
+        numbers["evaluation"] = evaluation
     (folder / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
     name = f"{config.system} {config.size}"
@@ -74,19 +74,84 @@ def report_run(folder: Path) -> Path:
         f"{last['images']:,} of {config.recipe.images:,} images, last session "
         f"{duration(last['seconds'])}.",
         properties(numbers, leave_out=IN_TABLES),
-        *throughput_section(numbers, lines, sessions, folder, name),
+        *throughput_section(numbers, history.lines, history.sessions, folder, name),
         *loss_section(numbers, records, folder, name),
         *evaluations_section(numbers["evaluations"], folder),
     ]
-    if evaluation.exists():
+    if evaluation is not None:
         parts += [
             "## Evaluation",
-            properties(numbers["evaluation"], leave_out=("samples_per_class",)),
+            properties(evaluation, leave_out=("samples_per_class",)),
             "![samples](evaluation.png)",
         ]
     page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run has logged.
+
+    Attributes:
+        records: of progress lines, with a loss.
+        lines: with a rate.
+        samples: what --evaluate-every measured, see `evaluations_of`.
+        sessions: what each start ran on, and how long it took.
+    """
+
+    records: list[Record]
+    lines: list[Record]
+    samples: list[dict[str, Any]]
+    sessions: list[Record]
+
+
+def history_of(run: RunDir, images: int | None = None) -> History:
+    """What a run has logged up to so many training images; None for all.
+
+    Raises:
+        NothingLogged: nothing at all, or nothing so early.
+        ValueError: records that cannot be read.
+    """
+    everything = losses_of(run)
+    logged = read_metrics(run.metrics)
+    # Runs of early versions have none.
+    sessions = read_metrics(run.sessions) if run.sessions.exists() else []
+    if images is not None:
+        everything = [record for record in everything if record["images"] <= images]
+        logged = [record for record in logged if record["images"] <= images]
+        # One that begins there has done nothing for these images.
+        sessions = [session for session in sessions if session["images"] < images]
+    if not everything:
+        raise NothingLogged(f"{run.metrics} has no record with a loss up to {images:,} images")
+    return History(
+        records=everything,
+        lines=[record for record in logged if "images_per_second" in record],
+        samples=evaluations_of(logged),
+        sessions=sessions,
+    )
+
+
+def numbers_of(config: Config, history: History) -> dict[str, Any]:
+    """The figures of a run by name, from what it has logged."""
+    numbers = figures(config, history.records, history.sessions)
+    numbers |= throughput(config, history.lines, history.sessions)
+    points = loss_points(config.recipe.images, history.records[-1]["images"])
+    numbers["loss_by_images"] = losses_at(history.records, points)
+    numbers["evaluations"] = history.samples
+    return numbers
+
+
+def evaluation_of(run: RunDir) -> dict[str, Any] | None:
+    """What tools/evaluate.py found and wrote into the run; None where it did not."""
+    file = run.path / "evaluation.json"
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}; mend or remove it") from error
+    return found
 
 
 def loss_section(
@@ -154,13 +219,14 @@ def losses_of(run: RunDir) -> list[Record]:
     """The records of a run's progress lines.
 
     Raises:
-        ValueError: it has logged nothing.
+        NothingLogged: there are none.
+        ValueError: records that cannot be read.
     """
     if not run.metrics.exists():
-        raise ValueError(f"{run.metrics} does not exist yet: the run has logged nothing")
+        raise NothingLogged(f"{run.metrics} does not exist yet: the run has logged nothing")
     records = [record for record in read_metrics(run.metrics) if record.get("loss") is not None]
     if not records:
-        raise ValueError(f"{run.metrics} has no record with a loss")
+        raise NothingLogged(f"{run.metrics} has no record with a loss")
     return records
 
 

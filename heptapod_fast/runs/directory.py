@@ -7,6 +7,7 @@ RUN_DIR/  config.json  metrics.jsonl  sessions.jsonl  samples/  checkpoints/
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ from heptapod_fast.storage import InUseError
 from heptapod_fast.systems import read_config
 
 logger = logging.getLogger(__name__)
+EXPORT = "export.json"  # what tells a folder of `runs/exported.py`, which is no place for a run
 
 
 class RunError(RuntimeError):
@@ -74,6 +76,11 @@ class RunDir:
         meant = self.meant()
         if meant:
             raise RunError(f"--out {self.path} is no place for a run: {meant}")
+        if (self.path / EXPORT).exists():
+            raise RunError(
+                f"--out {self.path} is no place for a run: it holds an exported one ({EXPORT}); "
+                "choose another --out, and name it with --init-from to start from its weights"
+            )
         try:
             is_new = self._make()
             self._lock = open(self.path / ".lock", "a+")
@@ -228,7 +235,19 @@ class RunDir:
                 f"{self.path} is not a run directory: it has no config.json"
                 + (f"; {meant}" if meant else there)
             )
-        try:
-            return read_config(self.config.read_text())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{self.config} cannot be read: {error}") from error
+        return config_in(self.config)
+
+    def published_weights(self) -> str | None:
+        """Where the published weights of its tokenizer were when it began; None where it does not
+        say."""
+        if not self.tokenizer_record.exists():
+            return None
+        return json.loads(self.tokenizer_record.read_text())["weights"]
+
+
+def config_in(file: Path) -> Config:
+    """The settings in a config.json. RunError if they cannot be read."""
+    try:
+        return read_config(file.read_text())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} cannot be read: {error}") from error

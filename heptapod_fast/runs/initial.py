@@ -13,11 +13,11 @@ from torch import Tensor
 
 from heptapod_fast import checkpoints, shards
 from heptapod_fast.runs.directory import RunDir, RunError
-from heptapod_fast.runs.loading import weights_name
+from heptapod_fast.runs.exported import MODEL, ExportedFolder
+from heptapod_fast.runs.weights import weights_name
 from heptapod_fast.storage import read_numbers
 from heptapod_fast.systems import System
 
-EXPORTED = "model.safetensors"
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 # Where trainers keep weights in what they save, averages before the rest, and what wrappers of a
 # model put before its names.
@@ -84,13 +84,16 @@ def find_weights(path: str) -> Weights:
         )
     if folder.is_dir() and run.meant():
         raise RunError(f"--init-from {path}: {run.meant()}, or one of the .safetensors files in it")
-    file = folder / EXPORTED if folder.is_dir() else folder
+    exported = ExportedFolder(folder)
+    if exported.index.is_file():
+        exported.refuse_damage(exported.read_index(), only=MODEL)
+    file = folder / MODEL if folder.is_dir() else folder
     if file.is_file() and file.suffix in (".safetensors", *TORCH):
         return Weights(file, str(file), *_said_beside(file))
     found = "no such file or folder"
     if folder.exists():
         endings = ", ".join(TORCH)
-        found = f"neither a run, nor a folder with {EXPORTED}, nor a file .safetensors, {endings}"
+        found = f"neither a run, nor a folder with {MODEL}, nor a file .safetensors, {endings}"
     raise RunError(f"--init-from {path}: {found}")
 
 

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heptapod_fast import checkpoints, shards
-from heptapod_fast.averages import LONGEST, POST_HOC, averages_of, power_name
-from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.config import Config
 from heptapod_fast.rng import Rng
-from heptapod_fast.runs.directory import RunDir, RunError
-from heptapod_fast.runs.post_hoc import make_average
+from heptapod_fast.runs.directory import RunError
+from heptapod_fast.runs.exported import ExportedFolder
 from heptapod_fast.runs.tokenizer import saved_tokenizer
+from heptapod_fast.runs.trained import Source, Trained
+from heptapod_fast.runs.weights import TrainedRun
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.systems import System, build_system
 from heptapod_fast.tokenizers import Tokenizer
 from heptapod_fast.world import choose_device, choose_precision
+
+_SHOWN = 4  # tensors that an error names
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LoadedRun:
         tokenizer: None for a run on synthetic tokens, which nothing decodes.
         class_names: one name per class; a label is a position in it.
         images_seen: training images up to the checkpoint.
-        checkpoint: its path.
+        checkpoint: its path; of an exported folder the name alone that it had in the run.
         weights: which of its files the system's weights are from: "model", the raw weights, or a
             moving average, as "ema-0.9999".
     """
@@ -91,10 +92,10 @@ def load_run(
     tokenizer_weights: str | None = None,
     only_samples: bool = False,
 ) -> LoadedRun:
-    """A trained run from the newest checkpoint that verifies.
+    """A trained run from the newest checkpoint that verifies, or from a folder that was exported.
 
     Args:
-        path: the run directory.
+        path: the run directory, or the folder, which holds one checkpoint and one set of weights.
         checkpoint: a step; None for the newest.
         ema: a moving average by name ("ema-0.9999", or its decay "0.9999"), default the run's
             first; "none" for the raw weights. Of a run with `--ema post-hoc` also a length, as
@@ -106,17 +107,16 @@ def load_run(
             which draws the same samples faster; else all are the float32 masters.
 
     Raises:
-        RunError, CheckpointError: say what is missing.
+        RunError, CheckpointError: say what is missing, damaged, or not what the folder holds.
+        FileNotFoundError, ValueError: published weights of the tokenizer that are not there.
     """
-    run = RunDir(path)
-    config = run.read_config()
-    chosen = checkpoints.load_step(run.checkpoints, checkpoint)
-    class_names = tuple(chosen.state["class_names"])
+    source = source_of(path)
+    config = source.read_config()
     target = choose_device(device)
     dtype = choose_precision(config.run.precision if precision == "auto" else precision, target)
-    system = build_system(config, len(class_names), target, fill=False)
-    weights = weights_name(config, ema)
-    system.load_state_dict(read_weights(run, chosen, weights))
+    trained = source.open(checkpoint, ema)
+    system = build_system(config, len(trained.class_names), target, fill=False)
+    _fill(system, trained)
     system.eval().requires_grad_(False)
     if only_samples:
         system.settle_dtype(dtype)
@@ -124,54 +124,40 @@ def load_run(
         system.set_dtype(dtype)
     if tokenizer_weights is not None:
         config = config.replace(tokenizer_weights=tokenizer_weights)
-    tokenizer = saved_tokenizer(config, run, chosen)
+    tokenizer = saved_tokenizer(config, source, trained.tokenizer, trained.checkpoint)
     if tokenizer is not None:
         tokenizer = tokenizer.to(target)
     return LoadedRun(
         config=config,
         system=system,
         tokenizer=tokenizer,
-        class_names=class_names,
-        images_seen=chosen.state["images"],
-        checkpoint=chosen.path,
-        weights=weights,
+        class_names=trained.class_names,
+        images_seen=trained.images_seen,
+        checkpoint=trained.checkpoint,
+        weights=trained.weights,
     )
 
 
-def weights_name(config: Config, ema: str | None) -> str:
-    """What the weights asked for are called: a file of a checkpoint, or an average that has to be
-    made.
-
-    Raises:
-        RunError: the run has no such average, nor what one could be made of.
-    """
-    names = [average.name for average in averages_of(config.recipe.ema)]
-    if ema == "none" or (ema is None and not names):
-        return "model"
-    if ema is None:
-        return names[0]
-    for wanted in (ema, f"ema-{ema}", f"power-{ema}"):
-        if wanted in names:
-            return wanted
-    expected = f"{', '.join(names) or 'no average'}, and 'none' for the raw weights"
-    if POST_HOC in config.recipe.ema:
-        length = _number(ema.removeprefix("power-"))
-        if 0 < length <= LONGEST:
-            return power_name(length)
-        expected += f", and makes others of a length of about 0.02 to {LONGEST}"
-    raise RunError(f"--ema {ema}: this run keeps {expected}")
+def source_of(path: str | Path) -> Source:
+    """What lies at a path, a run directory if nothing; whether it can be read shows when it is."""
+    folder = ExportedFolder(path)
+    return folder if folder.is_there() else TrainedRun(path)
 
 
-def _number(text: str) -> float:
-    """0 for what is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
-
-
-def read_weights(run: RunDir, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The weights of that `weights_name`, at a checkpoint."""
-    if name in shards.names(checkpoint.path) or not name.startswith("power-"):
-        return checkpoint.read(name)
-    return make_average(run.averages, checkpoint, float(name.removeprefix("power-")))
+def _fill(system: System, trained: Trained) -> None:
+    """Give a system its weights. RunError lists what does not fit."""
+    expected = system.state_dict()
+    wrong = [f"{name} is missing" for name in expected.keys() - trained.tensors.keys()]
+    wrong += [f"{name} is unknown" for name in trained.tensors.keys() - expected.keys()]
+    for name in expected.keys() & trained.tensors.keys():
+        there = tuple(trained.tensors[name].shape)
+        here = tuple(expected[name].shape)
+        if there != here:
+            wrong.append(f"{name} is {there}, expected {here}")
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise RunError(
+            f"{trained.where} does not fit the system that its config.json describes: "
+            f"{'; '.join(sorted(wrong)[:_SHOWN])}{more}. Restore both from one copy"
+        )
+    system.load_state_dict(trained.tensors)

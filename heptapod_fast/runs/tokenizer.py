@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from heptapod_fast.checkpoints import Checkpoint
 from heptapod_fast.config import Config
 from heptapod_fast.data.cache.format import CODEBOOK, Cache
 from heptapod_fast.data.sources import ImageSource
@@ -15,9 +14,25 @@ from heptapod_fast.storage import write_json
 from heptapod_fast.tokenizers import FITTED, PRETRAINED, Pretrained, Tokenizer, load_tokenizer
 
 
+class TokenizerFiles(Protocol):
+    """Where the tokenizer of a trained system is kept.
+
+    Attributes:
+        codebook: file of a fitted one.
+        tokenizer_record: which published weights, as JSON.
+    """
+
+    codebook: Path
+    tokenizer_record: Path
+
+    def published_weights(self) -> str | None:
+        """Where the published weights ought to be; None where that was not recorded."""
+        ...
+
+
 def open_tokenizer(
     config: Config,
-    run: RunDir,
+    run: TokenizerFiles,
     images: ImageSource | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Cache | None = None,
@@ -52,7 +67,7 @@ def open_tokenizer(
 
 def _fitted(
     config: Config,
-    run: RunDir,
+    run: TokenizerFiles,
     settings: dict[str, Any],
     images: ImageSource | None,
     progress: Callable[[int, int], None] | None,
@@ -82,7 +97,7 @@ def _fitted(
     return tokenizer
 
 
-def _codebook_of_run(config: Config, run: RunDir, settings: dict[str, Any]) -> Tokenizer:
+def _codebook_of_run(config: Config, run: TokenizerFiles, settings: dict[str, Any]) -> Tokenizer:
     """RunError if the codebook that was saved with the run is damaged or of other sizes."""
     try:
         return load_tokenizer(config.data.tokenizer, run.codebook, **settings)
@@ -115,14 +130,14 @@ def _pretrained_of_cache(config: Config, cache: Cache, sizes: dict[str, Any]) ->
 
 
 def _pretrained_of_run(
-    config: Config, run: RunDir, sizes: dict[str, Any], is_new: bool
+    config: Config, run: TokenizerFiles, sizes: dict[str, Any], is_new: bool
 ) -> Tokenizer:
     """The weights given, or those that the run was started with. is_new: the run may be starting
     now, and then records which they are."""
     weights = config.data.tokenizer_weights
     record = run.tokenizer_record
-    if weights is None and record.exists():
-        weights = json.loads(record.read_text())["weights"]
+    if weights is None:
+        weights = run.published_weights()
     tokenizer = load_tokenizer(config.data.tokenizer, weights, **sizes)
     if is_new and not record.exists():
         write_json(record, tokenizer.describe())
@@ -139,29 +154,36 @@ def keep_tokenizer(run: RunDir, cache: Cache, tokenizer: Tokenizer | None) -> No
         tokenizer.save(run.codebook)
 
 
-def saved_tokenizer(config: Config, run: RunDir, checkpoint: Checkpoint) -> Tokenizer | None:
+def saved_tokenizer(
+    config: Config, files: TokenizerFiles, expected: str | None, checkpoint: Path
+) -> Tokenizer | None:
     """The tokenizer that a checkpoint was trained with, None for synthetic tokens.
 
+    Args:
+        files: where it is kept.
+        expected: its fingerprint, as the checkpoint has it.
+        checkpoint: its path, for messages.
+
     Raises:
+        FileNotFoundError, ValueError: published weights that are missing, or no such weights.
         RunError: it is missing, or not the same: another codebook would decode to other images.
     """
-    expected = checkpoint.state["tokenizer"]
     if expected is None:
         return None
-    tokenizer = open_tokenizer(config, run)
+    tokenizer = open_tokenizer(config, files)
     if tokenizer is None:
         raise RunError(
-            f"{run.codebook} is missing: the tokens of this run cannot be decoded without it; "
+            f"{files.codebook} is missing: the tokens of this run cannot be decoded without it; "
             "restore it from a copy"
         )
     if tokenizer.fingerprint == expected:
         return tokenizer
     if isinstance(tokenizer, Pretrained):
         raise RunError(
-            f"{tokenizer.source} are not the weights that {checkpoint.path} was trained with: name "
+            f"{tokenizer.source} are not the weights that {checkpoint} was trained with: name "
             "those with --tokenizer-weights"
         )
     raise RunError(
-        f"{run.codebook} is not what {checkpoint.path} was trained with: it was changed or "
+        f"{files.codebook} is not what {checkpoint} was trained with: it was changed or "
         "damaged; restore it from a copy"
     )

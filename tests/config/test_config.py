@@ -1,8 +1,12 @@
 """Settings: sizes, defaults, refusals, and what makes two runs the same run."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 
 from heptapod_fast.config import BatchSplit
+from heptapod_fast.config.settings import choices_of, type_hints
 from heptapod_fast.systems import Phase, build_system, configure
 from heptapod_fast.train.schedule import warmup_images
 
@@ -13,6 +17,34 @@ def resolved(size="tiny", **flags):
     if size != "tiny":
         flags.setdefault("data", "synthetic")
     return configure(size, **flags)
+
+
+def test_a_portable_copy_says_nothing_of_the_machine():
+    """Whichever setting is a text of its own: a path in it keeps its last part or goes."""
+    config = configure("tiny", data="synthetic")
+    for name, group in config.groups.items():
+        texts = {
+            setting: f"/home/somebody/{setting}"
+            for setting, kind in type_hints(type(group)).items()
+            if str in (kind, *get_args(kind)) and not choices_of(type(group), setting)
+        }
+        texts.pop("log", None)  # names of sinks
+        texts.pop("evaluate_metrics", None)
+        config = dataclasses.replace(config, **{name: group.changed(texts)})
+    assert config.to_json().count("/home/somebody/") == 6
+    portable = config.portable()
+    assert "/" not in portable.to_json()
+    assert (portable.data.data, portable.run.init_from) == ("data", "init_from")
+    assert portable.run.out is None and portable.data.tokenizer_weights is None
+    assert portable.recipe == config.recipe and portable.model == config.model
+
+
+def test_data_of_a_portable_copy_stays_what_it_is():
+    """A folder that is named like embedded data is told from that."""
+    config = configure("tiny")
+    assert config.portable() == config
+    folder = config.replace(data="sets/logograms").portable()
+    assert folder.data.data == "./logograms" and folder.data.kind == "images"
 
 
 def parameters(config):

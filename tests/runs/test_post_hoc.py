@@ -93,7 +93,7 @@ def test_the_tools_take_a_length(trained, tmp_path):
     out = tmp_path / "e.json"
     assert command("evaluate", trained, "--count", 5, "--ema", "0.15", "--out", out).code == 0
     assert json.loads(out.read_text())["weights"] == "power-0.15"
-    assert command("export", trained, "--out", tmp_path, "--ema", "0.15").code == 0
+    assert command("export", trained, "--out", tmp_path / "a", "--ema", "0.15").code == 0
     assert "power-0.15" in command("export", trained, "--out", tmp_path / "b", "--ema", "0.15").out
     result = command("verify", trained)
     assert result.code == 0 and "averages: 16 snapshots, whole" in result.out
