@@ -17,7 +17,7 @@ from torch import Tensor
 
 from heptapod_fast.config import Config, flag
 from heptapod_fast.data.sources import ImageSource
-from heptapod_fast.evaluation import METRICS, Metric, MetricContext, make_metrics
+from heptapod_fast.evaluation import DEFAULT_METRICS, METRICS, Metric, MetricContext, make_metrics
 from heptapod_fast.evaluation.image_sets import ImageSet, open_images_at
 from heptapod_fast.pictures import grid_of_pixels, save_png
 from heptapod_fast.progress import Progress
@@ -259,7 +259,7 @@ def metric_names(asked: str | None, data: str | None) -> list[str]:
     """--metrics, or what the data allows."""
     if asked is not None:
         return asked.split(",")
-    return ["symmetry"] if data == "logograms" else []
+    return [DEFAULT_METRICS[data]] if data in DEFAULT_METRICS else []
 
 
 def some_of_each(labels: Tensor) -> list[int]:

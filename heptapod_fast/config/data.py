@@ -18,7 +18,8 @@ from heptapod_fast.config.settings import (
 from heptapod_fast.data.cache.format import GROUP, Cache, open_cache, refuse_other
 from heptapod_fast.tokenizers import DEFAULT_CODES, FITTED, PRETRAINED, TokenSpec, token_spec
 
-EMBEDDED = ("logograms", "synthetic")
+EMBEDDED_IMAGES = ("logograms", "pairs")
+EMBEDDED = (*EMBEDDED_IMAGES, "synthetic")
 LOGOGRAM_COUNT = 50_000
 SYNTHETIC_CLASSES = 1000
 
@@ -35,7 +36,7 @@ class DataSettings(Settings):
     """Data and tokens."""
 
     data: str | None = setting(
-        "logograms | synthetic | IMAGE_FOLDER (class = subfolder; flat = one class) | "
+        "logograms | pairs | synthetic | IMAGE_FOLDER (class = subfolder; flat = one class) | "
         "ARCHIVE.tar or .zip of one, or ARCHIVE.tar/FOLDER | CACHE.zarr (from tools/cache.py; it "
         "decides tokenizer, image size and flip)."
     )
@@ -56,7 +57,9 @@ class DataSettings(Settings):
     num_classes: int | None = setting(
         "Number of classes; default: what the data has (synthetic: 1000).", rule=at_least(1)
     )
-    logogram_count: int | None = setting("Size of the logogram training set.", rule=at_least(1))
+    logogram_count: int | None = setting(
+        "Size of the training set of logograms or pairs.", rule=at_least(1)
+    )
     flip: bool = setting(
         "Random horizontal flips; on only where larger sizes meet kl16 or vq16 at 256 px (letters "
         "would be mirrored). With a cache: draw one of its views."
@@ -159,8 +162,8 @@ class DataSettings(Settings):
         """logogram_count, and the classes of synthetic tokens."""
         count = self.logogram_count
         classes = self.num_classes
-        if self.data != "logograms":
-            self.refuse(("logogram_count",), "needs --data logograms")
+        if self.data not in EMBEDDED_IMAGES:
+            self.refuse(("logogram_count",), f"needs --data {' or '.join(EMBEDDED_IMAGES)}")
         elif count is None:
             count = LOGOGRAM_COUNT
         if self.data == "synthetic" and classes is None:

@@ -110,6 +110,10 @@ class Logograms:
     def __len__(self) -> int:
         return self._count
 
+    def fresh(self, count: int) -> Logograms:
+        """So many other images of the same distribution."""
+        return Logograms(self.image_size, count, self.seed + 1, len(self.class_names))
+
     def parameters(self, ids: Tensor) -> dict[str, Tensor]:
         """ids: (B,) int64 -> `fold` (B,) int64 and `radius`, `amplitude`, `stroke` (B,) float64 in
         units of half the image, `phase` (B,) float64 in radians, 0 <= phase < 2 pi / fold."""

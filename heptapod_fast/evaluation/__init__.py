@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 from heptapod_fast.evaluation.context import Metric, MetricContext
 
-__all__ = ["METRICS", "Metric", "MetricContext", "make_metrics"]
+__all__ = ["DEFAULT_METRICS", "METRICS", "Metric", "MetricContext", "make_metrics"]
 
 _FIDELITY = ("heptapod_fast.evaluation.fidelity", "Fidelity")
 
 # Name -> module and class; the class takes the context, and which of its names were asked for.
 METRICS: dict[str, tuple[str, str]] = {
     "symmetry": ("heptapod_fast.evaluation.symmetry", "SymmetryAccuracy"),
+    "relation": ("heptapod_fast.evaluation.relation", "RelationAccuracy"),
     "likelihood": ("heptapod_fast.evaluation.likelihood", "Likelihood"),
     "loss": ("heptapod_fast.evaluation.held_out", "HeldOutLoss"),
     "probe": ("heptapod_fast.evaluation.probe", "Probe"),
@@ -25,6 +26,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "precision": _FIDELITY,
     "recall": _FIDELITY,
 }
+
+
+# What samples are measured by where nothing else is said, by the name of embedded data.
+DEFAULT_METRICS = {"logograms": "symmetry", "pairs": "relation"}
 
 
 def make_metrics(names: Iterable[str], context: MetricContext) -> list[Metric]:

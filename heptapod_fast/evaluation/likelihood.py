@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heptapod_fast.data.logograms import Logograms
+from heptapod_fast.data.embedded import EmbeddedImages
 from heptapod_fast.evaluation.context import MetricContext
 from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, open_images_at
 from heptapod_fast.rng import Rng
@@ -22,10 +22,10 @@ BATCH = 64
 class Likelihood:
     """Bits that a token costs, given the class: see `Metric`. Samples are not looked at.
 
-    The images are those of --reference; without it fresh logograms, or for other data the training
-    images. Every image is scored in one order (`System.log_likelihood`): exactly where the system
-    has but one order, else an unbiased estimate of a bound, -log p(x) <= E over orders of
-    -log p(x | order).
+    The images are those of --reference; without it fresh ones of embedded sets, or for other data
+    the training images. Every image is scored in one order (`System.log_likelihood`): exactly where
+    the system has but one order, else an unbiased estimate of a bound, -log p(x) <= E over orders
+    of -log p(x | order).
 
     `compute` returns:
         bits_per_token: the mean; bits_per_token_error: its standard error.
@@ -113,10 +113,8 @@ def images_of(context: MetricContext, metric: str = "likelihood") -> ImageSet:
                 "classes: expected labels beside arr_0, or names such as 000001-class3.png"
             )
         return found
-    if isinstance(source, Logograms):
-        classes = len(source.class_names)
-        fresh = Logograms(source.image_size, context.count, source.seed + 1, classes)
-        return TrainingImages(fresh, name="fresh logograms")
+    if isinstance(source, EmbeddedImages):
+        return TrainingImages(source.fresh(context.count), name=f"fresh {source.name}")
     if source is None:
         raise ValueError(
             f"--metrics {metric}: the run has no images beside its tokens: name some, with "

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heptapod_fast.data.logograms import Logograms
+from heptapod_fast.data.embedded import EmbeddedImages
 from heptapod_fast.evaluation.context import MetricContext
 from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, open_images_at
 from heptapod_fast.evaluation.observing import batches_of, observe
@@ -32,9 +32,9 @@ class Probe:
     (`Layer.pooled`); what stands behind the backbone is shown all tokens but one. The classifier is
     a logistic regression on standardised features.
 
-    Images are the training images; it is tested on those of --reference, else on fresh logograms,
-    or, of other data, on a fifth of the images that is kept from the classifiers, which the network
-    was trained on.
+    Images are the training images; it is tested on those of --reference, else on fresh ones of
+    embedded sets, or, of other data, on a fifth of the images that is kept from the classifiers,
+    which the network was trained on.
 
     `compute` returns:
         probe_accuracy: of the best layer; probe_layer: which one it is.
@@ -127,9 +127,10 @@ def _sets(context: MetricContext) -> tuple[ImageSet, ImageSet]:
                 f"{int(labels.max())}, the run 0 to {classes - 1}"
             )
         return TrainingImages(source, most=wanted), test
-    if isinstance(source, Logograms):
-        fresh = Logograms(source.image_size, wanted // TEST_SHARE, source.seed + 1, classes)
-        return TrainingImages(source, most=wanted), TrainingImages(fresh, name="fresh logograms")
+    if isinstance(source, EmbeddedImages):
+        fresh = source.fresh(wanted // TEST_SHARE)
+        name = f"fresh {source.name}"
+        return TrainingImages(source, most=wanted), TrainingImages(fresh, name=name)
     if len(source) < 2 * (TEST_SHARE + 1):
         raise ValueError(
             f"--metrics probe: of {len(source)} training images none can be kept for a test; give "

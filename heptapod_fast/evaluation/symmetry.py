@@ -229,7 +229,7 @@ class SymmetryAccuracy:
         classes = len(self.source.class_names)
         # Class of logogram i is i mod classes: these ids give one fresh image per sample's class.
         ids = labels[rows] + classes * torch.arange(count)
-        fresh = Logograms(self.source.image_size, classes * count, self.source.seed + 1, classes)
+        fresh = self.source.fresh(classes * count)
         real = through(self.tokenizer, to_unit(fresh.images(ids)))
         both = nearest_distance(torch.cat((samples, real)), self.source, self.tokenizer)
         ours, theirs = both.chunk(2)

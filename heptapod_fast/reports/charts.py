@@ -219,6 +219,36 @@ def save_bars(
     save_figure(figure, path)
 
 
+def save_spreads(
+    values: Mapping[str, Sequence[float]],
+    path: str | Path,
+    title: str,
+    label: str,
+    x: Sequence[float] | None = None,
+    x_label: str = "",
+) -> None:
+    """Several values of each name as dots, and their mean: beside the names, or over x."""
+    figure, axes = _figure(title, 8, 4 if x is not None else 0.9 + 0.4 * len(values))
+    means = [sum(found) / len(found) for found in values.values()]
+    if x is not None:
+        axes.plot(x, means, color=BLUE)
+        for position, found in zip(x, values.values(), strict=True):
+            axes.plot([position] * len(found), found, "o", color=BLUE, alpha=0.5, markersize=4)
+        axes.set_xticks(list(x), [f"{position:g}" for position in x])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(label)
+        axes.grid(axis="y", alpha=0.3)
+    else:
+        rows = range(len(values))
+        axes.barh(rows, means, color=GREY, alpha=0.5)
+        for row, found in zip(rows, values.values(), strict=True):
+            axes.plot(found, [row] * len(found), "o", color=BLUE, markersize=4)
+        axes.set_yticks(list(rows), list(values))
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+    save_figure(figure, path)
+
+
 def save_growth(
     sweeps: Mapping[str, Sequence[tuple[float, float, float, float]]], path: str | Path
 ) -> None:

@@ -9,9 +9,9 @@ from heptapod_fast.config.data import refuse_missing_data
 from heptapod_fast.data.cache.format import Cache, CacheError, open_cache, refuse_other
 from heptapod_fast.data.cache.reader import CacheTokens, choose_mode
 from heptapod_fast.data.decoding import open_decoder
+from heptapod_fast.data.embedded import EMBEDDED_SETS, embedded_images
 from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.images import ImageFolder
-from heptapod_fast.data.logograms import Logograms
 from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.data.tokens import SyntheticTokens, TokenizedImages, TokenSource
 from heptapod_fast.progress import Progress
@@ -30,12 +30,13 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
         return None
     if data.data and data.tokenizer in PRETRAINED:
         _refuse_missing_weights(config)  # before any image is decoded
-    if data.data == "logograms":
-        return Logograms(
+    if data.data in EMBEDDED_SETS:
+        return embedded_images(
+            data.data,
             data.image_size,
             decided(data.logogram_count, "logogram_count"),
             config.recipe.seed,
-            num_classes=data.num_classes,
+            data.num_classes,
         )
     refuse_missing_data(data)
     listing = Progress("reading the archive's contents", "MiB")

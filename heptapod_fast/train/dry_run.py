@@ -9,7 +9,7 @@ import torch
 
 from heptapod_fast.config import BatchSplit, Config, decided, flag
 from heptapod_fast.data.cache.format import open_cache
-from heptapod_fast.data.logograms import logogram_classes
+from heptapod_fast.data.embedded import EMBEDDED_SETS, embedded_images
 from heptapod_fast.ops.dispatch import Unavailable
 from heptapod_fast.runs import RunDir
 from heptapod_fast.systems import Phase, System, build_system
@@ -54,8 +54,9 @@ def class_count(config: Config) -> tuple[int, str]:
     data = config.data
     if data.num_classes is not None:
         return data.num_classes, "--num-classes"
-    if data.data == "logograms":
-        return logogram_classes(data.image_size), f"logograms at {data.image_size} px"
+    if data.data in EMBEDDED_SETS:
+        classes = len(embedded_images(data.data, data.image_size, 1).class_names)
+        return classes, f"{data.data} at {data.image_size} px"
     if data.is_cache:
         return len(open_cache(decided(data.data, "data")).class_names), "of the cache"
     return 1000, "assumed: the data is not opened by a dry run"

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from heptapod_fast.data.sources import ImageSource
-from heptapod_fast.evaluation import Metric, MetricContext, make_metrics
+from heptapod_fast.evaluation import DEFAULT_METRICS, Metric, MetricContext, make_metrics
 from heptapod_fast.progress import Progress, duration
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.generate import generate, spread
@@ -45,7 +45,7 @@ def _made(session: Session) -> list[Metric]:
     behind = getattr(session.source, "source", None)
     names = run.evaluate_metrics
     if names is None:
-        names = "symmetry" if session.config.data.data == "logograms" else "fid,is"
+        names = DEFAULT_METRICS.get(session.config.data.data or "", "fid,is")
     context = MetricContext(
         source=behind if isinstance(behind, ImageSource) else None,
         tokenizer=session.tokenizer,

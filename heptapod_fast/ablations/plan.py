@@ -1,0 +1,264 @@
+"""What is compared, and how long each of it trains: decided once, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from heptapod_fast.config import Config
+from heptapod_fast.data.embedded import EMBEDDED_SETS
+from heptapod_fast.storage import write_json
+from heptapod_fast.systems import build_system, configure
+from heptapod_fast.train.loop import training_step
+from heptapod_fast.train.metrics import training_flops
+from heptapod_fast.train.session import prepare
+from heptapod_fast.world import World
+
+PLAN = "plan.json"
+STEPS = 8  # that are timed
+WARM_UP = 3
+SMALL_SET = 512  # images of an embedded set, where steps are timed: a step does not see how many
+
+Equal = Literal["images", "compute", "time"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        name: of the row, and of its runs.
+        flags: of tools/train.py, beside those that all rows have.
+        sampling: flags of tools/evaluate.py.
+        of: the row whose runs are sampled, where this one differs by `sampling` alone.
+        x: where the row stands on the chart's axis, if that is one of numbers.
+        paper: the paper's figures, by the columns of `Ablation.paper_columns`.
+    """
+
+    name: str
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    of: str | None = None
+    x: float | None = None
+    paper: tuple[float | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        size: of the systems.
+        tokens: of an image.
+        depth: blocks of backbone and head of Heptapod at this size.
+    """
+
+    size: str
+    tokens: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table of a paper.
+
+    Attributes:
+        title: of the table.
+        about: what is compared and what the paper found, in a sentence or two.
+        variants: the rows at a scale.
+        flags: of tools/train.py, for all rows; those of the command line come after them.
+        x_label: of the chart, where rows stand at numbers.
+        paper_columns: of the paper's figures.
+    """
+
+    title: str
+    about: str
+    variants: Callable[[Scale], list[Variant]]
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    x_label: str = ""
+    paper_columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant, decided.
+
+    Attributes:
+        variant: see `Variant`; its flags with those that all rows have.
+        images: that it trains on.
+        parameters: of the system.
+        flops: of one image's forward and backward pass, averaged over the phases of training.
+        seconds: of one image, measured before the start.
+    """
+
+    variant: Variant
+    images: int
+    parameters: int
+    flops: float
+    seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """Of one run."""
+        return self.images * self.seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of an ablation.
+
+    Attributes:
+        name: of the ablation.
+        rows: one for each variant.
+        seeds: every variant is trained with each.
+        equal: what the rows have alike.
+        metrics: that samples are measured by.
+        count: samples that are measured.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    equal: Equal
+    metrics: tuple[str, ...]
+    count: int
+
+    @property
+    def trained(self) -> list[Row]:
+        """Rows with runs of their own."""
+        return [row for row in self.rows if row.variant.of is None]
+
+    @property
+    def total_seconds(self) -> float:
+        """Of training, one run after the other."""
+        return len(self.seeds) * sum(row.total_seconds for row in self.trained)
+
+
+def make_plan(
+    name: str,
+    ablation: Ablation,
+    scale: Scale,
+    flags: Mapping[str, Any],
+    *,
+    images: int | None,
+    minutes: float | None,
+    seeds: tuple[int, ...],
+    equal: Equal,
+    metrics: tuple[str, ...],
+    count: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Plan:
+    """Build every variant, time a few of its steps, and divide the images.
+
+    Args:
+        flags: of tools/train.py, for all rows.
+        images, minutes: of a run of the first row: how many, or as many as it trains on in that
+            time. Of the others as many, or as many as cost or take the same, as `equal` says.
+
+    Raises:
+        ValueError: what a configuration refuses, naming the row.
+    """
+    measured = []
+    for variant in ablation.variants(scale):
+        settings = {"size": scale.size, **ablation.flags, **variant.flags, **flags}
+        decided = Variant(
+            variant.name, settings, variant.sampling, variant.of, variant.x, variant.paper
+        )
+        if variant.of is not None:
+            measured.append((decided, 0, 0.0, 0.0))
+            continue
+        try:
+            parameters, seconds = timed(settings, device)
+            flops = flops_per_image(configure(**settings))
+        except ValueError as error:
+            raise ValueError(f"{variant.name}: {error}") from None
+        say(
+            f"{variant.name:24} {parameters / 1e6:7.2f} M parameters  {flops / 1e9:8.3f} GFLOP and "
+            f"{1e3 * seconds:8.3f} ms an image"
+        )
+        measured.append((decided, parameters, flops, seconds))
+    _, _, first_flops, first_seconds = measured[0]
+    first_images = images
+    if first_images is None:
+        assert minutes is not None  # the command line sees to it
+        first_images = int(60 * minutes / first_seconds)
+    rows = []
+    for variant, parameters, flops, seconds in measured:
+        share = 1.0
+        if equal == "compute" and variant.of is None:
+            share = first_flops / flops
+        if equal == "time" and variant.of is None:
+            share = first_seconds / seconds
+        rows.append(Row(variant, int(first_images * share), parameters, flops, seconds))
+    return Plan(name, tuple(rows), seeds, equal, metrics, count)
+
+
+def flops_per_image(config: Config) -> float:
+    """Of a forward and backward pass, averaged over the images of all phases."""
+    classes = config.data.num_classes or 1000
+    system = build_system(config, classes, "meta", fill=False)
+    total = config.recipe.images
+    work = 0.0
+    for phase in system.phases(total):
+        work += (min(phase.end, total) - phase.first) * training_flops(system, phase)
+    return work / total
+
+
+def timed(settings: Mapping[str, Any], device: torch.device) -> tuple[int, float]:
+    """(parameters, seconds of one image), the median of a few steps of the first phase."""
+    few = dict(settings)
+    if few.get("data") in EMBEDDED_SETS:
+        few["logogram_count"] = SMALL_SET
+    with tempfile.TemporaryDirectory() as folder:
+        config = configure(**few, out=folder)
+        session, state = prepare(config, World(0, 1, device), lambda text: None)
+    phase = session.system.phase(0, config.recipe.images)
+    session.system.train()
+    seconds = []
+    for _ in range(WARM_UP + STEPS):
+        begin = time.perf_counter()
+        loss, _ = training_step(session, state, phase)
+        loss.item()
+        seconds.append(time.perf_counter() - begin)
+    parameters = sum(value.numel() for value in session.system.parameters())
+    return parameters, statistics.median(seconds[WARM_UP:]) / config.recipe.batch
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """plan.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / PLAN, asdict(plan))
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan that a folder was begun with; None where there is none.
+
+    Raises:
+        ValueError: a file that is none.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        rows = []
+        for row in found.pop("rows"):
+            variant = row.pop("variant")
+            variant["paper"] = tuple(variant["paper"])
+            rows.append(Row(Variant(**variant), **row))
+        for name in ("seeds", "metrics"):
+            found[name] = tuple(found[name])
+        return Plan(rows=tuple(rows), **found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no plan of an ablation ({error}): move it away to begin anew"
+        ) from None
