@@ -33,8 +33,8 @@ class RunSettings(Settings):
         "Images between sample grids; 0 turns them off.", rule=at_least(0), may_change=True
     )
     evaluate_every: int = setting(
-        "Images between measurements of samples, into metrics.jsonl and the report; 0 turns them "
-        "off.",
+        "Images between measurements (--evaluate-metrics), into metrics.jsonl and the report; 0 "
+        "turns them off.",
         default=0,
         rule=at_least(0),
         may_change=True,

@@ -50,6 +50,8 @@ class Fidelity:
         ValueError: no reference, one without what a metric needs, or no weights; says what to give.
     """
 
+    needs_samples = True
+
     def __init__(self, context: MetricContext, names: Sequence[str]):
         load_torch_fidelity()  # what is missing is said before anything is sampled
         self._names = tuple(names)

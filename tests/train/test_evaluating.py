@@ -126,6 +126,12 @@ def test_ranks_share_it(trained, tmp_path):
         assert numbers["bits_per_token"] == near
 
 
+def test_nothing_is_drawn_where_no_metric_looks_at_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr("heptapod_fast.train.evaluating.generate", None)
+    train_here(tmp_path, seed=3, evaluate_metrics="likelihood", **EVERY)
+    assert [list(numbers)[0] for numbers in measured(tmp_path).values()] == ["bits_per_token"] * 3
+
+
 def test_what_cannot_be_measured_is_said_before_training(tmp_path):
     for number, (words, text) in enumerate(
         (
