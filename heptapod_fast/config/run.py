@@ -62,6 +62,11 @@ class RunSettings(Settings):
         may_change=True,
         before=None,
     )
+    evaluate_inception_sha256: str | None = setting(
+        "How the SHA-256 of --evaluate-inception begins, if it is not the published file.",
+        may_change=True,
+        before=None,
+    )
     log_every: int = setting(
         "Images between progress lines and records of metrics.jsonl.",
         rule=at_least(1),

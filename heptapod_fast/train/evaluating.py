@@ -44,6 +44,8 @@ def _made(session: Session) -> list[Metric]:
     assert session.tokenizer is not None  # `measures_samples`
     # Tokens that are made of images while training have them; those of a cache do not.
     behind = getattr(session.source, "source", None)
+    if run.evaluate_inception is None:
+        run.refuse(("evaluate_inception_sha256",), "is the hash of --evaluate-inception: name it")
     names = run.evaluate_metrics
     if names is None:
         names = "symmetry" if session.config.data.data == "logograms" else "fid,is"
@@ -57,6 +59,7 @@ def _made(session: Session) -> list[Metric]:
         reference=run.evaluate_reference,
         extractor="small" if run.evaluate_inception is None else "inception",
         inception=run.evaluate_inception,
+        inception_sha256=run.evaluate_inception_sha256,
         folder=str(session.directory.path),
         progress=Progress,
     )
@@ -65,7 +68,7 @@ def _made(session: Session) -> list[Metric]:
     except ValueError as error:
         raise ValueError(
             f"--evaluate-metrics {names}: {error} (in training: --evaluate-inception FILE, "
-            "--evaluate-reference FOLDER|FILE.npz)"
+            "--evaluate-inception-sha256 HASH, --evaluate-reference FOLDER|FILE.npz)"
         ) from None
 
 
