@@ -172,6 +172,7 @@ def samples_of(
     world: World,
     finish: Callable[[Tensor], Tensor] = Tensor.float,
     given: Given | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(labels, images), batch by batch; see `generate`. options: of the run's system."""
     from heptapod_fast.progress import Progress
@@ -185,8 +186,9 @@ def samples_of(
         Rng(arguments.seed),
         options,
         arguments.batch,
-        Progress("sampling"),
+        Progress("sampling", before=start),
         finish,
         world,
         given,
+        start,
     )
