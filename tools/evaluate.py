@@ -281,11 +281,11 @@ def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Me
             "its relatives need --inception FILE or --extractor small"
         )
     assert loaded.tokenizer is not None  # `SamplingArguments.load` has seen to it
-    # A folder of images is decoded as a whole: not where nobody looks at them.
+    # All files of a folder are decoded once when it is opened: not where nobody looks at them.
     needs_images = arguments.reference is None or arguments.extractor == "small"
     source = None
     if needs_images or "symmetry" in names:
-        source = open_images(loaded.config)
+        source = open_images(loaded.config, in_memory=False)
     context = MetricContext(
         source=source,
         tokenizer=loaded.tokenizer,

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from heptapod_fast.data import ImageFolder, Logograms
+from heptapod_fast.data.logograms import write_folder
 from heptapod_fast.evaluation import small
 from heptapod_fast.evaluation.extractors import Features
 from heptapod_fast.reports.run import report_run
@@ -205,6 +207,34 @@ def test_images_that_nobody_looks_at_are_not_opened(trained, tmp_path, monkeypat
     result = command("evaluate", trained, "--metrics", "fid", *words, "--out", out)
     assert result.code == 0, result.err
     assert abs(json.loads(out.read_text())["fid"]) < 1e-6
+
+
+def test_a_folder_of_training_images_is_not_kept_in_memory(tmp_path, monkeypatch):
+    """The numbers are those of images in memory."""
+    write_folder(Logograms(24, 40), tmp_path / "set")
+    run = tmp_path / "run"
+    data = dict(data=str(tmp_path / "set"), logogram_count=None, image_size=24)
+    train_here(run, images=16, **data)
+    monkeypatch.setattr(small, "STEPS", 5)
+    monkeypatch.setattr(small, "BATCH", 8)
+    opened = []
+    init = ImageFolder.__init__
+    results = []
+    for kept in (False, True):
+
+        def spy(self, *words, kept=kept, **settings):
+            opened.append(settings["in_memory"])
+            init(self, *words, **settings | {"in_memory": kept})
+
+        monkeypatch.setattr(ImageFolder, "__init__", spy)
+        words = ("--metrics", "fid,likelihood", "--extractor", "small", "--count", 20)
+        result = command("evaluate", run, *words, "--out", tmp_path / "e.json")
+        assert result.code == 0, result.err
+        results.append(json.loads((tmp_path / "e.json").read_text()))
+    assert opened == [False, False]
+    for name in ("fid", "bits_per_token", "extractor_sha256", "reference_sha256"):
+        assert results[0][name] == results[1][name]
+    assert results[0]["reference_images"] == 40
 
 
 class Means:
