@@ -40,8 +40,8 @@ class Arguments(SamplingArguments):
     """Samples in total, spread evenly over the classes; images, of metrics that look at images of
     the data in their place."""
     metrics: str | None = None
-    """Metrics separated by commas: fid, sfid, kid, is, precision, recall, symmetry, likelihood;
-    default: what the data allows without weights (symmetry for logograms)."""
+    """Metrics separated by commas: fid, sfid, kid, is, precision, recall, rfid, symmetry,
+    likelihood; default: what the data allows without weights (symmetry for logograms)."""
     reference: str | None = None
     """What samples are compared with: a folder of pictures, or an .npz with images (arr_0) or
     statistics (mu, sigma), as ADM's; default: the run's training images."""

@@ -73,13 +73,13 @@ def work() -> int:
         arguments, given = parse_sampling(Arguments)
         if arguments.complete is None and (arguments.paste or arguments.keep is not None):
             raise ValueError("--keep and --paste are for --complete IMAGE_OR_FOLDER")
-        for flag, path, ending in (
+        for name, path, ending in (
             ("--out", arguments.out, ".png"),
             ("--save-npz", arguments.save_npz, ".npz"),
             ("--save-tar", arguments.save_tar, ".tar"),
         ):
             if path is not None and not path.endswith(ending):
-                raise ValueError(f"{flag} {path}: expected a name that ends in {ending}")
+                raise ValueError(f"{name} {path}: expected a name that ends in {ending}")
     with started(arguments.device) as world:
         sample(arguments, given, world)
     return 0

@@ -21,6 +21,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "is": _FIDELITY,
     "precision": _FIDELITY,
     "recall": _FIDELITY,
+    "rfid": _FIDELITY,
 }
 
 
