@@ -7,7 +7,10 @@ rank R alone); not in processes that torchrun has restarted:
     points   step=N: gradients of step N are there, the update is not; and while the checkpoint of
              step N is written: files=N: tensors written, manifest=N: all but the new name,
              rename=N: committed, older ones not yet removed; while a cache is built: shard=N: the
-             arrays of shard N are written, its record is not; manifest: all but the manifest
+             arrays of shard N are written, its record is not; manifest: all but the manifest; while
+             samples are written: written=N: N images are in the outputs, which the journal does not
+             say; recorded=N: it does; complete: outputs are whole, which it does not say;
+             publish=NAME: all but their names from this one on
 """
 
 from __future__ import annotations

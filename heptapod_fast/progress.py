@@ -33,12 +33,14 @@ class Progress:
         what: as "decoding".
         unit: what is counted.
         seconds: between two lines.
+        before: how many were done already, which says nothing about the rate.
     """
 
-    def __init__(self, what: str, unit: str = "images", seconds: float = 2.0):
+    def __init__(self, what: str, unit: str = "images", seconds: float = 2.0, before: int = 0):
         self.what = what
         self.unit = unit
         self.seconds = seconds
+        self.before = before
         self.start = self.last = time.monotonic()
         self.shown = False
         # The core runs where nothing but torch is installed; lines serve there too.
@@ -96,7 +98,7 @@ class Progress:
             atexit.unregister(self._close_bar)
 
     def _line(self, done: int, total: int, elapsed: float) -> str:
-        rate = done / max(elapsed, 1e-9)
+        rate = (done - self.before) / max(elapsed, 1e-9)
         end = f"took {duration(elapsed)}"
         if done < total:
             end = f"ETA {duration((total - done) / max(rate, 1e-9))}"

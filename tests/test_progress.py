@@ -49,6 +49,14 @@ def test_a_line_every_few_seconds_and_one_at_the_end(clock, capsys):
     ]
 
 
+def test_what_was_done_before_says_nothing_about_the_rate(clock, capsys):
+    report = Progress("sampling", seconds=2.0, before=60)
+    clock.now += 2
+    report(70, 100)
+    expected = "sampling: 70/100 images (70%)  5.0 images/s  ETA 0:06\n"
+    assert capsys.readouterr().out == expected
+
+
 def test_what_is_over_at_once_says_nothing(clock, capsys):
     report = Progress("decoding", seconds=2.0)
     clock.now += 0.1

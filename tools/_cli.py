@@ -252,8 +252,8 @@ def main(work: Callable[[], int | None]) -> None:
             file=sys.stderr,
         )
         code = 1
-    except KeyboardInterrupt:
-        print("interrupted before there was anything to save", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted before there was anything to save", file=sys.stderr)
         code = 130
     leave(code or 0)
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from heptapod_fast import world as worlds
 from heptapod_fast.config import flag
+from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.runs import LoadedRun, load_run
+from heptapod_fast.runs.data import open_images
 from heptapod_fast.runs.loading import source_of
 from heptapod_fast.sampling import Given, SampleOptions
 from heptapod_fast.systems import SYSTEMS, System
@@ -54,6 +56,18 @@ class RunArguments:
         if loaded.tokenizer is None:
             raise ValueError(f"{self.run} was trained on synthetic tokens: nothing can be decoded")
         return loaded
+
+    def training_images(self, loaded: LoadedRun) -> ImageSource | None:
+        """The images behind the run's --data, decoded when they are asked for; None where it has
+        none beside its tokens. FileNotFoundError where they are not here, as with a run or a folder
+        from another machine."""
+        try:
+            return open_images(loaded.config, in_memory=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the images that {self.run} was trained on are not here ({error}): name others "
+                "with --reference, and with --metrics what needs no more than those"
+            ) from error
 
 
 @dataclass(kw_only=True)
@@ -179,6 +193,7 @@ def samples_of(
     world: World,
     finish: Callable[[Tensor], Tensor] = Tensor.float,
     given: Given | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(labels, images), batch by batch; see `generate`. options: of the run's system."""
     from heptapod_fast.progress import Progress
@@ -192,8 +207,9 @@ def samples_of(
         Rng(arguments.seed),
         options,
         arguments.batch,
-        Progress("sampling"),
+        Progress("sampling", before=start),
         finish,
         world,
         given,
+        start,
     )

@@ -8,21 +8,27 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from _cli import alike_on_all_ranks, main
 from _sampling import SamplingArguments, parse_sampling, samples_of, started
 from torch import Tensor
 
-from heptapod_fast.config import Config, flag
-from heptapod_fast.data.sources import ImageSource
-from heptapod_fast.evaluation import DEFAULT_METRICS, METRICS, Metric, MetricContext, make_metrics
+from heptapod_fast.config import flag
+from heptapod_fast.evaluation import (
+    DEFAULT_METRICS,
+    METRICS,
+    OF_TRAINING_IMAGES,
+    Metric,
+    MetricContext,
+    make_metrics,
+)
 from heptapod_fast.evaluation.image_sets import ImageSet, open_images_at
 from heptapod_fast.pictures import grid_of_pixels, save_png
 from heptapod_fast.progress import Progress
 from heptapod_fast.runs import LoadedRun
-from heptapod_fast.runs.data import open_images
+from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.sampling.generate import spread
 from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.world import World, device_name
@@ -33,13 +39,15 @@ GRID_COLUMNS = 8
 
 @dataclass(kw_only=True)
 class Arguments(SamplingArguments):
-    """Sample from a run and compute metrics; writes RUN_DIR/evaluation.json and a grid."""
+    """Sample from a run and compute metrics; writes RUN_DIR/evaluation.json and a grid. Nothing is
+    drawn for metrics that look at no samples."""
 
     count: int = 400
-    """Samples in total, spread evenly over the classes."""
+    """Samples in total, spread evenly over the classes; images, of metrics that look at images of
+    the data in their place."""
     metrics: str | None = None
-    """Metrics separated by commas: fid, sfid, kid, is, precision, recall, symmetry, likelihood;
-    default: what the data allows without weights (symmetry for logograms)."""
+    """Metrics separated by commas: fid, sfid, kid, is, precision, recall, rfid, symmetry,
+    likelihood; default: what the data allows without weights (symmetry for logograms)."""
     reference: str | None = None
     """What samples are compared with: a folder of pictures, or an .npz with images (arr_0) or
     statistics (mu, sigma), as ADM's; default: the run's training images."""
@@ -73,62 +81,120 @@ def work() -> int:
 
 
 def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
-    """Sample on all ranks; the main one measures, and writes and says what it found."""
+    """Sample on all ranks, where a metric looks at samples; the main one measures, and writes and
+    says what it found."""
     with world.together():
         loaded = arguments.load(world)
         options = loaded.system.settled(loaded.system.options(**given))
         metrics = metrics_of(arguments, loaded, world) if world.main else []
+        looking = [metric for metric in metrics if metric.needs_samples]
+        if world.main and not looking:
+            refuse_samples_for_nobody(arguments, given)
         written = written_samples(arguments, loaded)
+    # One rank has the metrics, and all have to draw.
+    (needs_samples,) = world.any(bool(looking))
     if written is not None and not world.main:
         return  # there is nothing to share
-    if written is not None:
-        labels, batches = written
-    else:
-        labels = spread(list(range(len(loaded.class_names))), arguments.count)
-        batches = samples_of(loaded, labels, arguments, options, world, to_uint8)
-    shown = some_of_each(labels)
-    grid: dict[int, Tensor] = {}
-    first = 0
-    drawn = Timed(batches)
-    for batch_labels, pixels in drawn:
-        for metric in metrics:
-            metric.update(pixels, batch_labels)
-        # Copies: a part of a batch would keep all of it.
-        for number in shown:
-            if first <= number < first + len(pixels):
-                grid[number] = pixels[number - first].clone()
-        first += len(pixels)
+    shown = None
+    if needs_samples:
+        labels, batches = written or drawn_samples(arguments, loaded, options, world)
+        shown = show(labels, batches, looking)
     if not world.main:
         return
-    results: dict[str, Any] = {
+    results = {
         "system": loaded.config.system,
         "size": loaded.config.size,
         "device": device_name(world.device),
         "torch": torch.__version__,
         "images_seen": loaded.images_seen,
-        "samples": len(labels),
     }
+    if shown is not None:
+        results["samples"] = len(shown.labels)
     results |= {"checkpoint": loaded.checkpoint.name, "weights": loaded.weights}
-    if arguments.samples is not None:
-        results["samples_from"] = arguments.samples
-    else:
-        results |= {
-            "seed": arguments.seed,
-            "sampling_seconds": round(drawn.seconds, 3),
-            "samples_per_second": round(len(labels) / drawn.seconds, 3),
-            "options": asdict(options),
-        }
+    if shown is not None:
+        results |= about_samples(arguments, options, shown)
     for metric in metrics:
         results |= metric.compute()
-    results["samples_per_class"] = of_each_class(labels, loaded.class_names)
+    if shown is not None:
+        results["samples_per_class"] = of_each_class(shown.labels, loaded.class_names)
     out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    columns = min(GRID_COLUMNS, int(labels.bincount().max()))
-    pictures = torch.stack([grid[number] for number in shown])
-    save_png(grid_of_pixels(pictures, columns), out.with_suffix(".png"))
+    written_files = [out]
+    if shown is not None:
+        columns = min(GRID_COLUMNS, int(shown.labels.bincount().max()))
+        written_files.append(out.with_suffix(".png"))
+        save_png(grid_of_pixels(shown.pictures, columns), written_files[-1])
     say(results)
-    print(f"written: {out} and {out.with_suffix('.png')}")
+    print(f"written: {' and '.join(map(str, written_files))}")
+
+
+def refuse_samples_for_nobody(arguments: Arguments, given: dict[str, Any]) -> None:
+    """ValueError for flags that say how samples are drawn, or where they are, beside metrics none
+    of which looks at any."""
+    flags = list(map(flag, given))
+    if arguments.samples is not None:
+        flags.append("--samples")
+    if flags:
+        raise ValueError(
+            f"{', '.join(flags)} beside --metrics {arguments.metrics}: nothing there looks at "
+            f"samples, and none are drawn; leave {', '.join(flags)} out, or ask for a metric of "
+            "samples too"
+        )
+
+
+def drawn_samples(
+    arguments: Arguments, loaded: LoadedRun, options: SampleOptions, world: World
+) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
+    """(labels, batches) of --count samples."""
+    labels = spread(list(range(len(loaded.class_names))), arguments.count)
+    return labels, samples_of(loaded, labels, arguments, options, world, to_uint8)
+
+
+class Shown(NamedTuple):
+    """What is left of samples that metrics have looked at.
+
+    labels: (N,) of all. pictures: (n, 3, H, W) uint8, those of the grid. seconds: that it took to
+    draw or read them.
+    """
+
+    labels: Tensor
+    pictures: Tensor
+    seconds: float
+
+
+def show(
+    labels: Tensor, batches: Iterator[tuple[Tensor, Tensor]], metrics: Sequence[Metric]
+) -> Shown | None:
+    """Show samples to metrics; None on ranks that draw for the main one. labels: of all."""
+    in_grid = some_of_each(labels)
+    kept: dict[int, Tensor] = {}
+    first = 0
+    timed = Timed(batches)
+    for batch_labels, pixels in timed:
+        for metric in metrics:
+            metric.update(pixels, batch_labels)
+        # Copies: a part of a batch would keep all of it.
+        for number in in_grid:
+            if first <= number < first + len(pixels):
+                kept[number] = pixels[number - first].clone()
+        first += len(pixels)
+    if not kept:
+        return None
+    pictures = torch.stack([kept[number] for number in in_grid])
+    return Shown(labels, pictures, timed.seconds)
+
+
+def about_samples(arguments: Arguments, options: SampleOptions, shown: Shown) -> dict[str, Any]:
+    """Where the samples are from."""
+    if arguments.samples is not None:
+        return {"samples_from": arguments.samples}
+    return {
+        "seed": arguments.seed,
+        "sampling_seconds": round(shown.seconds, 3),
+        "samples_per_second": round(len(shown.labels) / shown.seconds, 3),
+        "options": asdict(options),
+    }
 
 
 def say(results: dict[str, Any]) -> None:
@@ -221,11 +287,11 @@ def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Me
             "its relatives need --inception FILE or --extractor small"
         )
     assert loaded.tokenizer is not None  # `SamplingArguments.load` has seen to it
-    # A folder of images is decoded as a whole: not where nobody looks at them.
+    # All files of a folder are decoded once when it is opened: not where nobody looks at them.
     needs_images = arguments.reference is None or arguments.extractor == "small"
     source = None
-    if needs_images or "symmetry" in names:
-        source = training_images(arguments.run, loaded.config)
+    if needs_images or any(name in OF_TRAINING_IMAGES for name in names):
+        source = arguments.training_images(loaded)
     context = MetricContext(
         source=source,
         tokenizer=loaded.tokenizer,
@@ -241,18 +307,6 @@ def metrics_of(arguments: Arguments, loaded: LoadedRun, world: World) -> list[Me
         progress=Progress,
     )
     return make_metrics(names, context)
-
-
-def training_images(run: str, config: Config) -> ImageSource | None:
-    """The images behind the run's --data; FileNotFoundError where they are not, as with a run or a
-    folder from another machine."""
-    try:
-        return open_images(config)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the images that {run} was trained on are not here ({error}): name others with "
-            "--reference, and with --metrics what needs no more than those"
-        ) from error
 
 
 def metric_names(asked: str | None, data: str | None) -> list[str]:

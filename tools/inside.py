@@ -12,7 +12,6 @@ import torch
 from _cli import main, parse
 from _sampling import RunArguments, started
 
-from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.evaluation import MetricContext, make_metrics
 from heptapod_fast.evaluation.image_sets import ImageSet
 from heptapod_fast.evaluation.likelihood import images_of
@@ -22,7 +21,6 @@ from heptapod_fast.progress import Progress
 from heptapod_fast.reports.charts import save_series
 from heptapod_fast.reports.maps import save_maps
 from heptapod_fast.runs import LoadedRun
-from heptapod_fast.runs.data import open_images
 from heptapod_fast.world import World, device_name
 
 MEASURED = ("loss", "probe", "attention")
@@ -110,9 +108,8 @@ def look(arguments: Arguments, world: World) -> None:
 def context_of(arguments: Arguments, loaded: LoadedRun, world: World) -> MetricContext:
     """What metrics may need."""
     assert loaded.tokenizer is not None  # `RunArguments.load` has seen to it
-    source: ImageSource | None = open_images(loaded.config)
     return MetricContext(
-        source=source,
+        source=arguments.training_images(loaded),
         tokenizer=loaded.tokenizer,
         system=loaded.system,
         count=arguments.count,

@@ -40,8 +40,8 @@ class RunSettings(Settings):
         "Images between sample grids; 0 turns them off.", rule=at_least(0), may_change=True
     )
     evaluate_every: int = setting(
-        "Images between measurements of samples, into metrics.jsonl and the report; 0 turns them "
-        "off.",
+        "Images between measurements (--evaluate-metrics), into metrics.jsonl and the report; 0 "
+        "turns them off.",
         default=0,
         rule=at_least(0),
         may_change=True,
@@ -66,6 +66,11 @@ class RunSettings(Settings):
     evaluate_inception: str | None = setting(
         "File of Inception's weights for fid and its relatives; default: a small classifier of the "
         "training images.",
+        may_change=True,
+        before=None,
+    )
+    evaluate_inception_sha256: str | None = setting(
+        "How the SHA-256 of --evaluate-inception begins, if it is not the published file.",
         may_change=True,
         before=None,
     )

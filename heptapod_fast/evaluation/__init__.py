@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 from heptapod_fast.evaluation.context import Metric, MetricContext
 
-__all__ = ["DEFAULT_METRICS", "METRICS", "Metric", "MetricContext", "make_metrics"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "METRICS",
+    "OF_TRAINING_IMAGES",
+    "Metric",
+    "MetricContext",
+    "make_metrics",
+]
 
 _FIDELITY = ("heptapod_fast.evaluation.fidelity", "Fidelity")
 
@@ -25,9 +32,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "is": _FIDELITY,
     "precision": _FIDELITY,
     "recall": _FIDELITY,
+    "rfid": _FIDELITY,
 }
 
 
+# Those that look at the training images, whatever they are compared with.
+OF_TRAINING_IMAGES = ("symmetry", "relation", "probe")
 # What samples are measured by where nothing else is said, by the name of embedded data.
 DEFAULT_METRICS = {"logograms": "symmetry", "pairs": "relation"}
 

@@ -18,7 +18,31 @@ Progress = Callable[[int, int], None]
 
 @runtime_checkable
 class Metric(Protocol):
-    """Collects samples, then computes named numbers."""
+    """Collects samples, or looks at the system itself, then computes named numbers.
+
+    A class says once, or an object by what it was asked for, whether it wants samples; where no
+    metric does, none are drawn. A sketch of one that does not:
+
+        class Depth:
+            needs_samples = False
+
+            def __init__(self, context: MetricContext, names: Sequence[str]):
+                self._system = context.system
+
+            def update(self, pixels: Tensor, labels: Tensor) -> None:
+                pass  # never called
+
+            def restart(self, system: System) -> None:
+                self._system = system
+
+            def compute(self) -> dict[str, Any]:
+                return {"depth": len(self._system.blocks)}
+    """
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether `update` is called; without it `compute` has the context and the system alone."""
+        ...
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """pixels: (B, 3, H, W) uint8, as samples are written; labels: (B,) int64 classes that the
@@ -31,7 +55,7 @@ class Metric(Protocol):
 
     def compute(self) -> dict[str, Any]:
         """The numbers over all samples so far, and what they were measured with; ValueError when
-        there are none."""
+        samples are needed and there are none."""
         ...
 
 

@@ -165,6 +165,6 @@ def load_torch_fidelity() -> Any:
         return importlib.import_module("torch_fidelity")
     except ImportError as error:
         raise ValueError(
-            f"fid, sfid, kid, is, precision and recall need torch-fidelity ({error}): "
+            f"fid, sfid, kid, is, precision, recall and rfid need torch-fidelity ({error}): "
             "pip install 'heptapod_fast[eval]'"
         ) from None

@@ -4,7 +4,9 @@ The protocol: samples are rounded to uint8 first; FID and sFID compare mean and 
 features with those of the reference, as they are stored in an ADM file or computed of its images;
 KID takes 100 subsets of at most 1,000; the Inception Score ten parts of the shuffled samples;
 precision and recall the third nearest neighbour (Kynkaanniemi et al. 2019), on the pooled features
-as ADM does. What is needed of samples and reference is kept as features, at most 20 KiB an image.
+as ADM does; rFID compares the reference's images with themselves, once through the run's tokenizer:
+what its error alone costs, a floor under the FID of samples. What is needed of samples and
+reference is kept as features, at most 20 KiB an image.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from heptapod_fast.evaluation.extractors import (
 )
 from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, open_images_at
 from heptapod_fast.evaluation.small import small_extractor
+from heptapod_fast.evaluation.symmetry import through
 from heptapod_fast.systems.base import System
+from heptapod_fast.tokenizers.base import to_uint8, to_unit
 
 FEW = 2048  # samples below which FID's covariance has no full rank
 KID_SUBSETS = 100
@@ -35,7 +39,11 @@ KID_SUBSET_SIZE = 1000
 PARTS = 10  # of the Inception Score
 NEIGHBOUR = 3
 SEED = 2020  # of KID's subsets and the Inception Score's parts, torch-fidelity's default
-ROWS = 1024  # of distances or covariances at a time
+ROWS = 1024  # of covariances at a time
+# Of distances at a time, to all images: of 50,000, looking for neighbours among 512 takes 0.5 GB.
+DISTANCE_ROWS = 512
+ENCODE_BATCH = 64  # images that the tokenizer gets at a time
+OF_IMAGES = ("kid", "precision", "recall", "rfid")  # which no statistics of a reference will do for
 
 Statistics = tuple[np.ndarray, np.ndarray]
 
@@ -44,32 +52,49 @@ class Fidelity:
     """Samples against a reference; see `Metric`.
 
     Args:
-        names: of fid, sfid, kid, is, precision, recall.
+        names: of fid, sfid, kid, is, precision, recall, rfid.
+        extractor: the network of features; by default the one that the context names.
+
+    Attributes:
+        needs_samples: see `Metric`; of rfid alone not.
 
     Raises:
         ValueError: no reference, one without what a metric needs, or no weights; says what to give.
     """
 
-    def __init__(self, context: MetricContext, names: Sequence[str]):
+    def __init__(
+        self, context: MetricContext, names: Sequence[str], extractor: Extractor | None = None
+    ):
         load_torch_fidelity()  # what is missing is said before anything is sampled
         self._names = tuple(names)
+        self.needs_samples = set(names) != {"rfid"}
         self._context = context
-        self._extractor = extractor_of(context)
+        if "rfid" in names and context.tokenizer is None:
+            raise ValueError(
+                "--metrics rfid puts images through the run's tokenizer, and this run has none"
+            )
+        self._extractor = extractor or extractor_of(context)
         self._reference: ImageSet | None = None
         if set(names) != {"is"}:
             self._reference = reference_of(context)
             self._check_reference(self._reference)
         self._real: Kept | None = None  # the reference's features, once they were needed
-        self._samples = Kept(self._extractor, self._wanted(of_samples=True))
+        self._floor: float | None = None  # rFID, which no sample changes
+        self._samples = self._no_samples()
 
     def restart(self, system: System) -> None:
         """See `Metric.restart`."""
-        self._samples = Kept(self._extractor, self._wanted(of_samples=True))
+        self._samples = self._no_samples()
+
+    def _no_samples(self) -> Kept:
+        return Kept(self._extractor, self._wanted(of_samples=True), self._context.count)
 
     def _wanted(self, of_samples: bool) -> set[str]:
         """Which features are kept."""
         wanted = set()
         if set(self._names) & {"fid", "kid", "precision", "recall"}:
+            wanted.add("pooled")
+        if "rfid" in self._names and not of_samples:
             wanted.add("pooled")
         if "sfid" in self._names:
             wanted.add("spatial")
@@ -85,11 +110,12 @@ class Fidelity:
                 f"--reference {reference.name} has statistics of Inception's features, which those "
                 f"of --extractor {self._extractor.name} cannot be compared with: give images"
             )
-        lacking = [n for n in self._names if n in ("kid", "precision", "recall")]
+        lacking = [n for n in self._names if n in OF_IMAGES]
         if lacking:
             raise ValueError(
                 f"--metrics {', '.join(lacking)}: --reference {reference.name} has statistics "
-                "alone, and these compare images one by one: give an .npz with arr_0, or a folder"
+                "alone, and these look at its images one by one: give an .npz with arr_0, or a "
+                "folder"
             )
         for name, is_spatial in (("fid", False), ("sfid", True)):
             if name in self._names and reference.statistics(is_spatial) is None:
@@ -105,12 +131,15 @@ class Fidelity:
     def compute(self) -> dict[str, Any]:
         """See `Metric.compute`."""
         count = self._samples.count
-        if count < 2:
+        if self.needs_samples and count < 2:
             raise ValueError(f"{', '.join(self._names)}: of {count} samples there is no spread")
         found: dict[str, Any] = {}
         if self._reference is not None and self._real is None:
             self._real = self._features_of_reference(self._reference)
         real = self._real
+        if "rfid" in self._names:
+            assert real is not None
+            found |= self._reconstructions(real)
         for name, is_spatial in (("fid", False), ("sfid", True)):
             if name in self._names:
                 found[name] = self._frechet(real, is_spatial)
@@ -130,7 +159,7 @@ class Fidelity:
             found["reference_images"] = len(self._reference) or "statistics alone"
             if self._published(self._reference, is_spatial=False) is not None:
                 found["reference_statistics"] = "as published"
-        if count < FEW:
+        if self.needs_samples and count < FEW:
             found["warning"] = (
                 f"{count:,} samples: below {FEW:,} FID has a bias that depends on their number; "
                 "published numbers are of 50,000"
@@ -140,12 +169,12 @@ class Fidelity:
     def _features_of_reference(self, reference: ImageSet) -> Kept:
         """Of its images, as far as they are needed: not where its statistics will do."""
         wanted = self._wanted(of_samples=False)
-        if not set(self._names) & {"kid", "precision", "recall"}:
+        if not set(self._names) & set(OF_IMAGES):
             if self._published(reference, is_spatial=False) is not None:
                 wanted.discard("pooled")
         if self._published(reference, is_spatial=True) is not None:
             wanted.discard("spatial")
-        real = Kept(self._extractor, wanted)
+        real = Kept(self._extractor, wanted, len(reference))
         if not wanted:
             return real
         progress = self._context.progress("features of the reference")
@@ -153,6 +182,23 @@ class Fidelity:
             real.add(pixels)
             progress(real.count, len(reference))
         return real
+
+    def _reconstructions(self, real: Kept) -> dict[str, Any]:
+        """rFID: of the reference's images as the tokenizer gives them back, against the same images
+        as they are, whatever statistics the reference has with it."""
+        reference = self._reference
+        tokenizer = self._context.tokenizer
+        assert reference is not None and tokenizer is not None  # refused without
+        if self._floor is None:
+            again = Kept(self._extractor, {"pooled"}, len(reference))
+            progress = self._context.progress("the reference through the tokenizer")
+            for pixels in reference.batches():
+                for part in pixels.split(ENCODE_BATCH):
+                    again.add(to_uint8(through(tokenizer, to_unit(part))))
+                progress(again.count, len(reference))
+            one, other = (mean_and_covariance(kept.of("pooled")) for kept in (again, real))
+            self._floor = frechet_distance(one, other)
+        return {"rfid": self._floor, "rfid_images": len(reference)}
 
     def _published(self, reference: ImageSet, is_spatial: bool) -> Statistics | None:
         if not self._extractor.knows_statistics:
@@ -175,27 +221,46 @@ class Fidelity:
 
 
 class Kept:
-    """Features of images, batch by batch, as far as they are wanted."""
+    """Features of images, batch by batch, as far as they are wanted, each in one tensor: parts
+    that are put together at the end need twice the memory.
 
-    def __init__(self, extractor: Extractor, wanted: set[str]):
+    Args:
+        room: images that are expected. More are taken too.
+    """
+
+    def __init__(self, extractor: Extractor, wanted: set[str], room: int):
         self._extractor = extractor
-        self._parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        self._wanted = wanted
+        self._room = max(room, 1)
+        self._features: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, pixels: Tensor) -> None:
         """(b, 3, H, W) uint8."""
         for part in pixels.split(64):
             features = self._extractor(part)
-            for name, parts in self._parts.items():
-                parts.append(getattr(features, name))
-        self.count += len(pixels)
+            end = self.count + len(part)
+            for name in self._wanted:
+                values = getattr(features, name)
+                self._with_room(name, end, values)[self.count : end] = values
+            self.count = end
+
+    def _with_room(self, name: str, rows: int, like: Tensor) -> Tensor:
+        """The tensor of a feature, of twice the length where it was too short."""
+        while self._room < rows:
+            self._room *= 2
+        found = self._features.get(name)
+        if found is None or len(found) < rows:
+            # Memory that nothing was written to is not taken yet.
+            longer = like.new_empty(self._room, *like.shape[1:])
+            if found is not None:
+                longer[: self.count] = found[: self.count]
+            self._features[name] = found = longer
+        return found
 
     def of(self, name: str) -> Tensor:
         """(count, ...) float32."""
-        parts = self._parts[name]
-        if len(parts) > 1:
-            self._parts[name] = [torch.cat(parts)]
-        return self._parts[name][0]
+        return self._features[name][: self.count]
 
 
 def extractor_of(context: MetricContext) -> Extractor:
@@ -310,7 +375,7 @@ def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
         samples,
         real,
         prc_neighborhood=NEIGHBOUR,
-        prc_batch_size=ROWS,
+        prc_batch_size=DISTANCE_ROWS,
         save_cpu_ram=True,
         verbose=False,
     )

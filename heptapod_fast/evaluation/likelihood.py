@@ -36,6 +36,8 @@ class Likelihood:
         ValueError: vectors for tokens, a system that cannot say, images without classes.
     """
 
+    needs_samples = False
+
     def __init__(self, context: MetricContext, names: Sequence[str]):
         if context.system is None or context.tokenizer is None:
             raise ValueError("--metrics likelihood needs a run and its tokenizer")
@@ -59,7 +61,7 @@ class Likelihood:
             )
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:
-        """See `Metric.update`: samples are not what is scored."""
+        """Never called, see `Metric.update`: samples are not what is scored."""
 
     def restart(self, system: System) -> None:
         """See `Metric.restart`."""

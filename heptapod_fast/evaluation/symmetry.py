@@ -167,6 +167,8 @@ class SymmetryAccuracy:
         ValueError: the context's source is not a set of logograms.
     """
 
+    needs_samples = True
+
     def __init__(self, context: MetricContext, names: Sequence[str] = ("symmetry",)) -> None:
         if not isinstance(context.source, Logograms):
             found = "none" if context.source is None else context.source.name

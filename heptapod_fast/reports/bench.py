@@ -162,6 +162,8 @@ def evaluations_table(folder: Path) -> list[str]:
     """One table of the evaluations (`--out` of tools/evaluate.py) in `folder`; [] without any."""
     rows = []
     for file, found in _reports_in(folder).items():
+        if "options" not in found:
+            continue  # nothing was drawn
         options = {name: value for name, value in found["options"].items() if value is not None}
         rows.append(
             (

@@ -82,8 +82,9 @@ def report_run(folder: Path) -> Path:
         parts += [
             "## Evaluation",
             properties(evaluation, leave_out=("samples_per_class",)),
-            "![samples](evaluation.png)",
         ]
+        if "samples" in evaluation:  # there are none where no metric looks at any
+            parts.append("![samples](evaluation.png)")
     page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page

@@ -19,8 +19,13 @@ from heptapod_fast.tokenizers import PRETRAINED, Tokenizer, hint
 from heptapod_fast.world import World
 
 
-def open_images(config: Config, show_progress: bool = True) -> ImageSource | None:
+def open_images(
+    config: Config, show_progress: bool = True, in_memory: bool = True
+) -> ImageSource | None:
     """The images behind --data; None for synthetic tokens and caches.
+
+    in_memory: keep the decoded images of a folder or an archive, for training; else they are
+        decoded again each time that they are asked for.
 
     Raises:
         FileNotFoundError, ValueError: name the flag at fault.
@@ -48,6 +53,7 @@ def open_images(config: Config, show_progress: bool = True) -> ImageSource | Non
         allow_upscale=data.allow_upscale,
         progress=Progress("decoding") if show_progress else None,
         listing_progress=listing if show_progress else None,
+        in_memory=in_memory,
     )
 
 

@@ -76,6 +76,7 @@ def generate(
     finish: Callable[[Tensor], Tensor] = Tensor.float,
     world: World | None = None,
     given: Given | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(labels, images) of one batch after the other: (b,) int64, and (b, 3, H, W) on the CPU.
 
@@ -91,9 +92,15 @@ def generate(
             the same batches and the same bits. All batches come out on the main rank, none on the
             others. Collective: every rank must go through all that comes.
         given: of all images, tokens that are not drawn.
+        start: the first image that comes, the others are there: the same bits as if all did.
+
+    Raises:
+        ValueError: `start` is within a batch.
     """
+    if start % batch and start != len(classes):
+        raise ValueError(f"image {start} is not the first one of a batch of {batch}")
     index = keys(classes)
-    starts = range(0, len(classes), batch)
+    starts = range(start, len(classes), batch)
     world = ALONE if world is None else world
     for first in range(0, len(starts), world.size):
         turn = starts[first : first + world.size]
@@ -106,11 +113,11 @@ def generate(
             part = Given(given.tokens_BN[these], given.known_N)
             tokens = system.complete(part, classes[these], rng, options, index[these])
         images = finish(tokenizer.decode(tokens))
-        for start, whole in zip(turn, _gathered(images, batch, world), strict=False):
-            labels = classes[start : start + batch]
+        for begin, whole in zip(turn, _gathered(images, batch, world), strict=False):
+            labels = classes[begin : begin + batch]
             yield labels, whole[: len(labels)].cpu()
             if progress is not None:
-                progress(start + len(labels), len(classes))
+                progress(begin + len(labels), len(classes))
 
 
 def _gathered(images: Tensor, batch: int, world: World) -> list[Tensor]:

@@ -11,6 +11,7 @@ from heptapod_fast.evaluation import DEFAULT_METRICS, Metric, MetricContext, mak
 from heptapod_fast.progress import Progress, duration
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.generate import generate, spread
+from heptapod_fast.systems.base import System
 from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.train.records import OF_SAMPLES, Record, Recorder
 from heptapod_fast.train.session import Session, State
@@ -43,6 +44,8 @@ def _made(session: Session) -> list[Metric]:
     assert session.tokenizer is not None  # `measures_samples`
     # Tokens that are made of images while training have them; those of a cache do not.
     behind = getattr(session.source, "source", None)
+    if run.evaluate_inception is None:
+        run.refuse(("evaluate_inception_sha256",), "is the hash of --evaluate-inception: name it")
     names = run.evaluate_metrics
     if names is None:
         names = DEFAULT_METRICS.get(session.config.data.data or "", "fid,is")
@@ -56,6 +59,7 @@ def _made(session: Session) -> list[Metric]:
         reference=run.evaluate_reference,
         extractor="small" if run.evaluate_inception is None else "inception",
         inception=run.evaluate_inception,
+        inception_sha256=run.evaluate_inception_sha256,
         folder=str(session.directory.path),
         progress=Progress,
     )
@@ -64,17 +68,18 @@ def _made(session: Session) -> list[Metric]:
     except ValueError as error:
         raise ValueError(
             f"--evaluate-metrics {names}: {error} (in training: --evaluate-inception FILE, "
-            "--evaluate-reference FOLDER|FILE.npz)"
+            "--evaluate-inception-sha256 HASH, --evaluate-reference FOLDER|FILE.npz)"
         ) from None
 
 
 def measure(session: Session, state: State, metrics: list[Metric], recorder: Recorder) -> None:
-    """A record of the numbers of samples of the first moving average, the same classes and seeds
-    each time. A metric that fails costs this record, not the run. Collective call."""
-    tokenizer = session.tokenizer
-    assert tokenizer is not None  # `measures_samples`
+    """A record of the numbers of the first moving average: of samples, the same classes and seeds
+    each time, where a metric looks at any. A metric that fails costs this record, not the run.
+    Collective call."""
     begin = time.monotonic()
-    labels = spread(list(range(session.source.num_classes)), session.config.run.evaluate_count)
+    # One rank has the metrics, and all have to draw.
+    looking = [metric for metric in metrics if metric.needs_samples]
+    (needs_samples,) = session.world.any(bool(looking))
     optimizer = session.optimizer
     weights = next(iter(optimizer.emas.values()), optimizer.parameters)
     error = None
@@ -86,18 +91,8 @@ def measure(session: Session, state: State, metrics: list[Metric], recorder: Rec
         system.eval()
         for metric in metrics:
             metric.restart(system)
-        batches = generate(
-            system,
-            tokenizer,
-            labels,
-            Rng(session.config.recipe.seed),
-            batch=min(BATCH, -(-len(labels) // session.world.size)),
-            finish=to_uint8,
-            world=session.world,
-        )
-        for batch_labels, pixels in batches:
-            for metric in metrics:
-                metric.update(pixels, batch_labels)
+        if needs_samples:
+            _show_samples(session, system, looking)
         try:
             numbers = _numbers(metrics)
         except Exception as caught:  # whatever it is, training has nothing to do with it
@@ -115,6 +110,25 @@ def measure(session: Session, state: State, metrics: list[Metric], recorder: Rec
     recorder.write({"images": state.images, **{OF_SAMPLES + key: numbers[key] for key in numbers}})
     said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     session.say(f"evaluated {said} ({duration(time.monotonic() - begin)})")
+
+
+def _show_samples(session: Session, system: System, metrics: list[Metric]) -> None:
+    """Draw samples of a system for the metrics that look at them. Collective call."""
+    tokenizer = session.tokenizer
+    assert tokenizer is not None  # `measures_samples`
+    labels = spread(list(range(session.source.num_classes)), session.config.run.evaluate_count)
+    batches = generate(
+        system,
+        tokenizer,
+        labels,
+        Rng(session.config.recipe.seed),
+        batch=min(BATCH, -(-len(labels) // session.world.size)),
+        finish=to_uint8,
+        world=session.world,
+    )
+    for batch_labels, pixels in batches:
+        for metric in metrics:
+            metric.update(pixels, batch_labels)
 
 
 def _numbers(metrics: list[Metric]) -> Record:

@@ -1,5 +1,6 @@
 """Folders of images: layouts, pixel formats, sizes, and every kind of bad input."""
 
+import hashlib
 import logging
 import struct
 import zlib
@@ -12,6 +13,7 @@ from PIL import Image
 import heptapod_fast.data.images as images_module
 from heptapod_fast.data import ImageFolder, ImageSource
 from heptapod_fast.data.decoding import PillowDecoder
+from heptapod_fast.data.files import PREPROCESSING
 from heptapod_fast.data.pixels import centre_crop
 
 
@@ -310,6 +312,57 @@ def test_fingerprint(tmp_path):
     assert ImageFolder(tmp_path / "one", 8).fingerprint != first.fingerprint
     save(tmp_path / "two" / "a" / "y.png", picture(seed=1))
     assert ImageFolder(tmp_path / "two", 16).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_fingerprint_is_of_names_labels_and_pixels(tmp_path, in_memory):
+    """Of the files that can be read; 70 of them, more than are decoded at once."""
+    for k in range(70):
+        save(tmp_path / f"c{k % 2}" / f"{k:02}.png", picture(20, 24, seed=k))
+    for name in ("00.png", "70.png"):
+        (tmp_path / "c0" / name).write_bytes(b"nothing")
+    source = ImageFolder(tmp_path, 16, max_broken=2, in_memory=in_memory)
+    assert len(source) == 69
+    by_hand = hashlib.sha256(f"{PREPROCESSING}/16\n".encode())
+    paths = sorted(p for p in tmp_path.rglob("*.png") if p.stat().st_size > 10)
+    for path in paths:
+        by_hand.update(f"{path.parent.name}/{path.name}\0{path.parent.name[1]}\n".encode())
+    for path in paths:
+        with Image.open(path) as image:
+            pixels = np.asarray(centre_crop(image, 16))
+            by_hand.update(pixels.transpose(2, 0, 1).tobytes())
+    assert source.fingerprint == by_hand.hexdigest()
+
+
+def test_images_on_demand_are_those_in_memory(tmp_path):
+    for k in range(70):
+        save(tmp_path / f"c{k % 2}" / f"{k:02}.png", picture(20, 24, seed=k))
+    (tmp_path / "c0" / "00.png").write_bytes(b"nothing")
+    kept, again = (ImageFolder(tmp_path, 16, 1, in_memory=kept) for kept in (True, False))
+    assert isinstance(again, ImageSource) and again._pixels is None
+    assert again.fingerprint == kept.fingerprint and again.broken == kept.broken
+    assert torch.equal(again.labels, kept.labels)
+    ids = torch.randint(69, (150,))
+    assert torch.equal(again.images(ids), kept.images(ids))
+    assert again.images(torch.tensor([], dtype=torch.int64)).shape == (0, 3, 16, 16)
+    with pytest.raises(IndexError, match=r"0\.\.68"):
+        again.images(torch.tensor([69]))
+
+
+def test_images_on_demand_need_no_memory_for_all(tmp_path, monkeypatch):
+    save(tmp_path / "x.png")
+    monkeypatch.setattr(images_module, "available_memory", lambda: 100)
+    with pytest.raises(ValueError, match="GB are available"):
+        ImageFolder(tmp_path, 16)
+    assert len(ImageFolder(tmp_path, 16, in_memory=False)) == 1
+
+
+def test_a_file_that_changes_while_it_is_looked_at(tmp_path):
+    path = save(tmp_path / "x.png")
+    source = ImageFolder(tmp_path, 16, in_memory=False)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="x.png: .*; it could be read when .* was opened"):
+        source.images(torch.tensor([0]))
 
 
 def test_a_picture_repainted_in_place_changes_the_fingerprint(tmp_path):

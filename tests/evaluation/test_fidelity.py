@@ -20,6 +20,7 @@ from heptapod_fast.evaluation.fidelity import (
     precision_recall,
 )
 from heptapod_fast.evaluation.image_sets import TrainingImages, open_images_at
+from heptapod_fast.tokenizers import Patch, PatchVQ, to_uint8, to_unit
 
 ALL = ("fid", "sfid", "kid", "is", "precision", "recall")
 SIDE = 24
@@ -252,6 +253,76 @@ def test_the_package_is_asked_for_before_anything_is_sampled(small, monkeypatch)
         make_metrics(["fid"], MetricContext(LOGOGRAMS, image_size=SIDE, **small))
 
 
+def floor(reference=None, tokenizer=None, **more):
+    """What rfid says; it is given no samples."""
+    (metric,) = make_metrics(
+        ["rfid"],
+        MetricContext(LOGOGRAMS, image_size=SIDE, reference=reference, tokenizer=tokenizer, **more),
+    )
+    assert not metric.needs_samples
+    return metric.compute()
+
+
+def test_rfid_is_the_fid_of_what_the_tokenizer_gives_back(small, tmp_path, monkeypatch):
+    """By hand: as samples against the reference. A finer codebook costs less, exact tokens
+    nothing, and a reference is the same from every kind of file."""
+    real = pictures(0, 100)
+    coarse = PatchVQ.fit(LOGOGRAMS, SIDE, 4, codes=8)
+    reference = str(write_npz(real, tmp_path / "real.npz"))
+    found = floor(reference, coarse, **small)
+    again = to_uint8(coarse.decode(coarse.encode(to_unit(real))))
+    by_hand = measured(again, ("fid",), reference=reference, **small)
+    assert found["rfid"] == pytest.approx(by_hand["fid"], rel=1e-6) and found["rfid"] > 0
+    assert found["rfid_images"] == found["reference_images"] == 100
+    assert found["extractor"] == "small" and "warning" not in found and "fid" not in found
+    fine = PatchVQ.fit(LOGOGRAMS, SIDE, 4, codes=64)
+    assert floor(reference, fine, **small)["rfid"] < 0.7 * found["rfid"]
+    exact = floor(reference, Patch(SIDE, 4), **small)["rfid"]
+    assert abs(exact) < 1e-4 * found["rfid"]
+    folder = str(write_pngs(real, tmp_path / "real"))
+    assert floor(folder, coarse, **small)["rfid"] == found["rfid"]
+    whole = floor(None, coarse, **small)
+    assert whole["rfid_images"] == 400 and whole["reference"] == "the training images"
+
+
+def test_rfid_is_of_images_whatever_statistics_stand_beside_them(tmp_path, monkeypatch):
+    """Also beside the fid of samples, which takes the statistics."""
+    monkeypatch.setattr(fidelity, "extractor_of", lambda context: Means())
+    real = pictures(0, 30)
+    statistics = dict(mu=np.zeros(3, np.float32), sigma=np.eye(3))
+    both = str(write_npz(real, tmp_path / "both.npz", **statistics))
+    alone = str(write_npz(real, tmp_path / "alone.npz"))
+    tokenizer = PatchVQ.fit(LOGOGRAMS, SIDE, 4, codes=8)
+    found = measured(pictures(30, 20), ("fid", "rfid"), reference=both, tokenizer=tokenizer)
+    assert found["rfid"] == floor(alone, tokenizer)["rfid"] == floor(both, tokenizer)["rfid"]
+    assert found["fid"] > 10 * found["rfid"] and found["reference_statistics"] == "as published"
+    assert "20 samples" in found["warning"]
+
+
+def test_rfid_is_measured_once(monkeypatch):
+    """No sample changes it."""
+    monkeypatch.setattr(fidelity, "extractor_of", lambda context: Means())
+    calls = []
+    monkeypatch.setattr(fidelity, "through", lambda t, images: calls.append(1) or images)
+    context = MetricContext(LOGOGRAMS, tokenizer=Patch(SIDE, 4), image_size=SIDE)
+    (metric,) = make_metrics(["rfid"], context)
+    first = metric.compute()
+    count = len(calls)
+    metric.restart(None)
+    assert metric.compute() == first and len(calls) == count > 0
+
+
+@pytest.mark.parametrize("room", [1, 20, 64, 130, 131, 1000])
+def test_features_are_kept_however_many_were_expected(room):
+    kept = fidelity.Kept(Means(), {"pooled", "logits"}, room)
+    for first, count in ((0, 1), (1, 63), (64, 66), (130, 1)):
+        kept.add(pictures(first, count))
+    features = Means()(pictures(0, 131))
+    assert kept.count == 131
+    assert torch.equal(kept.of("pooled"), features.pooled)
+    assert torch.equal(kept.of("logits"), features.logits)
+
+
 class Means:
     """An extractor of simple features, for which published statistics may stand."""
 
@@ -371,7 +442,10 @@ def test_what_a_metric_lacks_is_said_before_anything_is_sampled(inception, small
     assert "no such file" in refusal(["fid"], inception=str(tmp_path / "gone.pth"))
     assert "expected 6726825d..." in refusal(["fid"], inception=path)
     assert "have statistics" not in refusal(["kid"], reference=statistics, **weights)
-    assert "compare images one by one" in refusal(["kid"], reference=statistics, **weights)
+    assert "look at its images one by one" in refusal(["kid"], reference=statistics, **weights)
+    rfid = dict(reference=statistics, tokenizer=Patch(SIDE, 4), **weights)
+    assert "look at its images one by one" in refusal(["rfid"], **rfid)
+    assert "this run has none" in refusal(["rfid"], **weights)
     assert "neither images nor mu_s" in refusal(["sfid"], reference=statistics, **weights)
     assert "cannot be compared with" in refusal(["fid"], reference=statistics, **small)
     assert "--reference is missing" in refusal(["fid"], source=None, **weights)

@@ -361,6 +361,23 @@ class Rank(World):
         return [value, *(self.post[rank][len(mine) - 1] for rank in range(1, self.size))]
 
 
+def test_images_from_a_later_one_on_are_those_of_all(make_system):
+    system = make_system().eval()
+    few = quick(system)
+    classes = torch.tensor([0, 1, 2, 0, 1, 2, 1, 1])
+    whole = list(generate(system, AsTheyAre(), classes, RNG, few, batch=3))
+    done = []
+    rest = generate(
+        system, AsTheyAre(), classes, RNG, few, 3, progress=lambda *at: done.append(at), start=3
+    )
+    for (labels, images), (expected_labels, expected) in zip(rest, whole[1:], strict=True):
+        assert torch.equal(labels, expected_labels) and torch.equal(images, expected)
+    assert done == [(6, 8), (8, 8)]
+    assert list(generate(system, AsTheyAre(), classes, RNG, few, 3, start=8)) == []
+    with pytest.raises(ValueError, match="image 2 is not the first one of a batch of 3"):
+        next(generate(system, AsTheyAre(), classes, RNG, few, 3, start=2))
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_any_number_of_ranks_gives_the_images_of_one(make_system, size):
     system = make_system().eval()

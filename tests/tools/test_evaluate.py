@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from heptapod_fast.data import ImageFolder, Logograms
+from heptapod_fast.data.logograms import write_folder
 from heptapod_fast.evaluation import small
 from heptapod_fast.evaluation.extractors import Features
-from tests.running import command, refused, train_here
+from heptapod_fast.reports.run import report_run
+from heptapod_fast.runs import load_run
+from tests.running import command, finish, refused, start, torchrun, train_here
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,54 @@ def test_what_cannot_be_is_refused(trained, words, named):
     refused(command("evaluate", trained, *words), *named)
 
 
+def test_nothing_is_drawn_for_metrics_that_look_at_no_samples(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(load_run(trained).system), "sample", None)
+    out = tmp_path / "e.json"
+    words = ("--metrics", "likelihood", "--count", 20)
+    result = command("evaluate", trained, *words, "--out", out)
+    assert result.code == 0, result.err
+    numbers = json.loads(out.read_text())
+    assert numbers["likelihood_images"] == 20 and numbers["checkpoint"] == "step-00000004"
+    of_samples = ("samples", "seed", "options", "sampling_seconds", "samples_per_class")
+    assert [name for name in of_samples if name in numbers] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+    assert f"written: {out}\n" in result.out
+    assert command("evaluate", trained, *words).code == 0
+    assert "](evaluation.png)" not in report_run(trained).read_text()
+
+
+@pytest.mark.parametrize("flag, value", [("--samples", "s.npz"), ("--temperature", 0.9)])
+def test_samples_that_nobody_looks_at_are_refused(trained, flag, value):
+    result = command("evaluate", trained, "--metrics", "likelihood", flag, value)
+    refused(result, f"{flag} beside --metrics likelihood: nothing there looks at samples")
+
+
+def test_written_samples_beside_metrics_of_the_system_alone(trained, tmp_path):
+    """Each looks at what it is about: the samples of the file, the logograms of the data."""
+    images = np.random.default_rng(0).integers(0, 255, (6, 24, 24, 3), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=images, labels=np.arange(6) % 5)
+    out = tmp_path / "e.json"
+    words = ("--metrics", "likelihood,symmetry", "--samples", tmp_path / "s.npz", "--count", 20)
+    result = command("evaluate", trained, *words, "--out", out)
+    assert result.code == 0, result.err
+    numbers = json.loads(out.read_text())
+    assert numbers["samples"] == 6 and numbers["likelihood_images"] == 20
+    assert out.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("metrics", ["likelihood", "symmetry,likelihood"])
+def test_ranks_agree_whether_samples_are_drawn(trained, tmp_path, metrics):
+    """Only one of them has the metrics."""
+    words = ("--metrics", metrics, "--count", 20)
+    alone = command("evaluate", trained, *words, "--out", tmp_path / "alone.json")
+    assert alone.code == 0, alone.err
+    words = (*words, "--out", tmp_path / "two.json")
+    result = finish(start("evaluate", trained, *words, launcher=torchrun(2)), seconds=120)
+    assert result.code == 0, result.out
+    bits = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "two")]
+    assert bits[0]["bits_per_token"] == bits[1]["bits_per_token"]
+
+
 def test_fidelity_of_a_run_and_of_what_it_wrote(trained, tmp_path, monkeypatch):
     """The same numbers whether samples are drawn, or read from an .npz or a folder."""
     monkeypatch.setattr(small, "STEPS", 20)
@@ -155,6 +207,34 @@ def test_images_that_nobody_looks_at_are_not_opened(trained, tmp_path, monkeypat
     result = command("evaluate", trained, "--metrics", "fid", *words, "--out", out)
     assert result.code == 0, result.err
     assert abs(json.loads(out.read_text())["fid"]) < 1e-6
+
+
+def test_a_folder_of_training_images_is_not_kept_in_memory(tmp_path, monkeypatch):
+    """The numbers are those of images in memory."""
+    write_folder(Logograms(24, 40), tmp_path / "set")
+    run = tmp_path / "run"
+    data = dict(data=str(tmp_path / "set"), logogram_count=None, image_size=24)
+    train_here(run, images=16, **data)
+    monkeypatch.setattr(small, "STEPS", 5)
+    monkeypatch.setattr(small, "BATCH", 8)
+    opened = []
+    init = ImageFolder.__init__
+    results = []
+    for kept in (False, True):
+
+        def spy(self, *words, kept=kept, **settings):
+            opened.append(settings["in_memory"])
+            init(self, *words, **settings | {"in_memory": kept})
+
+        monkeypatch.setattr(ImageFolder, "__init__", spy)
+        words = ("--metrics", "fid,likelihood", "--extractor", "small", "--count", 20)
+        result = command("evaluate", run, *words, "--out", tmp_path / "e.json")
+        assert result.code == 0, result.err
+        results.append(json.loads((tmp_path / "e.json").read_text()))
+    assert opened == [False, False]
+    for name in ("fid", "bits_per_token", "extractor_sha256", "reference_sha256"):
+        assert results[0][name] == results[1][name]
+    assert results[0]["reference_images"] == 40
 
 
 class Means:

@@ -1,6 +1,5 @@
 """tools/sample.py: help, what it writes, what it refuses."""
 
-import contextlib
 import re
 import weakref
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from heptapod_fast.data.images import ImageFolder
 from heptapod_fast.sampling import outputs
+from heptapod_fast.sampling.job import Job
 from tests.running import command, finish, refused, start, torchrun, train_here
 
 CONTRACT = (
@@ -210,10 +210,110 @@ def test_ranks_share_the_work_and_give_the_same_bytes(trained, tmp_path):
     assert everything(tmp_path / "shared") == expected
 
 
+# ------------------------------------------------------------------------------------ going on
+
+
+def all_outputs(folder):
+    return [
+        "--out",
+        folder / "grid.png",
+        "--save-npz",
+        folder / "s.npz",
+        "--save-tar",
+        folder / "s.tar",
+        "--save-images",
+        folder / "singles",
+    ]
+
+
+def files_in(folder):
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+WORDS = ["--count", 18, "--batch", 4, "--seed", 5]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained, tmp_path_factory):
+    """Files of a job that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = command("sample", trained, *WORDS, *all_outputs(folder))
+    assert result.code == 0, result.err
+    return files_in(folder)
+
+
+@pytest.fixture
+def stopped(trained, tmp_path, monkeypatch):
+    """A folder with what a job left that failed in its third batch."""
+    with monkeypatch.context() as patch:
+        patch.setenv("HEPTAPOD_FAULT", "raise@written=12")
+        result = command("sample", trained, *WORDS, *all_outputs(tmp_path))
+    assert result.code == 1
+    assert "stopped after 8 of 18 images, which are kept: the same command" in result.err
+    assert not [name for name in files_in(tmp_path) if name in ("s.npz", "s.tar", "grid.png")]
+    return tmp_path
+
+
+def test_a_job_goes_on_where_it_was_stopped(trained, stopped, undisturbed):
+    result = command("sample", trained, *WORDS, *all_outputs(stopped))
+    assert result.code == 0, result.err
+    assert "going on after 8 of 18 images" in result.out and "18 images of 2 classes" in result.out
+    assert files_in(stopped) == undisturbed
+
+
+def test_two_ranks_go_on_with_what_one_began_and_one_ends_it(trained, stopped, undisturbed):
+    words = [*WORDS, *all_outputs(stopped)]
+    fault = "kill9@written=18"
+    result = finish(start("sample", trained, *words, launcher=torchrun(2), HEPTAPOD_FAULT=fault))
+    assert result.code != 0 and result.out.count("going on after 8 of 18") == 1, result.out
+    result = command("sample", trained, *words)
+    assert result.code == 0 and "going on after 16 of 18" in result.out
+    assert files_in(stopped) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "changed, text",
+    [
+        (["--seed", 6], "--seed is 6, there 5"),
+        (["--batch", 8], "--batch is 8, there 4"),
+        (["--classes", "1,0"], "--classes is [0, 1], whose order"),
+        (["--temperature", 0.5], "--temperature is 0.5, there 1.0"),
+        (["--count", 16], "--count is 16, there 18"),
+        (["--ema", "none"], "--ema is model, whose weights"),
+        (["--out", "other.png"], "--out is "),
+    ],
+)
+def test_a_job_of_other_settings_is_refused(trained, stopped, changed, text, monkeypatch):
+    monkeypatch.chdir(stopped)
+    before = files_in(stopped)
+    result = command("sample", trained.resolve(), *WORDS, *all_outputs(stopped), *changed)
+    refused(result, text, "8 images are drawn", "--start-over")
+    assert files_in(stopped) == before
+
+
+def test_other_weights_of_the_same_name_are_another_job(stopped, undisturbed, tmp_path):
+    """A run that was trained anew in its folder."""
+    out = tmp_path / "another"
+    train_here(out, **SMALL | {"seed": 1})
+    refused(command("sample", out, *WORDS, *all_outputs(stopped)), "--ema is ema-0.9999, whose")
+    again = command("sample", out, *WORDS, *all_outputs(stopped), "--start-over")
+    assert again.code == 0, again.err
+    assert not list(stopped.glob(".*"))
+
+
+def test_the_grid_alone_is_no_job_to_go_on_with(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HEPTAPOD_FAULT", "raise@written=8")
+    result = command("sample", trained, *WORDS, "--out", tmp_path / "g.png")
+    assert result.code == 1 and "stopped after" not in result.err
+    assert files_in(tmp_path) == {}
+
+
 def test_an_archive_of_arrays_is_numpys(tmp_path):
     labels = torch.tensor([0, 1, 1, 2, 2])
     pixels = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
-    with outputs.Arrays(tmp_path / "deep" / "a.npz", labels) as arrays:
+    arrays = outputs.Arrays(tmp_path / "deep" / "a.npz", labels)
+    with Job([arrays], 5):
         arrays.add(labels[:3], pixels[:3])
         arrays.add(labels[3:], pixels[3:])
     with np.load(tmp_path / "deep" / "a.npz") as found:
@@ -225,7 +325,8 @@ def test_an_archive_of_arrays_is_numpys(tmp_path):
 def test_an_archive_that_was_not_finished_leaves_nothing(tmp_path):
     labels = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
-        with outputs.Arrays(tmp_path / "a.npz", labels) as arrays:
+        arrays = outputs.Arrays(tmp_path / "a.npz", labels)
+        with Job([arrays], 4):
             arrays.add(labels[:2], torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -237,7 +338,8 @@ def test_a_tar_of_samples_is_data_to_train_on(tmp_path):
     files = []
     for name in ("a", "b"):
         path = tmp_path / name / "samples.tar"
-        with outputs.Tarred(path) as tar:
+        tar = outputs.Tarred(path)
+        with Job([tar], 3):
             tar.add(labels[:2], pixels[:2])
             tar.add(labels[2:], pixels[2:])
             assert tar._archive.members == []  # nothing grows with the number of images
@@ -247,7 +349,8 @@ def test_a_tar_of_samples_is_data_to_train_on(tmp_path):
     assert found.class_names == ("0", "3") and found.labels.tolist() == [1, 0, 1]
     assert torch.equal(found.images(torch.arange(3)), pixels)
     with pytest.raises(KeyboardInterrupt):
-        with outputs.Tarred(tmp_path / "broken.tar") as tar:
+        tar = outputs.Tarred(tmp_path / "broken.tar")
+        with Job([tar], 3):
             tar.add(labels[:1], pixels[:1])
             raise KeyboardInterrupt
     assert not list(tmp_path.glob("*broken*"))
@@ -264,9 +367,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         outputs.Arrays(tmp_path / "a.npz", labels),
     ]
     kept = []
-    with contextlib.ExitStack() as stack:
-        for output in everywhere:
-            stack.enter_context(output)
+    with Job(everywhere, count):
         for _ in range(40):
             pixels = torch.zeros(32, 3, 4, 4, dtype=torch.uint8)
             for output in everywhere:
@@ -339,6 +440,20 @@ def test_one_picture_is_completed(trained, pictures, tmp_path):
     assert result.code == 0, result.err
     assert "1 images of 1 classes" in result.out and "given: 3 of 9" in result.out
     refused(command("sample", trained, *words), "its class is not known: say it with --classes")
+
+
+def test_a_completion_goes_on_where_it_was_stopped(trained, pictures, tmp_path, monkeypatch):
+    words = ["--complete", pictures, "--keep", "top-half", "--paste", "--batch", 1]
+    result = command("sample", trained, *words, *all_outputs(tmp_path / "undisturbed"))
+    assert result.code == 0, result.err
+    with monkeypatch.context() as patch:
+        patch.setenv("HEPTAPOD_FAULT", "raise@written=2")
+        command("sample", trained, *words, *all_outputs(tmp_path / "run"))
+    other = ["--keep", "left-half", *all_outputs(tmp_path / "run")]
+    refused(command("sample", trained, *words, *other), "--complete is images")
+    result = command("sample", trained, *words, *all_outputs(tmp_path / "run"))
+    assert "going on after 1 of 2 images" in result.out
+    assert files_in(tmp_path / "run") == files_in(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """--evaluate-every: the numbers of tools/evaluate.py while a run trains, without a trace in it."""
 
+import hashlib
 import json
 from datetime import timedelta
 
@@ -19,6 +20,7 @@ from tests.running import (
     flags,
     refused,
     start,
+    tiny_config,
     torchrun,
     train_here,
 )
@@ -126,18 +128,40 @@ def test_ranks_share_it(trained, tmp_path):
         assert numbers["bits_per_token"] == near
 
 
+def test_nothing_is_drawn_where_no_metric_looks_at_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr("heptapod_fast.train.evaluating.generate", None)
+    train_here(tmp_path, seed=3, evaluate_metrics="likelihood", **EVERY)
+    assert [list(numbers)[0] for numbers in measured(tmp_path).values()] == ["bits_per_token"] * 3
+
+
 def test_what_cannot_be_measured_is_said_before_training(tmp_path):
     for number, (words, text) in enumerate(
         (
             (("--evaluate-metrics", "charm"), "--evaluate-metrics charm: unknown --metrics charm"),
             (("--evaluate-metrics", "fid", "--evaluate-inception", "gone.pth"), "no such file"),
             (("--evaluate-count", 1), "--evaluate-count 1"),
+            (("--evaluate-inception-sha256", "6726"), "--evaluate-inception-sha256 6726 is the"),
         )
     ):
         out = tmp_path / str(number)
         result = command("train", *flags(out=out, evaluate_every=8), *words)
         refused(result, text)
         assert "images/s" not in result.out
+
+
+def test_other_weights_of_inception_are_named_by_their_hash(tmp_path, monkeypatch):
+    """As --inception-sha256 of tools/evaluate.py; a run's name does not depend on it."""
+    weights = tmp_path / "other.pth"
+    weights.write_bytes(b"weights")
+    found = hashlib.sha256(b"weights").hexdigest()
+    words = flags(out=tmp_path / "run", evaluate_every=8, evaluate_metrics="is")
+    words += ["--evaluate-inception", str(weights)]
+    refused(command("train", *words), "expected 6726825d...", "--evaluate-inception-sha256 HASH")
+    # The hash fits: it is the file that does not.
+    result = command("train", *words, "--evaluate-inception-sha256", found[:12].upper())
+    refused(result, f"--inception {weights}: expected tensors saved by PyTorch")
+    named = tiny_config(tmp_path, evaluate_inception_sha256=found[:12])
+    assert named.identity() == tiny_config(tmp_path).identity()
 
 
 def test_a_metric_that_fails_costs_a_record_alone(tmp_path, monkeypatch):
