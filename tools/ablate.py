@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from _ablations import ABLATIONS
 from _cli import main, parse, tyro
 
 from heptapod_fast.ablations import (
-    ABLATIONS,
     Scale,
     make_plan,
     read_plan,
@@ -24,6 +24,7 @@ from heptapod_fast.progress import duration
 from heptapod_fast.systems import configure
 from heptapod_fast.world import choose_device
 
+TOOLS = Path(__file__).resolve().parent
 MINUTES = 5.0
 SMALL = {"image_size": 32, "patch_size": 4}  # 8 x 8 tokens
 OWN = ("images", "seed", "out")  # flags of tools/train.py that are decided here
@@ -88,7 +89,8 @@ def work() -> int:
     if arguments.dry_run:
         return 0
     write_plan(plan, out)
-    run_plan(plan, out, say, arguments.at_once, tuple(shlex.split(arguments.launcher or "")))
+    launcher = tuple(shlex.split(arguments.launcher or ""))
+    run_plan(plan, out, TOOLS, say, arguments.at_once, launcher)
     written = write_table(ablation, plan, out, say)
     print((out / "table.md").read_text())
     for path in written:

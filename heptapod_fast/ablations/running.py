@@ -19,7 +19,6 @@ from heptapod_fast.progress import duration
 
 RUNS, LOG = "runs", "log.txt"
 SHOWN = 15  # last lines of the output of what failed
-ROOT = Path(__file__).resolve().parents[2]
 
 Say = Callable[[str], None]
 
@@ -81,13 +80,19 @@ def words_of(flags: Mapping[str, Any]) -> list[str]:
 
 
 def run_plan(
-    plan: Plan, out: Path, say: Say, at_once: int = 1, launcher: tuple[str, ...] = ()
+    plan: Plan,
+    out: Path,
+    tools: Path,
+    say: Say,
+    at_once: int = 1,
+    launcher: tuple[str, ...] = (),
 ) -> None:
     """Train and measure what is not there yet.
 
     A run that was interrupted goes on from its checkpoint; numbers that were measured are kept.
 
     Args:
+        tools: the folder of train.py and evaluate.py.
         at_once: runs that share the machine; threads are divided among them.
         launcher: what starts tools/train.py, as ("torchrun", "--nproc_per_node=8"); () for this
             interpreter alone.
@@ -108,9 +113,10 @@ def run_plan(
             return
         begin = time.monotonic()
         try:
-            _train(plan, job, launcher, environment)
+            _run(training_words(job, tools, launcher), job, environment)
             for row in job.sampled:
-                _measure(plan, job, row, environment)
+                if not job.evaluation(row).exists():
+                    _run(measuring_words(plan, job, row, tools), job, environment)
         except RunFailed:
             counting.has_failed = True
             raise
@@ -148,21 +154,19 @@ class _Counting:
             )
 
 
-def _train(plan: Plan, job: Job, launcher: tuple[str, ...], environment: Any) -> None:
+def training_words(job: Job, tools: Path, launcher: tuple[str, ...] = ()) -> list[str]:
+    """The command that trains a run, or goes on with it."""
     flags = dict(job.row.variant.flags)
     flags |= {"images": job.row.images, "seed": job.seed, "out": str(job.folder)}
     start = launcher or (sys.executable,)
-    _run([*start, str(ROOT / "tools" / "train.py"), *words_of(flags)], job, environment)
+    return [*start, str(tools / "train.py"), *words_of(flags)]
 
 
-def _measure(plan: Plan, job: Job, row: Row, environment: Any) -> None:
-    path = job.evaluation(row)
-    if path.exists():
-        return
+def measuring_words(plan: Plan, job: Job, row: Row, tools: Path) -> list[str]:
+    """The command that measures a row."""
     flags = {"count": plan.count, "metrics": ",".join(plan.metrics), "seed": job.seed}
-    flags |= {"out": str(path), **row.variant.sampling}
-    words = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(job.folder)]
-    _run([*words, *words_of(flags)], job, environment)
+    flags |= {"out": str(job.evaluation(row)), **row.variant.sampling}
+    return [sys.executable, str(tools / "evaluate.py"), str(job.folder), *words_of(flags)]
 
 
 def _run(words: list[str], job: Job, environment: Any) -> None:
