@@ -1,8 +1,13 @@
-"""The tables of the papers: `python tools/ablate.py table1 --out runs/table1`."""
+"""The tables of the papers: `python tools/ablate.py table1 --out runs/table1`.
+
+What follows a `--` are flags of tools/train.py, for all rows:
+`python tools/ablate.py figure8 --size B --data CACHE.zarr --images 4000000 -- --batch 512`.
+"""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +39,8 @@ SHARE_OF_TRAINING = 0.1  # that measuring takes on top, about
 @dataclass(kw_only=True)
 class Arguments:
     """Train what a table of the papers compares, measure it, and write the table: table.md,
-    table.json and chart.png in --out. Given again, the command goes on where it was stopped."""
+    table.json and chart.png in --out. Given again, the command goes on where it was stopped. Flags
+    of tools/train.py for all rows come last, behind a word of their own: -- --batch 256."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """Which table; --list describes them."""
@@ -61,8 +67,6 @@ class Arguments:
     """Runs at the same time on this machine."""
     launcher: str | None = None
     """What starts tools/train.py, as "torchrun --nproc_per_node=8"; default: this Python."""
-    flags: str = ""
-    """More flags of tools/train.py for all rows, in quotes: "--batch 256 --lr-per-256 1e-3"."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     dry_run: bool = False
@@ -71,7 +75,8 @@ class Arguments:
 
 def work() -> int:
     """Parse, plan, run, write."""
-    arguments = parse(Arguments)
+    own, of_training = divided(sys.argv[1:])
+    arguments = parse(Arguments, own)
     if arguments.name not in ABLATIONS:
         known = "\n".join(f"    {name:14} {each.title}" for name, each in ABLATIONS.items())
         raise ValueError(f"no table is named {arguments.name}: choose one of\n{known}")
@@ -81,7 +86,7 @@ def work() -> int:
     print(f"{ablation.title}\n{ablation.about}", flush=True)
     plan = read_plan(out)
     if plan is None:
-        plan = planned(arguments)
+        plan = planned(arguments, of_training)
     else:
         refuse_another(plan, arguments, out)
         print(f"going on with {out}", flush=True)
@@ -118,38 +123,46 @@ def check(arguments: Arguments) -> None:
             raise ValueError(f"{flag} {value}: expected more than 0")
 
 
-def base_flags(arguments: Arguments) -> dict[str, Any]:
+def divided(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before and behind a --."""
+    if "--" not in words:
+        return words, []
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
+
+
+def base_flags(arguments: Arguments, of_training: list[str]) -> dict[str, Any]:
     """Flags of tools/train.py that all rows have."""
     flags: dict[str, Any] = {"data": arguments.data}
     if arguments.size == "tiny":
         flags |= SMALL
     if arguments.device != "auto":
         flags["device"] = arguments.device
-    flags |= typed_flags(arguments.flags)
+    flags |= typed_flags(of_training)
     taken = [name for name in OWN if name in flags]
     if taken:
         raise ValueError(
-            f"--flags: --{taken[0]} is decided for each run, by --images, --seeds and --out"
+            f"-- --{taken[0]}: this is decided for each run, by --images, --seeds and --out"
         )
     return flags
 
 
-def typed_flags(text: str) -> dict[str, Any]:
-    """ "--batch 256 --flip" -> {"batch": "256", "flip": True}, values as configurations take them.
+def typed_flags(words: list[str]) -> dict[str, Any]:
+    """--batch 256 --flip -> {"batch": 256, "flip": True}, values as configurations take them.
 
     Raises:
         ValueError: words that are no flags.
     """
     found: dict[str, Any] = {}
-    words = shlex.split(text)
-    while words:
-        word = words.pop(0)
+    left = list(words)
+    while left:
+        word = left.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"--flags: {word} is no flag; expected words such as --batch 256")
+            raise ValueError(f"-- {word}: expected flags of tools/train.py, such as -- --batch 256")
         name = word.removeprefix("--").replace("-", "_")
         values = []
-        while words and not words[0].startswith("--"):
-            values.append(number(words.pop(0)))
+        while left and not left[0].startswith("--"):
+            values.append(number(left.pop(0)))
         if not values:
             found[name.removeprefix("no_")] = not name.startswith("no_")
         else:
@@ -167,9 +180,9 @@ def number(text: str) -> Any:
     return text
 
 
-def planned(arguments: Arguments) -> Plan:
+def planned(arguments: Arguments, of_training: list[str]) -> Plan:
     """A new plan."""
-    flags = base_flags(arguments)
+    flags = base_flags(arguments, of_training)
     ablation = ABLATIONS[arguments.name]
     first = configure(arguments.size, **ablation.flags, **flags)
     scale = Scale(arguments.size, first.spec.num_tokens, depth_of(first.model))

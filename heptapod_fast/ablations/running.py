@@ -16,6 +16,7 @@ from typing import Any
 
 from heptapod_fast.ablations.plan import Plan, Row
 from heptapod_fast.progress import duration
+from heptapod_fast.runs import RunError
 
 RUNS, LOG = "runs", "log.txt"
 SHOWN = 15  # last lines of the output of what failed
@@ -23,7 +24,7 @@ SHOWN = 15  # last lines of the output of what failed
 Say = Callable[[str], None]
 
 
-class RunFailed(RuntimeError):
+class RunFailed(RunError):
     """A run ended with an error; says where its output is."""
 
 
@@ -122,6 +123,10 @@ def run_plan(
             raise
         counting.done(job, time.monotonic() - begin)
 
+    if at_once == 1:
+        for job in left:
+            work(job)
+        return
     with ThreadPoolExecutor(at_once) as pool:
         for finished in [pool.submit(work, job) for job in left]:
             finished.result()

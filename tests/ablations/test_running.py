@@ -1,0 +1,176 @@
+"""Runs of a plan: each once, whatever happens in between, and the table of what there is."""
+
+import json
+import sys
+
+import pytest
+
+from heptapod_fast.ablations import Ablation, Variant, run_plan, write_table
+from heptapod_fast.ablations.plan import Plan, Row
+from heptapod_fast.ablations.running import RunFailed, jobs_of, slug, words_of
+
+TRAIN = """
+import json, os, pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(flags["--out"])
+out.mkdir(parents=True, exist_ok=True)
+here = pathlib.Path(__file__).parent
+with (here / "calls.txt").open("a") as file:
+    file.write(f"train {out.name} {flags['--images']} {flags['--seed']}\\n")
+if (here / "fail").exists() and (here / "fail").read_text() == out.name:
+    sys.exit("out of luck")
+(out / "threads").write_text(os.environ.get("OMP_NUM_THREADS", ""))
+(out / "trained").write_text(flags["--images"])
+"""
+EVALUATE = """
+import json, pathlib, sys
+run, *words = sys.argv[1:]
+flags = dict(zip(words[::2], words[1::2]))
+here = pathlib.Path(__file__).parent
+with (here / "calls.txt").open("a") as file:
+    file.write(f"evaluate {pathlib.Path(run).name} {flags.get('--temperature', '-')}\\n")
+images = int((pathlib.Path(run) / "trained").read_text())
+numbers = {"relation_accuracy": images / 1e4 + int(flags["--seed"]) / 10, "device": "a test"}
+if "--temperature" in flags:
+    numbers["relation_accuracy"] -= 0.05
+pathlib.Path(flags["--out"]).write_text(json.dumps(numbers))
+"""
+ABLATION = Ablation("Two rows", "A test.", lambda scale: [], paper_columns=("FID",))
+
+
+@pytest.fixture
+def tools(tmp_path):
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    (folder / "train.py").write_text(TRAIN)
+    (folder / "evaluate.py").write_text(EVALUATE)
+    return folder
+
+
+def plan_of(seeds=(0, 1)):
+    one = Variant("one, first", {"width": 32}, x=1, paper=(19.2,))
+    two = Variant("two", {"width": 64}, x=2)
+    cold = Variant("two, cold", {"width": 64}, sampling={"temperature": 0.5}, of="two", x=3)
+    rows = (Row(one, 1000, 10, 2e9, 0.1), Row(two, 500, 11, 4e9, 0.2), Row(cold, 0, 0, 0.0, 0.0))
+    return Plan("two", rows, seeds, "compute", ("relation",), 10)
+
+
+def calls(tools):
+    path = tools / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_seeds_come_one_after_the_other_and_rows_share_runs(tools, tmp_path):
+    said = []
+    run_plan(plan_of(), tmp_path / "out", tools, said.append)
+    assert calls(tools) == [
+        "train one-first-seed0 1000 0",
+        "evaluate one-first-seed0 -",
+        "train two-seed0 500 0",
+        "evaluate two-seed0 -",
+        "evaluate two-seed0 0.5",
+        "train one-first-seed1 1000 1",
+        "evaluate one-first-seed1 -",
+        "train two-seed1 500 1",
+        "evaluate two-seed1 -",
+        "evaluate two-seed1 0.5",
+    ]
+    assert [line[:5] for line in said] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert "about" in said[0] and "left" in said[0] and "left" not in said[-1]
+
+
+def test_nothing_is_repeated_and_the_table_is_the_same(tools, tmp_path):
+    plan, whole, broken = plan_of(), tmp_path / "whole", tmp_path / "broken"
+    run_plan(plan, whole, tools, lambda text: None)
+    write_table(ABLATION, plan, whole, print)
+    (tools / "calls.txt").unlink()
+    (tools / "fail").write_text("one-first-seed1")
+    with pytest.raises(RunFailed, match="(?s)one, first, seed 1 ended with exit code 1.*of luck"):
+        run_plan(plan, broken, tools, lambda text: None)
+    before = calls(tools)
+    # A table of what there is says so.
+    write_table(ABLATION, plan, broken, print)
+    page = (broken / "table.md").read_text()
+    assert "Not all seeds are there yet: one, first, two, two, cold." in page
+    (tools / "fail").unlink()
+    (tools / "calls.txt").unlink()
+    said = []
+    run_plan(plan, broken, tools, said.append)
+    assert said[0] == "2 of 4 runs are done already"
+    again = calls(tools)
+    assert again[0] == "train one-first-seed1 1000 1"  # goes on with what had failed
+    assert not {call for call in before if "seed0" in call} & set(again)
+    write_table(ABLATION, plan, broken, print)
+    for name in ("table.md", "table.json", "chart.png"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    (tools / "calls.txt").unlink()
+    run_plan(plan, broken, tools, said.append)
+    assert calls(tools) == [] and said[-1] == "4 of 4 runs are done already"
+
+
+def test_a_lost_evaluation_is_made_again_alone(tools, tmp_path):
+    plan = plan_of((0,))
+    run_plan(plan, tmp_path, tools, lambda text: None)
+    job = jobs_of(plan, tmp_path)[1]
+    job.evaluation(plan.rows[2]).unlink()
+    (tools / "calls.txt").unlink()
+    run_plan(plan, tmp_path, tools, lambda text: None)
+    # Training is asked for again, and says that it is done; what was measured stays.
+    assert calls(tools) == ["train two-seed0 500 0", "evaluate two-seed0 0.5"]
+
+
+def test_several_at_once_share_the_threads(tools, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run_plan(plan_of(), tmp_path, tools, lambda text: None, at_once=2)
+    for job in jobs_of(plan_of(), tmp_path):
+        assert (job.folder / "threads").read_text() == "4"
+    assert len(calls(tools)) == 10
+
+
+def test_a_launcher_starts_training_alone(tools, tmp_path):
+    starter = tmp_path / "start.py"
+    starter.write_text("import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0])\n")
+    run_plan(plan_of((0,)), tmp_path, tools, print, launcher=(sys.executable, str(starter)))
+    log = (tmp_path / "runs" / "two-seed0-log.txt").read_text().splitlines()
+    assert log[0].startswith(f"$ {sys.executable} {starter} ") and "train.py" in log[0]
+    assert log[1].startswith(f"$ {sys.executable} {tools}/evaluate.py")
+
+
+def test_a_table_has_means_and_spreads(tools, tmp_path):
+    plan = plan_of()
+    run_plan(plan, tmp_path, tools, lambda text: None)
+    written = write_table(ABLATION, plan, tmp_path, print)
+    assert [path.name for path in written] == ["table.md", "table.json", "chart.png"]
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    # Seeds give 0.1 and 0.2, and 0.05 and 0.15.
+    assert [row["mean"]["relation_accuracy"] for row in rows] == pytest.approx([0.15, 0.1, 0.05])
+    assert rows[0]["deviation"]["relation_accuracy"] == pytest.approx(0.1 / 2**0.5)
+    assert rows[2]["parameters"] == 11 and rows[2]["images"] == 500  # of the runs it samples
+    page = (tmp_path / "table.md").read_text()
+    assert "| one, first | 1e-05 M | 2 | 1,000 | 0.15 ± 0.071 | 19.2 |" in page
+    assert "| two, cold | 1.1e-05 M | 4 | 500 | 0.05 ± 0.071 |  |" in page
+    assert "Not alike: parameters, one, first = 1: two 1.10." in page
+    assert "Not alike: FLOPs of an image, one, first = 1: two 2.00." in page
+    assert "compute of a run" not in page
+
+
+def test_one_seed_has_no_spread(tools, tmp_path):
+    plan = plan_of((3,))
+    run_plan(plan, tmp_path, tools, lambda text: None)
+    write_table(ABLATION, plan, tmp_path, print)
+    assert "| 0.4 | 19.2 |" in (tmp_path / "table.md").read_text()
+
+
+def test_words_as_they_are_typed():
+    flags = {"lr_per_256": 0.1, "shares": (0.5, 0.5), "flip": True, "allow_upscale": False}
+    assert words_of(flags) == [
+        "--lr-per-256",
+        "0.1",
+        "--shares",
+        "0.5",
+        "0.5",
+        "--flip",
+        "--no-allow-upscale",
+    ]
+    assert slug("npp, 2/3 by 2 x 2") == "npp-2-3-by-2-x-2"

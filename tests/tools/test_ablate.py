@@ -1,0 +1,129 @@
+"""tools/ablate.py: every table from its command to its page, at the smallest setting."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from heptapod_fast.ablations import running
+from tests.running import command, refused
+
+NAMES = [
+    "table1",
+    "figure6",
+    "figure7",
+    "figure8",
+    "table4",
+    "steps",
+    "npp-levels",
+    "npp-segment",
+    "npp-patch",
+    "sar-grouping",
+    "sar-guidance",
+]
+# In depth table4 and the 1D baselines have what they compare; of all other things there is little.
+SMALLEST = "--width 16 --heads 2 --batch 16 --logogram-count 64 --log-every 16 --sample-every 0"
+CODES = " --codes 16"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs without interpreters of their own; the words that each was started with."""
+    started = []
+
+    def run(words, job, environment):
+        tool = Path(words[1]).stem
+        started.append(tool)
+        done = command(tool, *words[2:])
+        if done.code != 0:
+            raise running.RunFailed(done.err)
+
+    monkeypatch.setattr(running, "_run", run)
+    return started
+
+
+def small(name, out, *more):
+    """The command of a table that is over in seconds."""
+    flags = SMALLEST
+    if not name.startswith(("sar", "figure6")):
+        flags += CODES
+    words = ("--images", 96, "--count", 5, "--equal", "images", "--out", out, "--device", "cpu")
+    return (name, *words, *more, "--", *flags.split())
+
+
+def test_a_table_with_two_seeds_goes_on_where_it_was(in_process, tmp_path, monkeypatch):
+    out = tmp_path / "steps"
+    dry = command("ablate", *small("steps", out, "--seeds", 2, "--dry-run"))
+    assert dry.code == 0, dry.err
+    assert "6 runs, about " in dry.out and not out.exists() and in_process == []
+    original = running._run
+    begun = []
+
+    def once_too_often(words, job, environment):
+        begun.append(1)
+        if len(begun) == 6:
+            raise running.RunFailed("killed")
+        original(words, job, environment)
+
+    monkeypatch.setattr(running, "_run", once_too_often)
+    refused(command("ablate", *small("steps", out, "--seeds", 2)), "killed")
+    assert in_process == ["train", "evaluate"] * 2 + ["train"]
+    monkeypatch.setattr(running, "_run", original)
+    in_process.clear()
+    done = command("ablate", *small("steps", out, "--seeds", 2))
+    assert done.code == 0, done.err
+    assert f"going on with {out}" in done.out and "2 of 6 runs are done already" in done.out
+    assert in_process == ["train", "evaluate"] * 4
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["antithetic", "uniform", "mar"]
+    assert all(row["seeds"] == [0, 1] and row["images"] == 96 for row in rows)
+    assert all({"relation_accuracy", "held_out_loss"} <= row["mean"].keys() for row in rows)
+    page = (out / "table.md").read_text()
+    assert "| antithetic |" in page and " ± " in page and (out / "chart.png").is_file()
+    assert page in done.out
+    refused(
+        command("ablate", *small("steps", out, "--seeds", 3)),
+        "was begun with --seeds 2, now 3",
+    )
+    refused(command("ablate", *small("table1", out, "--seeds", 2)), "NAME steps, now table1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_table_from_its_command(in_process, tmp_path, name):
+    done = command("ablate", *small(name, tmp_path / name))
+    assert done.code == 0, done.err
+    table = json.loads((tmp_path / name / "table.json").read_text())
+    trained = in_process.count("train")
+    assert in_process.count("evaluate") == len(table["rows"]) >= trained >= 1
+    for row in table["rows"]:
+        assert row["seeds"] == [0]
+        assert 0 <= row["mean"]["relation_accuracy"] <= 1 and row["mean"]["held_out_loss"] > 0
+    assert (tmp_path / name / "chart.png").is_file()
+
+
+def test_the_list_is_whole():
+    from tools._ablations import ABLATIONS
+
+    assert list(ABLATIONS) == NAMES
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("table9",), ("no table is named table9", "table1", "Order and sampler")),
+        (("table1", "--images", 10, "--minutes", 1), ("--images beside --minutes",)),
+        (("table1", "--seeds", 0), ("--seeds 0: expected more than 0",)),
+        (("table1", "--", "--out", "x"), ("-- --out: this is decided for each run",)),
+        (("table1", "--", "batch", 3), ("-- batch: expected flags of tools/train.py",)),
+        (
+            ("table1", "--images", 10, "--", "--width", 33),
+            ("--width 33 is not a multiple of --heads",),
+        ),
+        (("table1", "--images", 10, "--", "--nothing", 3), ("--nothing",)),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, words, named):
+    name, *rest = words
+    refused(command("ablate", name, "--out", tmp_path / "out", *rest), *named)
+    assert not (tmp_path / "out").exists()
