@@ -108,6 +108,18 @@ def test_nothing_is_drawn_for_metrics_that_look_at_no_samples(trained, tmp_path,
     assert "](evaluation.png)" not in report_run(trained).read_text()
 
 
+def test_the_floor_of_the_tokenizer_needs_no_samples(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(load_run(trained).system), "sample", None)
+    monkeypatch.setattr(small, "STEPS", 5)
+    out = tmp_path / "e.json"
+    words = ("--metrics", "likelihood,rfid", "--extractor", "small", "--count", 20)
+    result = command("evaluate", trained, *words, "--out", out)
+    assert result.code == 0, result.err
+    numbers = json.loads(out.read_text())
+    assert numbers["rfid"] > 0 and numbers["bits_per_token"] > 0 and "samples" not in numbers
+    assert numbers["rfid_images"] == 64 and numbers["extractor"] == "small"
+
+
 @pytest.mark.parametrize("flag, value", [("--samples", "s.npz"), ("--temperature", 0.9)])
 def test_samples_that_nobody_looks_at_are_refused(trained, flag, value):
     result = command("evaluate", trained, "--metrics", "likelihood", flag, value)
