@@ -310,7 +310,7 @@ def _at(found: Any, path: str) -> Any:
     if path in found:
         return found[path]
     for key in path.split("/"):
-        found = found[key]
+        found = found[int(key)] if isinstance(found, list) else found[key]
     return found
 
 
