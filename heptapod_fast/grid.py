@@ -177,6 +177,33 @@ def padded_rows(rank_BN: Tensor, steps_Bn: Tensor, loss_weight: str) -> Rows:
     return _rows(row_R // num_tokens, row_R % num_tokens, num_tokens, density, weight_SN.flatten())
 
 
+def sampled_rows(order_BN: Tensor, steps_Bn: Tensor, count: int, loss_weight: str) -> Rows:
+    """Of every (sequence, step) `count` rows: unseen positions that stand for all of them.
+
+    They are the next ones of the order. What of a random order is still unseen is a random order
+    itself, whatever was seen, so that any `count` of it are a sample without replacement; each is
+    weighted by how many it stands for, and the expected sum over rows is the sum over all unseen
+    positions. Where fewer are unseen the rest of the rows are seen positions of weight 0: shapes do
+    not depend on what was drawn.
+    """
+    num_tokens = order_BN.shape[1]
+    density = steps_Bn.shape[1]
+    steps_S = steps_Bn.flatten()
+    unseen_S = num_tokens - steps_S
+    taken_S = unseen_S.clamp(max=count)
+    weight_S = 1.0 / taken_S
+    if loss_weight == "position":
+        weight_S = unseen_S / taken_S
+    row_R = torch.arange(len(steps_S) * count, device=order_BN.device)
+    pair_R = row_R // count
+    number_R = row_R % count
+    # Behind the end of an order comes its beginning: no position occurs twice.
+    time_R = (steps_S[pair_R] + number_R) % num_tokens
+    position_R = order_BN.flatten()[pair_R // density * num_tokens + time_R]
+    weight_R = torch.where(number_R < taken_S[pair_R], weight_S[pair_R], 0.0)
+    return _rows(pair_R, position_R, num_tokens, density, weight_R.float())
+
+
 def rows_of_all_steps(order_BN: Tensor) -> Rows:
     """Rows of models that predict one next token at each of the N steps: row b * N + i is
     position order[b, i]. The position alone tells the rows of a sequence apart."""
@@ -192,14 +219,27 @@ def expected_rows(batch: int, num_tokens: int, density: int, mode: str) -> float
     """Expected unseen positions over all steps of a batch (exact for antithetic steps)."""
     if mode != "mar":
         return batch * density * (num_tokens + 1) / 2
-    # E[ceil(N * ratio)] = sum over k = 0..N-1 of P(ratio > k / N)
+    return batch * density * expected_sample(num_tokens, num_tokens, mode)
+
+
+def expected_sample(num_tokens: int, count: int, mode: str) -> float:
+    """Expected number of rows of one step where at most `count` are taken."""
+    # E[min(count, unseen)] = sum over k = 1..count of P(unseen >= k)
+    total = 0.0
+    for k in range(1, count + 1):
+        if mode == "mar":
+            total += _share_with_unseen(num_tokens, k)
+        else:
+            total += (num_tokens - k + 1) / num_tokens
+    return total
+
+
+def _share_with_unseen(num_tokens: int, least: int) -> float:
+    """P(unseen >= least) of MAR's ratio, where ceil(N * ratio) positions are unseen."""
     low = _normal_cdf(-1.2)
     high = _normal_cdf(0.0)
-    masked = sum(
-        (high - _normal_cdf(max(k / num_tokens - 1.0, -0.3) / 0.25)) / (high - low)
-        for k in range(num_tokens)
-    )
-    return batch * density * masked
+    bound = max((least - 1) / num_tokens - 1.0, -0.3) / 0.25
+    return (high - _normal_cdf(bound)) / (high - low)
 
 
 def _normal_cdf(x: float) -> float:

@@ -1,5 +1,6 @@
 """Orders, supervised steps, rows, windows and groups against brute force."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -377,3 +378,62 @@ def test_sources_are_their_definitions(name, height, width):
         assert nearest[p] == closest
         assert beside  # every position behind the first group has an earlier neighbour
         assert shares_of(average, p) == pytest.approx(dict.fromkeys(beside, 1 / len(beside)))
+
+
+# ------------------------------------------------------------------------------------ sampled rows
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("loss_weight", ["position", "step"])
+def test_sampled_rows_stand_for_all_over_all_orders(count, loss_weight):
+    """Exhaustively on 2 x 2 tokens: whatever was seen, the mean over the orders of the rest is the
+    sum over the unseen positions, of any values that depend on what was seen."""
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    for step in range(4):
+        steps = torch.full((24, 1), step)
+        sampled = grid.sampled_rows(orders, steps, count, loss_weight)
+        whole = grid.padded_rows(grid.ranks(orders), steps, loss_weight)
+        sums = []
+        for rows in (sampled, whole):
+            # A value of the seen prefix and the position, as a loss is.
+            prefix = orders[rows.sequence_R, :step].double().add(1).log().sum(1)
+            value = torch.sin(3 * prefix + rows.position_R) * rows.weight_R
+            total = torch.zeros(24, dtype=torch.float64).index_add_(0, rows.sequence_R, value)
+            by_prefix = {}
+            for order, each in zip(orders.tolist(), total.tolist(), strict=True):
+                by_prefix.setdefault(tuple(order[:step]), []).append(each)
+            sums.append({seen: sum(found) / len(found) for seen, found in by_prefix.items()})
+        assert sums[0] == pytest.approx(sums[1])
+
+
+def test_sampled_rows_have_one_shape_and_no_position_twice():
+    index = torch.arange(40)
+    orders = grid.random_orders(index, 9, Rng(1))
+    steps = grid.draw_steps(index, 9, 2, "antithetic", Rng(1))
+    rows = grid.sampled_rows(orders, steps, 4, "position")
+    assert len(rows.sequence_R) == 40 * 2 * 4
+    for pair in range(80):
+        mine = rows.pair_R(2) == pair
+        positions = rows.position_R[mine].tolist()
+        assert len(set(positions)) == 4
+        sequence, slot = divmod(pair, 2)
+        step = int(steps[sequence, slot])
+        seen = set(orders[sequence, :step].tolist())
+        weights = rows.weight_R[mine].tolist()
+        unseen = 9 - step
+        expected = [unseen / min(4, unseen) if p not in seen else 0.0 for p in positions]
+        assert weights == pytest.approx(expected)
+    # Pairs supervise as much as ever, by weight.
+    assert float(rows.total_weight()) == pytest.approx(20 * 2 * 10)
+
+
+@pytest.mark.parametrize("mode", ["uniform", "mar"])
+def test_expected_rows_of_a_sample(mode):
+    index = torch.arange(60_000)
+    if mode == "mar":
+        steps = torch.cat([grid.draw_steps(index[:1], 9, 1, mode, Rng(s)) for s in range(4000)])
+    else:
+        steps = grid.draw_steps(index, 9, 1, mode, Rng(2))
+    for count in (1, 4, 9):
+        taken = (9 - steps).clamp(max=count).double().mean()
+        assert grid.expected_sample(9, count, mode) == pytest.approx(float(taken), rel=0.02)

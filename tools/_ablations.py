@@ -50,6 +50,16 @@ def _figure8(scale: Scale) -> list[Variant]:
     return [Variant(f"n = {density}", {"density": density}, x=density) for density in (1, 2, 4, 8)]
 
 
+def _dense(scale: Scale) -> list[Variant]:
+    few = max(1, scale.tokens // 16)
+    return [
+        Variant("n = 1", {"density": 1}),
+        Variant("n = 8", {"density": 8}),
+        Variant(f"n = 8, {few} rows a step", {"density": 8, "rows_per_step": few}),
+        Variant(f"n = 1, {few} rows a step", {"density": 1, "rows_per_step": few}),
+    ]
+
+
 def _table4(scale: Scale) -> list[Variant]:
     total = 2 * scale.depth
     found = []
@@ -166,6 +176,12 @@ ABLATIONS: dict[str, Ablation] = {
         "More steps of each image that get a head pass and a loss, over the whole grid.",
         _figure8,
         x_label="supervised steps of an image",
+    ),
+    "dense": Ablation(
+        "What dense supervision costs",
+        "Many supervised steps, with a loss at all unseen positions of a step or at a few that "
+        "stand for them.",
+        _dense,
     ),
     "table4": Ablation(
         "Depth of backbone and head (Heptapod, Table 4)",

@@ -60,6 +60,12 @@ class HeptapodSettings(MarSettings):
         "Supervision density n: steps per sequence that get a head pass and a loss.",
         rule=at_least(1),
     )
+    rows_per_step: int | None = setting(
+        "Unseen positions of each supervised step that get a loss, drawn anew every time and "
+        "weighted to stand for all of them (global head); default: all.",
+        rule=at_least(1),
+        before=None,
+    )
     steps: Literal["antithetic", "uniform", "mar"] = setting(
         "How supervised steps are drawn: mirrored pairs (static shapes), alone, or MAR's ratio."
     )
@@ -76,7 +82,23 @@ class HeptapodSettings(MarSettings):
             raise ValueError(
                 f"--density {settings.density}: expected 1 to {spec.num_tokens} steps per sequence"
             )
+        if settings.head == "local":
+            settings.refuse(("rows_per_step",), "needs --head global; windows are whole")
+        if (settings.rows_per_step or 1) > spec.num_tokens:
+            raise ValueError(
+                f"--rows-per-step {settings.rows_per_step}: expected 1 to {spec.num_tokens}, the "
+                "tokens of an image"
+            )
         return settings
+
+    def rows_of_steps(self, spec: TokenSpec) -> float:
+        """Supervised positions of an image, on average."""
+        rows = gridlib.expected_rows(1, spec.num_tokens, self.density, self.steps)
+        if self.rows_per_step is None:
+            return rows
+        return self.density * gridlib.expected_sample(
+            spec.num_tokens, self.rows_per_step, self.steps
+        )
 
     def _with_depths(self, total: int) -> Self:
         """depth and head_depth, which share the blocks of the size."""
@@ -137,9 +159,11 @@ class HeptapodSettings(MarSettings):
     def derived(self, spec: TokenSpec) -> Iterator[tuple[str, str]]:
         """See SystemSettings.derived."""
         yield "head dim", f"{self.head_width} = {self.width} / {self.heads}"
-        rows = gridlib.expected_rows(1, spec.num_tokens, self.density, self.steps)
+        rows = self.rows_of_steps(spec)
         if self.head == "local":
             how = "local windows"
+        elif self.rows_per_step is not None:
+            how = f"{rows:g} rows per image, at most {self.rows_per_step} of a step"
         elif self.steps == "mar":
             how = f"{rows:g} rows per image, MAR's mean ratio"
         else:
@@ -293,7 +317,11 @@ class Heptapod(Completing):
         """Supervised rows over the whole grid and their vectors (R, D)."""
         settings = self.settings
         head = cast(GlobalHead, self.head)
-        if settings.steps == "antithetic":
+        if settings.rows_per_step is not None:
+            rows = gridlib.sampled_rows(
+                order_BN, steps_Bn, settings.rows_per_step, settings.loss_weight
+            )
+        elif settings.steps == "antithetic":
             rows = gridlib.packed_rows(order_BN, steps_Bn, settings.loss_weight)
         else:
             rows = gridlib.padded_rows(gridlib.ranks(order_BN), steps_Bn, settings.loss_weight)
@@ -543,6 +571,8 @@ class Heptapod(Completing):
         width = self.settings.width
         tokens = self.num_tokens
         supervised = self.expected_rows(2) / 2
+        if settings.rows_per_step is not None:
+            supervised = settings.rows_of_steps(self.spec)
         if isinstance(self.head, GlobalHead):
             head = self.head.flops(tokens, settings.density, supervised / settings.density)
         else:

@@ -1,5 +1,6 @@
 """Heptapod: what each step may see, the packed loss against a dense one, and the counts."""
 
+import itertools
 import math
 
 import pytest
@@ -237,6 +238,9 @@ def test_count_of_antithetic_steps_is_exact(make_system, make_batch, density):
         dict(head="local", window=4, steps="uniform", density=3),
         dict(loss_weight="step", density=2),
         dict(head="local", window=4, loss_weight="step"),
+        dict(rows_per_step=3, density=2),
+        dict(rows_per_step=3, steps="uniform"),
+        dict(rows_per_step=3, loss_weight="step"),
     ],
 )
 def test_expected_count_is_the_mean(make_system, make_batch, settings):
@@ -262,6 +266,68 @@ def test_expected_count_of_mar_steps_is_the_mean(make_system, settings):
             rows = grid.padded_rows(grid.ranks(order), steps, system.settings.loss_weight)
         counts.append(float(rows.weight_R.sum()))
     assert sum(counts) / 400 == pytest.approx(system.expected_count(400), rel=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("loss_weight", ["position", "step"])
+def test_sampled_rows_have_the_gradient_of_all_on_average(
+    make_system, monkeypatch, rows, loss_weight
+):
+    """All 24 orders of 2 x 2 tokens, at every step: the loss, its count and every gradient."""
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    monkeypatch.setattr(grid, "random_orders", lambda index, tokens, rng: orders)
+    found = []
+    for sampled in (rows, None):
+        system = make_system(grid=2, loss_weight=loss_weight, rows_per_step=sampled)
+        system.set_dtype(torch.float32)
+        tokens = torch.tensor([[3, 1, 4, 1]]).expand(24, -1)
+        batch = Batch(tokens, torch.ones(24, dtype=torch.int64), torch.arange(24))
+        total = 0.0
+        count = 0.0
+        for step in range(4):
+            steps = torch.full((24, 1), step)
+            monkeypatch.setattr(grid, "draw_steps", lambda *_, steps=steps: steps)
+            if sampled is None:
+                # All rows, of steps that are no pairs.
+                h = system.states(batch, orders, RNG)
+                every = grid.padded_rows(grid.ranks(orders), steps, loss_weight)
+                z = system.head(h, orders, steps, every.pair_R(1), every.position_R)
+                loss, _ = system.token_losses(z, batch, every, RNG)
+                total = total + loss
+                count += float(every.total_weight())
+            else:
+                loss = system.loss(batch, RNG)
+                total = total + loss.total
+                count += float(loss.count)
+        gradients = torch.autograd.grad(total, list(system.parameters()))
+        found.append((float(total.detach()), count, gradients))
+    (total, count, gradients), (expected, of_all, expected_gradients) = found
+    assert total == pytest.approx(expected, rel=1e-5) and count == pytest.approx(of_all)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_sampled_rows_cost_what_they_are(make_system):
+    whole, few = make_system(density=3), make_system(density=3, rows_per_step=2)
+    rows = few.settings.rows_of_steps(few.spec)
+    assert rows == pytest.approx(3 * (1 + 15 / 16))  # at the last step but one is unseen
+    per_row = whole.flops_per_image()["token loss"] / (3 * 17 / 2)
+    assert few.flops_per_image()["token loss"] == pytest.approx(rows * per_row)
+    saved = whole.flops_per_image()["head"] - few.flops_per_image()["head"]
+    assert saved == pytest.approx(2 * 9 * 32**2 * (3 * 17 / 2 - rows))
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        (dict(rows_per_step=17), "--rows-per-step 17: expected 1 to 16"),
+        (dict(rows_per_step=0), "--rows-per-step 0"),
+        (dict(rows_per_step=2, head="local", window=4), "--rows-per-step 2 needs --head global"),
+    ],
+)
+def test_rows_that_cannot_be_sampled(make_config, settings, named):
+    with pytest.raises(ValueError, match=named):
+        make_config(**settings)
 
 
 def counted(system, batch):

@@ -13,6 +13,7 @@ NAMES = [
     "figure6",
     "figure7",
     "figure8",
+    "dense",
     "table4",
     "steps",
     "npp-levels",
