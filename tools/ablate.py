@@ -96,7 +96,7 @@ def work() -> int:
     write_plan(plan, out)
     launcher = tuple(shlex.split(arguments.launcher or ""))
     run_plan(plan, out, TOOLS, say, arguments.at_once, launcher)
-    written = write_table(ablation, plan, out, say)
+    written = write_table(ablation, plan, out)
     print((out / "table.md").read_text())
     for path in written:
         print(f"written: {path}")
@@ -203,6 +203,7 @@ def planned(arguments: Arguments, of_training: list[str]) -> Plan:
         equal=arguments.equal,
         metrics=tuple(metrics.split(",")),
         count=arguments.count,
+        command=shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]),
         device=choose_device(arguments.device),
         say=say,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import statistics
 import tempfile
@@ -122,6 +123,8 @@ class Plan:
         equal: what the rows have alike.
         metrics: that samples are measured by.
         count: samples that are measured.
+        command: that made the plan.
+        begun: the day.
     """
 
     name: str
@@ -130,6 +133,8 @@ class Plan:
     equal: Equal
     metrics: tuple[str, ...]
     count: int
+    command: str
+    begun: str
 
     @property
     def trained(self) -> list[Row]:
@@ -154,6 +159,7 @@ def make_plan(
     equal: Equal,
     metrics: tuple[str, ...],
     count: int,
+    command: str,
     device: torch.device,
     say: Callable[[str], None],
 ) -> Plan:
@@ -163,6 +169,7 @@ def make_plan(
         flags: of tools/train.py, for all rows.
         images, minutes: of a run of the first row: how many, or as many as it trains on in that
             time. Of the others as many, or as many as cost or take the same, as `equal` says.
+        command: as it was typed.
 
     Raises:
         ValueError: what a configuration refuses, naming the row.
@@ -199,7 +206,8 @@ def make_plan(
         if equal == "time" and variant.of is None:
             share = first_seconds / seconds
         rows.append(Row(variant, int(first_images * share), parameters, flops, seconds))
-    return Plan(name, tuple(rows), seeds, equal, metrics, count)
+    today = datetime.date.today().isoformat()
+    return Plan(name, tuple(rows), seeds, equal, metrics, count, command, today)
 
 
 def flops_per_image(config: Config) -> float:

@@ -10,43 +10,36 @@ from typing import Any
 from heptapod_fast.ablations.plan import Ablation, Plan, Row
 from heptapod_fast.ablations.running import jobs_of, results_of
 from heptapod_fast.reports.charts import save_spreads
-from heptapod_fast.reports.tables import show, table
+from heptapod_fast.reports.compared import COLUMNS, compared_parts, shown_columns
 from heptapod_fast.storage import write_json
 
 PAGE, NUMBERS, CHART = "table.md", "table.json", "chart.png"
-ALIKE = 0.02  # by which what is compared may differ without a word
-# What of an evaluation stands in the table, in this order: (key, column, whether more is better).
-COLUMNS = (
-    ("relation_accuracy", "relation", True),
-    ("sign_clarity", "signs", True),
-    ("symmetry_accuracy", "symmetry", True),
-    ("fid", "FID", False),
-    ("inception_score", "IS", True),
-    ("precision", "precision", True),
-    ("recall", "recall", True),
-    ("held_out_loss", "held-out loss", False),
-    ("probe_accuracy", "probe", True),
-    ("attention_distance", "attention distance", True),
-)
 
 
-def write_table(ablation: Ablation, plan: Plan, out: Path, say: Any) -> list[Path]:
+def write_table(ablation: Ablation, plan: Plan, out: Path) -> list[Path]:
     """table.md, table.json and chart.png in OUT; what is missing of the runs is said in them.
 
     Returns:
         The files written.
     """
-    numbers = collected(plan, out)
-    write_json(out / NUMBERS, {"plan": plan.name, "equal": plan.equal, "rows": numbers})
-    shown = [column for column in COLUMNS if any(column[0] in row["mean"] for row in numbers)]
-    page = [f"# {ablation.title}", ablation.about, _table(ablation, plan, numbers, shown)]
-    page += differences(plan)
-    missing = [row["name"] for row in numbers if len(row["seeds"]) < len(plan.seeds)]
-    if missing:
-        page.append(f"Not all seeds are there yet: {', '.join(missing)}.")
+    rows = collected(plan, out)
+    data = {
+        "title": ablation.title,
+        "about": ablation.about,
+        "name": plan.name,
+        "equal": plan.equal,
+        "seeds": list(plan.seeds),
+        "paper_columns": list(ablation.paper_columns),
+        "command": plan.command,
+        "begun": plan.begun,
+        "rows": rows,
+    }
+    write_json(out / NUMBERS, data)
+    page = [f"# {ablation.title}", ablation.about, *compared_parts(data)]
     written = [out / PAGE, out / NUMBERS]
-    if shown and all(shown[0][0] in row["mean"] for row in numbers):
-        save_chart(ablation, plan, numbers, shown[0], out / CHART)
+    shown = shown_columns(rows)
+    if shown and all(shown[0][0] in row["mean"] for row in rows):
+        save_chart(ablation, rows, shown[0], out / CHART)
         page.append(f"![{ablation.title}]({CHART})")
         written.append(out / CHART)
     (out / PAGE).write_text("\n\n".join(page) + "\n")
@@ -72,6 +65,7 @@ def collected(plan: Plan, out: Path) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": row.variant.name,
+                "is_trained": row.variant.of is None,
                 "flags": dict(row.variant.flags),
                 "sampling": dict(row.variant.sampling),
                 "x": row.variant.x,
@@ -102,59 +96,8 @@ def deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _table(
-    ablation: Ablation,
-    plan: Plan,
-    numbers: list[dict[str, Any]],
-    shown: list[tuple[str, str, bool]],
-) -> str:
-    head = ["", "parameters", "GFLOP an image", "images"]
-    head += [name for _, name, _ in shown]
-    head += [f"paper: {name}" for name in ablation.paper_columns]
-    rows = []
-    for row in numbers:
-        cells = [
-            row["name"],
-            f"{row['parameters'] / 1e6:.3g} M",
-            f"{row['flops_per_image'] / 1e9:.3g}",
-            f"{row['images']:,}",
-        ]
-        cells += [with_spread(row, key) for key, _, _ in shown]
-        paper = [show(value) for value in row["paper"]]
-        cells += paper + [""] * (len(ablation.paper_columns) - len(paper))
-        rows.append(cells)
-    return table(head, rows, numbers=range(1, len(head)))
-
-
-def with_spread(row: dict[str, Any], key: str) -> str:
-    """Mean and deviation; empty where nothing was measured."""
-    mean = row["mean"].get(key)
-    if mean is None:
-        return ""
-    spread = row["deviation"][key]
-    return show(mean) if spread is None else f"{show(mean)} ± {spread:.2g}"
-
-
-def differences(plan: Plan) -> list[str]:
-    """What is not alike within `ALIKE` among the rows that are trained, in words."""
-    first, *others = plan.trained
-    found = []
-    for name, of in (
-        ("parameters", lambda row: row.parameters),
-        ("FLOPs of an image", lambda row: row.flops),
-        ("compute of a run", lambda row: row.flops * row.images),
-    ):
-        ratios = {row.variant.name: of(row) / of(first) for row in others}
-        apart = {row: ratio for row, ratio in ratios.items() if abs(ratio - 1) > ALIKE}
-        if apart:
-            said = ", ".join(f"{row} {ratio:.2f}" for row, ratio in apart.items())
-            found.append(f"Not alike: {name}, {first.variant.name} = 1: {said}.")
-    return found
-
-
 def save_chart(
     ablation: Ablation,
-    plan: Plan,
     numbers: list[dict[str, Any]],
     column: tuple[str, str, bool],
     path: Path,

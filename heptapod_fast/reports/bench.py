@@ -12,6 +12,7 @@ from typing import Any
 
 from heptapod_fast.progress import speed
 from heptapod_fast.reports.charts import save_bars
+from heptapod_fast.reports.compared import compared_parts
 from heptapod_fast.reports.growth import FILES as OF_GROWTH
 from heptapod_fast.reports.growth import MADE_HERE as GROWTH_MADE_HERE
 from heptapod_fast.reports.growth import PAGE as GROWTH_PAGE
@@ -238,7 +239,10 @@ def _table_of(folder: Path, described: dict[str, Any]) -> str:
     Either cell by cell, {"head", "rows"}: a cell is a word, a number, {"file", "benchmark",
     "value"} for a figure of a file, or {"ratio": [cell, cell]} for one over another. Or a row for
     every entry of a list that a file holds, {"file", "list", "columns": {head: path in the entry}}.
+    Or {"compared": a file of tools/ablate.py}, its table and what belongs to it.
     """
+    if "compared" in described:
+        return "\n\n".join(compared_parts(_read(folder, described["compared"])))
     if "columns" not in described:
         rows = [[_cell(folder, cell) for cell in row] for row in described["rows"]]
         return table(described["head"], rows)

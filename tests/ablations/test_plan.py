@@ -101,6 +101,7 @@ def made(monkeypatch=None, seconds=(), **how):
         Scale("tiny", 64, 3),
         WIDTHS,
         count=10,
+        command="python x",
         device=torch.device("cpu"),
         say=lambda text: None,
         **(given | how),
@@ -150,6 +151,7 @@ def test_a_row_that_cannot_be_is_named():
             equal="images",
             metrics=("loss",),
             count=10,
+            command="python x",
             device=torch.device("cpu"),
             say=lambda text: None,
         )

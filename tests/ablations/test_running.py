@@ -52,7 +52,7 @@ def plan_of(seeds=(0, 1)):
     two = Variant("two", {"width": 64}, x=2)
     cold = Variant("two, cold", {"width": 64}, sampling={"temperature": 0.5}, of="two", x=3)
     rows = (Row(one, 1000, 10, 2e9, 0.1), Row(two, 500, 11, 4e9, 0.2), Row(cold, 0, 0, 0.0, 0.0))
-    return Plan("two", rows, seeds, "compute", ("relation",), 10)
+    return Plan("two", rows, seeds, "compute", ("relation",), 10, "python x", "2026-01-02")
 
 
 def calls(tools):
@@ -82,14 +82,14 @@ def test_seeds_come_one_after_the_other_and_rows_share_runs(tools, tmp_path):
 def test_nothing_is_repeated_and_the_table_is_the_same(tools, tmp_path):
     plan, whole, broken = plan_of(), tmp_path / "whole", tmp_path / "broken"
     run_plan(plan, whole, tools, lambda text: None)
-    write_table(ABLATION, plan, whole, print)
+    write_table(ABLATION, plan, whole)
     (tools / "calls.txt").unlink()
     (tools / "fail").write_text("one-first-seed1")
     with pytest.raises(RunFailed, match="(?s)one, first, seed 1 ended with exit code 1.*of luck"):
         run_plan(plan, broken, tools, lambda text: None)
     before = calls(tools)
     # A table of what there is says so.
-    write_table(ABLATION, plan, broken, print)
+    write_table(ABLATION, plan, broken)
     page = (broken / "table.md").read_text()
     assert "Not all seeds are there yet: one, first, two, two, cold." in page
     (tools / "fail").unlink()
@@ -100,7 +100,7 @@ def test_nothing_is_repeated_and_the_table_is_the_same(tools, tmp_path):
     again = calls(tools)
     assert again[0] == "train one-first-seed1 1000 1"  # goes on with what had failed
     assert not {call for call in before if "seed0" in call} & set(again)
-    write_table(ABLATION, plan, broken, print)
+    write_table(ABLATION, plan, broken)
     for name in ("table.md", "table.json", "chart.png"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     (tools / "calls.txt").unlink()
@@ -140,7 +140,7 @@ def test_a_launcher_starts_training_alone(tools, tmp_path):
 def test_a_table_has_means_and_spreads(tools, tmp_path):
     plan = plan_of()
     run_plan(plan, tmp_path, tools, lambda text: None)
-    written = write_table(ABLATION, plan, tmp_path, print)
+    written = write_table(ABLATION, plan, tmp_path)
     assert [path.name for path in written] == ["table.md", "table.json", "chart.png"]
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     # Seeds give 0.1 and 0.2, and 0.05 and 0.15.
@@ -153,12 +153,13 @@ def test_a_table_has_means_and_spreads(tools, tmp_path):
     assert "Not alike: parameters, one, first = 1: two 1.10." in page
     assert "Not alike: FLOPs of an image, one, first = 1: two 2.00." in page
     assert "compute of a run" not in page
+    assert "*mean ± deviation of 2 seeds; `python x`, begun 2026-01-02, a test.*" in page
 
 
 def test_one_seed_has_no_spread(tools, tmp_path):
     plan = plan_of((3,))
     run_plan(plan, tmp_path, tools, lambda text: None)
-    write_table(ABLATION, plan, tmp_path, print)
+    write_table(ABLATION, plan, tmp_path)
     assert "| 0.4 | 19.2 |" in (tmp_path / "table.md").read_text()
 
 

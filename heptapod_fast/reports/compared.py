@@ -1,0 +1,91 @@
+"""Tables of runs that were trained to be compared (heptapod_fast/ablations), from their JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heptapod_fast.reports.tables import show, table
+
+ALIKE = 0.02  # by which what is compared may differ without a word
+# What of an evaluation stands in the table, in this order: (key, column, whether more is better).
+COLUMNS = (
+    ("relation_accuracy", "relation", True),
+    ("sign_clarity", "signs", True),
+    ("symmetry_accuracy", "symmetry", True),
+    ("fid", "FID", False),
+    ("inception_score", "IS", True),
+    ("precision", "precision", True),
+    ("recall", "recall", True),
+    ("held_out_loss", "held-out loss", False),
+    ("probe_accuracy", "probe", True),
+    ("attention_distance", "attention distance", True),
+)
+
+
+def shown_columns(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
+    """Of `COLUMNS` those that any row was measured by."""
+    return [column for column in COLUMNS if any(column[0] in row["mean"] for row in rows)]
+
+
+def compared_parts(data: dict[str, Any]) -> list[str]:
+    """Markdown: the table, what is not alike, what is missing, and where the numbers come from.
+
+    data: as `ablations.write_table` writes it.
+    """
+    rows = data["rows"]
+    parts = [compared_table(rows, data["paper_columns"]), *differences(rows)]
+    missing = [row["name"] for row in rows if len(row["seeds"]) < len(data["seeds"])]
+    if missing:
+        parts.append(f"Not all seeds are there yet: {', '.join(missing)}.")
+    count = len(data["seeds"])
+    seeds = "one seed" if count == 1 else f"mean ± deviation of {count} seeds"
+    device = next((row["device"] for row in rows if row["device"]), "no run yet")
+    parts.append(f"*{seeds}; `{data['command']}`, begun {data['begun']}, {device}.*")
+    return parts
+
+
+def compared_table(rows: list[dict[str, Any]], paper_columns: list[str]) -> str:
+    """A row for each configuration: what it costs, what was measured, what a paper has."""
+    shown = shown_columns(rows)
+    head = ["", "parameters", "GFLOP an image", "images"]
+    head += [name for _, name, _ in shown]
+    head += [f"paper: {name}" for name in paper_columns]
+    lines = []
+    for row in rows:
+        cells = [
+            row["name"],
+            f"{row['parameters'] / 1e6:.3g} M",
+            f"{row['flops_per_image'] / 1e9:.3g}",
+            f"{row['images']:,}",
+        ]
+        cells += [with_spread(row, key) for key, _, _ in shown]
+        paper = [show(value) for value in row["paper"]]
+        cells += paper + [""] * (len(paper_columns) - len(paper))
+        lines.append(cells)
+    return table(head, lines, numbers=range(1, len(head)))
+
+
+def with_spread(row: dict[str, Any], key: str) -> str:
+    """Mean and deviation; empty where nothing was measured."""
+    mean = row["mean"].get(key)
+    if mean is None:
+        return ""
+    spread = row["deviation"][key]
+    return show(mean) if spread is None else f"{show(mean)} ± {spread:.2g}"
+
+
+def differences(rows: list[dict[str, Any]]) -> list[str]:
+    """What differs by more than `ALIKE` from the first row, in words."""
+    first, *others = [row for row in rows if row["is_trained"]]
+    found = []
+    for name, of in (
+        ("parameters", lambda row: row["parameters"]),
+        ("FLOPs of an image", lambda row: row["flops_per_image"]),
+        ("compute of a run", lambda row: row["flops_per_image"] * row["images"]),
+    ):
+        ratios = {row["name"]: of(row) / of(first) for row in others}
+        apart = {row: ratio for row, ratio in ratios.items() if abs(ratio - 1) > ALIKE}
+        if apart:
+            said = ", ".join(f"{row} {ratio:.2f}" for row, ratio in apart.items())
+            found.append(f"Not alike: {name}, {first['name']} = 1: {said}.")
+    return found
