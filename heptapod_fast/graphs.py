@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +27,13 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
     current.wait_stream(stream)
 
 
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream of a device for those who record often: cuBLAS keeps a workspace for each that it
+    has worked on."""
+    return torch.cuda.Stream(device)
+
+
 class Recorded(NamedTuple):
     """A graph and the tensors that it writes anew whenever it is replayed."""
 
@@ -40,9 +48,9 @@ class Graphs:
     before it has left.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device) if stream is None else stream
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded: dict[Hashable, Recorded] = {}
 

@@ -29,11 +29,10 @@ def _figure6(scale: Scale) -> list[Variant]:
 
 
 def _windows(scale: Scale, pairs: list[tuple[int, int]]) -> list[Variant]:
-    """(window, density) of 256 tokens: w and n shrink with the grid, their product by as much."""
-    root = int((PAPER_TOKENS / scale.tokens) ** 0.5)
+    """(window, density) of 256 tokens: windows are the same share of other grids."""
     found = []
     for window, density in pairs:
-        mine = max(1, window // root**2)
+        mine = max(1, window * scale.tokens // PAPER_TOKENS)
         flags = {"head": "local", "window": mine, "density": density}
         if mine == scale.tokens:
             flags = {"head": "global", "density": density}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,9 @@ from heptapod_fast.ablations import (
     write_table,
 )
 from heptapod_fast.ablations.plan import Plan, write_plan
-from heptapod_fast.evaluation import DEFAULT_METRICS
+from heptapod_fast.config import DataSettings, flag
+from heptapod_fast.config.settings import type_hints
+from heptapod_fast.evaluation import DEFAULT_METRICS, METRICS
 from heptapod_fast.progress import duration
 from heptapod_fast.systems import configure
 from heptapod_fast.world import choose_device
@@ -32,7 +34,10 @@ from heptapod_fast.world import choose_device
 TOOLS = Path(__file__).resolve().parent
 MINUTES = 5.0
 SMALL = {"image_size": 32, "patch_size": 4}  # 8 x 8 tokens
-OWN = ("images", "seed", "out")  # flags of tools/train.py that are decided here
+# Flags of tools/train.py that are said in another place.
+OWN = ("images", "seed", "out", "data", "size", "device")
+TAKE_SEVERAL = ("ema", "patches", "shares")  # settings of several values, of which one may be given
+OF_FEATURES = ("fid", "sfid", "kid", "is", "precision", "recall", "rfid")
 SHARE_OF_TRAINING = 0.1  # that measuring takes on top, about
 
 
@@ -43,7 +48,7 @@ class Arguments:
     of tools/train.py for all rows come last, behind a word of their own: -- --batch 256."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """Which table; --list describes them."""
+    """Which table; another word shows all names."""
     out: str | None = None
     """Folder of the table and its runs; default: runs/NAME."""
     size: str = "tiny"
@@ -63,6 +68,12 @@ class Arguments:
     metrics: str | None = None
     """Metrics of tools/evaluate.py, separated by commas; default: those that fit --data, and the
     held-out loss."""
+    extractor: Literal["inception", "small"] | None = None
+    """As of tools/evaluate.py, for fid and its relatives."""
+    inception: str | None = None
+    """As of tools/evaluate.py."""
+    reference: str | None = None
+    """As of tools/evaluate.py."""
     at_once: int = 1
     """Runs at the same time on this machine."""
     launcher: str | None = None
@@ -88,7 +99,7 @@ def work() -> int:
     if plan is None:
         plan = planned(arguments, of_training)
     else:
-        refuse_another(plan, arguments, out)
+        refuse_another(plan, arguments, of_training, out)
         print(f"going on with {out}", flush=True)
     describe(plan, arguments)
     if arguments.dry_run:
@@ -112,7 +123,7 @@ def check(arguments: Arguments) -> None:
     """ValueError for what cannot be."""
     if arguments.images is not None and arguments.minutes is not None:
         raise ValueError("--images beside --minutes: one follows from the other, give one")
-    for flag, value in (
+    for name, value in (
         ("--images", arguments.images),
         ("--minutes", arguments.minutes),
         ("--seeds", arguments.seeds),
@@ -120,7 +131,7 @@ def check(arguments: Arguments) -> None:
         ("--at-once", arguments.at_once),
     ):
         if value is not None and value <= 0:
-            raise ValueError(f"{flag} {value}: expected more than 0")
+            raise ValueError(f"{name} {value}: expected more than 0")
 
 
 def divided(words: list[str]) -> tuple[list[str], list[str]]:
@@ -138,13 +149,14 @@ def base_flags(arguments: Arguments, of_training: list[str]) -> dict[str, Any]:
         flags |= SMALL
     if arguments.device != "auto":
         flags["device"] = arguments.device
-    flags |= typed_flags(of_training)
-    taken = [name for name in OWN if name in flags]
+    typed = typed_flags(of_training)
+    taken = [name for name in OWN if name in typed]
     if taken:
         raise ValueError(
-            f"-- --{taken[0]}: this is decided for each run, by --images, --seeds and --out"
+            f"-- --{taken[0]}: this is said before the --, by --images, --seeds, --out, --data, "
+            "--size and --device"
         )
-    return flags
+    return flags | typed
 
 
 def typed_flags(words: list[str]) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def typed_flags(words: list[str]) -> dict[str, Any]:
         ValueError: words that are no flags.
     """
     found: dict[str, Any] = {}
-    left = list(words)
+    left = [part for word in words for part in parts_of(word)]
     while left:
         word = left.pop(0)
         if not word.startswith("--"):
@@ -165,9 +177,16 @@ def typed_flags(words: list[str]) -> dict[str, Any]:
             values.append(number(left.pop(0)))
         if not values:
             found[name.removeprefix("no_")] = not name.startswith("no_")
+        elif len(values) > 1 or name in TAKE_SEVERAL:
+            found[name] = tuple(values)
         else:
-            found[name] = values[0] if len(values) == 1 else tuple(values)
+            found[name] = values[0]
     return found
+
+
+def parts_of(word: str) -> list[str]:
+    """--batch=256 -> --batch, 256."""
+    return word.split("=", 1) if word.startswith("--") else [word]
 
 
 def number(text: str) -> Any:
@@ -184,14 +203,10 @@ def planned(arguments: Arguments, of_training: list[str]) -> Plan:
     """A new plan."""
     flags = base_flags(arguments, of_training)
     ablation = ABLATIONS[arguments.name]
-    first = configure(arguments.size, **ablation.flags, **flags)
-    scale = Scale(arguments.size, first.spec.num_tokens, depth_of(first.model))
+    scale = scale_of(arguments.size, {**ablation.flags, **flags})
     minutes = arguments.minutes
     if minutes is None and arguments.images is None:
         minutes = MINUTES
-    metrics = arguments.metrics
-    if metrics is None:
-        metrics = ",".join((DEFAULT_METRICS.get(arguments.data, "fid,is"), "loss"))
     return make_plan(
         arguments.name,
         ablation,
@@ -201,35 +216,72 @@ def planned(arguments: Arguments, of_training: list[str]) -> Plan:
         minutes=minutes,
         seeds=tuple(range(arguments.seeds)),
         equal=arguments.equal,
-        metrics=tuple(metrics.split(",")),
+        metrics=metrics_of(arguments),
         count=arguments.count,
+        evaluation=evaluation_flags(arguments),
+        asked=asked_for(arguments, of_training),
         command=shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]),
         device=choose_device(arguments.device),
         say=say,
     )
 
 
-def depth_of(model: Any) -> int:
-    """Blocks of Heptapod's backbone at a size, which its head has too."""
-    return int(model.depth)
+def scale_of(size: str, flags: Mapping[str, Any]) -> Scale:
+    """Tokens of an image, and Heptapod's depth at a size."""
+    of_data = [name for name in flags if name in type_hints(DataSettings)]
+    config = configure(size, **{name: flags[name] for name in of_data})
+    model: Any = config.model
+    return Scale(size, config.spec.num_tokens, int(flags.get("depth", model.depth)))
 
 
-def refuse_another(plan: Plan, arguments: Arguments, out: Path) -> None:
+def metrics_of(arguments: Arguments) -> tuple[str, ...]:
+    """Of --metrics, or those that the data allows.
+
+    Raises:
+        ValueError: they need what was not given.
+    """
+    asked = arguments.metrics
+    if asked is None:
+        asked = f"{DEFAULT_METRICS.get(arguments.data, 'fid,is')},loss"
+    names = tuple(asked.split(","))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(
+            f"--metrics {','.join(unknown)}: choose among {', '.join(sorted(METRICS))}"
+        )
+    of_features = [name for name in names if name in OF_FEATURES]
+    if of_features and arguments.inception is None and arguments.extractor != "small":
+        raise ValueError(
+            f"--metrics {','.join(of_features)}: needs --inception FILE, or --extractor small"
+        )
+    return names
+
+
+def evaluation_flags(arguments: Arguments) -> dict[str, Any]:
+    """What tools/evaluate.py is given besides."""
+    names = ("extractor", "inception", "reference")
+    found = {name: getattr(arguments, name) for name in names}
+    if arguments.device != "auto":
+        found["device"] = arguments.device
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def asked_for(arguments: Arguments, of_training: list[str]) -> dict[str, Any]:
+    """What decides a plan, by the flags that say it."""
+    free = ("out", "at_once", "launcher", "dry_run")
+    found = {flag(name): value for name, value in asdict(arguments).items() if name not in free}
+    found["NAME"] = found.pop("--name")
+    return {**found, "--": " ".join(of_training)}
+
+
+def refuse_another(plan: Plan, arguments: Arguments, of_training: list[str], out: Path) -> None:
     """ValueError where a folder holds the plan of another command."""
-    flags: Mapping[str, Any] = plan.rows[0].variant.flags
-    differs = []
-    for flag, before, now in (
-        ("NAME", plan.name, arguments.name),
-        ("--size", flags.get("size"), arguments.size),
-        ("--data", flags.get("data"), arguments.data),
-        ("--equal", plan.equal, arguments.equal),
-        ("--count", plan.count, arguments.count),
-        ("--images", plan.rows[0].images, arguments.images or plan.rows[0].images),
-    ):
-        if before != now:
-            differs.append(f"{flag} {before}, now {now}")
-    if arguments.seeds != len(plan.seeds):
-        differs.append(f"--seeds {len(plan.seeds)}, now {arguments.seeds}")
+    now = asked_for(arguments, of_training)
+    differs = [
+        f"{name} {plan.asked.get(name)}, now {value}"
+        for name, value in now.items()
+        if plan.asked.get(name) != value
+    ]
     if differs:
         raise ValueError(
             f"{out} was begun with {'; '.join(differs)}: give the command that began it, or "

@@ -158,7 +158,7 @@ def outputs_beside_the_grid(arguments: Arguments, labels: Tensor) -> list[Output
     if arguments.save_tar:
         found.append(Tarred(Path(arguments.save_tar)))
     if arguments.save_images:
-        found.append(Singles(Path(arguments.save_images)))
+        found.append(Singles(Path(arguments.save_images), labels, arguments.start_over))
     return found
 
 
@@ -188,7 +188,8 @@ def settings_of(
         "--paste": arguments.paste,
     }
     for name, value in asdict(loaded.system.settled(options)).items():
-        found[flag(name)] = value
+        if name != "cuda_graph":  # which changes no bit
+            found[flag(name)] = value
     if originals is not None:
         parts = {
             "pixels": originals.pixels,

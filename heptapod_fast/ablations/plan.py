@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 
-from heptapod_fast.config import Config
+from heptapod_fast.config import Config, flag
 from heptapod_fast.data.embedded import EMBEDDED_SETS
 from heptapod_fast.storage import write_json
-from heptapod_fast.systems import build_system, configure
+from heptapod_fast.systems import Phase, build_system, configure
 from heptapod_fast.train.loop import training_step
 from heptapod_fast.train.metrics import training_flops
-from heptapod_fast.train.session import prepare
+from heptapod_fast.train.session import Session, State, prepare
 from heptapod_fast.world import World
 
 PLAN = "plan.json"
@@ -123,6 +123,8 @@ class Plan:
         equal: what the rows have alike.
         metrics: that samples are measured by.
         count: samples that are measured.
+        evaluation: more flags of tools/evaluate.py, as --extractor.
+        asked: what decides all of this, by the flags that say it.
         command: that made the plan.
         begun: the day.
     """
@@ -133,6 +135,8 @@ class Plan:
     equal: Equal
     metrics: tuple[str, ...]
     count: int
+    evaluation: dict[str, Any]
+    asked: dict[str, Any]
     command: str
     begun: str
 
@@ -159,6 +163,8 @@ def make_plan(
     equal: Equal,
     metrics: tuple[str, ...],
     count: int,
+    evaluation: Mapping[str, Any],
+    asked: Mapping[str, Any],
     command: str,
     device: torch.device,
     say: Callable[[str], None],
@@ -169,13 +175,15 @@ def make_plan(
         flags: of tools/train.py, for all rows.
         images, minutes: of a run of the first row: how many, or as many as it trains on in that
             time. Of the others as many, or as many as cost or take the same, as `equal` says.
-        command: as it was typed.
+        evaluation, asked, command: see `Plan`.
 
     Raises:
-        ValueError: what a configuration refuses, naming the row.
+        ValueError: what a configuration refuses, naming the row; flags that rows differ by.
     """
     measured = []
-    for variant in ablation.variants(scale):
+    variants = ablation.variants(scale)
+    check_variants(variants, flags)
+    for variant in variants:
         settings = {"size": scale.size, **ablation.flags, **variant.flags, **flags}
         decided = Variant(
             variant.name, settings, variant.sampling, variant.of, variant.x, variant.paper
@@ -207,7 +215,42 @@ def make_plan(
             share = first_seconds / seconds
         rows.append(Row(variant, int(first_images * share), parameters, flops, seconds))
     today = datetime.date.today().isoformat()
-    return Plan(name, tuple(rows), seeds, equal, metrics, count, command, today)
+    return Plan(
+        name,
+        tuple(rows),
+        seeds,
+        equal,
+        metrics,
+        count,
+        dict(evaluation),
+        # As JSON gives it back: lists for tuples.
+        json.loads(json.dumps(asked)),
+        command,
+        today,
+    )
+
+
+def check_variants(variants: list[Variant], flags: Mapping[str, Any]) -> None:
+    """ValueError for rows that cannot be told apart, or whose differences the flags would undo."""
+    for variant in variants:
+        taken = [name for name in flags if name in variant.flags]
+        if taken:
+            raise ValueError(
+                f"-- {flag(taken[0])}: rows of this table differ by it ({variant.name}); leave it "
+                "out"
+            )
+    names = [slug(variant.name) for variant in variants]
+    twice = [variant.name for variant in variants if names.count(slug(variant.name)) > 1]
+    if twice:
+        raise ValueError(
+            f"rows of one name, {', '.join(twice)}: the sizes are too small to tell them apart"
+        )
+
+
+def slug(name: str) -> str:
+    """A row's name as a file's."""
+    words = "".join(letter if letter.isalnum() else " " for letter in name)
+    return "-".join(words.split())
 
 
 def flops_per_image(config: Config) -> float:
@@ -222,23 +265,33 @@ def flops_per_image(config: Config) -> float:
 
 
 def timed(settings: Mapping[str, Any], device: torch.device) -> tuple[int, float]:
-    """(parameters, seconds of one image), the median of a few steps of the first phase."""
+    """(parameters, seconds of one image): the median of a few steps of each phase, averaged over
+    the images."""
     few = dict(settings)
     if few.get("data") in EMBEDDED_SETS:
         few["logogram_count"] = SMALL_SET
     with tempfile.TemporaryDirectory() as folder:
         config = configure(**few, out=folder)
         session, state = prepare(config, World(0, 1, device), lambda text: None)
-    phase = session.system.phase(0, config.recipe.images)
     session.system.train()
-    seconds = []
+    total = config.recipe.images
+    seconds = 0.0
+    for phase in session.system.phases(total):
+        share = (min(phase.end, total) - phase.first) / total
+        seconds += share * _seconds_of_step(session, state, phase)
+    parameters = sum(value.numel() for value in session.system.parameters())
+    return parameters, seconds / config.recipe.batch
+
+
+def _seconds_of_step(session: Session, state: State, phase: Phase) -> float:
+    """The median of a few."""
+    found = []
     for _ in range(WARM_UP + STEPS):
         begin = time.perf_counter()
         loss, _ = training_step(session, state, phase)
         loss.item()
-        seconds.append(time.perf_counter() - begin)
-    parameters = sum(value.numel() for value in session.system.parameters())
-    return parameters, statistics.median(seconds[WARM_UP:]) / config.recipe.batch
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found[WARM_UP:])
 
 
 def write_plan(plan: Plan, folder: Path) -> None:

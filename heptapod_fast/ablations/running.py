@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heptapod_fast.ablations.plan import Plan, Row
+from heptapod_fast.ablations.plan import Plan, Row, slug
 from heptapod_fast.progress import duration
 from heptapod_fast.runs import RunError
 
@@ -47,12 +47,6 @@ class Job:
     def evaluation(self, row: Row) -> Path:
         """Where the numbers of a row go."""
         return self.folder / f"evaluation-{slug(row.variant.name)}.json"
-
-
-def slug(name: str) -> str:
-    """A row's name as a file's."""
-    words = "".join(letter if letter.isalnum() else " " for letter in name)
-    return "-".join(words.split())
 
 
 def jobs_of(plan: Plan, out: Path) -> list[Job]:
@@ -118,6 +112,7 @@ def run_plan(
             for row in job.sampled:
                 if not job.evaluation(row).exists():
                     _run(measuring_words(plan, job, row, tools), job, environment)
+                    refuse_unfinished(job, row)
         except RunFailed:
             counting.has_failed = True
             raise
@@ -170,8 +165,20 @@ def training_words(job: Job, tools: Path, launcher: tuple[str, ...] = ()) -> lis
 def measuring_words(plan: Plan, job: Job, row: Row, tools: Path) -> list[str]:
     """The command that measures a row."""
     flags = {"count": plan.count, "metrics": ",".join(plan.metrics), "seed": job.seed}
-    flags |= {"out": str(job.evaluation(row)), **row.variant.sampling}
+    flags |= {"out": str(job.evaluation(row)), **plan.evaluation, **row.variant.sampling}
     return [sys.executable, str(tools / "evaluate.py"), str(job.folder), *words_of(flags)]
+
+
+def refuse_unfinished(job: Job, row: Row) -> None:
+    """RunFailed where a run was stopped before all of its images, which is no error to it; what was
+    measured of it is removed."""
+    seen = json.loads(job.evaluation(row).read_text())["images_seen"]
+    if seen < job.row.images:
+        job.evaluation(row).unlink()
+        raise RunFailed(
+            f"{row.variant.name}, seed {job.seed} was stopped after {seen:,} of "
+            f"{job.row.images:,} images: give the command again, and it goes on"
+        )
 
 
 def _run(words: list[str], job: Job, environment: Any) -> None:
@@ -181,11 +188,16 @@ def _run(words: list[str], job: Job, environment: Any) -> None:
     with log.open("a") as file:
         file.write(f"$ {' '.join(words)}\n")
         file.flush()
-        done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it was told too, and saves what there is
+            raise
+    if code:
         last = "\n".join(log.read_text().splitlines()[-SHOWN:])
         raise RunFailed(
-            f"{job.row.variant.name}, seed {job.seed} ended with exit code {done.returncode}; all "
+            f"{job.row.variant.name}, seed {job.seed} ended with exit code {code}; all "
             f"of its output is in {log}, the end of which is:\n{last}"
         )
 

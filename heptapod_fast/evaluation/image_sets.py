@@ -233,7 +233,8 @@ class PictureFolder:
 
 @dataclass
 class TrainingImages:
-    """The images that a run is trained on; of more than `most`, so many evenly spread."""
+    """The images that a run is trained on; of more than `most`, so many at random, always the same:
+    evenly spread ones would be all of one class where labels repeat."""
 
     source: ImageSource
     most: int = 50_000
@@ -242,7 +243,7 @@ class TrainingImages:
     def __post_init__(self) -> None:
         self.sha256 = self.source.fingerprint
         count = min(len(self.source), self.most)
-        self._ids = torch.arange(count) * len(self.source) // count
+        self._ids = chosen_at_random(len(self.source), count)
         self.labels: Tensor | None = self.source.labels[self._ids]
 
     def part(self, chosen: Tensor, name: str) -> TrainingImages:
@@ -262,6 +263,12 @@ class TrainingImages:
 
     def statistics(self, spatial: bool) -> None:
         """See `ImageSet`: it has none."""
+
+
+def chosen_at_random(total: int, count: int) -> Tensor:
+    """(count,) different numbers below `total`, in their order; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(total, generator=generator)[:count].sort().values
 
 
 def _sha256_of(paths: list[Path]) -> str:

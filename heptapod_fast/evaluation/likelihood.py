@@ -51,14 +51,6 @@ class Likelihood:
         self._context = context
         self._tokenizer: Tokenizer = context.tokenizer
         self._images = images_of(context)
-        labels = self._images.labels
-        assert labels is not None  # `images_of` saw to it
-        classes = context.system.num_classes
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise ValueError(
-                f"--metrics likelihood: {self._images.name} has classes {int(labels.min())} to "
-                f"{int(labels.max())}, the run 0 to {classes - 1}"
-            )
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """Never called, see `Metric.update`: samples are not what is scored."""
@@ -104,6 +96,19 @@ def exchanged(tokens_BN: Tensor, index_B: Tensor) -> Tensor:
     return tokens_BN.gather(1, Rng(1).permutation("exchanged", index_B, tokens_BN.shape[1]))
 
 
+def _check_labels(found: ImageSet, labels: Tensor, context: MetricContext, metric: str) -> None:
+    """ValueError for a single image, and for classes that the run does not have."""
+    if len(found) < 2:
+        raise ValueError(f"--metrics {metric}: {found.name} has one image; expected two at least")
+    assert context.system is not None  # metrics of systems see to it
+    classes = context.system.num_classes
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"--metrics {metric}: {found.name} has classes {int(labels.min())} to "
+            f"{int(labels.max())}, the run 0 to {classes - 1}"
+        )
+
+
 def images_of(context: MetricContext, metric: str = "likelihood") -> ImageSet:
     """What is scored, for the metric of that name, which messages say."""
     source = context.source
@@ -114,6 +119,7 @@ def images_of(context: MetricContext, metric: str = "likelihood") -> ImageSet:
                 f"--metrics {metric}: --reference {context.reference} does not say its images' "
                 "classes: expected labels beside arr_0, or names such as 000001-class3.png"
             )
+        _check_labels(found, found.labels, context, metric)
         return found
     if isinstance(source, EmbeddedImages):
         return TrainingImages(source.fresh(context.count), name=f"fresh {source.name}")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from heptapod_fast.data.embedded import EmbeddedImages
 from heptapod_fast.evaluation.context import MetricContext
-from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, open_images_at
+from heptapod_fast.evaluation.image_sets import ImageSet, TrainingImages, chosen_at_random
+from heptapod_fast.evaluation.likelihood import images_of
 from heptapod_fast.evaluation.observing import batches_of, observe
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems.base import System
@@ -114,18 +115,7 @@ def _sets(context: MetricContext) -> tuple[ImageSet, ImageSet]:
         )
     wanted = max(IMAGES, PER_CLASS * classes)
     if context.reference is not None:
-        test: ImageSet = open_images_at(context.reference, context.image_size, "--reference")
-        labels = test.labels
-        if labels is None or not len(test):
-            raise ValueError(
-                f"--metrics probe: --reference {context.reference} does not say its images' "
-                "classes: expected labels beside arr_0, or names such as 000001-class3.png"
-            )
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise ValueError(
-                f"--metrics probe: {test.name} has classes {int(labels.min())} to "
-                f"{int(labels.max())}, the run 0 to {classes - 1}"
-            )
+        test = images_of(context, "probe")
         return TrainingImages(source, most=wanted), test
     if isinstance(source, EmbeddedImages):
         fresh = source.fresh(wanted // TEST_SHARE)
@@ -138,7 +128,8 @@ def _sets(context: MetricContext) -> tuple[ImageSet, ImageSet]:
         )
     part = TEST_SHARE + 1
     chosen = TrainingImages(source, most=wanted * part // TEST_SHARE)
-    is_kept = torch.arange(len(chosen)) % part == TEST_SHARE
+    is_kept = torch.zeros(len(chosen), dtype=torch.bool)
+    is_kept[chosen_at_random(len(chosen), len(chosen) // part)] = True
     train = chosen.part(~is_kept, "the training images")
     return train, chosen.part(is_kept, "training images that the classifiers have not seen")
 

@@ -86,7 +86,8 @@ class RelationAccuracy:
 
     `compute` returns:
         relation_accuracy: share of samples whose four signs are alike as their class says; below it
-            a number for each class that was sampled, `relation_accuracy/NAME`.
+            a number for each class that was sampled, `relation_accuracy/NAME`. A sample with a
+            quarter that shows no sign keeps none.
         sign_clarity: share of quarters that show a sign at all, whichever: what can be learned from
             a neighbourhood.
         sign_evenness: entropy of the kinds of signs, divided by its maximum: 1 where all are as
@@ -135,12 +136,12 @@ class RelationAccuracy:
             raise ValueError("relation: no samples to measure; raise --count")
         labels = torch.cat(self._labels)
         signs = torch.cat(self._signs)
-        is_right = (relations(signs) == labels).double()
+        is_clear = torch.cat(self._clarity) >= CLEAR
+        is_right = ((relations(signs) == labels) & is_clear.all(1)).double()
         found = {"relation_accuracy": float(is_right.mean())}
         for label in labels.unique().tolist():
             name = self.source.class_names[label]
             found[f"relation_accuracy/{name}"] = float(is_right[labels == label].mean())
-        is_clear = torch.cat(self._clarity) >= CLEAR
         found["sign_clarity"] = float(is_clear.double().mean())
         share = signs.flatten().bincount(minlength=len(SIGNS)).double() / signs.numel()
         entropy = -(share * share.clamp(min=1e-12).log()).sum()

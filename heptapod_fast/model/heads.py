@@ -330,6 +330,7 @@ class LocalDrawing:
     def place(self, states: int) -> None:
         """See `Drawing`."""
         self._cache.place(states)
+        self._new = None  # of a step that has failed half way, and is done again
 
     def see(self, h_BMD: Tensor, element_BM: Tensor) -> None:
         """See `Drawing`; `vectors` has to come before the next states."""

@@ -51,6 +51,7 @@ class Attention(nn.Module):
             out_BNHE = ops.attention(qkv_BN3HE, visible, how)
         else:
             kv_BM2HE = cache.append(qkv_BN3HE[:, :, 1:])
+            how = ops.with_cache(how)
             out_BNHE = ops.cross_attention(qkv_BN3HE[:, :, 0], kv_BM2HE, visible, how)
         return self.wo(out_BNHE.flatten(-2))
 

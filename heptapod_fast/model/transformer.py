@@ -130,6 +130,7 @@ class Block(nn.Module):
             out_BNHE = ops.attention(qkv_BN3HE, visible, how)
         else:
             kv_BM2HE = cache.append(qkv_BN3HE[:, :, 1:])
+            how = ops.with_cache(how)
             out_BNHE = ops.cross_attention(qkv_BN3HE[:, :, 0], kv_BM2HE, visible, how)
         return out_BNHE.flatten(-2)
 

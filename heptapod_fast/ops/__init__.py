@@ -13,6 +13,7 @@ from heptapod_fast.ops.attention import (
     causal_mask,
     cross_attention,
     watched_attention,
+    with_cache,
 )
 from heptapod_fast.ops.bias_gelu import bias_gelu
 from heptapod_fast.ops.diffusion_loss import diffusion_inputs, diffusion_loss
@@ -77,4 +78,5 @@ __all__ = [
     "schedule_tables",
     "swiglu",
     "watched_attention",
+    "with_cache",
 ]

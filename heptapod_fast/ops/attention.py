@@ -178,6 +178,12 @@ def cross_attention(
     return _plain(chosen, q, k, v, visible)
 
 
+def with_cache(implementation: str) -> str:
+    """What runs attention over a cache, whose queries see `Ends`: what was asked for, but not
+    flash, which has no such mask and is meant for training."""
+    return "auto" if implementation == "flash" else implementation
+
+
 def attention_limits(head_width: int, keys: int, visible: Visible | type) -> dict[str, str | None]:
     """{implementation: why it cannot take such tensors, or None}, for `dispatch.choose`.
 

@@ -223,12 +223,18 @@ class Journal:
             OSError: it cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+", encoding="latin-1", newline="\n")
-        try:
-            warning = lock(self._file)
-        except InUseError:
+        while True:
+            self._file = open(self.path, "a+", encoding="latin-1", newline="\n")
+            try:
+                warning = lock(self._file)
+            except InUseError:
+                self._file.close()
+                raise InUseError(f"{self.path}: another process is writing these files") from None
+            # A job that was finishing may have removed it between the two.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                    break
             self._file.close()
-            raise InUseError(f"{self.path}: another process is writing these files") from None
         if warning:
             self._say(f"WARNING: {warning}")
         sync(self.path.parent)

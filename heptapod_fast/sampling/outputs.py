@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import tarfile
 import tempfile
 import zipfile
@@ -24,6 +25,7 @@ from heptapod_fast.storage import sync
 
 COLUMNS = 8
 MOST_ROWS = 64
+_NUMBERED = re.compile(r"\d{6,}-class\d+\.png")
 OLDEST = (1980, 1, 1, 0, 0, 0)  # the time of a zip's members: the same images make the same bytes
 
 # How far an output is, in what goes into JSON: enough to cut it back to there and go on.
@@ -238,12 +240,20 @@ class Grid(InOneFile):
 
 class Singles(Output):
     """A PNG file for every image, named by its number and class. They are whole from the start and
-    keep their names; those behind the last mark are written again."""
+    keep their names; those behind the last mark are written again.
+
+    Args:
+        labels: (N,) of all images.
+        replaces: remove numbered images of other samples that lie in the folder, which are else an
+            error: whoever reads the folder could not tell them apart.
+    """
 
     flag = "--save-images"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, labels: Tensor, replaces: bool = False) -> None:
         super().__init__(folder)
+        self._labels = labels.tolist()
+        self._replaces = replaces
         self._count = 0
         self._unsynced: list[Path] = []
 
@@ -254,6 +264,7 @@ class Singles(Output):
         """See `Output`."""
         _check_writable(self.path)
         self._count = images
+        self._refuse_others()
         there = {path.name.split("-class")[0] for path in self.path.iterdir()}
         missing = [name for name in map(_number, range(images)) if name not in there]
         if missing:
@@ -263,10 +274,28 @@ class Singles(Output):
                 "begin anew with --start-over"
             )
 
+    def _refuse_others(self) -> None:
+        ours = {self._name(number, label) for number, label in enumerate(self._labels)}
+        others = [path for path in self.path.iterdir() if _NUMBERED.fullmatch(path.name)]
+        others = sorted(path for path in others if path.name not in ours)
+        if self._replaces:
+            for path in others:
+                path.unlink()
+        elif others:
+            raise ValueError(
+                f"--save-images {self.path}: expected an empty folder, or one of the same samples; "
+                f"found {len(others):,} images of others, such as {others[0].name}: name another "
+                "folder, or let them be removed with --start-over"
+            )
+
+    @staticmethod
+    def _name(number: int, label: int) -> str:
+        return f"{_number(number)}-class{label}.png"
+
     def add(self, labels: Tensor, pixels: Tensor) -> None:
         """See `Output`."""
         for image, label in images_of(labels, pixels):
-            file = self.path / f"{_number(self._count)}-class{label}.png"
+            file = self.path / self._name(self._count, label)
             save_png(image, file)
             self._unsynced.append(file)
             self._count += 1

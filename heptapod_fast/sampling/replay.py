@@ -9,13 +9,13 @@ step (its number, how much the caches hold) stands in tensors that are filled in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from heptapod_fast.graphs import Graphs, Work
+from heptapod_fast.graphs import Graphs, Work, side_stream
 from heptapod_fast.rng import Rng, SteppedRng
 from heptapod_fast.sampling.options import SampleOptions
 
@@ -55,7 +55,7 @@ def recorder_for(options: SampleOptions, device: torch.device) -> Recorder | Non
         raise ValueError(f"--cuda-graph on: CUDA graphs need a GPU, this samples on {device.type}")
     if options.cuda_graph == "off" or device.type != "cuda":
         return None
-    return Graphs(device)
+    return Graphs(device, side_stream(device))
 
 
 class Steps:
@@ -121,9 +121,30 @@ class Steps:
         logger.warning("%s; sampling goes on without, slower (--cuda-graph off says so)", what)
 
 
-def updated(buffer: Tensor, value: Tensor) -> Tensor:
-    """The value in the buffer, where a replay will look for it; itself where it is of another
-    shape."""
-    if buffer.shape != value.shape:
-        return value
-    return buffer.copy_(value)
+class Entering:
+    """What enters a network at the next step: tensors (B, M, ...) for M elements of each sequence.
+
+    Those of one M always lie in the same memory, wherever the steps between have had other ones: a
+    step that was recorded for M elements will look for them there.
+    """
+
+    def __init__(self, *values: Tensor):
+        self._buffers: dict[int, tuple[Tensor, ...]] = {}
+        self._count = 0
+        self.put(*values)
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return self._count
+
+    def put(self, *values: Tensor) -> None:
+        """Let these enter next."""
+        self._count = values[0].shape[1]
+        buffers = self._buffers.setdefault(self._count, values)
+        for buffer, value in zip(buffers, values, strict=True):
+            if buffer is not value:
+                buffer.copy_(value)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._buffers[self._count])

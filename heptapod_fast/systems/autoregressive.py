@@ -24,7 +24,7 @@ from heptapod_fast.model.transformer import block_flops
 from heptapod_fast.ops import CAUSAL
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
-from heptapod_fast.sampling.replay import steps_for, updated
+from heptapod_fast.sampling.replay import Entering, steps_for
 from heptapod_fast.systems.base import NOWHERE, Elements, Phase
 from heptapod_fast.systems.mar import (
     Completing,
@@ -70,7 +70,7 @@ class Canvas:
         index_B: keys of their draws.
         order_BN: the positions in the order they are drawn.
         tokens_BN: what is there, in raster order.
-        x_BMD: what enters the backbone next.
+        entering: x (B, M, D) that enters the backbone next.
         seen_1: (1,) int64, how many tokens are there.
         cache: keys and values.
     """
@@ -78,7 +78,7 @@ class Canvas:
     index_B: Tensor
     order_BN: Tensor
     tokens_BN: Tensor
-    x_BMD: Tensor
+    entering: Entering
     seen_1: Tensor
     cache: KVCache
 
@@ -169,7 +169,7 @@ class NextToken(Completing):
             index_B=index_B,
             order_BN=order_BN,
             tokens_BN=tokens_BN,
-            x_BMD=torch.cat((start_B1D, *before), dim=1),
+            entering=Entering(torch.cat((start_B1D, *before), dim=1)),
             seen_1=torch.zeros(1, dtype=torch.int64, device=device),
             cache=KVCache(len(self.backbone.blocks), self.num_tokens, device),
         )
@@ -177,7 +177,7 @@ class NextToken(Completing):
         for step in range(seen, self.num_tokens):
             now = options.at(step / self.num_tokens)
             is_last = step + 1 == self.num_tokens
-            entering = canvas.x_BMD.shape[1]
+            entering = canvas.entering.count
             kind: Hashable = (now.diffusion_steps,)
             if is_last or entering != 1:
                 kind = None
@@ -188,7 +188,8 @@ class NextToken(Completing):
 
     def draw_token(self, canvas: Canvas, options: SampleOptions, is_last: bool, rng: Rng) -> None:
         """One step: the newest elements enter, a token is drawn and becomes one."""
-        z_BD = self.backbone(canvas.x_BMD, cache=canvas.cache)[:, -1]
+        (x_BMD,) = canvas.entering
+        z_BD = self.backbone(x_BMD, cache=canvas.cache)[:, -1]
         position_B1 = canvas.order_BN.index_select(1, canvas.seen_1)
         token_B, _ = self.token_loss.draw(z_BD, rng, canvas.index_B, position_B1[:, 0], options)
         put(canvas.tokens_BN, position_B1, token_B[:, None])
@@ -196,7 +197,7 @@ class NextToken(Completing):
             return
         next_B1 = canvas.order_BN.index_select(1, canvas.seen_1 + 1)
         x_B1D = self.backbone.embed_tokens(token_B[:, None], next_B1, canvas.seen_1 + 1)
-        canvas.x_BMD = updated(canvas.x_BMD, x_B1D)
+        canvas.entering.put(x_B1D)
 
     def expected_count(self, batch: int, phase: Phase | None = None) -> float:
         """Every token of every sequence."""

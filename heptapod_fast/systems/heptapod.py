@@ -28,7 +28,7 @@ from heptapod_fast.ops import CAUSAL, FULL, Ends
 from heptapod_fast.ops.dispatch import AUTO, Operators
 from heptapod_fast.rng import Rng
 from heptapod_fast.sampling import Given, KVCache, SampleOptions
-from heptapod_fast.sampling.replay import steps_for, updated
+from heptapod_fast.sampling.replay import Entering, steps_for
 from heptapod_fast.systems.base import NOWHERE, Elements, Phase
 from heptapod_fast.systems.mar import (
     Completing,
@@ -220,7 +220,8 @@ class Canvas:
         index_B: keys of their draws.
         order_BN: the positions in the order they are drawn.
         tokens_BN: what is there, in raster order.
-        x_BMD, element_BM: what enters the backbone next, and as which elements of the head.
+        entering: x (B, M, D) that enters the backbone next, and (B, M) as which elements of the
+            head.
         seen_1: (1,) int64, how many tokens are there; seen: the same, for the host.
         cache: keys and values of the backbone.
         drawing: what the head keeps.
@@ -229,8 +230,7 @@ class Canvas:
     index_B: Tensor
     order_BN: Tensor
     tokens_BN: Tensor
-    x_BMD: Tensor
-    element_BM: Tensor
+    entering: Entering
     seen_1: Tensor
     cache: KVCache
     drawing: Drawing
@@ -399,7 +399,7 @@ class Heptapod(Completing):
         steps = steps_for(options, rng, len(sizes), device)
         placed = 0  # elements in the cache
         for step, count in enumerate(sizes):
-            entering = canvas.x_BMD.shape[1]
+            entering = canvas.entering.count
             now = options.at(seen / self.num_tokens)
             is_last = step + 1 == len(sizes)
             # Likeness: as many elements enter as are drawn, so that all tensors stay in place.
@@ -430,21 +430,21 @@ class Heptapod(Completing):
             index_B=index_B,
             order_BN=order_BN,
             tokens_BN=tokens_BN,
-            x_BMD=x_BMD,
-            element_BM=element_BM,
+            entering=Entering(x_BMD, element_BM),
             seen_1=torch.zeros(1, dtype=torch.int64, device=device),
             cache=KVCache(len(self.backbone.blocks), self.num_tokens, device),
             drawing=self.head.drawing(len(classes), self.backbone.dtype),
         )
 
     def draw_group(
-        self, canvas: Canvas, count: int, options: SampleOptions, is_last: bool, rng: Rng
+        self, canvas: Canvas, count: int, options: HeptapodOptions, is_last: bool, rng: Rng
     ) -> None:
         """One step: the newest elements enter, `count` tokens are drawn and become elements."""
-        h_BMD = self.backbone(canvas.x_BMD, cache=canvas.cache)
-        canvas.drawing.see(h_BMD, canvas.element_BM)
+        x_BMD, element_BM = canvas.entering
+        h_BMD = self.backbone(x_BMD, cache=canvas.cache)
+        canvas.drawing.see(h_BMD, element_BM)
         draw_at = partial(self.draw_at, canvas.drawing, rng, canvas.index_B, options)
-        if isinstance(options, HeptapodOptions) and options.position_order == "confidence":
+        if options.position_order == "confidence":
             seen = canvas.seen
             ranked_BU, token_Bk = self.most_confident(draw_at, canvas.order_BN[:, seen:], count)
             canvas.order_BN[:, seen:] = ranked_BU
@@ -457,8 +457,7 @@ class Heptapod(Completing):
         if is_last:
             return
         x_BkD = self.backbone.embed_tokens(token_Bk, position_Bk, canvas.seen_1 + 1)
-        canvas.x_BMD = updated(canvas.x_BMD, x_BkD)
-        canvas.element_BM = updated(canvas.element_BM, position_Bk + 1)
+        canvas.entering.put(x_BkD, position_Bk + 1)
 
     def _positions_per_step(self, options: HeptapodOptions, left: int) -> int:
         """As asked for, but not more than are left to draw."""

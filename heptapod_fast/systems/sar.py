@@ -248,6 +248,7 @@ class Sar(MarSystem):
         "positions_per_step": _BY_GROUPS,
         "position_schedule": _BY_GROUPS,
         "position_order": _BY_GROUPS,
+        "cuda_graph": "no step of this system is like another, so that none is replayed",
     }
     settings: SarSettings
     null_classes = 1

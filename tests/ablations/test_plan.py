@@ -64,6 +64,8 @@ def test_models_that_are_compared_have_as_many_parameters(name, scale):
 def test_windows_shrink_with_the_grid():
     small = [row.name for row in ABLATIONS["figure7"].variants(Scale("tiny", 64, 3))]
     assert small == ["w64n1", "w16n4", "w4n16", "w4n32", "w1n64"]
+    vast = ABLATIONS["figure7"].variants(Scale("B", 1024, 12))
+    assert [row.name for row in vast] == ["w1024n1", "w256n4", "w64n16", "w64n32", "w16n64"]
     large = ABLATIONS["figure7"].variants(Scale("B", 256, 12))
     assert [row.name for row in large] == ["w256n1", "w64n4", "w16n16", "w16n32", "w4n64"]
     assert [row.paper for row in large] == [(row.name,) for row in large]
@@ -101,6 +103,8 @@ def made(monkeypatch=None, seconds=(), **how):
         Scale("tiny", 64, 3),
         WIDTHS,
         count=10,
+        evaluation={},
+        asked={"--images": 10},
         command="python x",
         device=torch.device("cpu"),
         say=lambda text: None,
@@ -151,10 +155,34 @@ def test_a_row_that_cannot_be_is_named():
             equal="images",
             metrics=("loss",),
             count=10,
+            evaluation={},
+            asked={"--images": 10},
             command="python x",
             device=torch.device("cpu"),
             say=lambda text: None,
         )
+
+
+@pytest.mark.parametrize(
+    "variants, flags, named",
+    [
+        ([Variant("a", {"density": 1})], {"density": 4}, "-- --density: rows of this table differ"),
+        ([Variant("a b"), Variant("a, b")], {}, "rows of one name, a b, a, b"),
+    ],
+)
+def test_rows_that_would_be_the_same(variants, flags, named):
+    with pytest.raises(ValueError, match=named):
+        plans.check_variants(variants, flags)
+
+
+def test_seconds_are_those_of_all_phases(monkeypatch):
+    """Three quarters of the images on patches, the rest four times as slow."""
+    times = {2: 0.08, 1: 0.32}
+    monkeypatch.setattr(plans, "_seconds_of_step", lambda session, state, phase: times[phase.level])
+    settings = {"size": "tiny", "system": "npp", "patches": (2, 1), "shares": (0.75, 0.25)}
+    settings |= {"batch": 8, "images": 8000, "width": 32, "heads": 2, **SMALL}
+    _, seconds = timed(settings, torch.device("cpu"))
+    assert seconds == pytest.approx((0.75 * 0.08 + 0.25 * 0.32) / 8)
 
 
 def test_steps_are_timed_on_the_systems_own_step():

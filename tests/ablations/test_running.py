@@ -20,7 +20,8 @@ with (here / "calls.txt").open("a") as file:
 if (here / "fail").exists() and (here / "fail").read_text() == out.name:
     sys.exit("out of luck")
 (out / "threads").write_text(os.environ.get("OMP_NUM_THREADS", ""))
-(out / "trained").write_text(flags["--images"])
+stopped = (here / "stop").exists() and (here / "stop").read_text() == out.name
+(out / "trained").write_text("7" if stopped else flags["--images"])
 """
 EVALUATE = """
 import json, pathlib, sys
@@ -30,11 +31,14 @@ here = pathlib.Path(__file__).parent
 with (here / "calls.txt").open("a") as file:
     file.write(f"evaluate {pathlib.Path(run).name} {flags.get('--temperature', '-')}\\n")
 images = int((pathlib.Path(run) / "trained").read_text())
+assert flags["--extractor"] == "small"
 numbers = {"relation_accuracy": images / 1e4 + int(flags["--seed"]) / 10, "device": "a test"}
+numbers["images_seen"] = images
 if "--temperature" in flags:
     numbers["relation_accuracy"] -= 0.05
 pathlib.Path(flags["--out"]).write_text(json.dumps(numbers))
 """
+EXTRA = {"extractor": "small"}
 ABLATION = Ablation("Two rows", "A test.", lambda scale: [], paper_columns=("FID",))
 
 
@@ -52,7 +56,9 @@ def plan_of(seeds=(0, 1)):
     two = Variant("two", {"width": 64}, x=2)
     cold = Variant("two, cold", {"width": 64}, sampling={"temperature": 0.5}, of="two", x=3)
     rows = (Row(one, 1000, 10, 2e9, 0.1), Row(two, 500, 11, 4e9, 0.2), Row(cold, 0, 0, 0.0, 0.0))
-    return Plan("two", rows, seeds, "compute", ("relation",), 10, "python x", "2026-01-02")
+    return Plan(
+        "two", rows, seeds, "compute", ("relation",), 10, EXTRA, {}, "python x", "2026-01-02"
+    )
 
 
 def calls(tools):
@@ -106,6 +112,27 @@ def test_nothing_is_repeated_and_the_table_is_the_same(tools, tmp_path):
     (tools / "calls.txt").unlink()
     run_plan(plan, broken, tools, said.append)
     assert calls(tools) == [] and said[-1] == "4 of 4 runs are done already"
+
+
+def test_a_run_that_was_stopped_is_not_measured_for_a_whole_one(tools, tmp_path):
+    """Training that was told to stop ends without an error."""
+    plan = plan_of((0,))
+    (tools / "stop").write_text("two-seed0")
+    with pytest.raises(RunFailed, match="two, seed 0 was stopped after 7 of 500 images"):
+        run_plan(plan, tmp_path, tools, print)
+    job = jobs_of(plan, tmp_path)[1]
+    assert not job.evaluation(plan.rows[1]).exists()
+    (tools / "stop").unlink()
+    run_plan(plan, tmp_path, tools, print)
+    assert json.loads(job.evaluation(plan.rows[1]).read_text())["images_seen"] == 500
+
+
+def test_the_first_failure_stops_those_that_have_not_begun(tools, tmp_path):
+    (tools / "fail").write_text("one-first-seed0")
+    with pytest.raises(RunFailed):
+        run_plan(plan_of(), tmp_path, tools, print, at_once=2)
+    begun = {call.split()[1] for call in calls(tools)}
+    assert "two-seed1" not in begun
 
 
 def test_a_lost_evaluation_is_made_again_alone(tools, tmp_path):

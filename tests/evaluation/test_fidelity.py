@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from heptapod_fast.data import Logograms
+from heptapod_fast.data import Logograms, Pairs
 from heptapod_fast.evaluation import MetricContext, fidelity, make_metrics
 from heptapod_fast.evaluation import small as small_module
 from heptapod_fast.evaluation.extractors import Features, Inception, load_torch_fidelity
@@ -239,12 +239,17 @@ def test_the_small_extractor_depends_on_its_data_alone(tmp_path, monkeypatch):
     assert found == [found[0]] * 3
 
 
-def test_training_images_are_evenly_spread():
-    for most, count in ((1000, 400), (399, 399), (7, 7)):
-        images = TrainingImages(LOGOGRAMS, most=most)
-        assert len(images) == count and len(images.labels) == count
-        assert sum(len(batch) for batch in images.batches()) == count
-    assert len(images.labels.unique()) == 5
+def test_some_training_images_are_of_all_classes():
+    """Where labels repeat, every fifth image would be of one class."""
+    pairs = Pairs(24, 2000)
+    some = TrainingImages(pairs, most=400)
+    assert len(some) == 400 and some.labels.bincount().min() > 50
+    again = TrainingImages(pairs, most=400)
+    assert torch.equal(torch.cat(list(some.batches())), torch.cat(list(again.batches())))
+    part = some.part(some.labels == 2, "twos")
+    assert part.name == "twos" and part.labels.unique().tolist() == [2]
+    whole = TrainingImages(pairs)
+    assert torch.equal(whole.labels, pairs.labels) and len(whole) == 2000
 
 
 def test_the_package_is_asked_for_before_anything_is_sampled(small, monkeypatch):

@@ -32,7 +32,7 @@ def job_in(folder, settings=SETTINGS, **more):
         Grid(folder / "grid.png", 3),
         Arrays(folder / "a.npz", LABELS),
         Tarred(folder / "deep" / "a.tar"),
-        Singles(folder / "singles"),
+        Singles(folder / "singles", LABELS),
     ]
     return Job(made, COUNT, settings, folder / ".journal", **more)
 
@@ -256,3 +256,18 @@ def test_a_digest_is_of_names_types_and_values():
     found = {digest(tensors) for tensors in [{"a": value}, *other]}
     assert len(found) == 5 and digest({"a": value.clone()}) in found
     assert digest({"a": torch.tensor(3)}) != digest({"a": torch.tensor(4)})
+
+
+def test_single_images_of_other_samples_are_not_mixed_with_these(tmp_path):
+    folder = tmp_path / "singles"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "000001-class7.png").write_bytes(b"another sample")
+    with pytest.raises(ValueError, match="found 1 images of others, such as 000001-class7.png"):
+        Singles(folder, LABELS).begin(0, {})
+    Singles(folder, LABELS, replaces=True).begin(0, {})
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    # The same ones may be written again.
+    (folder / f"000000-class{int(LABELS[0])}.png").write_bytes(b"one of these")
+    Singles(folder, LABELS).begin(0, {})
+    assert len(list(folder.iterdir())) == 2

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten
 
 from heptapod_fast.rng import Rng, SteppedRng
 from heptapod_fast.sampling import Given
-from heptapod_fast.sampling.replay import WARM_UP, Steps, recorder_for, updated
+from heptapod_fast.sampling.replay import WARM_UP, Entering, Steps, recorder_for
 from tests.sampling.test_sampling import quick
 
 RNG, TOKENS = Rng(4), 16
@@ -118,6 +118,12 @@ CASES = {
     "flow": ("continuous", {"token_loss": "flow"}, {}, 15),
     "1d-raster": ("discrete", {"system": "1d-raster"}, {}, 15),
     "1d-random": ("continuous", {"system": "1d-random"}, {}, 15),
+    "1d, fewer later": (
+        "continuous",
+        {"system": "1d-random"},
+        {"diffusion_steps": 4, "late_diffusion_steps": 1},
+        None,
+    ),
     "llamagen": ("discrete", {"system": "llamagen"}, {"guidance": 1.0}, 16),
     "guided": ("discrete", {"system": "llamagen"}, {"guidance": 2.0}, 16),
     "guided, linear": (
@@ -213,14 +219,58 @@ def test_draws_of_all_steps_are_those_of_each():
         stepped.key("a")
 
 
-def test_a_value_of_another_shape_takes_the_place_of_the_buffer():
-    buffer, same, other = torch.zeros(2), torch.ones(2), torch.ones(3)
-    assert updated(buffer, same) is buffer and buffer.tolist() == [1, 1]
-    assert updated(buffer, other) is other
+def test_what_enters_lies_where_as_much_has_lain_before():
+    first, second = torch.zeros(2, 1, 3), torch.ones(2, 2, 3)
+    entering = Entering(first)
+    entering.put(second)
+    assert entering.count == 2 and list(entering) == [second]
+    entering.put(torch.full((2, 1, 3), 5.0))
+    (now,) = entering
+    assert now is first and float(now[0, 0, 0]) == 5 and entering.count == 1
 
 
-def test_what_the_flag_comes_to(make_system):
+def test_groups_that_grow_and_shrink_replay_what_is_there(make_system, monkeypatch):
+    """Of 256 tokens the cosine's groups of 2 and 3 come in turns."""
+    system = make_system(grid=16).eval()
+    options = system.options(positions_per_step=2, position_schedule="cosine")
+    expected = system.sample(CLASSES, RNG, options, INDEX)
+    used = recorded(monkeypatch)
+    assert torch.equal(system.sample(CLASSES, RNG, options, INDEX), expected)
+    assert used[0].replays > 60 and len(used[0].tapes) > 2
+
+
+@pytest.mark.parametrize("name", ["global", "local", "1d-raster"])
+def test_a_recording_that_fails_half_way_is_done_again(make_system, monkeypatch, name):
+    kind, settings, options, _ = CASES[name]
+    system = make_system(kind, **settings).eval()
+    expected = system.sample(CLASSES, RNG, quick(system, **options), INDEX)
+    recorded(monkeypatch)
+
+    def fail(self, name, work):
+        draw = type(system.token_loss).draw
+
+        def broken(*given, **more):
+            raise RuntimeError("out of graph")
+
+        monkeypatch.setattr(type(system.token_loss), "draw", broken)
+        try:
+            work()
+        finally:
+            monkeypatch.setattr(type(system.token_loss), "draw", draw)
+
+    monkeypatch.setattr(Recorder, "capture", fail)
+    assert torch.equal(system.sample(CLASSES, RNG, quick(system, **options), INDEX), expected)
+
+
+def test_what_the_flag_comes_to(make_system, monkeypatch):
     system = make_system().eval()
+    made = []
+    monkeypatch.setattr("heptapod_fast.sampling.replay.Graphs", lambda *given: made.append(given))
+    monkeypatch.setattr("heptapod_fast.sampling.replay.side_stream", lambda device: "side")
+    gpu = torch.device("cuda")
+    for asked, count in (("off", 0), ("auto", 1), ("on", 2)):
+        recorder_for(system.options(cuda_graph=asked), gpu)
+        assert made == [(gpu, "side")] * count
     for asked in ("auto", "off"):
         assert recorder_for(system.options(cuda_graph=asked), torch.device("cpu")) is None
     with pytest.raises(ValueError, match="--cuda-graph on: CUDA graphs need a GPU"):

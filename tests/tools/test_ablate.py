@@ -86,6 +86,11 @@ def test_a_table_with_two_seeds_goes_on_where_it_was(in_process, tmp_path, monke
         command("ablate", *small("steps", out, "--seeds", 3)),
         "was begun with --seeds 2, now 3",
     )
+    refused(
+        command("ablate", *small("steps", out, "--seeds", 2, "--metrics", "loss")),
+        "--metrics None, now loss",
+    )
+    refused(command("ablate", *small("steps", out, "--seeds", 2), "--lr-per-256", 1), "-- --width")
     refused(command("ablate", *small("table1", out, "--seeds", 2)), "NAME steps, now table1")
 
 
@@ -115,7 +120,11 @@ def test_the_list_is_whole():
         (("table9",), ("no table is named table9", "table1", "Order and sampler")),
         (("table1", "--images", 10, "--minutes", 1), ("--images beside --minutes",)),
         (("table1", "--seeds", 0), ("--seeds 0: expected more than 0",)),
-        (("table1", "--", "--out", "x"), ("-- --out: this is decided for each run",)),
+        (("table1", "--", "--out", "x"), ("-- --out: this is said before the --",)),
+        (("table1", "--", "--data=pairs"), ("-- --data: this is said before the --",)),
+        (("table1", "--data", "x.tar"), ("--metrics fid,is: needs --inception FILE",)),
+        (("table1", "--metrics", "loss,dreams"), ("--metrics dreams: choose among",)),
+        (("figure8", "--images", 9, "--", "--density=4"), ("rows of this table differ by it",)),
         (("table1", "--", "batch", 3), ("-- batch: expected flags of tools/train.py",)),
         (
             ("table1", "--images", 10, "--", "--width", 33),

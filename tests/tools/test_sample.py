@@ -362,7 +362,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     labels = torch.zeros(count, dtype=torch.int64)
     everywhere = [
         outputs.Grid(tmp_path / "g.png", 8),
-        outputs.Singles(tmp_path / "singles"),
+        outputs.Singles(tmp_path / "singles", labels),
         outputs.Tarred(tmp_path / "a.tar"),
         outputs.Arrays(tmp_path / "a.npz", labels),
     ]
