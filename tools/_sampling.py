@@ -66,7 +66,7 @@ class RunArguments:
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"the images that {self.run} was trained on are not here ({error}): name others "
-                "with --reference, and with --metrics what needs no more than those"
+                "with --reference, and of the metrics those that need no more than these"
             ) from error
 
 

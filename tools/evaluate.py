@@ -47,7 +47,8 @@ class Arguments(SamplingArguments):
     the data in their place."""
     metrics: str | None = None
     """Metrics separated by commas: fid, sfid, kid, is, precision, recall, rfid, symmetry,
-    likelihood; default: what the data allows without weights (symmetry for logograms)."""
+    relation, likelihood, loss, probe, attention; default: what the data allows without weights
+    (symmetry for logograms, relation for pairs)."""
     reference: str | None = None
     """What samples are compared with: a folder of pictures, or an .npz with images (arr_0) or
     statistics (mu, sigma), as ADM's; default: the run's training images."""
@@ -62,7 +63,8 @@ class Arguments(SamplingArguments):
     """Measure all of these instead of sampling: an .npz or a folder, as tools/sample.py writes
     them."""
     out: str | None = None
-    """Where the numbers go; default: RUN_DIR/evaluation.json."""
+    """Where the numbers go; default: RUN_DIR/evaluation.json, or without samples
+    RUN_DIR/evaluation-METRICS.json."""
 
 
 def work() -> int:
@@ -91,6 +93,7 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
         if world.main and not looking:
             refuse_samples_for_nobody(arguments, given)
         written = written_samples(arguments, loaded)
+    asked = metric_names(arguments.metrics, loaded.config.data.data)
     # One rank has the metrics, and all have to draw.
     (needs_samples,) = world.any(bool(looking))
     if written is not None and not world.main:
@@ -117,7 +120,9 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
         results |= metric.compute()
     if shown is not None:
         results["samples_per_class"] = of_each_class(shown.labels, loaded.class_names)
-    out = Path(arguments.out or Path(arguments.run) / "evaluation.json")
+    # Numbers of samples, which reports and model cards show, are not replaced by others.
+    name = "evaluation" if shown is not None else f"evaluation-{'-'.join(asked)}"
+    out = Path(arguments.out or Path(arguments.run) / f"{name}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     written_files = [out]

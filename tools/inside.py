@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 from _cli import main, parse
 from _sampling import RunArguments, started
 
+from heptapod_fast.data.tokens import Batch
 from heptapod_fast.evaluation import MetricContext, make_metrics
 from heptapod_fast.evaluation.image_sets import ImageSet
 from heptapod_fast.evaluation.likelihood import images_of
 from heptapod_fast.evaluation.maps import REFERENCES, maps_of, reference_positions
-from heptapod_fast.evaluation.observing import batches_of
+from heptapod_fast.evaluation.observing import BATCH, batches_of
 from heptapod_fast.progress import Progress
 from heptapod_fast.reports.charts import save_series
 from heptapod_fast.reports.maps import save_maps
@@ -55,8 +56,11 @@ def work() -> int:
     for flag, value, least in (("--count", arguments.count, 2), ("--images", arguments.images, 1)):
         if value < least:
             raise ValueError(f"{flag} {value}: expected at least {least}")
+    if arguments.images > BATCH:
+        raise ValueError(f"--images {arguments.images}: expected at most {BATCH}")
     with started(arguments.device) as world:
-        look(arguments, world)
+        if world.main:  # there is nothing to share
+            look(arguments, world)
     return 0
 
 
@@ -69,7 +73,7 @@ def look(arguments: Arguments, world: World) -> None:
         raise ValueError(f"--what {','.join(unknown)}: choose among {', '.join((*MEASURED, MAPS))}")
     out = Path(arguments.out or Path(arguments.run) / "inside")
     out.mkdir(parents=True, exist_ok=True)
-    context = context_of(arguments, loaded, world)
+    context = context_of(arguments, loaded, world, asked)
     results: dict[str, Any] = {
         "system": loaded.config.system,
         "size": loaded.config.size,
@@ -105,11 +109,15 @@ def look(arguments: Arguments, world: World) -> None:
         print(f"written: {file}")
 
 
-def context_of(arguments: Arguments, loaded: LoadedRun, world: World) -> MetricContext:
+def context_of(
+    arguments: Arguments, loaded: LoadedRun, world: World, asked: Sequence[str]
+) -> MetricContext:
     """What metrics may need."""
     assert loaded.tokenizer is not None  # `RunArguments.load` has seen to it
+    # Probes are trained on the run's images, whatever they are tested on.
+    needs_images = arguments.reference is None or "probe" in asked
     return MetricContext(
-        source=arguments.training_images(loaded),
+        source=arguments.training_images(loaded) if needs_images else None,
         tokenizer=loaded.tokenizer,
         system=loaded.system,
         count=arguments.count,
@@ -146,6 +154,8 @@ def drawn(
     images: ImageSet = images_of(context, "maps")
     pixels, _, batch = next(batches_of(images, system, tokenizer, lambda done, total: None))
     shown = pixels[: arguments.images]
+    few = len(shown) + len(shown) % 2  # even, as `maps_of` takes them
+    batch = Batch(batch.tokens[:few], batch.labels[:few], batch.index[:few])
     positions = reference_positions(system.spec.grid)[:REFERENCES]
     paths = []
     for maps in maps_of(system, tokenizer, batch, positions, seen):

@@ -66,7 +66,8 @@ class LayerCache:
         counts behind them.
 
         Raises:
-            ValueError: elements of another kind than before, or more than there is room for.
+            ValueError: elements of another kind than before, or more than fit in an empty cache.
+            IndexError: more than there is room for; on a GPU an assertion of the device.
         """
         length = self._cache.length
         if kv_BM2HE.shape[1] > length:

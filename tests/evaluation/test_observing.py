@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,13 +12,19 @@ from heptapod_fast.data.tokens import Batch
 from heptapod_fast.evaluation import MetricContext, make_metrics
 from heptapod_fast.evaluation.attention_distance import distances
 from heptapod_fast.evaluation.held_out import by_step
-from heptapod_fast.evaluation.maps import attention_maps, maps_of, reference_positions, similarity
+from heptapod_fast.evaluation.maps import (
+    _widest,
+    attention_maps,
+    maps_of,
+    reference_positions,
+    similarity,
+)
 from heptapod_fast.evaluation.observing import Attended, Layer, observe, without_class
 from heptapod_fast.evaluation.probe import probe_accuracy
 from heptapod_fast.ops import CAUSAL, FULL, AttentionMask, Ends
 from heptapod_fast.rng import Rng
 from heptapod_fast.systems.base import NOWHERE, Elements
-from heptapod_fast.tokenizers import PatchVQ
+from heptapod_fast.tokenizers import Patch, PatchVQ
 from tests.cases import EVERY_SYSTEM
 
 RNG = Rng(3)
@@ -479,3 +486,68 @@ def test_a_local_head_stands_at_few_tokens(make_system, make_batch):
     system = make_system(grid=6, head="local", window=1).eval()
     found = [m.name for m in maps_of(system, TOKENIZER, make_batch(system, 2), [0, 7], 10)]
     assert "attention-backbone" in found
+
+
+def test_of_several_attentions_the_widest_is_drawn(make_system, make_batch):
+    """A local head looks at all states, and then within its window."""
+    system = make_system(grid=6, head="local", window=4).eval()
+    layer = observe(system, make_batch(system, 2), RNG, 10)[-1]
+    widest = _widest(layer)
+    assert widest is layer.attended[0] and widest.key_BK.shape[1] == 36
+
+
+def test_probes_and_distances_show_the_head_what_they_say(make_system, monkeypatch):
+    monkeypatch.setattr("heptapod_fast.evaluation.probe.IMAGES", 64)
+    monkeypatch.setattr("heptapod_fast.evaluation.probe.PER_CLASS", 1)
+    system = make_system(grid=6, num_classes=5).eval()
+    for name, expected in (("probe", 35), ("attention", 18)):
+        shown = []
+
+        def watch(system, batch, rng, seen, shown=shown):
+            shown.append(seen)
+            return observe(system, batch, rng, seen)
+
+        module = {"probe": "probe", "attention": "attention_distance"}[name]
+        monkeypatch.setattr(f"heptapod_fast.evaluation.{module}.observe", watch)
+        (metric,) = make_metrics([name], context(system))
+        metric.compute()
+        assert set(shown) == {expected}
+
+
+def test_tested_features_are_scaled_as_the_others_were():
+    """Test images that all lie on one side stay there."""
+    labels = torch.arange(400) % 2
+    train = (2.0 * labels - 1)[:, None] + 0.1 * randn(400, 1)
+    test = 1 + 0.1 * randn(50, 1, seed=1)
+    assert probe_accuracy(train, labels, test, torch.ones(50).long(), 2) == 1
+
+
+def test_losses_by_noise_weigh_batches_by_their_images(make_system, monkeypatch):
+    """66 images come as 64 and 2."""
+    system = make_system("continuous", grid=6, num_classes=5).eval()
+    monkeypatch.setattr(
+        type(system),
+        "losses_by_noise",
+        lambda self, batch, rng, shares: torch.full((len(shares),), float(len(batch.index))),
+    )
+    monkeypatch.setattr(
+        type(system), "next_token_losses", lambda self, batch, rng: torch.zeros(len(batch), 36)
+    )
+    given = MetricContext(
+        LOGOGRAMS, tokenizer=Patch(SIDE, 4), system=system, image_size=SIDE, count=66
+    )
+    (metric,) = make_metrics(["loss"], given)
+    (value,) = set(metric.compute()["held_out_loss_by_noise"].values())
+    assert value == pytest.approx((64 * 64 + 2 * 2) / 66)
+
+
+@pytest.mark.parametrize("name", ["loss", "attention", "likelihood"])
+def test_images_that_cannot_be_asked_of_the_run(make_system, tmp_path, name):
+    system = make_system(grid=6, num_classes=3).eval()
+    images = np.zeros((3, SIDE, SIDE, 3), np.uint8)
+    np.savez(tmp_path / "others.npz", arr_0=images, labels=np.array([0, 7, 1]))
+    np.savez(tmp_path / "one.npz", arr_0=images[:1], labels=np.array([0]))
+    for file, text in (("others", "has classes 0 to 7, the run 0 to 2"), ("one", "has one image")):
+        given = context(system, reference=str(tmp_path / f"{file}.npz"))
+        with pytest.raises(ValueError, match=f"--metrics {name}: .*{text}"):
+            make_metrics([name], given)

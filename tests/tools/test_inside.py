@@ -85,6 +85,7 @@ def test_what_a_run_does_not_allow_is_left_out_and_said(tmp_path):
         (("--what", "maps", "--seen", "36"), "--seen 36: expected 0 to 35 tokens"),
         (("--count", "1"), "--count 1: expected at least 2"),
         (("--images", "0"), "--images 0: expected at least 1"),
+        (("--images", "65"), "--images 65: expected at most 64"),
         (("--what", "loss", "--reference", "nowhere.npz"), "nowhere.npz: no such file"),
     ],
 )
