@@ -8,7 +8,7 @@ state of the code, in turns.
     git worktree add ../before COMMIT
     python bench/sampling.py runs/discrete runs/continuous --against ../before ...
 
-    python bench/sampling.py --size B --batch 8 --out bench/results/sampling-B-cpu.json
+    python bench/sampling.py --size B --tokens discrete --out bench/results/sampling-B-cpu.json
 
 Without a run, --size times untrained weights on the tokens of 256 px, at 256, 64 and 16 steps.
 
@@ -42,6 +42,7 @@ from heptapod_fast.runs import LoadedRun, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_STEP = (1, 2, 4, 9, 18, 36)  # positions
+TOKENIZERS = {"discrete": "vq16", "continuous": "kl16"}
 STEPS = (256, 64, 16)  # of an untrained size
 SEEDS = (0, 1)
 FIRST_FOLD = 2  # of class 0
@@ -97,10 +98,11 @@ def row(loaded: LoadedRun, kind: str, count: int, positions: int) -> dict:
     return entry(f"sampling, {kind}, {positions} at a step", count, found, seconds)
 
 
-def sized(size: str, batch: int) -> list[dict]:
-    """A row for codes and for vectors at each of `STEPS`, one batch each."""
+def sized(size: str, batch: int, kinds: list[str]) -> list[dict]:
+    """A row for each kind of tokens at each of `STEPS`, one batch each."""
     rows = []
-    for kind, tokenizer in (("discrete", "vq16"), ("continuous", "kl16")):
+    for kind in kinds:
+        tokenizer = TOKENIZERS[kind]
         system = untrained(size, "cpu", tokenizer=tokenizer)
         num_tokens = system.num_tokens
         seconds_of_untrained(system, batch, positions_per_step=num_tokens)  # the first is slower
@@ -164,6 +166,7 @@ def main() -> None:
     )
     parser.add_argument("runs", metavar="RUN_DIR", nargs="*", help="of --data logograms")
     parser.add_argument("--size", help="time untrained weights of this size instead")
+    parser.add_argument("--tokens", nargs="+", choices=TOKENIZERS, default=list(TOKENIZERS))
     parser.add_argument("--batch", type=int, default=8, help="images, of --size")
     parser.add_argument("--count", type=int, default=256, help="images, in one batch")
     parser.add_argument("--rounds", type=int, default=5, help="of --against")
@@ -183,7 +186,7 @@ def main() -> None:
     rows = []
     worlds.start("cpu")
     if options.size:
-        rows += sized(options.size, options.batch)
+        rows += sized(options.size, options.batch, options.tokens)
     for run in options.runs:
         loaded = load_run(run, device="cpu", only_samples=True)
         if loaded.config.data.data != "logograms":

@@ -186,7 +186,8 @@ def torchrun(ranks: int) -> tuple[str, ...]:
 def start(
     tool: str, *words, launcher=(sys.executable,), cwd: Path = ROOT, **extra
 ) -> subprocess.Popen:
-    """Run tools/TOOL.py in another process; stdout and stderr together."""
+    """Run tools/TOOL.py in another process; stdout and stderr together. Ctrl-C reaches it also
+    where tests run in the background of a shell, which lets its processes ignore that."""
     return subprocess.Popen(
         [*launcher, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)],
         env=environment(**extra),
@@ -194,6 +195,7 @@ def start(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
