@@ -23,11 +23,11 @@ from heptapod_fast.data.sources import ImageSource
 from heptapod_fast.evaluation import MetricContext, make_metrics
 from heptapod_fast.evaluation.image_sets import TrainingImages
 from heptapod_fast.evaluation.symmetry import through
+from heptapod_fast.reports.run import evaluations_of
 from heptapod_fast.runs import RunDir, load_run
 from heptapod_fast.runs.data import open_images
 from heptapod_fast.storage import write_json
 from heptapod_fast.tokenizers import Tokenizer, to_uint8, to_unit
-from heptapod_fast.train.records import OF_SAMPLES
 from heptapod_fast.world import device_name
 
 COUNT = 2048
@@ -67,6 +67,8 @@ def main() -> None:
         count=COUNT,
     )
     fresh = source.fresh(COUNT)
+    lines = RunDir(options.run).metrics.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     found: dict[str, Any] = {
         "device": device_name(torch.device("cpu")),
         "torch": torch.__version__,
@@ -74,25 +76,11 @@ def main() -> None:
         "training_images": {"fid": fid_of(context, source, None)},
         "fresh_images": {"fid": fid_of(context, fresh, None)},
         "through_the_tokenizer": {"fid": fid_of(context, fresh, loaded.tokenizer)},
-        "samples": evaluations(RunDir(options.run)),
+        "samples": evaluations_of(records),
     }
     print(json.dumps(found, indent=1))
     if options.out:
         write_json(options.out, found)
-
-
-def evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """What --evaluate-every measured, with the images that it was measured after."""
-    found = []
-    for record in map(json.loads, run.metrics.read_text().splitlines()):
-        measured = {
-            name.removeprefix(OF_SAMPLES): value
-            for name, value in record.items()
-            if name.startswith(OF_SAMPLES)
-        }
-        if measured:
-            found.append({"images": record["images"], **measured})
-    return found
 
 
 if __name__ == "__main__":

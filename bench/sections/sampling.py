@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.systems import System, build_system, configure
 
 CLASSES = 1000
+TOKENIZERS = {"codes": "vq16", "vectors": "kl16"}
 BATCHES = (1, 8, 64)
 ROUNDS = 3
 HEAD = ["tokens", "batch", "steps", "launched, images/s", "replayed", "times", "same tokens"]
@@ -51,19 +53,17 @@ class Sampling:
 
     def measure(self, work: Work) -> None:
         """See Section.measure. What cannot be recorded is a row too."""
-        for kind, tokenizer in (("codes", "vq16"), ("vectors", "kl16")):
-            system = None
-            for batch in BATCHES:
-                for per_step in (1, 16):
-                    case = f"{kind}, batch {batch}, {256 // per_step} steps"
-                    if not work.wants(case):
-                        continue
-                    try:
-                        if system is None:
-                            system = untrained("B", "cuda", tokenizer=tokenizer)
-                        work.emit(compared(case, system, batch, per_step))
-                    except Exception as error:
-                        work.emit({"case": case, "failed": reason(error)})
+        systems: dict[str, System] = {}
+        for kind, batch, per_step in product(TOKENIZERS, BATCHES, (1, 16)):
+            case = f"{kind}, batch {batch}, {256 // per_step} steps"
+            if not work.wants(case):
+                continue
+            try:
+                if kind not in systems:
+                    systems[kind] = untrained("B", "cuda", tokenizer=TOKENIZERS[kind])
+                work.emit(compared(case, systems[kind], batch, per_step))
+            except Exception as error:
+                work.emit({"case": case, "failed": reason(error)})
 
     def table(self, rows: list[Row], ceilings: Ceilings) -> list[str]:
         """See Section.table."""
