@@ -150,6 +150,7 @@ def _sar_guidance(scale: Scale) -> list[Variant]:
 
 
 FID_IS = ("FID", "IS")
+POINTS = 4  # of the curves of figures
 
 ABLATIONS: dict[str, Ablation] = {
     "table1": Ablation(
@@ -163,11 +164,13 @@ ABLATIONS: dict[str, Ablation] = {
         "Codes are learned faster at first; vectors come out better in the end, as their tokenizer "
         "loses less.",
         _figure6,
+        points=POINTS,
     ),
     "figure7": Ablation(
         "Window and density (Heptapod, Figure 7)",
         "Windows shrink as the number of supervised steps grows; the whole grid is best.",
         _figure7,
+        points=POINTS,
         paper_columns=("of 256 tokens",),
     ),
     "figure8": Ablation(
@@ -175,6 +178,7 @@ ABLATIONS: dict[str, Ablation] = {
         "More steps of each image that get a head pass and a loss, over the whole grid.",
         _figure8,
         x_label="supervised steps of an image",
+        points=POINTS,
     ),
     "dense": Ablation(
         "What dense supervision costs",

@@ -68,6 +68,9 @@ class Arguments:
     metrics: str | None = None
     """Metrics of tools/evaluate.py, separated by commas; default: those that fit --data, and the
     held-out loss."""
+    points: int | None = None
+    """Measurements of each run, evenly over its images, the last at its end: with more than one the
+    chart shows curves; default: 4 for what the papers show as curves, else 1."""
     extractor: Literal["inception", "small"] | None = None
     """As of tools/evaluate.py, for fid and its relatives."""
     inception: str | None = None
@@ -128,6 +131,7 @@ def check(arguments: Arguments) -> None:
         ("--minutes", arguments.minutes),
         ("--seeds", arguments.seeds),
         ("--count", arguments.count),
+        ("--points", arguments.points),
         ("--at-once", arguments.at_once),
     ):
         if value is not None and value <= 0:
@@ -218,6 +222,7 @@ def planned(arguments: Arguments, of_training: list[str]) -> Plan:
         equal=arguments.equal,
         metrics=metrics_of(arguments),
         count=arguments.count,
+        points=arguments.points or ablation.points,
         evaluation=evaluation_flags(arguments),
         asked=asked_for(arguments, of_training),
         command=shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]),

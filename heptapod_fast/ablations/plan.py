@@ -78,6 +78,8 @@ class Ablation:
         flags: of tools/train.py, for all rows; those of the command line come after them.
         x_label: of the chart, where rows stand at numbers.
         paper_columns: of the paper's figures.
+        points: of a run, its end among them, that are measured: with more than one the chart shows
+            curves over training.
     """
 
     title: str
@@ -86,6 +88,7 @@ class Ablation:
     flags: Mapping[str, Any] = field(default_factory=dict)
     x_label: str = ""
     paper_columns: tuple[str, ...] = ()
+    points: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class Plan:
         equal: what the rows have alike.
         metrics: that samples are measured by.
         count: samples that are measured.
+        points: of a run, its end among them, that are measured.
         evaluation: more flags of tools/evaluate.py, as --extractor.
         asked: what decides all of this, by the flags that say it.
         command: that made the plan.
@@ -135,6 +139,7 @@ class Plan:
     equal: Equal
     metrics: tuple[str, ...]
     count: int
+    points: int
     evaluation: dict[str, Any]
     asked: dict[str, Any]
     command: str
@@ -163,6 +168,7 @@ def make_plan(
     equal: Equal,
     metrics: tuple[str, ...],
     count: int,
+    points: int,
     evaluation: Mapping[str, Any],
     asked: Mapping[str, Any],
     command: str,
@@ -175,7 +181,7 @@ def make_plan(
         flags: of tools/train.py, for all rows.
         images, minutes: of a run of the first row: how many, or as many as it trains on in that
             time. Of the others as many, or as many as cost or take the same, as `equal` says.
-        evaluation, asked, command: see `Plan`.
+        points, evaluation, asked, command: see `Plan`.
 
     Raises:
         ValueError: what a configuration refuses, naming the row; flags that rows differ by.
@@ -222,6 +228,7 @@ def make_plan(
         equal,
         metrics,
         count,
+        points,
         dict(evaluation),
         # As JSON gives it back: lists for tuples.
         json.loads(json.dumps(asked)),

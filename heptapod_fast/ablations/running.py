@@ -16,7 +16,9 @@ from typing import Any
 
 from heptapod_fast.ablations.plan import Plan, Row, slug
 from heptapod_fast.progress import duration
-from heptapod_fast.runs import RunError
+from heptapod_fast.reports.run import evaluations_of
+from heptapod_fast.runs import RunDir, RunError
+from heptapod_fast.train.records import Record, read_metrics
 
 RUNS, LOG = "runs", "log.txt"
 SHOWN = 15  # last lines of the output of what failed
@@ -108,7 +110,7 @@ def run_plan(
             return
         begin = time.monotonic()
         try:
-            _run(training_words(job, tools, launcher), job, environment)
+            _run(training_words(plan, job, tools, launcher), job, environment)
             for row in job.sampled:
                 if not job.evaluation(row).exists():
                     _run(measuring_words(plan, job, row, tools), job, environment)
@@ -154,12 +156,25 @@ class _Counting:
             )
 
 
-def training_words(job: Job, tools: Path, launcher: tuple[str, ...] = ()) -> list[str]:
+def training_words(plan: Plan, job: Job, tools: Path, launcher: tuple[str, ...] = ()) -> list[str]:
     """The command that trains a run, or goes on with it."""
     flags = dict(job.row.variant.flags)
     flags |= {"images": job.row.images, "seed": job.seed, "out": str(job.folder)}
+    if plan.points > 1:
+        flags |= measured_while_training(plan, job.row)
     start = launcher or (sys.executable,)
     return [*start, str(tools / "train.py"), *words_of(flags)]
+
+
+def measured_while_training(plan: Plan, row: Row) -> dict[str, Any]:
+    """Flags by which training takes the numbers of a plan's points but the last, which is measured
+    when the run is done."""
+    flags: dict[str, Any] = {"evaluate_every": -(-row.images // plan.points)}
+    flags |= {"evaluate_metrics": ",".join(plan.metrics), "evaluate_count": plan.count}
+    for name in ("inception", "reference"):
+        if name in plan.evaluation:
+            flags[f"evaluate_{name}"] = plan.evaluation[name]
+    return flags
 
 
 def measuring_words(plan: Plan, job: Job, row: Row, tools: Path) -> list[str]:
@@ -200,6 +215,23 @@ def _run(words: list[str], job: Job, environment: Any) -> None:
             f"{job.row.variant.name}, seed {job.seed} ended with exit code {code}; all "
             f"of its output is in {log}, the end of which is:\n{last}"
         )
+
+
+def points_of(job: Job, row: Row) -> list[Record]:
+    """The numbers of a run of this row by how many images it had seen ("images"), its end last; []
+    where the end is not there yet.
+
+    Raises:
+        ValueError: a metrics.jsonl that is broken; names the line.
+    """
+    end = results_of(job, row)
+    if end is None:
+        return []
+    path = RunDir(job.folder).metrics
+    # Rows that differ by how they are sampled have one run, which training measures in one way.
+    records = read_metrics(path) if row is job.row and path.exists() else []
+    earlier = [each for each in evaluations_of(records) if each["images"] < job.row.images]
+    return [*earlier, {**end, "images": job.row.images}]
 
 
 def results_of(job: Job, row: Row) -> dict[str, Any] | None:

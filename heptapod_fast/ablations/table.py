@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from heptapod_fast.ablations.plan import Ablation, Plan, Row
-from heptapod_fast.ablations.running import jobs_of, results_of
-from heptapod_fast.reports.charts import save_spreads
-from heptapod_fast.reports.compared import COLUMNS, compared_parts, shown_columns
+from heptapod_fast.ablations.running import Job, jobs_of, points_of, results_of
+from heptapod_fast.reports.compared import COLUMNS, compared_parts, save_compared_chart
 from heptapod_fast.storage import write_json
 
 PAGE, NUMBERS, CHART = "table.md", "table.json", "chart.png"
@@ -30,6 +29,7 @@ def write_table(ablation: Ablation, plan: Plan, out: Path) -> list[Path]:
         "equal": plan.equal,
         "seeds": list(plan.seeds),
         "paper_columns": list(ablation.paper_columns),
+        "x_label": ablation.x_label,
         "command": plan.command,
         "begun": plan.begun,
         "rows": rows,
@@ -37,9 +37,7 @@ def write_table(ablation: Ablation, plan: Plan, out: Path) -> list[Path]:
     write_json(out / NUMBERS, data)
     page = [f"# {ablation.title}", ablation.about, *compared_parts(data)]
     written = [out / PAGE, out / NUMBERS]
-    shown = shown_columns(rows)
-    if shown and all(shown[0][0] in row["mean"] for row in rows):
-        save_chart(ablation, rows, shown[0], out / CHART)
+    if save_compared_chart(data, out / CHART):
         page.append(f"![{ablation.title}]({CHART})")
         written.append(out / CHART)
     (out / PAGE).write_text("\n\n".join(page) + "\n")
@@ -78,10 +76,26 @@ def collected(plan: Plan, out: Path) -> list[dict[str, Any]]:
                 "values": by_key,
                 "mean": {key: statistics.fmean(values) for key, values in by_key.items()},
                 "deviation": {key: deviation(values) for key, values in by_key.items()},
+                "curve": curve_of(jobs, row),
                 "device": next((r["device"] for r in results.values()), None),
             }
         )
     return found
+
+
+def curve_of(jobs: Sequence[Job], row: Row) -> list[dict[str, Any]]:
+    """The numbers of a row while it trains, [{"images": ..., key: [one of each seed]}], end last;
+    [] where they were taken at the end alone."""
+    by_seed = [points_of(job, row) for job in jobs if row in job.sampled]
+    found = []
+    # Seeds are measured after as many images; those that are not done have no points yet.
+    for points in zip(*filter(None, by_seed), strict=True):
+        values: dict[str, Any] = {"images": points[0]["images"]}
+        for key, _, _ in COLUMNS:
+            if all(key in point for point in points):
+                values[key] = [point[key] for point in points]
+        found.append(values)
+    return found if len(found) > 1 else []
 
 
 def trained_row(plan: Plan, row: Row) -> Row:
@@ -94,25 +108,3 @@ def trained_row(plan: Plan, row: Row) -> Row:
 def deviation(values: Sequence[float]) -> float | None:
     """Of several, of the sample; None of one."""
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def save_chart(
-    ablation: Ablation,
-    numbers: list[dict[str, Any]],
-    column: tuple[str, str, bool],
-    path: Path,
-) -> None:
-    """The first metric, with all seeds."""
-    key, name, is_more_better = column
-    direction = "more" if is_more_better else "less"
-    values = {row["name"]: row["values"][key] for row in numbers}
-    positions = [row["x"] for row in numbers]
-    has_axis = bool(ablation.x_label) and None not in positions
-    save_spreads(
-        values,
-        path,
-        title=ablation.title,
-        label=f"{name} ({direction} is better)",
-        x=positions if has_axis else None,
-        x_label=ablation.x_label,
-    )

@@ -98,7 +98,9 @@ def save_panels(
 
 
 def save_series(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[Any], Sequence[float]]]], path: str | Path
+    panels: Mapping[str, Mapping[str, tuple[Sequence[Any], Sequence[float]]]],
+    path: str | Path,
+    x_label: str = "",
 ) -> None:
     """A panel for each of several groups of lines, {title: {name: (x, y)}}, at most two beside each
     other. x: numbers, or words that are written below. A line of one value in y is that value all
@@ -120,6 +122,7 @@ def save_series(
             if x and isinstance(x[0], str):
                 axes.tick_params(axis="x", rotation=90)
         axes.set_title(title, loc="left")
+        axes.set_xlabel(x_label)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:

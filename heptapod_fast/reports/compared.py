@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from heptapod_fast.reports.charts import save_series, save_spreads
 from heptapod_fast.reports.tables import show, table
 
 ALIKE = 0.02  # by which what is compared may differ without a word
@@ -63,6 +66,70 @@ def compared_table(rows: list[dict[str, Any]], paper_columns: list[str]) -> str:
         cells += paper + [""] * (len(paper_columns) - len(paper))
         lines.append(cells)
     return table(head, lines, numbers=range(1, len(head)))
+
+
+def save_compared_chart(data: dict[str, Any], path: Path) -> bool:
+    """Curves over training where numbers were taken on the way, else the first metric of all rows
+    with its seeds.
+
+    Returns:
+        Whether there is a chart: False as long as rows have no numbers.
+    """
+    rows = data["rows"]
+    shown = shown_columns(rows)
+    if not shown or any(shown[0][0] not in row["mean"] for row in rows):
+        return False
+    if all(row["curve"] for row in rows if row["is_trained"]):
+        _save_curves(data, path)
+        return True
+    key, name, is_more_better = shown[0]
+    positions = [row["x"] for row in rows]
+    has_axis = bool(data["x_label"]) and None not in positions
+    save_spreads(
+        {row["name"]: row["values"][key] for row in rows},
+        path,
+        title=data["title"],
+        label=_with_direction(name, is_more_better),
+        x=positions if has_axis else None,
+        x_label=data["x_label"],
+    )
+    return True
+
+
+def _save_curves(data: dict[str, Any], path: Path) -> None:
+    """A panel for each metric, its mean over the seeds; over images, or over what they cost."""
+    rows = [row for row in data["rows"] if row["is_trained"]]
+    panels = {}
+    for key, name, is_more_better in shown_columns(rows):
+        lines = {}
+        for row in rows:
+            points = [point for point in row["curve"] if key in point]
+            x = [point["images"] * _cost_of_image(data, row) for point in points]
+            lines[row["name"]] = (x, [fmean(point[key]) for point in points])
+        panels[_with_direction(name, is_more_better)] = lines
+    save_series(panels, path, _COSTS[data["equal"]])
+
+
+# What curves stand over, by what the rows have alike.
+_COSTS = {
+    "images": "images",
+    "compute": "TFLOP of training",
+    "time": "seconds of training, by a few steps before it",
+}
+
+
+def _cost_of_image(data: dict[str, Any], row: dict[str, Any]) -> float:
+    """In units of `_COSTS`."""
+    if data["equal"] == "compute":
+        return float(row["flops_per_image"]) / 1e12
+    if data["equal"] == "time":
+        return float(row["seconds_planned"]) / float(row["images"])
+    return 1.0
+
+
+def _with_direction(name: str, is_more_better: bool) -> str:
+    direction = "more" if is_more_better else "less"
+    return f"{name} ({direction} is better)"
 
 
 def with_spread(row: dict[str, Any], key: str) -> str:

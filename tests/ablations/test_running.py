@@ -51,13 +51,23 @@ def tools(tmp_path):
     return folder
 
 
-def plan_of(seeds=(0, 1)):
+def plan_of(seeds=(0, 1), points=1):
     one = Variant("one, first", {"width": 32}, x=1, paper=(19.2,))
     two = Variant("two", {"width": 64}, x=2)
     cold = Variant("two, cold", {"width": 64}, sampling={"temperature": 0.5}, of="two", x=3)
     rows = (Row(one, 1000, 10, 2e9, 0.1), Row(two, 500, 11, 4e9, 0.2), Row(cold, 0, 0, 0.0, 0.0))
     return Plan(
-        "two", rows, seeds, "compute", ("relation",), 10, EXTRA, {}, "python x", "2026-01-02"
+        "two",
+        rows,
+        seeds,
+        "compute",
+        ("relation",),
+        10,
+        points,
+        EXTRA,
+        {},
+        "python x",
+        "2026-01-02",
     )
 
 
