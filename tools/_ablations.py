@@ -6,7 +6,10 @@ it elsewhere: w16n4 of 64 tokens is w64n4 of 256.
 
 from __future__ import annotations
 
+from typing import Any
+
 from heptapod_fast.ablations.plan import Ablation, Scale, Variant
+from heptapod_fast.systems import configure
 
 PAPER_TOKENS = 256  # of the papers' grids
 
@@ -19,9 +22,15 @@ def _table1(scale: Scale) -> list[Variant]:
     ]
 
 
+def _tokenizers(scale: Scale) -> tuple[str, str]:
+    """(of codes, of vectors)."""
+    if scale.tokens == PAPER_TOKENS:
+        return "vq16", "kl16"
+    return "patch-vq", "patch"
+
+
 def _figure6(scale: Scale) -> list[Variant]:
-    small = scale.tokens != PAPER_TOKENS
-    codes, vectors = ("patch-vq", "patch") if small else ("vq16", "kl16")
+    codes, vectors = _tokenizers(scale)
     return [
         Variant(f"codes ({codes})", {"tokenizer": codes}),
         Variant(f"vectors ({vectors})", {"tokenizer": vectors}),
@@ -50,13 +59,26 @@ def _figure8(scale: Scale) -> list[Variant]:
 
 
 def _dense(scale: Scale) -> list[Variant]:
+    # Of vectors, whose rows are denoised and cost most. With so few rows 8 steps of an image have
+    # as many as one step has on average.
+    _, vectors = _tokenizers(scale)
     few = max(1, scale.tokens // 16)
-    return [
-        Variant("n = 1", {"density": 1}),
-        Variant("n = 8", {"density": 8}),
-        Variant(f"n = 8, {few} rows a step", {"density": 8, "rows_per_step": few}),
-        Variant(f"n = 1, {few} rows a step", {"density": 1, "rows_per_step": few}),
-    ]
+    few_rows = {"rows_per_step": few}
+    one_noise = {"diffusion_repeat": 1}
+    # As many head passes in a step as one of each image would be, at the same rate.
+    recipe = configure(scale.size).recipe
+    batch = max(2, recipe.batch // 8)
+    fewer_images = {"batch": batch, "lr_per_256": recipe.learning_rate * 256 / batch}
+    rows: dict[str, dict[str, Any]] = {
+        "n = 1": {"density": 1},
+        f"n = 1, {few} rows a step": {"density": 1, **few_rows},
+        "n = 8": {"density": 8},
+        f"n = 8, {few} rows a step": {"density": 8, **few_rows},
+        f"n = 8, {few} rows, one noise": {"density": 8, **few_rows, **one_noise},
+        f"n = 8, batch {batch}": {"density": 8, **fewer_images},
+        f"n = 8, batch {batch}, {few} rows a step": {"density": 8, **fewer_images, **few_rows},
+    }
+    return [Variant(name, {"tokenizer": vectors, **flags}) for name, flags in rows.items()]
 
 
 def _table4(scale: Scale) -> list[Variant]:
@@ -182,9 +204,10 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "dense": Ablation(
         "What dense supervision costs",
-        "Many supervised steps, with a loss at all unseen positions of a step or at a few that "
-        "stand for them.",
+        "Many supervised steps of vectors, with a loss at all unseen positions of a step or at a "
+        "few that stand for them.",
         _dense,
+        points=POINTS,
     ),
     "table4": Ablation(
         "Depth of backbone and head (Heptapod, Table 4)",

@@ -46,7 +46,7 @@ def in_process(monkeypatch):
 def small(name, out, *more):
     """The command of a table that is over in seconds."""
     flags = SMALLEST
-    if not name.startswith(("sar", "figure6")):
+    if not name.startswith(("sar", "figure6", "dense")):
         flags += CODES
     words = ("--images", 96, "--count", 5, "--equal", "images", "--out", out, "--device", "cpu")
     return (name, *words, *more, "--", *flags.split())
