@@ -12,7 +12,7 @@ from typing import Any
 
 from heptapod_fast.progress import speed
 from heptapod_fast.reports.charts import save_bars
-from heptapod_fast.reports.compared import compared_parts
+from heptapod_fast.reports.compared import compared_parts, save_compared_chart
 from heptapod_fast.reports.growth import FILES as OF_GROWTH
 from heptapod_fast.reports.growth import MADE_HERE as GROWTH_MADE_HERE
 from heptapod_fast.reports.growth import PAGE as GROWTH_PAGE
@@ -21,8 +21,8 @@ from heptapod_fast.reports.tables import show, table
 
 HEADLINES = "headlines.json"
 # Files beside the results that are none: what to show of them, what kernels/offline.py keeps, and
-# what reports/cost.py has modelled.
-NO_RESULTS = (HEADLINES, "offline.json", "modelled-cost.json")
+# what reports/cost.py and bench/dense_cost.py have modelled.
+NO_RESULTS = (HEADLINES, "offline.json", "modelled-cost.json", "dense-cost.json")
 # How a page begins that may be overwritten.
 MADE_HERE = "# Measured\n\nMade by `python tools/report.py"
 BENCH_PAGE = f"""{MADE_HERE} bench/results` from the JSON files here. Single operations on CPU
@@ -214,7 +214,7 @@ def fill_tables(folder: Path, root: Path) -> list[Path]:
     They are described in headlines.json, by name: the page, and what `_table_of` makes of it.
 
     Returns:
-        The pages.
+        The pages, and the charts that stand beside their tables ("chart", below the page's folder).
 
     Raises:
         ValueError: a page has no marks for its table.
@@ -228,7 +228,14 @@ def fill_tables(folder: Path, root: Path) -> list[Path]:
             raise ValueError(f"{page} has no place for the table {name}: {begin} and {end}")
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
-        page.write_text(f"{before}{begin}\n{_table_of(folder, described)}\n{end}{after}")
+        found = _table_of(folder, described)
+        if "chart" in described:
+            chart = root / described["chart"]
+            data = _read(folder, described["compared"])
+            save_compared_chart(data, chart)
+            found += f"\n\n![{data['title']}]({chart.relative_to(page.parent)})"
+            pages.append(chart)
+        page.write_text(f"{before}{begin}\n{found}\n{end}{after}")
         pages.append(page)
     return list(dict.fromkeys(pages))
 

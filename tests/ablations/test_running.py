@@ -1,13 +1,15 @@
 """Runs of a plan: each once, whatever happens in between, and the table of what there is."""
 
+import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from heptapod_fast.ablations import Ablation, Variant, run_plan, write_table
 from heptapod_fast.ablations.plan import Plan, Row
-from heptapod_fast.ablations.running import RunFailed, jobs_of, slug, words_of
+from heptapod_fast.ablations.running import RunFailed, jobs_of, slug, training_words, words_of
 
 TRAIN = """
 import json, os, pathlib, sys
@@ -22,6 +24,14 @@ if (here / "fail").exists() and (here / "fail").read_text() == out.name:
 (out / "threads").write_text(os.environ.get("OMP_NUM_THREADS", ""))
 stopped = (here / "stop").exists() and (here / "stop").read_text() == out.name
 (out / "trained").write_text("7" if stopped else flags["--images"])
+if "--evaluate-every" in flags:
+    assert flags["--evaluate-metrics"] == "relation" and flags["--evaluate-count"] == "10"
+    every, seed = int(flags["--evaluate-every"]), int(flags["--seed"])
+    with (out / "metrics.jsonl").open("w") as file:
+        for images in range(every, int(flags["--images"]) + 1, every):
+            file.write(json.dumps({"images": images, "loss": 1.0}) + "\\n")
+            numbers = {"evaluation/relation_accuracy": images / 1e6 + seed / 10}
+            file.write(json.dumps({"images": images, **numbers}) + "\\n")
 """
 EVALUATE = """
 import json, pathlib, sys
@@ -191,6 +201,40 @@ def test_a_table_has_means_and_spreads(tools, tmp_path):
     assert "Not alike: FLOPs of an image, one, first = 1: two 2.00." in page
     assert "compute of a run" not in page
     assert "*mean ± deviation of 2 seeds; `python x`, begun 2026-01-02, a test.*" in page
+
+
+def test_numbers_on_the_way_are_curves(tools, tmp_path):
+    """Two points on the way of three; what training says of the end is not the end's number."""
+    plan = plan_of(points=3)
+    run_plan(plan, tmp_path, tools, lambda text: None)
+    write_table(ABLATION, plan, tmp_path)
+    one, two, cold = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [point["images"] for point in one["curve"]] == [334, 668, 1000]
+    assert one["curve"][1]["relation_accuracy"] == pytest.approx([0.000668, 0.100668])
+    assert one["curve"][-1]["relation_accuracy"] == pytest.approx([0.1, 0.2])
+    assert [point["images"] for point in two["curve"]] == [167, 334, 500]
+    assert cold["curve"] == []  # its run is measured as `two`
+    assert (tmp_path / "chart.png").is_file()
+
+
+def test_a_run_that_is_not_done_has_no_curve(tools, tmp_path):
+    plan = plan_of(points=3)
+    run_plan(plan, tmp_path, tools, lambda text: None)
+    jobs_of(plan, tmp_path)[0].evaluation(plan.rows[0]).unlink()
+    write_table(ABLATION, plan, tmp_path)
+    one, *_ = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [len(point["relation_accuracy"]) for point in one["curve"]] == [1, 1, 1]
+
+
+def test_what_is_measured_on_the_way_is_measured_as_at_the_end():
+    plan = plan_of(points=4)
+    plan = dataclasses.replace(plan, evaluation={"inception": "i.pth", "reference": "r.npz"})
+    words = training_words(plan, jobs_of(plan, Path("out"))[0], Path("tools"))
+    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    assert flags["--evaluate-every"] == "250"
+    assert flags["--evaluate-inception"] == "i.pth" and flags["--evaluate-reference"] == "r.npz"
+    once = training_words(plan_of(), jobs_of(plan, Path("out"))[0], Path("tools"))
+    assert not any(word.startswith("--evaluate") for word in once)
 
 
 def test_one_seed_has_no_spread(tools, tmp_path):
