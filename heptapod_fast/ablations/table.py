@@ -9,7 +9,7 @@ from typing import Any
 
 from heptapod_fast.ablations.plan import Ablation, Plan, Row
 from heptapod_fast.ablations.running import Job, jobs_of, points_of, results_of
-from heptapod_fast.reports.compared import COLUMNS, compared_parts, save_compared_chart
+from heptapod_fast.reports.compared import KEYS, compared_parts, save_compared_chart
 from heptapod_fast.storage import write_json
 
 PAGE, NUMBERS, CHART = "table.md", "table.json", "chart.png"
@@ -56,7 +56,7 @@ def collected(plan: Plan, out: Path) -> list[dict[str, Any]]:
                 results[job.seed] = numbers
         source = trained_row(plan, row)
         by_key: dict[str, list[float]] = {}
-        for key, _, _ in COLUMNS:
+        for key in KEYS:
             values = [numbers[key] for numbers in results.values() if key in numbers]
             if values:
                 by_key[key] = values
@@ -91,7 +91,7 @@ def curve_of(jobs: Sequence[Job], row: Row) -> list[dict[str, Any]]:
     # Seeds are measured after as many images; those that are not done have no points yet.
     for points in zip(*filter(None, by_seed), strict=True):
         values: dict[str, Any] = {"images": points[0]["images"]}
-        for key, _, _ in COLUMNS:
+        for key in KEYS:
             if all(key in point for point in points):
                 values[key] = [point[key] for point in points]
         found.append(values)

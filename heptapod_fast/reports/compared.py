@@ -23,6 +23,12 @@ COLUMNS = (
     ("probe_accuracy", "probe", True),
     ("attention_distance", "attention distance", True),
 )
+# What a number is to be held against, which stands behind it: (key, what it is of).
+BESIDE = {
+    "probe_accuracy": ("probe_accuracy_pixels", "pixels"),
+    "attention_distance": ("attention_distance_even", "even"),
+}
+KEYS = (*(key for key, _, _ in COLUMNS), *(key for key, _ in BESIDE.values()))
 
 
 def shown_columns(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
@@ -133,12 +139,19 @@ def _with_direction(name: str, is_more_better: bool) -> str:
 
 
 def with_spread(row: dict[str, Any], key: str) -> str:
-    """Mean and deviation; empty where nothing was measured."""
+    """Mean and deviation, and what they are to be held against; empty where nothing was
+    measured."""
     mean = row["mean"].get(key)
     if mean is None:
         return ""
+    text = show(mean)
     spread = row["deviation"][key]
-    return show(mean) if spread is None else f"{show(mean)} ± {spread:.2g}"
+    if spread is not None:
+        text += f" ± {spread:.2g}"
+    beside, of = BESIDE.get(key, ("", ""))
+    if beside in row["mean"]:
+        text += f" ({of} {show(row['mean'][beside])})"
+    return text
 
 
 def differences(rows: list[dict[str, Any]]) -> list[str]:

@@ -103,3 +103,14 @@ def test_pages_show_a_chart_below_its_table(tmp_path):
         text = page.read_text()
         assert "| one | 0.0001 M |" in text and text.count("![Two rows](images/x.png)") == 1
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_probes_and_distances_are_held_against_what_is_trivial():
+    found = row("one", 1, 1.0, 1.0, [], probe_accuracy=[0.5, 0.25])
+    assert compared.with_spread(found, "probe_accuracy") == "0.375 ± 0.5"
+    found["mean"]["probe_accuracy_pixels"] = 0.25
+    assert compared.with_spread(found, "probe_accuracy") == "0.375 ± 0.5 (pixels 0.25)"
+    found["deviation"]["probe_accuracy"] = None
+    assert compared.with_spread(found, "probe_accuracy") == "0.375 (pixels 0.25)"
+    assert compared.with_spread(found, "attention_distance") == ""
+    assert "probe_accuracy_pixels" in compared.KEYS
