@@ -1,12 +1,17 @@
 """tools/ablate.py: every table from its command to its page, at the smallest setting."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from heptapod_fast.ablations import running
-from tests.running import command, refused
+from heptapod_fast.ablations import Ablation, Variant, running
+from heptapod_fast.ablations import plan as plans
+from tests.running import ROOT, command, refused
+
+sys.path.append(str(ROOT / "tools"))
+from _ablations import ABLATIONS
 
 NAMES = [
     "table1",
@@ -52,46 +57,64 @@ def small(name, out, *more):
     return (name, *words, *more, "--", *flags.split())
 
 
-def test_a_table_with_two_seeds_goes_on_where_it_was(in_process, tmp_path, monkeypatch):
-    out = tmp_path / "steps"
-    dry = command("ablate", *small("steps", out, "--seeds", 2, "--dry-run"))
+@pytest.fixture
+def two_rows(monkeypatch):
+    """A table of two rows that nothing of is slow, among those of the papers."""
+    variants = [Variant("one", {"density": 1}), Variant("two", {"density": 2})]
+    table = Ablation("Two rows", "A test.", lambda scale: variants, points=2)
+    monkeypatch.setitem(ABLATIONS, "two", table)
+    monkeypatch.setattr(plans, "STEPS", 1)
+    monkeypatch.setattr(plans, "WARM_UP", 0)
+
+
+def test_a_table_with_two_seeds_goes_on_where_it_was(in_process, two_rows, tmp_path, monkeypatch):
+    out = tmp_path / "two"
+    size = ("--image-size", 24, "--patch-size", 8)  # 3 x 3 tokens
+    words = small("two", out, "--seeds", 2)
+    dry = command("ablate", *small("two", out, "--seeds", 2, "--dry-run"), *size)
     assert dry.code == 0, dry.err
-    assert "6 runs, about " in dry.out and not out.exists() and in_process == []
+    assert "4 runs, about " in dry.out and not out.exists() and in_process == []
     original = running._run
     begun = []
 
     def once_too_often(words, job, environment):
         begun.append(1)
-        if len(begun) == 6:
+        if len(begun) == 4:
             raise running.RunFailed("killed")
         original(words, job, environment)
 
     monkeypatch.setattr(running, "_run", once_too_often)
-    refused(command("ablate", *small("steps", out, "--seeds", 2)), "killed")
-    assert in_process == ["train", "evaluate"] * 2 + ["train"]
+    refused(command("ablate", *words, *size), "killed")
+    assert in_process == ["train", "evaluate", "train"]
     monkeypatch.setattr(running, "_run", original)
     in_process.clear()
-    done = command("ablate", *small("steps", out, "--seeds", 2))
+    done = command("ablate", *words, *size)
     assert done.code == 0, done.err
-    assert f"going on with {out}" in done.out and "2 of 6 runs are done already" in done.out
-    assert in_process == ["train", "evaluate"] * 4
+    assert f"going on with {out}" in done.out and "1 of 4 runs are done already" in done.out
+    assert in_process == ["train", "evaluate"] * 3
     rows = json.loads((out / "table.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["antithetic", "uniform", "mar"]
-    assert all(row["seeds"] == [0, 1] and row["images"] == 96 for row in rows)
-    assert all({"relation_accuracy", "held_out_loss"} <= row["mean"].keys() for row in rows)
+    assert [row["name"] for row in rows] == ["one", "two"]
+    for row in rows:
+        assert row["seeds"] == [0, 1] and row["images"] == 96
+        assert {"relation_accuracy", "held_out_loss"} <= row["mean"].keys()
+        half, end = row["curve"]
+        assert (half["images"], end["images"]) == (48, 96)
+        assert (
+            half["held_out_loss"][0] > end["held_out_loss"][0] == row["values"]["held_out_loss"][0]
+        )
     page = (out / "table.md").read_text()
-    assert "| antithetic |" in page and " ± " in page and (out / "chart.png").is_file()
+    assert "| one |" in page and " ± " in page and (out / "chart.png").is_file()
     assert page in done.out
     refused(
-        command("ablate", *small("steps", out, "--seeds", 3)),
+        command("ablate", *small("two", out, "--seeds", 3), *size),
         "was begun with --seeds 2, now 3",
     )
     refused(
-        command("ablate", *small("steps", out, "--seeds", 2, "--metrics", "loss")),
+        command("ablate", *small("two", out, "--seeds", 2, "--metrics", "loss"), *size),
         "--metrics None, now loss",
     )
-    refused(command("ablate", *small("steps", out, "--seeds", 2), "--lr-per-256", 1), "-- --width")
-    refused(command("ablate", *small("table1", out, "--seeds", 2)), "NAME steps, now table1")
+    refused(command("ablate", *words, *size, "--lr-per-256", 1), "-- --width")
+    refused(command("ablate", *small("table1", out, "--seeds", 2), *size), "NAME two, now table1")
 
 
 @pytest.mark.slow
@@ -109,8 +132,6 @@ def test_every_table_from_its_command(in_process, tmp_path, name):
 
 
 def test_the_list_is_whole():
-    from tools._ablations import ABLATIONS
-
     assert list(ABLATIONS) == NAMES
 
 
