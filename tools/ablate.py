@@ -38,7 +38,7 @@ SMALL = {"image_size": 32, "patch_size": 4}  # 8 x 8 tokens
 OWN = ("images", "seed", "out", "data", "size", "device")
 TAKE_SEVERAL = ("ema", "patches", "shares")  # settings of several values, of which one may be given
 OF_FEATURES = ("fid", "sfid", "kid", "is", "precision", "recall", "rfid")
-SHARE_OF_TRAINING = 0.1  # that measuring takes on top, about
+SHARE_OF_TRAINING = 0.1  # that measuring takes on top, about, each time
 
 
 @dataclass(kw_only=True)
@@ -302,7 +302,7 @@ def describe(plan: Plan, arguments: Arguments) -> None:
             f"{duration(row.total_seconds)} a run"
         )
     runs = len(plan.trained) * len(plan.seeds)
-    total = plan.total_seconds * (1 + SHARE_OF_TRAINING)
+    total = plan.total_seconds * (1 + SHARE_OF_TRAINING * plan.points)
     say(
         f"{runs} runs, about {duration(total)} one after the other, with measuring; all rows have "
         f"equal {plan.equal}"
