@@ -77,10 +77,15 @@ def collected(plan: Plan, out: Path) -> list[dict[str, Any]]:
                 "mean": {key: statistics.fmean(values) for key, values in by_key.items()},
                 "deviation": {key: deviation(values) for key, values in by_key.items()},
                 "curve": curve_of(jobs, row),
-                "device": next((r["device"] for r in results.values()), None),
+                "device": next((machine_of(numbers) for numbers in results.values()), None),
             }
         )
     return found
+
+
+def machine_of(numbers: dict[str, Any]) -> str:
+    """Where a row was measured."""
+    return f"{numbers['device']}, torch {numbers['torch']}"
 
 
 def curve_of(jobs: Sequence[Job], row: Row) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def compared_parts(data: dict[str, Any]) -> list[str]:
     data: as `ablations.write_table` writes it.
     """
     rows = data["rows"]
-    parts = [compared_table(rows, data["paper_columns"]), *differences(rows)]
+    parts = [compared_table(data), *differences(rows)]
     missing = [row["name"] for row in rows if len(row["seeds"]) < len(data["seeds"])]
     if missing:
         parts.append(f"Not all seeds are there yet: {', '.join(missing)}.")
@@ -53,10 +53,12 @@ def compared_parts(data: dict[str, Any]) -> list[str]:
     return parts
 
 
-def compared_table(rows: list[dict[str, Any]], paper_columns: list[str]) -> str:
+def compared_table(data: dict[str, Any]) -> str:
     """A row for each configuration: what it costs, what was measured, what a paper has."""
+    rows, paper_columns = data["rows"], data["paper_columns"]
     shown = shown_columns(rows)
-    head = ["", "parameters", "GFLOP an image", "images"]
+    of_time = ["ms an image"] if data["equal"] == "time" else []
+    head = ["", "parameters", "GFLOP an image", *of_time, "images"]
     head += [name for _, name, _ in shown]
     head += [f"paper: {name}" for name in paper_columns]
     lines = []
@@ -65,8 +67,10 @@ def compared_table(rows: list[dict[str, Any]], paper_columns: list[str]) -> str:
             row["name"],
             f"{row['parameters'] / 1e6:.3g} M",
             f"{row['flops_per_image'] / 1e9:.3g}",
-            f"{row['images']:,}",
         ]
+        if of_time:
+            cells.append(show(1e3 * row["seconds_planned"] / row["images"]))
+        cells.append(f"{row['images']:,}")
         cells += [with_spread(row, key) for key, _, _ in shown]
         paper = [show(value) for value in row["paper"]]
         cells += paper + [""] * (len(paper_columns) - len(paper))

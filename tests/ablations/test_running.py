@@ -43,7 +43,7 @@ with (here / "calls.txt").open("a") as file:
 images = int((pathlib.Path(run) / "trained").read_text())
 assert flags["--extractor"] == "small"
 numbers = {"relation_accuracy": images / 1e4 + int(flags["--seed"]) / 10, "device": "a test"}
-numbers["images_seen"] = images
+numbers |= {"images_seen": images, "torch": "2.13"}
 if "--temperature" in flags:
     numbers["relation_accuracy"] -= 0.05
 pathlib.Path(flags["--out"]).write_text(json.dumps(numbers))
@@ -200,7 +200,9 @@ def test_a_table_has_means_and_spreads(tools, tmp_path):
     assert "Not alike: parameters, one, first = 1: two 1.10." in page
     assert "Not alike: FLOPs of an image, one, first = 1: two 2.00." in page
     assert "compute of a run" not in page
-    assert "*mean ± deviation of 2 seeds; `python x`, begun 2026-01-02, a test.*" in page
+    assert (
+        "*mean ± deviation of 2 seeds; `python x`, begun 2026-01-02, a test, torch 2.13.*" in page
+    )
 
 
 def test_numbers_on_the_way_are_curves(tools, tmp_path):

@@ -114,3 +114,11 @@ def test_probes_and_distances_are_held_against_what_is_trivial():
     assert compared.with_spread(found, "probe_accuracy") == "0.375 (pixels 0.25)"
     assert compared.with_spread(found, "attention_distance") == ""
     assert "probe_accuracy_pixels" in compared.KEYS
+
+
+def test_rows_of_equal_time_say_what_an_image_takes():
+    lines = compared.compared_table(data("time")).splitlines()
+    assert lines[0] == "|  | parameters | GFLOP an image | ms an image | images | held-out loss |"
+    assert lines[2].startswith("| one | 0.0001 M | 2e+03 | 100 | 200 | ")
+    assert lines[3].startswith("| two | 0.0001 M | 4e+03 | 300 | 100 | ")
+    assert "ms an image" not in compared.compared_table(data("compute"))
