@@ -13,7 +13,7 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.sampling.generate import generate, spread
 from heptapod_fast.systems.base import System
 from heptapod_fast.tokenizers import to_uint8
-from heptapod_fast.train.records import OF_SAMPLES, Record, Recorder
+from heptapod_fast.train.records import OF_SAMPLES, Record, Recorder, read_metrics
 from heptapod_fast.train.session import Session, State
 from heptapod_fast.world import PATIENCE_AT_START
 
@@ -70,6 +70,21 @@ def _made(session: Session) -> list[Metric]:
             f"--evaluate-metrics {names}: {error} (in training: --evaluate-inception FILE, "
             "--evaluate-inception-sha256 HASH, --evaluate-reference FOLDER|FILE.npz)"
         ) from None
+
+
+def lacks_numbers(session: Session, state: State) -> bool:
+    """Whether the run is measured, and was not after these images. Collective call."""
+    if not measures_samples(session):
+        return False
+    is_missing = False
+    if session.world.main and session.directory.metrics.exists():
+        records = read_metrics(session.directory.metrics)
+        is_missing = not any(
+            record["images"] == state.images and any(name.startswith(OF_SAMPLES) for name in record)
+            for record in records
+        )
+    (found,) = session.world.any(is_missing)
+    return found
 
 
 def measure(session: Session, state: State, metrics: list[Metric], recorder: Recorder) -> None:

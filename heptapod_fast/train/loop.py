@@ -22,7 +22,12 @@ from heptapod_fast.rng import Rng
 from heptapod_fast.runs.directory import RunError
 from heptapod_fast.sampling.generate import generate, spread, together
 from heptapod_fast.systems import Phase
-from heptapod_fast.train.evaluating import measure, measures_samples, open_metrics
+from heptapod_fast.train.evaluating import (
+    lacks_numbers,
+    measure,
+    measures_samples,
+    open_metrics,
+)
 from heptapod_fast.train.metrics import (
     Meter,
     peak_flops,
@@ -85,6 +90,11 @@ def train(session: Session, state: State) -> Ending:
         stack.enter_context(closing(recorder))
         stack.enter_context(closing(session.saver))
         stack.enter_context(ending_timed(session, meter))
+        # A session that ended between its checkpoint and its numbers left them to this one.
+        at_the_start = state.images > 0 and is_due(config.run.evaluate_every or total)
+        if at_the_start and lacks_numbers(session, state):
+            with meter.time("sampling"):
+                measure(session, state, metrics, recorder)
         while state.images < total:
             # 1. One optimizer step. `state.images` grows by the global batch.
             loss, norm = training_step(session, state, phase, meter)

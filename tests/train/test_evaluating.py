@@ -85,10 +85,18 @@ def test_a_report_has_a_table_and_a_chart(trained):
     assert rows[1]["symmetry_accuracy"] == measured(trained)[32]["symmetry_accuracy"]
 
 
-def test_a_run_that_goes_on_measures_each_once(trained, tmp_path):
+@pytest.mark.parametrize(
+    "stop_at, before",
+    [
+        (16, [16]),
+        (8, []),  # in the step that reaches 16, whose numbers are left to the session after
+    ],
+)
+def test_a_run_that_goes_on_measures_each_once(trained, tmp_path, stop_at, before):
     out = tmp_path / "run"
     same = dict(seed=3, evaluate_metrics="symmetry,likelihood", **EVERY)
-    train_here(out, stop_at=16, **same)
+    train_here(out, stop_at=stop_at, **same)
+    assert list(measured(out)) == before
     train_here(out, **same)
     assert measured(out) == measured(trained)
 
