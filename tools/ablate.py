@@ -109,7 +109,11 @@ def work() -> int:
         return 0
     write_plan(plan, out)
     launcher = tuple(shlex.split(arguments.launcher or ""))
-    run_plan(plan, out, TOOLS, say, arguments.at_once, launcher)
+
+    def write() -> None:
+        write_table(ablation, plan, out)
+
+    run_plan(plan, out, TOOLS, say, arguments.at_once, launcher, after_each=write)
     written = write_table(ablation, plan, out)
     print((out / "table.md").read_text())
     for path in written:
@@ -136,6 +140,13 @@ def check(arguments: Arguments) -> None:
     ):
         if value is not None and value <= 0:
             raise ValueError(f"{name} {value}: expected more than 0")
+    if arguments.at_once > 1 and arguments.launcher is not None:
+        raise ValueError(
+            f"--at-once {arguments.at_once} beside --launcher: runs of a launcher have all GPUs, "
+            "one after the other; leave out one of the two"
+        )
+    if arguments.extractor == "small" and arguments.inception is not None:
+        raise ValueError("--extractor small beside --inception: give one of them")
 
 
 def divided(words: list[str]) -> tuple[list[str], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from heptapod_fast.progress import Progress
 from heptapod_fast.runs import LoadedRun
 from heptapod_fast.sampling import SampleOptions
 from heptapod_fast.sampling.generate import spread
+from heptapod_fast.storage import write_json
 from heptapod_fast.tokenizers import to_uint8
 from heptapod_fast.world import World, device_name
 
@@ -124,7 +124,7 @@ def evaluate(arguments: Arguments, given: dict[str, Any], world: World) -> None:
     name = "evaluation" if shown is not None else f"evaluation-{'-'.join(asked)}"
     out = Path(arguments.out or Path(arguments.run) / f"{name}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     written_files = [out]
     if shown is not None:
         columns = min(GRID_COLUMNS, int(shown.labels.bincount().max()))

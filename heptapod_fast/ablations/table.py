@@ -11,6 +11,7 @@ from heptapod_fast.ablations.plan import Ablation, Plan, Row
 from heptapod_fast.ablations.running import Job, jobs_of, points_of, results_of
 from heptapod_fast.reports.compared import KEYS, compared_parts, save_compared_chart
 from heptapod_fast.storage import write_json
+from heptapod_fast.train.records import Record
 
 PAGE, NUMBERS, CHART = "table.md", "table.json", "chart.png"
 
@@ -57,7 +58,7 @@ def collected(plan: Plan, out: Path) -> list[dict[str, Any]]:
         source = trained_row(plan, row)
         by_key: dict[str, list[float]] = {}
         for key in KEYS:
-            values = [numbers[key] for numbers in results.values() if key in numbers]
+            values = [numbers[key] for numbers in results.values() if numbers.get(key) is not None]
             if values:
                 by_key[key] = values
         found.append(
@@ -91,15 +92,22 @@ def machine_of(numbers: dict[str, Any]) -> str:
 def curve_of(jobs: Sequence[Job], row: Row) -> list[dict[str, Any]]:
     """The numbers of a row while it trains, [{"images": ..., key: [one of each seed]}], end last;
     [] where they were taken at the end alone."""
-    by_seed = [points_of(job, row) for job in jobs if row in job.sampled]
+    of_seeds = [points_of(job, row) for job in jobs if row in job.sampled]
+    by_images: dict[int, list[Record]] = {}
+    for points in of_seeds:
+        for point in points:
+            by_images.setdefault(point["images"], []).append(point)
+    seeds = sum(1 for points in of_seeds if points)  # that are done
     found = []
-    # Seeds are measured after as many images; those that are not done have no points yet.
-    for points in zip(*filter(None, by_seed), strict=True):
-        values: dict[str, Any] = {"images": points[0]["images"]}
+    for images, points in sorted(by_images.items()):
+        values: dict[str, Any] = {"images": images}
         for key in KEYS:
-            if all(key in point for point in points):
-                values[key] = [point[key] for point in points]
-        found.append(values)
+            numbers = [point[key] for point in points if point.get(key) is not None]
+            # A point that a seed lacks, as where a metric has failed, is no mean of the seeds.
+            if len(numbers) == seeds:
+                values[key] = numbers
+        if len(values) > 1:
+            found.append(values)
     return found if len(found) > 1 else []
 
 

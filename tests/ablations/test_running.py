@@ -141,7 +141,9 @@ def test_a_run_that_was_stopped_is_not_measured_for_a_whole_one(tools, tmp_path)
     with pytest.raises(RunFailed, match="two, seed 0 was stopped after 7 of 500 images"):
         run_plan(plan, tmp_path, tools, print)
     job = jobs_of(plan, tmp_path)[1]
-    assert not job.evaluation(plan.rows[1]).exists()
+    assert json.loads(job.evaluation(plan.rows[1]).read_text())["images_seen"] == 7
+    write_table(ABLATION, plan, tmp_path)  # which does not take the 7 for 500
+    assert "| two | 1.1e-05 M | 4 | 500 |  |" in (tmp_path / "table.md").read_text()
     (tools / "stop").unlink()
     run_plan(plan, tmp_path, tools, print)
     assert json.loads(job.evaluation(plan.rows[1]).read_text())["images_seen"] == 500

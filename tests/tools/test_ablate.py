@@ -37,7 +37,7 @@ def in_process(monkeypatch):
     """Runs without interpreters of their own; the words that each was started with."""
     started = []
 
-    def run(words, job, environment):
+    def run(words, job, processes, share):
         tool = Path(words[1]).stem
         started.append(tool)
         done = command(tool, *words[2:])
@@ -77,11 +77,11 @@ def test_a_table_with_two_seeds_goes_on_where_it_was(in_process, two_rows, tmp_p
     original = running._run
     begun = []
 
-    def once_too_often(words, job, environment):
+    def once_too_often(words, job, processes, share):
         begun.append(1)
         if len(begun) == 4:
             raise running.RunFailed("killed")
-        original(words, job, environment)
+        original(words, job, processes, share)
 
     monkeypatch.setattr(running, "_run", once_too_often)
     refused(command("ablate", *words, *size), "killed")
