@@ -136,7 +136,7 @@ def run_plan(
     with signals_stop(processes, say):
         work_off(work, left, at_once)
     if processes.is_stopping:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stopped: give the command again, and it goes on")
 
 
 def work_off(work: Callable[[Job], None], jobs: list[Job], at_once: int) -> None:

@@ -2,14 +2,25 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from heptapod_fast.ablations import Ablation, Variant, run_plan, write_table
 from heptapod_fast.ablations.plan import Plan, Row
-from heptapod_fast.ablations.running import RunFailed, jobs_of, slug, training_words, words_of
+from heptapod_fast.ablations.running import (
+    RunFailed,
+    jobs_of,
+    shares_of_machine,
+    slug,
+    training_words,
+    words_of,
+)
+from tests.running import ROOT, environment
 
 TRAIN = """
 import json, os, pathlib, sys
@@ -147,6 +158,106 @@ def test_a_run_that_was_stopped_is_not_measured_for_a_whole_one(tools, tmp_path)
     (tools / "stop").unlink()
     run_plan(plan, tmp_path, tools, print)
     assert json.loads(job.evaluation(plan.rows[1]).read_text())["images_seen"] == 500
+
+
+WAITING = """
+import pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(flags["--out"])
+out.mkdir(parents=True, exist_ok=True)
+
+def save(number, frame):
+    (out / "trained").write_text("7")
+    sys.exit(0)
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # nobody but the runner is to tell it
+signal.signal(signal.SIGTERM, save)
+(out / "ready").touch()
+time.sleep(600)
+"""
+RUNNER = """
+import sys
+from pathlib import Path
+from heptapod_fast.ablations import run_plan
+from tests.ablations.test_running import plan_of
+out, tools, at_once = sys.argv[1:]
+run_plan(plan_of(), Path(out), Path(tools), print, at_once=int(at_once))
+"""
+
+
+@pytest.mark.parametrize("at_once, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_lets_all_runs_save_and_nothing_is_measured(tools, tmp_path, at_once, number):
+    (tools / "train.py").write_text(WAITING)
+    out = tmp_path / "out"
+    words = [sys.executable, "-c", RUNNER, str(out), str(tools), str(at_once)]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    folders = [job.folder for job in jobs_of(plan_of(), out)][:at_once]
+    while not all((folder / "ready").exists() for folder in folders):
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"{number.name}: runs save what they have" in said.decode()
+    assert "KeyboardInterrupt: stopped: give the command again" in said.decode()
+    assert [(folder / "trained").read_text() for folder in folders] == ["7"] * at_once
+    assert calls(tools) == []  # no run was measured, and none but these begun
+    assert len(list((out / "runs").glob("*/ready"))) == at_once
+
+
+def test_numbers_of_a_part_are_none(tools, tmp_path):
+    """An evaluation that was cut off, and one of a run that had not seen all of its images."""
+    plan = plan_of((0,))
+    run_plan(plan, tmp_path, tools, print)
+    whole = {path: path.read_text() for path in tmp_path.glob("runs/*/evaluation-*.json")}
+    one, two, cold = whole
+    one.write_text("")
+    two.write_text(whole[two][:20])
+    part = json.loads(whole[cold]) | {"images_seen": 7}
+    cold.write_text(json.dumps(part))
+    said = []
+    run_plan(plan, tmp_path, tools, said.append)
+    assert "are done already" not in said[0]
+    assert {path: path.read_text() for path in whole} == whole
+
+
+def test_a_table_is_there_after_the_first_run(tools, tmp_path):
+    plan = plan_of((0,))
+    pages = []
+
+    def look():
+        write_table(ABLATION, plan, tmp_path)
+        pages.append((tmp_path / "table.md").read_text())
+
+    run_plan(plan, tmp_path, tools, print, after_each=look)
+    assert ["Not all seeds are there yet: two, two, cold." in page for page in pages] == [
+        True,
+        False,
+    ]
+
+
+def test_several_at_once_have_a_gpu_each(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shares = shares_of_machine(3)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "0"]
+    assert shares_of_machine(1) == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert "CUDA_VISIBLE_DEVICES" not in shares_of_machine(2)[0]
+
+
+def test_a_point_that_a_seed_lacks_is_left_out(tools, tmp_path):
+    plan = plan_of(points=3)
+    run_plan(plan, tmp_path, tools, lambda text: None)
+    metrics = jobs_of(plan, tmp_path)[0].folder / "metrics.jsonl"
+    lines = [line for line in metrics.read_text().splitlines() if '"images": 668' not in line]
+    null = {"images": 668, "evaluation/relation_accuracy": None}
+    metrics.write_text("\n".join([*lines, json.dumps(null)]) + "\n")
+    write_table(ABLATION, plan, tmp_path)
+    one, *_ = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [point["images"] for point in one["curve"]] == [334, 1000]
 
 
 def test_the_first_failure_stops_those_that_have_not_begun(tools, tmp_path):
