@@ -36,7 +36,7 @@ def counted() -> dict[str, Any]:
 
     rows: list[tuple[str, int, Parts]] = []
     flags: dict[str, Any] = {}
-    for variant in ABLATIONS["dense"].variants(Scale(SIZE, TOKENS, DEPTH)):
+    for variant in ABLATIONS["dense"].variants(Scale(SIZE, TOKENS, DEPTH, has_patches=False)):
         if "batch" in variant.flags:
             continue  # an image costs the same in a smaller batch
         flags = dict(variant.flags)

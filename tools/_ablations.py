@@ -6,6 +6,7 @@ it elsewhere: w16n4 of 64 tokens is w64n4 of 256.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from heptapod_fast.ablations.plan import Ablation, Scale, Variant
@@ -22,19 +23,21 @@ def _table1(scale: Scale) -> list[Variant]:
     ]
 
 
-def _tokenizers(scale: Scale) -> tuple[str, str]:
-    """(of codes, of vectors)."""
-    if scale.tokens == PAPER_TOKENS:
-        return "vq16", "kl16"
-    return "patch-vq", "patch"
-
-
 def _figure6(scale: Scale) -> list[Variant]:
-    codes, vectors = _tokenizers(scale)
+    codes = "patch-vq" if scale.has_patches else "vq16"
+    of_vectors = _vectors(scale)
     return [
         Variant(f"codes ({codes})", {"tokenizer": codes}),
-        Variant(f"vectors ({vectors})", {"tokenizer": vectors}),
+        Variant(f"vectors ({of_vectors['tokenizer']})", of_vectors),
     ]
+
+
+def _vectors(scale: Scale) -> dict[str, Any]:
+    """Flags of rows on vectors."""
+    flags: dict[str, Any] = {"tokenizer": "patch" if scale.has_patches else "kl16"}
+    if scale.data_of_vectors is not None:
+        flags["data"] = scale.data_of_vectors
+    return flags
 
 
 def _windows(scale: Scale, pairs: list[tuple[int, int]]) -> list[Variant]:
@@ -59,13 +62,11 @@ def _figure8(scale: Scale) -> list[Variant]:
 
 
 def _dense(scale: Scale) -> list[Variant]:
-    # Of vectors, whose rows are denoised and cost most. With so few rows 8 steps of an image have
-    # as many as one step has on average.
-    _, vectors = _tokenizers(scale)
+    # A sixteenth of the tokens: 8 steps have as many rows then as one whole step has on average.
     few = max(1, scale.tokens // 16)
     few_rows = {"rows_per_step": few}
     one_noise = {"diffusion_repeat": 1}
-    # As many head passes in a step as one of each image would be, at the same rate.
+    # An eighth of the images with 8 steps each: an optimizer step has as many head passes.
     recipe = configure(scale.size).recipe
     batch = max(2, recipe.batch // 8)
     fewer_images = {"batch": batch, "lr_per_256": recipe.learning_rate * 256 / batch}
@@ -78,7 +79,7 @@ def _dense(scale: Scale) -> list[Variant]:
         f"n = 8, batch {batch}": {"density": 8, **fewer_images},
         f"n = 8, batch {batch}, {few} rows a step": {"density": 8, **fewer_images, **few_rows},
     }
-    return [Variant(name, {"tokenizer": vectors, **flags}) for name, flags in rows.items()]
+    return [Variant(name, {**_vectors(scale), **flags}) for name, flags in rows.items()]
 
 
 def _table4(scale: Scale) -> list[Variant]:
@@ -103,8 +104,15 @@ _LLAMAGEN = {"system": "llamagen"}
 
 def _npp_levels(scale: Scale) -> list[Variant]:
     rows = [Variant("llamagen, 1 level", _LLAMAGEN, x=1, paper=(5.46, 193.61, "1.0 x"))]
-    papers = {2: (4.47, 229.25, "0.625 x"), 3: (4.62, 231.57, "0.578 x")}
+    papers = {
+        2: (4.47, 229.25, "0.625 x"),
+        3: (4.62, 231.57, "0.578 x"),
+        4: (4.68, 228.31, "0.572 x"),
+    }
+    side = math.isqrt(scale.tokens)
     for levels, paper in papers.items():
+        if 2 ** (levels - 1) >= side:
+            continue  # the first level would have a single element
         flags = {"system": "npp", "levels": levels}
         rows.append(Variant(f"npp, {levels} levels", flags, x=levels, paper=paper))
     return rows
@@ -187,6 +195,7 @@ ABLATIONS: dict[str, Ablation] = {
         "loses less.",
         _figure6,
         points=POINTS,
+        apart=("held_out_loss",),  # nats of codes, and squared errors of noise
     ),
     "figure7": Ablation(
         "Window and density (Heptapod, Figure 7)",
@@ -222,19 +231,20 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "npp-levels": Ablation(
         "Levels of patches (NPP, Table 3c)",
-        "Training begins with large patches of codes and ends with single ones.",
+        "Training begins with large patches of codes and ends with single ones (the paper's are of "
+        "size B).",
         _npp_levels,
         paper_columns=(*FID_IS, "cost"),
     ),
     "npp-segment": Ablation(
         "Length of the first segment (NPP, Table 3b)",
-        "The share of training that works on patches of 2 x 2 codes.",
+        "The share of training that works on patches of 2 x 2 codes (the paper's are of size L).",
         _npp_segment,
         paper_columns=(*FID_IS, "cost"),
     ),
     "npp-patch": Ablation(
         "Side of the patches (NPP, Table 3a)",
-        "Half of training on patches of this side.",
+        "Half of training on patches of this side (the paper's are of size B).",
         _npp_patch,
         paper_columns=(*FID_IS, "cost"),
     ),

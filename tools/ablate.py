@@ -1,11 +1,12 @@
 """The tables of the papers: `python tools/ablate.py table1 --out runs/table1`.
 
 What follows a `--` are flags of tools/train.py, for all rows:
-`python tools/ablate.py figure8 --size B --data CACHE.zarr --images 4000000 -- --batch 512`.
+`python tools/ablate.py figure8 --images 100000 -- --batch 32`.
 """
 
 from __future__ import annotations
 
+import datetime
 import shlex
 import sys
 from collections.abc import Mapping
@@ -16,16 +17,11 @@ from typing import Annotated, Any, Literal
 from _ablations import ABLATIONS
 from _cli import main, parse, tyro
 
-from heptapod_fast.ablations import (
-    Scale,
-    make_plan,
-    read_plan,
-    run_plan,
-    write_table,
-)
+from heptapod_fast.ablations import Ablation, Scale, make_rows, read_plan, run_plan, write_table
 from heptapod_fast.ablations.plan import Plan, write_plan
 from heptapod_fast.config import DataSettings, flag
 from heptapod_fast.config.settings import type_hints
+from heptapod_fast.data.embedded import EMBEDDED_SETS
 from heptapod_fast.evaluation import DEFAULT_METRICS, METRICS
 from heptapod_fast.progress import duration
 from heptapod_fast.systems import configure
@@ -55,6 +51,8 @@ class Arguments:
     """Size of the systems."""
     data: str = "pairs"
     """What they are trained on, as --data of tools/train.py."""
+    data_of_vectors: str | None = None
+    """What rows of vectors are trained on, where --data has codes (figure6 of caches)."""
     images: int | None = None
     """Images of a run of the first row; default: what it trains on in --minutes."""
     minutes: float | None = None
@@ -66,8 +64,8 @@ class Arguments:
     count: int = 400
     """Samples of each run that are measured."""
     metrics: str | None = None
-    """Metrics of tools/evaluate.py, separated by commas; default: those that fit --data, and the
-    held-out loss."""
+    """Metrics of tools/evaluate.py, separated by commas; default: those that fit --data, and of
+    embedded data the held-out loss."""
     points: int | None = None
     """Measurements of each run, evenly over its images, the last at its end: with more than one the
     chart shows curves; default: 4 for what the papers show as curves, else 1."""
@@ -216,38 +214,61 @@ def number(text: str) -> Any:
 
 def planned(arguments: Arguments, of_training: list[str]) -> Plan:
     """A new plan."""
-    flags = base_flags(arguments, of_training)
     ablation = ABLATIONS[arguments.name]
-    scale = scale_of(arguments.size, {**ablation.flags, **flags})
+    flags = base_flags(arguments, of_training)
+    scale = scale_of(arguments, {**ablation.flags, **flags})
+    points = arguments.points or ablation.points
+    refuse_points(points, ablation, scale)
+    metrics = metrics_of(arguments)
     minutes = arguments.minutes
     if minutes is None and arguments.images is None:
         minutes = MINUTES
-    return make_plan(
-        arguments.name,
+    rows = make_rows(
         ablation,
         scale,
         flags,
         images=arguments.images,
         minutes=minutes,
-        seeds=tuple(range(arguments.seeds)),
         equal=arguments.equal,
-        metrics=metrics_of(arguments),
-        count=arguments.count,
-        points=arguments.points or ablation.points,
-        evaluation=evaluation_flags(arguments),
-        asked=asked_for(arguments, of_training),
-        command=shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]),
         device=choose_device(arguments.device),
         say=say,
     )
+    return Plan(
+        name=arguments.name,
+        rows=rows,
+        seeds=tuple(range(arguments.seeds)),
+        equal=arguments.equal,
+        metrics=metrics,
+        count=arguments.count,
+        points=points,
+        evaluation=evaluation_flags(arguments),
+        asked=asked_for(arguments, of_training),
+        command=shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]),
+        begun=datetime.date.today().isoformat(),
+    )
 
 
-def scale_of(size: str, flags: Mapping[str, Any]) -> Scale:
-    """Tokens of an image, and Heptapod's depth at a size."""
+def scale_of(arguments: Arguments, flags: Mapping[str, Any]) -> Scale:
+    """Tokens of an image, what they are made of, and Heptapod's depth at a size."""
     of_data = [name for name in flags if name in type_hints(DataSettings)]
-    config = configure(size, **{name: flags[name] for name in of_data})
+    config = configure(arguments.size, **{name: flags[name] for name in of_data})
     model: Any = config.model
-    return Scale(size, config.spec.num_tokens, int(flags.get("depth", model.depth)))
+    return Scale(
+        arguments.size,
+        tokens=config.spec.num_tokens,
+        depth=int(flags.get("depth", model.depth)),
+        has_patches="patch" in str(config.data.tokenizer),
+        data_of_vectors=arguments.data_of_vectors,
+    )
+
+
+def refuse_points(points: int, ablation: Ablation, scale: Scale) -> None:
+    """ValueError for curves of one run that is sampled in several ways."""
+    if points > 1 and any(variant.of is not None for variant in ablation.variants(scale)):
+        raise ValueError(
+            f"--points {points}: rows of this table are one run, sampled in several ways when it "
+            "is done; leave --points out"
+        )
 
 
 def metrics_of(arguments: Arguments) -> tuple[str, ...]:
@@ -258,7 +279,9 @@ def metrics_of(arguments: Arguments) -> tuple[str, ...]:
     """
     asked = arguments.metrics
     if asked is None:
-        asked = f"{DEFAULT_METRICS.get(arguments.data, 'fid,is')},loss"
+        asked = DEFAULT_METRICS.get(arguments.data, "fid,is")
+        if arguments.data in EMBEDDED_SETS:  # of which there are always images that no run has seen
+            asked += ",loss"
     names = tuple(asked.split(","))
     unknown = [name for name in names if name not in METRICS]
     if unknown:

@@ -1,7 +1,7 @@
 """Tables of compared runs: a plan of what is compared, running it, and the table that comes of it.
 tools/_ablations.py has the lists of the papers."""
 
-from heptapod_fast.ablations.plan import Ablation, Scale, Variant, make_plan, read_plan
+from heptapod_fast.ablations.plan import Ablation, Scale, Variant, make_rows, read_plan
 from heptapod_fast.ablations.running import run_plan
 from heptapod_fast.ablations.table import write_table
 
@@ -9,7 +9,7 @@ __all__ = [
     "Ablation",
     "Scale",
     "Variant",
-    "make_plan",
+    "make_rows",
     "read_plan",
     "run_plan",
     "write_table",

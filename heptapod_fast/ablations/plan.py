@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from heptapod_fast.world import World
 PLAN = "plan.json"
 STEPS = 8  # that are timed
 WARM_UP = 3
+CLASSES = 1000  # where a configuration does not say: what is counted hardly depends on it
 SMALL_SET = 512  # images of an embedded set, where steps are timed: a step does not see how many
 
 Equal = Literal["images", "compute", "time"]
@@ -60,11 +60,15 @@ class Scale:
         size: of the systems.
         tokens: of an image.
         depth: blocks of backbone and head of Heptapod at this size.
+        has_patches: tokens are patches of pixels, not those of published tokenizers.
+        data_of_vectors: what rows of vectors are trained on, if it is not what all are.
     """
 
     size: str
     tokens: int
     depth: int
+    has_patches: bool
+    data_of_vectors: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Ablation:
         paper_columns: of the paper's figures.
         points: of a run, its end among them, that are measured: with more than one the chart shows
             curves over training.
+        apart: numbers by which rows cannot be compared, by their names in an evaluation.
     """
 
     title: str
@@ -89,6 +94,7 @@ class Ablation:
     x_label: str = ""
     paper_columns: tuple[str, ...] = ()
     points: int = 1
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,95 +162,95 @@ class Plan:
         return len(self.seeds) * sum(row.total_seconds for row in self.trained)
 
 
-def make_plan(
-    name: str,
+def make_rows(
     ablation: Ablation,
     scale: Scale,
     flags: Mapping[str, Any],
     *,
     images: int | None,
     minutes: float | None,
-    seeds: tuple[int, ...],
     equal: Equal,
-    metrics: tuple[str, ...],
-    count: int,
-    points: int,
-    evaluation: Mapping[str, Any],
-    asked: Mapping[str, Any],
-    command: str,
     device: torch.device,
     say: Callable[[str], None],
-) -> Plan:
+) -> tuple[Row, ...]:
     """Build every variant, time a few of its steps, and divide the images.
 
     Args:
         flags: of tools/train.py, for all rows.
         images, minutes: of a run of the first row: how many, or as many as it trains on in that
             time. Of the others as many, or as many as cost or take the same, as `equal` says.
-        points, evaluation, asked, command: see `Plan`.
 
     Raises:
         ValueError: what a configuration refuses, naming the row; flags that rows differ by.
     """
-    measured = []
     variants = ablation.variants(scale)
     check_variants(variants, flags)
+    measured = []
     for variant in variants:
-        settings = {"size": scale.size, **ablation.flags, **variant.flags, **flags}
-        decided = Variant(
-            variant.name, settings, variant.sampling, variant.of, variant.x, variant.paper
-        )
-        if variant.of is not None:
-            measured.append((decided, 0, 0.0, 0.0))
-            continue
-        try:
-            parameters, seconds = timed(settings, device)
-            flops = flops_per_image(configure(**settings))
-        except ValueError as error:
-            raise ValueError(f"{variant.name}: {error}") from None
-        say(
-            f"{variant.name:24} {parameters / 1e6:7.2f} M parameters  {flops / 1e9:8.3f} GFLOP and "
-            f"{1e3 * seconds:8.3f} ms an image"
-        )
-        measured.append((decided, parameters, flops, seconds))
-    _, _, first_flops, first_seconds = measured[0]
+        settings = {"size": scale.size, **ablation.flags, **flags, **variant.flags}
+        row = measured_row(replace(variant, flags=settings), device)
+        if variant.of is None:
+            say(
+                f"{variant.name:24} {row.parameters / 1e6:7.2f} M parameters  "
+                f"{row.flops / 1e9:8.3f} GFLOP and {1e3 * row.seconds:8.3f} ms an image"
+            )
+        measured.append(row)
+    first = measured[0]
     first_images = images
     if first_images is None:
         assert minutes is not None  # the command line sees to it
-        first_images = int(60 * minutes / first_seconds)
-    rows = []
-    for variant, parameters, flops, seconds in measured:
-        share = 1.0
-        if equal == "compute" and variant.of is None:
-            share = first_flops / flops
-        if equal == "time" and variant.of is None:
-            share = first_seconds / seconds
-        rows.append(Row(variant, int(first_images * share), parameters, flops, seconds))
-    today = datetime.date.today().isoformat()
-    return Plan(
-        name,
-        tuple(rows),
-        seeds,
-        equal,
-        metrics,
-        count,
-        points,
-        dict(evaluation),
-        # As JSON gives it back: lists for tuples.
-        json.loads(json.dumps(asked)),
-        command,
-        today,
+        first_images = int(60 * minutes / first.seconds)
+    rows = tuple(
+        replace(row, images=int(first_images * share_of_images(row, first, equal)))
+        for row in measured
     )
+    for row in rows:
+        check_row(row)
+    return rows
+
+
+def measured_row(variant: Variant, device: torch.device) -> Row:
+    """What a variant costs, as yet without images."""
+    if variant.of is not None:
+        return Row(variant, images=0, parameters=0, flops=0.0, seconds=0.0)
+    try:
+        parameters, seconds = timed(variant.flags, device)
+        flops = flops_per_image(configure(**variant.flags))
+    except ValueError as error:
+        raise ValueError(f"{variant.name}: {error}") from None
+    return Row(variant, images=0, parameters=parameters, flops=flops, seconds=seconds)
+
+
+def share_of_images(row: Row, first: Row, equal: Equal) -> float:
+    """Of those of the first row."""
+    if equal == "images" or row.variant.of is not None:
+        return 1.0
+    if equal == "compute":
+        return first.flops / row.flops
+    return first.seconds / row.seconds
+
+
+def check_row(row: Row) -> None:
+    """ValueError for a row that cannot train on so many images."""
+    if row.variant.of is not None:
+        return
+    try:
+        config = configure(**row.variant.flags, images=row.images)
+        build_system(config, CLASSES, "meta", fill=False).phases(row.images)
+    except ValueError as error:
+        raise ValueError(
+            f"{row.variant.name}, which would train on {row.images:,} images: {error}"
+        ) from None
 
 
 def check_variants(variants: list[Variant], flags: Mapping[str, Any]) -> None:
     """ValueError for rows that cannot be told apart, or whose differences the flags would undo."""
     for variant in variants:
-        taken = [name for name in flags if name in variant.flags]
+        taken = [name for name in flags if name in variant.flags and name != "data"]
         if taken:
             raise ValueError(
-                f"-- {flag(taken[0])}: rows of this table differ by it ({variant.name}); leave it "
-                "out"
+                f"{flag(taken[0])} behind the --: rows of this table differ by it "
+                f"({variant.name}); leave it out"
             )
     names = [slug(variant.name) for variant in variants]
     twice = [variant.name for variant in variants if names.count(slug(variant.name)) > 1]
@@ -262,7 +268,7 @@ def slug(name: str) -> str:
 
 def flops_per_image(config: Config) -> float:
     """Of a forward and backward pass, averaged over the images of all phases."""
-    classes = config.data.num_classes or 1000
+    classes = config.data.num_classes or CLASSES
     system = build_system(config, classes, "meta", fill=False)
     total = config.recipe.images
     work = 0.0
@@ -326,7 +332,7 @@ def read_plan(folder: Path) -> Plan | None:
         for name in ("seeds", "metrics"):
             found[name] = tuple(found[name])
         return Plan(rows=tuple(rows), **found)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no plan of an ablation ({error}): move it away to begin anew"
         ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heptapod_fast.ablations.plan import Ablation, Plan, Row
-from heptapod_fast.ablations.running import Job, jobs_of, points_of, results_of
+from heptapod_fast.ablations.running import Job, jobs_of, points_of, records_of, results_of
 from heptapod_fast.reports.compared import KEYS, compared_parts, save_compared_chart
 from heptapod_fast.storage import write_json
 from heptapod_fast.train.records import Record
@@ -31,6 +31,7 @@ def write_table(ablation: Ablation, plan: Plan, out: Path) -> list[Path]:
         "seeds": list(plan.seeds),
         "paper_columns": list(ablation.paper_columns),
         "x_label": ablation.x_label,
+        "apart": list(ablation.apart),
         "command": plan.command,
         "begun": plan.begun,
         "rows": rows,
@@ -73,14 +74,39 @@ def collected(plan: Plan, out: Path) -> list[dict[str, Any]]:
                 "flops_per_image": source.flops,
                 "images": source.images,
                 "seconds_planned": source.total_seconds,
+                "seconds": mean_seconds([job for job in jobs if job.row is source]),
                 "seeds": list(results),
                 "values": by_key,
                 "mean": {key: statistics.fmean(values) for key, values in by_key.items()},
                 "deviation": {key: deviation(values) for key, values in by_key.items()},
                 "curve": curve_of(jobs, row),
-                "device": next((machine_of(numbers) for numbers in results.values()), None),
+                "of_classes": of_classes(list(results.values())),
+                "devices": sorted({machine_of(numbers) for numbers in results.values()}),
             }
         )
+    return found
+
+
+def mean_seconds(jobs: Sequence[Job]) -> float | None:
+    """Of the optimizer steps of a run; None before they are there."""
+    found = []
+    for job in jobs:
+        seconds = [record.get("step_seconds", 0.0) for record in records_of(job)]
+        if seconds:
+            found.append(sum(seconds))
+    return statistics.fmean(found) if found else None
+
+
+def of_classes(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the seeds of numbers of single classes, {number: {class: mean}}; in evaluations
+    they are called number/class."""
+    found: dict[str, dict[str, float]] = {}
+    first = results[0] if results else {}
+    for name in first:
+        key, _, of = name.partition("/")
+        if of and all(isinstance(numbers.get(name), float) for numbers in results):
+            mean = statistics.fmean(numbers[name] for numbers in results)
+            found.setdefault(key, {})[of] = mean
     return found
 
 

@@ -5,6 +5,7 @@ Tensor names: M quarters, P pixels of one, K templates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -80,6 +81,17 @@ def relations(sign_B4: Tensor) -> Tensor:
     return found_B
 
 
+def chances() -> list[float]:
+    """How often four signs that are drawn one by one keep each of `RELATIONS`."""
+    found = []
+    for letters in RELATIONS.values():
+        kinds = len(set(letters))
+        # Each kind is any sign that those before it are not.
+        ways = math.prod(len(SIGNS) - taken for taken in range(kinds))
+        found.append(ways / len(SIGNS) ** QUARTERS)
+    return found
+
+
 class RelationAccuracy:
     """Do samples of pairs keep the relation of their class, and are their parts what they should
     be? See `Metric`.
@@ -88,6 +100,8 @@ class RelationAccuracy:
         relation_accuracy: share of samples whose four signs are alike as their class says; below it
             a number for each class that was sampled, `relation_accuracy/NAME`. A sample with a
             quarter that shows no sign keeps none.
+        relation_by_chance: what it would be if the signs of the same clear quarters were drawn
+            one by one.
         sign_clarity: share of quarters that show a sign at all, whichever: what can be learned from
             a neighbourhood.
         sign_evenness: entropy of the kinds of signs, divided by its maximum: 1 where all are as
@@ -137,8 +151,13 @@ class RelationAccuracy:
         labels = torch.cat(self._labels)
         signs = torch.cat(self._signs)
         is_clear = torch.cat(self._clarity) >= CLEAR
-        is_right = ((relations(signs) == labels) & is_clear.all(1)).double()
-        found = {"relation_accuracy": float(is_right.mean())}
+        are_clear = is_clear.all(1)
+        is_right = ((relations(signs) == labels) & are_clear).double()
+        by_chance = are_clear * torch.tensor(chances(), dtype=torch.float64)[labels]
+        found = {
+            "relation_accuracy": float(is_right.mean()),
+            "relation_by_chance": float(by_chance.mean()),
+        }
         for label in labels.unique().tolist():
             name = self.source.class_names[label]
             found[f"relation_accuracy/{name}"] = float(is_right[labels == label].mean())

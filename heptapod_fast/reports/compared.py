@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,15 +26,17 @@ COLUMNS = (
 )
 # What a number is to be held against, which stands behind it: (key, what it is of).
 BESIDE = {
+    "relation_accuracy": ("relation_by_chance", "chance"),
     "probe_accuracy": ("probe_accuracy_pixels", "pixels"),
     "attention_distance": ("attention_distance_even", "even"),
 }
 KEYS = (*(key for key, _, _ in COLUMNS), *(key for key, _ in BESIDE.values()))
 
 
-def shown_columns(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
-    """Of `COLUMNS` those that any row was measured by."""
-    return [column for column in COLUMNS if any(column[0] in row["mean"] for row in rows)]
+def shown_columns(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """Of `COLUMNS` those that any row was measured by, and rows can be compared by."""
+    measured = {key for row in data["rows"] for key in row["mean"]}
+    return [column for column in COLUMNS if column[0] in measured - set(data["apart"])]
 
 
 def compared_parts(data: dict[str, Any]) -> list[str]:
@@ -42,23 +45,23 @@ def compared_parts(data: dict[str, Any]) -> list[str]:
     data: as `ablations.write_table` writes it.
     """
     rows = data["rows"]
-    parts = [compared_table(data), *differences(rows)]
+    parts = [compared_table(data), *differences(data)]
     missing = [row["name"] for row in rows if len(row["seeds"]) < len(data["seeds"])]
     if missing:
         parts.append(f"Not all seeds are there yet: {', '.join(missing)}.")
     count = len(data["seeds"])
     seeds = "one seed" if count == 1 else f"mean ± deviation of {count} seeds"
-    device = next((row["device"] for row in rows if row["device"]), "no run yet")
-    parts.append(f"*{seeds}; `{data['command']}`, begun {data['begun']}, {device}.*")
+    devices = sorted({device for row in rows for device in row["devices"]}) or ["no run yet"]
+    parts.append(f"*{seeds}; `{data['command']}`, begun {data['begun']}, {'; '.join(devices)}.*")
     return parts
 
 
 def compared_table(data: dict[str, Any]) -> str:
     """A row for each configuration: what it costs, what was measured, what a paper has."""
     rows, paper_columns = data["rows"], data["paper_columns"]
-    shown = shown_columns(rows)
-    of_time = ["ms an image"] if data["equal"] == "time" else []
-    head = ["", "parameters", "GFLOP an image", *of_time, "images"]
+    shown = shown_columns(data)
+    of_time = ["ms an image", "seconds"] if data["equal"] == "time" else []
+    head = ["", "parameters", "GFLOP an image", "images", *of_time]
     head += [name for _, name, _ in shown]
     head += [f"paper: {name}" for name in paper_columns]
     lines = []
@@ -68,9 +71,12 @@ def compared_table(data: dict[str, Any]) -> str:
             f"{row['parameters'] / 1e6:.3g} M",
             f"{row['flops_per_image'] / 1e9:.3g}",
         ]
-        if of_time:
-            cells.append(show(1e3 * row["seconds_planned"] / row["images"]))
         cells.append(f"{row['images']:,}")
+        seconds = row["seconds"]
+        if of_time and seconds is not None:
+            cells += [show(1e3 * seconds / row["images"]), show(seconds)]
+        elif of_time:
+            cells += ["", ""]
         cells += [with_spread(row, key) for key, _, _ in shown]
         paper = [show(value) for value in row["paper"]]
         cells += paper + [""] * (len(paper_columns) - len(paper))
@@ -86,7 +92,7 @@ def save_compared_chart(data: dict[str, Any], path: Path) -> bool:
         Whether there is a chart: False as long as rows have no numbers.
     """
     rows = data["rows"]
-    shown = shown_columns(rows)
+    shown = shown_columns(data)
     if not shown or any(shown[0][0] not in row["mean"] for row in rows):
         return False
     if all(row["curve"] for row in rows if row["is_trained"]):
@@ -110,7 +116,7 @@ def _save_curves(data: dict[str, Any], path: Path) -> None:
     """A panel for each metric, its mean over the seeds; over images, or over what they cost."""
     rows = [row for row in data["rows"] if row["is_trained"]]
     panels = {}
-    for key, name, is_more_better in shown_columns(rows):
+    for key, name, is_more_better in shown_columns(data):
         lines = {}
         for row in rows:
             points = [point for point in row["curve"] if key in point]
@@ -124,7 +130,7 @@ def _save_curves(data: dict[str, Any], path: Path) -> None:
 _COSTS = {
     "images": "images",
     "compute": "TFLOP of training",
-    "time": "seconds of training, by a few steps before it",
+    "time": "seconds of training",
 }
 
 
@@ -133,7 +139,7 @@ def _cost_of_image(data: dict[str, Any], row: dict[str, Any]) -> float:
     if data["equal"] == "compute":
         return float(row["flops_per_image"]) / 1e12
     if data["equal"] == "time":
-        return float(row["seconds_planned"]) / float(row["images"])
+        return float(row["seconds"]) / float(row["images"])
     return 1.0
 
 
@@ -158,15 +164,19 @@ def with_spread(row: dict[str, Any], key: str) -> str:
     return text
 
 
-def differences(rows: list[dict[str, Any]]) -> list[str]:
+def differences(data: dict[str, Any]) -> list[str]:
     """What differs by more than `ALIKE` from the first row, in words."""
-    first, *others = [row for row in rows if row["is_trained"]]
-    found = []
-    for name, of in (
+    first, *others = [row for row in data["rows"] if row["is_trained"]]
+    compared: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("parameters", lambda row: row["parameters"]),
         ("FLOPs of an image", lambda row: row["flops_per_image"]),
         ("compute of a run", lambda row: row["flops_per_image"] * row["images"]),
-    ):
+    ]
+    has_seconds = all(row["seconds"] for row in (first, *others))
+    if data["equal"] == "time" and has_seconds:
+        compared.append(("seconds of a run", lambda row: row["seconds"]))
+    found = []
+    for name, of in compared:
         ratios = {row["name"]: of(row) / of(first) for row in others}
         apart = {row: ratio for row, ratio in ratios.items() if abs(ratio - 1) > ALIKE}
         if apart:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from heptapod_fast.ablations import Ablation, Scale, Variant, make_plan, read_plan
+from heptapod_fast.ablations import Ablation, Scale, Variant, make_rows, read_plan
 from heptapod_fast.ablations import plan as plans
-from heptapod_fast.ablations.plan import flops_per_image, timed, write_plan
+from heptapod_fast.ablations.plan import Plan, flops_per_image, timed, write_plan
 from heptapod_fast.systems import build_system, configure
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
@@ -17,8 +17,8 @@ from _ablations import ABLATIONS
 
 SMALL = {"data": "pairs", "image_size": 32, "patch_size": 4}
 SCALES = {
-    "tiny": (Scale("tiny", 64, 3), SMALL),
-    "B": (Scale("B", 256, 12), {"data": "synthetic", "num_classes": 1000}),
+    "tiny": (Scale("tiny", 64, 3, has_patches=True), SMALL),
+    "B": (Scale("B", 256, 12, has_patches=False), {"data": "synthetic", "num_classes": 1000}),
 }
 
 
@@ -62,18 +62,20 @@ def test_models_that_are_compared_have_as_many_parameters(name, scale):
 
 
 def test_windows_shrink_with_the_grid():
-    small = [row.name for row in ABLATIONS["figure7"].variants(Scale("tiny", 64, 3))]
+    small = [
+        row.name for row in ABLATIONS["figure7"].variants(Scale("tiny", 64, 3, has_patches=True))
+    ]
     assert small == ["w64n1", "w16n4", "w4n16", "w4n32", "w1n64"]
-    vast = ABLATIONS["figure7"].variants(Scale("B", 1024, 12))
+    vast = ABLATIONS["figure7"].variants(Scale("B", 1024, 12, has_patches=False))
     assert [row.name for row in vast] == ["w1024n1", "w256n4", "w64n16", "w64n32", "w16n64"]
-    large = ABLATIONS["figure7"].variants(Scale("B", 256, 12))
+    large = ABLATIONS["figure7"].variants(Scale("B", 256, 12, has_patches=False))
     assert [row.name for row in large] == ["w256n1", "w64n4", "w16n16", "w16n32", "w4n64"]
     assert [row.paper for row in large] == [(row.name,) for row in large]
 
 
 def test_depths_keep_their_sum():
     for depth, sums in ((3, 6), (16, 32)):
-        rows = ABLATIONS["table4"].variants(Scale("L", 256, depth))
+        rows = ABLATIONS["table4"].variants(Scale("L", 256, depth, has_patches=False))
         assert {row.flags["depth"] + row.flags["head_depth"] for row in rows} == {sums}
     assert [row.name for row in rows] == ["31 / 1", "24 / 8", "16 / 16"]
 
@@ -96,79 +98,85 @@ def made(monkeypatch=None, seconds=(), **how):
     rates = iter(seconds)
     if monkeypatch is not None:
         monkeypatch.setattr(plans, "timed", lambda settings, device: (100, next(rates)))
-    given = dict(images=10_000, minutes=None, seeds=(0, 1), equal="images", metrics=("loss",))
-    return make_plan(
-        "two",
+    given = dict(images=10_000, minutes=None, equal="images")
+    return make_rows(
         TWO,
-        Scale("tiny", 64, 3),
+        Scale("tiny", 64, 3, has_patches=True),
         WIDTHS,
-        count=10,
-        points=1,
-        evaluation={},
-        asked={"--images": 10},
-        command="python x",
         device=torch.device("cpu"),
         say=lambda text: None,
         **(given | how),
     )
 
 
+def plan_of(rows):
+    return Plan(
+        name="two",
+        rows=rows,
+        seeds=(0, 1),
+        equal="images",
+        metrics=("loss",),
+        count=10,
+        points=1,
+        evaluation={},
+        asked={"--images": 10},
+        command="python x",
+        begun="2026-01-02",
+    )
+
+
 def test_images_are_equal_or_follow_from_compute_or_time(monkeypatch):
-    one, two, again = made(monkeypatch, (0.01, 0.03)).rows
+    one, two, again = made(monkeypatch, (0.01, 0.03))
     assert one.images == two.images == again.images == 10_000
-    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="compute").rows
+    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="compute")
     assert one.flops * one.images == pytest.approx(two.flops * two.images, rel=1e-3)
     assert one.flops != pytest.approx(two.flops, rel=0.1)
-    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="time").rows
+    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="time")
     assert (one.images, two.images) == (10_000, 3_333)
-    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="time", images=None, minutes=2).rows
+    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="time", images=None, minutes=2)
     assert (one.images, two.images) == (12_000, 4_000)
 
 
 def test_the_sum_counts_runs_and_not_rows(monkeypatch):
-    plan = made(monkeypatch, (0.01, 0.03))
+    plan = plan_of(made(monkeypatch, (0.01, 0.03)))
     assert [row.variant.name for row in plan.trained] == ["one", "two"]
     assert plan.total_seconds == pytest.approx(2 * (100 + 300))
 
 
 def test_a_plan_is_read_as_it_was_written(monkeypatch, tmp_path):
-    plan = made(monkeypatch, (0.01, 0.03))
+    plan = plan_of(made(monkeypatch, (0.01, 0.03)))
     assert read_plan(tmp_path) is None
     write_plan(plan, tmp_path)
     found = read_plan(tmp_path)
     assert dataclasses.asdict(found) == dataclasses.asdict(plan)
-    (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no plan of an ablation"):
-        read_plan(tmp_path)
+    for broken in ("{}", "null", '{"rows": [1]}', ""):
+        (tmp_path / "plan.json").write_text(broken)
+        with pytest.raises(ValueError, match="is no plan of an ablation"):
+            read_plan(tmp_path)
+
+
+def test_a_row_of_too_few_images_is_refused(monkeypatch):
+    """Two of the rows have fewer images than the first, which is what was asked for."""
+    with pytest.raises(ValueError, match="two, which would train on [34].* --batch 64 is more"):
+        made(monkeypatch, (0.01, 0.03), images=100, equal="compute")
 
 
 def test_a_row_that_cannot_be_is_named():
     bad = dataclasses.replace(TWO, variants=lambda scale: [Variant("wide", {"width": 33})])
+    scale = Scale("tiny", 64, 3, has_patches=True)
+    how = dict(images=10, minutes=None, equal="images", device=torch.device("cpu"), say=print)
     with pytest.raises(ValueError, match="wide: --width 33 is not a multiple"):
-        make_plan(
-            "bad",
-            bad,
-            Scale("tiny", 64, 3),
-            SMALL,
-            images=10,
-            minutes=None,
-            seeds=(0,),
-            equal="images",
-            metrics=("loss",),
-            count=10,
-            points=1,
-            evaluation={},
-            asked={"--images": 10},
-            command="python x",
-            device=torch.device("cpu"),
-            say=lambda text: None,
-        )
+        make_rows(bad, scale, SMALL, **how)
 
 
 @pytest.mark.parametrize(
     "variants, flags, named",
     [
-        ([Variant("a", {"density": 1})], {"density": 4}, "-- --density: rows of this table differ"),
+        (
+            [Variant("a", {"density": 1})],
+            {"density": 4},
+            "--density behind the --: rows of this",
+        ),
         ([Variant("a b"), Variant("a, b")], {}, "rows of one name, a b, a, b"),
     ],
 )

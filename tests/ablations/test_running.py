@@ -40,7 +40,7 @@ if "--evaluate-every" in flags:
     every, seed = int(flags["--evaluate-every"]), int(flags["--seed"])
     with (out / "metrics.jsonl").open("w") as file:
         for images in range(every, int(flags["--images"]) + 1, every):
-            file.write(json.dumps({"images": images, "loss": 1.0}) + "\\n")
+            file.write(json.dumps({"images": images, "step_seconds": 2.0 + seed}) + "\\n")
             numbers = {"evaluation/relation_accuracy": images / 1e6 + seed / 10}
             file.write(json.dumps({"images": images, **numbers}) + "\\n")
 """
@@ -54,7 +54,7 @@ with (here / "calls.txt").open("a") as file:
 images = int((pathlib.Path(run) / "trained").read_text())
 assert flags["--extractor"] == "small"
 numbers = {"relation_accuracy": images / 1e4 + int(flags["--seed"]) / 10, "device": "a test"}
-numbers |= {"images_seen": images, "torch": "2.13"}
+numbers |= {"images_seen": images, "torch": "2.13", "symmetry/odd": images / 2000}
 if "--temperature" in flags:
     numbers["relation_accuracy"] -= 0.05
 pathlib.Path(flags["--out"]).write_text(json.dumps(numbers))
@@ -306,6 +306,9 @@ def test_a_table_has_means_and_spreads(tools, tmp_path):
     # Seeds give 0.1 and 0.2, and 0.05 and 0.15.
     assert [row["mean"]["relation_accuracy"] for row in rows] == pytest.approx([0.15, 0.1, 0.05])
     assert rows[0]["deviation"]["relation_accuracy"] == pytest.approx(0.1 / 2**0.5)
+    assert [row["of_classes"] for row in rows] == [
+        {"symmetry": {"odd": odd}} for odd in (0.5, 0.25, 0.25)
+    ]
     assert rows[2]["parameters"] == 11 and rows[2]["images"] == 500  # of the runs it samples
     page = (tmp_path / "table.md").read_text()
     assert "| one, first | 1e-05 M | 2 | 1,000 | 0.15 ± 0.071 | 19.2 |" in page
@@ -329,6 +332,7 @@ def test_numbers_on_the_way_are_curves(tools, tmp_path):
     assert one["curve"][-1]["relation_accuracy"] == pytest.approx([0.1, 0.2])
     assert [point["images"] for point in two["curve"]] == [167, 334, 500]
     assert cold["curve"] == []  # its run is measured as `two`
+    assert one["seconds"] == two["seconds"] == cold["seconds"] == 2 * 2.5
     assert (tmp_path / "chart.png").is_file()
 
 

@@ -9,7 +9,7 @@ import torch
 from heptapod_fast.data import Logograms
 from heptapod_fast.data.pairs import RELATIONS, Pairs
 from heptapod_fast.evaluation import MetricContext, make_metrics
-from heptapod_fast.evaluation.relation import read_signs, relations
+from heptapod_fast.evaluation.relation import chances, read_signs, relations
 from heptapod_fast.tokenizers import PatchVQ, to_uint8, to_unit
 
 IDS = torch.arange(500)
@@ -25,11 +25,13 @@ def test_signs_are_read_without_an_error(side):
 
 
 def test_they_are_read_behind_a_tokenizer_too():
-    pairs = Pairs(24, 2000)
-    tokenizer = PatchVQ.fit(pairs, 24, 4, codes=128)
+    pairs = Pairs(32, 2000)
+    tokenizer = PatchVQ.fit(pairs, 32, 4, codes=128)
     images = tokenizer.decode(tokenizer.encode(to_unit(pairs.images(IDS))))
-    sign, _ = read_signs(to_unit(to_uint8(images)))
-    assert torch.equal(sign, pairs.signs(IDS))
+    found = metric(pairs)
+    found.update(to_uint8(images), pairs.labels[: len(images)])
+    numbers = found.compute()
+    assert numbers["sign_clarity"] == numbers["relation_accuracy"] == 1
 
 
 def test_relations_of_all_kinds_of_four_signs():
@@ -66,6 +68,37 @@ def test_numbers_of_right_and_wrong_samples():
     for number, name in enumerate(pairs.class_names):
         expected = float((labels == given)[given == number].double().mean())
         assert found[f"relation_accuracy/{name}"] == expected
+
+
+def test_chance_is_that_of_all_ways_to_draw_four_signs():
+    """All 4,096 of them."""
+    draws = torch.tensor(list(itertools.product(range(8), repeat=4)))
+    count = relations(draws).add(1).bincount(minlength=6)[1:]
+    assert chances() == [int(found) / len(draws) for found in count]
+
+
+def test_chance_counts_clear_samples_alone():
+    pairs = Pairs(24, 500)
+    images = pairs.images(IDS[:4])
+    images[2:, :, :12, :12] = 0  # one quarter of two of them shows nothing
+    found = metric(pairs)
+    found.update(images, torch.tensor([3, 4, 3, 4]))
+    numbers = found.compute()
+    every, none = 8 / 4096, 8 * 7 * 6 * 5 / 4096
+    assert numbers["relation_by_chance"] == pytest.approx((every + none) / 4)
+    assert numbers["sign_clarity"] == 14 / 16
+
+
+def test_a_blurred_sign_is_not_clear():
+    """Between the sign itself, and what could as well be another."""
+    pairs = Pairs(32, 500)
+    images = pairs.images(IDS[:100]).float()
+    for width, is_clear in ((3, True), (9, False)):
+        blurred = torch.nn.functional.avg_pool2d(images, width, 1, width // 2)
+        found = metric(pairs)
+        found.update(blurred.round().to(torch.uint8), pairs.labels[:100])
+        share = found.compute()["sign_clarity"]
+        assert share > 0.95 if is_clear else share < 0.5
 
 
 def test_one_sign_everywhere_is_not_even():

@@ -17,13 +17,13 @@ def row(name, images, flops, seconds, curve, **values):
         "parameters": 100,
         "flops_per_image": flops,
         "images": images,
-        "seconds_planned": seconds,
+        "seconds": seconds,
         "seeds": [0, 1],
         "values": values,
         "mean": {key: sum(found) / len(found) for key, found in values.items()},
         "deviation": {key: 0.5 for key in values},
         "curve": [dict(zip(("images", "held_out_loss"), point, strict=True)) for point in curve],
-        "device": "a test",
+        "devices": ["a test"],
     }
 
 
@@ -36,6 +36,7 @@ def data(equal="compute", curves=True):
         "seeds": [0, 1],
         "paper_columns": [],
         "x_label": "",
+        "apart": [],
         "command": "python x",
         "begun": "2026-01-02",
         "rows": [
@@ -61,7 +62,7 @@ def drawn(monkeypatch):
     [
         ("images", "images", [100, 200], [50, 100]),
         ("compute", "TFLOP of training", [200, 400], [200, 400]),
-        ("time", "seconds of training, by a few steps before it", [10, 20], [15, 30]),
+        ("time", "seconds of training", [10, 20], [15, 30]),
     ],
 )
 def test_curves_stand_over_what_rows_have_alike(drawn, tmp_path, equal, label, one, two):
@@ -118,7 +119,33 @@ def test_probes_and_distances_are_held_against_what_is_trivial():
 
 def test_rows_of_equal_time_say_what_an_image_takes():
     lines = compared.compared_table(data("time")).splitlines()
-    assert lines[0] == "|  | parameters | GFLOP an image | ms an image | images | held-out loss |"
-    assert lines[2].startswith("| one | 0.0001 M | 2e+03 | 100 | 200 | ")
-    assert lines[3].startswith("| two | 0.0001 M | 4e+03 | 300 | 100 | ")
+    assert lines[0].startswith(
+        "|  | parameters | GFLOP an image | images | ms an image | seconds |"
+    )
+    assert lines[2].startswith("| one | 0.0001 M | 2e+03 | 200 | 100 | 20 | ")
+    assert lines[3].startswith("| two | 0.0001 M | 4e+03 | 100 | 300 | 30 | ")
     assert "ms an image" not in compared.compared_table(data("compute"))
+
+
+def test_time_that_was_not_equal_is_told():
+    assert "Not alike: seconds of a run, one = 1: two 1.50." in compared.compared_parts(
+        data("time")
+    )
+    assert not any("seconds" in part for part in compared.differences(data("compute")))
+
+
+def test_numbers_that_rows_cannot_be_compared_by_are_left_out(drawn, tmp_path):
+    apart = data() | {"apart": ["held_out_loss"]}
+    assert "held-out" not in compared.compared_table(apart)
+    assert not compared.save_compared_chart(apart, tmp_path / "x.png") and not drawn
+
+
+def test_all_machines_are_named():
+    found = data()
+    found["rows"][1]["devices"] = ["another", "a test"]
+    assert compared.compared_parts(found)[-1].endswith("begun 2026-01-02, a test; another.*")
+
+
+def test_better_is_less_of_losses_and_distances_to_the_data():
+    less = {key for key, _, is_more in compared.COLUMNS if not is_more}
+    assert less == {"fid", "held_out_loss"}
