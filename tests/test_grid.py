@@ -95,6 +95,28 @@ def test_steps_do_not_depend_on_the_rest_of_the_batch(mode):
         assert torch.equal(steps_of(4, 16, 2, mode, first=4), together[4:])
 
 
+class EveryOrder:
+    """In place of an Rng: sequence 0 has the first of all orders, sequence 2 the second, and so on,
+    as of antithetic pairs the first alone draws."""
+
+    def permutation(self, name, index_B, count):
+        orders = torch.tensor(list(itertools.permutations(range(count))))
+        return orders[index_B // 2]
+
+
+@pytest.mark.parametrize("density", [1, 2, 3, 4])
+def test_mirrored_steps_are_distributed_as_independent_ones(density):
+    """Over all 24 draws of a pair both sequences have every tuple of distinct steps equally often,
+    so that a loss of any step counts in the mean as much as of independent draws."""
+    steps = grid.draw_steps(torch.arange(48), 4, density, "antithetic", EveryOrder())
+    first, second = steps[0::2], steps[1::2]
+    every = Counter(itertools.permutations(range(4), density))
+    of_each = 24 // len(every)
+    for found in (first, second):
+        assert Counter(map(tuple, found.tolist())) == {steps: of_each for steps in every}
+    assert torch.equal(first + second, torch.full_like(first, 3))
+
+
 def test_odd_antithetic_batch_is_refused():
     with pytest.raises(ValueError, match="--micro-batch"):
         steps_of(3, 16, 1)

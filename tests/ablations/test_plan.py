@@ -43,7 +43,8 @@ def test_every_row_is_a_configuration(name, scale):
     rows = ablation.variants(size)
     names = [row.name for row in rows]
     assert len(set(names)) == len(names) >= 2
-    assert len({config.to_json() for config in configurations(name, scale).values()}) >= 1
+    found = configurations(name, scale)
+    assert len({config.to_json() for config in found.values()}) == len(found)
     for row in rows:
         assert len(row.paper) in (0, len(ablation.paper_columns))
         assert row.of is None or row.of in names

@@ -8,6 +8,7 @@ import pytest
 
 from heptapod_fast.ablations import Ablation, Variant, running
 from heptapod_fast.ablations import plan as plans
+from heptapod_fast.systems import configure
 from tests.running import ROOT, command, refused
 
 sys.path.append(str(ROOT / "tools"))
@@ -48,6 +49,13 @@ def in_process(monkeypatch):
     return started
 
 
+@pytest.fixture(autouse=True)
+def hardly_timed(monkeypatch):
+    """One step of each row."""
+    monkeypatch.setattr(plans, "STEPS", 1)
+    monkeypatch.setattr(plans, "WARM_UP", 0)
+
+
 def small(name, out, *more):
     """The command of a table that is over in seconds."""
     flags = SMALLEST
@@ -63,8 +71,6 @@ def two_rows(monkeypatch):
     variants = [Variant("one", {"density": 1}), Variant("two", {"density": 2})]
     table = Ablation("Two rows", "A test.", lambda scale: variants, points=2)
     monkeypatch.setitem(ABLATIONS, "two", table)
-    monkeypatch.setattr(plans, "STEPS", 1)
-    monkeypatch.setattr(plans, "WARM_UP", 0)
 
 
 def test_a_table_with_two_seeds_goes_on_where_it_was(in_process, two_rows, tmp_path, monkeypatch):
@@ -117,6 +123,29 @@ def test_a_table_with_two_seeds_goes_on_where_it_was(in_process, two_rows, tmp_p
     refused(command("ablate", *small("table1", out, "--seeds", 2), *size), "NAME two, now table1")
 
 
+def test_without_a_flag_a_run_takes_five_minutes_of_64_tokens(monkeypatch, tmp_path):
+    """At 5 ms an image; rows of equal compute follow from the first one's images."""
+    seen = []
+
+    def timed(settings, device):
+        seen.append(configure(**settings))
+        return 1000, 0.005
+
+    monkeypatch.setattr(plans, "timed", timed)
+    monkeypatch.chdir(tmp_path)
+    done = command("ablate", "table1", "--dry-run", "--seeds", 2)
+    assert done.code == 0, done.err
+    assert [config.spec.num_tokens for config in seen] == [64, 64, 64]
+    assert {config.data.data for config in seen} == {"pairs"}
+    assert "1d-raster                      60,000 images, about 5:00 a run" in done.out
+    last = seen[-1]
+    images = int(60_000 * plans.flops_per_image(seen[0]) / plans.flops_per_image(last))
+    assert f"2d-random                {images:>12,} images" in done.out
+    minutes = 1.1 * 2 * 0.005 * (60_000 + 60_000 + images) / 60
+    assert f"6 runs, about {int(minutes)}:" in done.out
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_table_from_its_command(in_process, tmp_path, name):
@@ -152,6 +181,13 @@ def test_the_list_is_whole():
             ("--width 33 is not a multiple of --heads",),
         ),
         (("table1", "--images", 10, "--", "--nothing", 3), ("--nothing",)),
+        (("figure8", "--images", 100), ("n = 4, which would train on", "--batch 64 is more than")),
+        (("sar-guidance", "--points", 2), ("--points 2: rows of this table are one run",)),
+        (("table1", "--at-once", 2, "--launcher", "torchrun"), ("--at-once 2 beside --launcher",)),
+        (
+            ("table1", "--extractor", "small", "--inception", "f"),
+            ("--extractor small beside --inception",),
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, words, named):
