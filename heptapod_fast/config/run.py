@@ -48,7 +48,7 @@ class RunSettings(Settings):
     )
     evaluate_metrics: str | None = setting(
         "What is measured then, separated by commas, of the metrics of tools/evaluate.py; default: "
-        "symmetry for logograms, else fid,is.",
+        "symmetry for logograms, relation for pairs, else fid,is.",
         may_change=True,
         before=None,
     )

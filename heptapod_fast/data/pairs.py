@@ -1,8 +1,8 @@
-"""Pairs: a procedural, class-conditional image set whose class no neighbourhood shows.
+"""Pairs: a procedural, class-conditional image set whose class no quarter of an image shows.
 
 Every image has four signs, one in each quarter, out of eight kinds. The class says which of them
 are alike: those of a row, of a column, of a diagonal, all, or none. So each quarter by itself looks
-the same in every class; what stands in it is decided by a quarter that lies far away. Whether a
+the same in every class; what stands in it is decided by another quarter. Whether a
 generated image keeps to its class can be read off it without a network (`evaluation.relation`).
 
     ink(p) = max over the sign's lines of exp(-d(p, line)^2 / (2 stroke^2))
