@@ -293,6 +293,9 @@ def timed(settings: Mapping[str, Any], device: torch.device) -> tuple[int, float
         share = (min(phase.end, total) - phase.first) / total
         seconds += share * _seconds_of_step(session, state, phase)
     parameters = sum(value.numel() for value in session.system.parameters())
+    if device.type == "cuda":
+        del session, state
+        torch.cuda.empty_cache()  # runs are other processes, and need the room
     return parameters, seconds / config.recipe.batch
 
 
