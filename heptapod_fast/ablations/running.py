@@ -176,11 +176,13 @@ def shares_of_machine(at_once: int) -> list[dict[str, str]]:
         return [{}]
     threads = max(1, (os.cpu_count() or 1) // at_once)
     gpus = torch.cuda.device_count()
+    every = ",".join(map(str, range(gpus)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     found = []
     for number in range(at_once):
         share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-        if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            share["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        if gpus > 1:
+            share["CUDA_VISIBLE_DEVICES"] = visible[number % gpus]
         found.append(share)
     return found
 

@@ -244,7 +244,9 @@ def test_several_at_once_have_a_gpu_each(monkeypatch):
     shares = shares_of_machine(3)
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "0"]
     assert shares_of_machine(1) == [{}]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares_of_machine(2)] == ["5", "7"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert "CUDA_VISIBLE_DEVICES" not in shares_of_machine(2)[0]
 
 
