@@ -76,6 +76,8 @@ def _dense(scale: Scale) -> list[Variant]:
         "n = 8": {"density": 8},
         f"n = 8, {few} rows a step": {"density": 8, **few_rows},
         f"n = 8, {few} rows, one noise": {"density": 8, **few_rows, **one_noise},
+        # What a smaller batch does by itself.
+        f"n = 1, batch {batch}": {"density": 1, **fewer_images},
         f"n = 8, batch {batch}": {"density": 8, **fewer_images},
         f"n = 8, batch {batch}, {few} rows a step": {"density": 8, **fewer_images, **few_rows},
     }

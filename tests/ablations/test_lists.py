@@ -93,6 +93,7 @@ def test_dense_supervision():
         "n = 8": {**vectors, "density": 8},
         "n = 8, 4 rows a step": {**vectors, "density": 8, **few},
         "n = 8, 4 rows, one noise": {**vectors, "density": 8, **few, "diffusion_repeat": 1},
+        "n = 1, batch 8": {**vectors, "density": 1, **eighth},
         "n = 8, batch 8": {**vectors, "density": 8, **eighth},
         "n = 8, batch 8, 4 rows a step": {**vectors, "density": 8, **eighth, **few},
     }

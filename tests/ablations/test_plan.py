@@ -132,10 +132,18 @@ def test_images_are_equal_or_follow_from_compute_or_time(monkeypatch):
     one, two, _ = made(monkeypatch, (0.01, 0.03), equal="compute")
     assert one.flops * one.images == pytest.approx(two.flops * two.images, rel=1e-3)
     assert one.flops != pytest.approx(two.flops, rel=0.1)
-    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="time")
+    one, two, _ = made(monkeypatch, 3 * (0.01, 0.03), equal="time")
     assert (one.images, two.images) == (10_000, 3_333)
-    one, two, _ = made(monkeypatch, (0.01, 0.03), equal="time", images=None, minutes=2)
+    one, two, _ = made(monkeypatch, 3 * (0.01, 0.03), equal="time", images=None, minutes=2)
     assert (one.images, two.images) == (12_000, 4_000)
+
+
+def test_time_is_the_shortest_of_all_turns(monkeypatch):
+    """Other work slows the second row in the first turn, and the first in the last."""
+    seconds = (0.01, 0.09, 0.01, 0.03, 0.08, 0.03)
+    one, two, again = made(monkeypatch, seconds, equal="time")
+    assert (one.seconds, two.seconds, again.seconds) == (0.01, 0.03, 0.0)
+    assert (one.images, two.images) == (10_000, 3_333)
 
 
 def test_the_sum_counts_runs_and_not_rows(monkeypatch):
