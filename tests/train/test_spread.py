@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from heptapod_fast import checkpoints
 from heptapod_fast.data.tokens import SyntheticTokens
@@ -41,6 +42,7 @@ CASES = {
 # Largest relative difference of a loss, and largest difference of a weight.
 TOLERANCE = {torch.float64: (1e-10, 1e-9), torch.float32: (1e-5, 1e-5)}
 STEPS = 6
+LOSSES = "losses of all steps"
 MICRO_BATCH = 2
 
 
@@ -111,13 +113,21 @@ class Run:
         checkpoints.load_step(folder, None).read_into("model", self.named())
 
 
-@functools.cache
-def undisturbed(name):
-    """(losses, weights) of all steps on one rank."""
+def write_undisturbed(name, folder):
+    """All steps on one rank, once for all ranks that are held to them."""
     run = Run(name, ALONE, Layout("single", 1, ""))
     for number in range(STEPS):
         run.step(number)
-    return run.losses, {key: value.clone() for key, value in run.named().items()}
+    losses = torch.tensor(run.losses, dtype=torch.float64)
+    save_file({LOSSES: losses, **run.named()}, folder / f"{name}.safetensors")
+
+
+@functools.cache
+def undisturbed(name):
+    """(losses, weights) of all steps on one rank."""
+    found = load_file(Path(os.environ["FOLDER"]) / f"{name}.safetensors")
+    losses = found.pop(LOSSES)
+    return losses.tolist(), found
 
 
 def layout_of(mode, world):
@@ -203,6 +213,8 @@ def check_every_rank_holds_its_part():
 
 def test_two_ranks_then_one_then_three(tmp_path):
     """Two steps each. In one test: its processes are started once."""
+    for name in CASES:
+        write_undisturbed(name, tmp_path)
     for first, count in ((0, 2), (2, 1), (4, 3)):
         found = ranks.outcomes(__file__, count, FOLDER=str(tmp_path), FIRST=str(first))
         ranks.all_well(found)
