@@ -30,6 +30,12 @@ BESIDE = {
     "probe_accuracy": ("probe_accuracy_pixels", "pixels"),
     "attention_distance": ("attention_distance_even", "even"),
 }
+# What curves stand over, by what the rows have alike.
+_COSTS = {
+    "images": "images",
+    "compute": "TFLOP of training",
+    "time": "seconds of training",
+}
 KEYS = (*(key for key, _, _ in COLUMNS), *(key for key, _ in BESIDE.values()))
 
 
@@ -70,8 +76,8 @@ def compared_table(data: dict[str, Any]) -> str:
             row["name"],
             f"{row['parameters'] / 1e6:.3g} M",
             f"{row['flops_per_image'] / 1e9:.3g}",
+            f"{row['images']:,}",
         ]
-        cells.append(f"{row['images']:,}")
         seconds = row["seconds"]
         if of_time and seconds is not None:
             cells += [show(1e3 * seconds / row["images"]), show(seconds)]
@@ -124,14 +130,6 @@ def _save_curves(data: dict[str, Any], path: Path) -> None:
             lines[row["name"]] = (x, [fmean(point[key]) for point in points])
         panels[_with_direction(name, is_more_better)] = lines
     save_series(panels, path, _COSTS[data["equal"]])
-
-
-# What curves stand over, by what the rows have alike.
-_COSTS = {
-    "images": "images",
-    "compute": "TFLOP of training",
-    "time": "seconds of training",
-}
 
 
 def _cost_of_image(data: dict[str, Any], row: dict[str, Any]) -> float:
