@@ -11,8 +11,9 @@ from heptapod_fast.reports.charts import save_series, save_spreads
 from heptapod_fast.reports.tables import show, table
 
 ALIKE = 0.02  # by which what is compared may differ without a word
-# What of an evaluation stands in the table, in this order: (key, column, whether more is better).
-COLUMNS = (
+# What of an evaluation stands in the table, in this order: (key, column, whether more is better;
+# None where neither is).
+COLUMNS: tuple[tuple[str, str, bool | None], ...] = (
     ("relation_accuracy", "relation", True),
     ("sign_clarity", "signs", True),
     ("symmetry_accuracy", "symmetry", True),
@@ -22,7 +23,7 @@ COLUMNS = (
     ("recall", "recall", True),
     ("held_out_loss", "held-out loss", False),
     ("probe_accuracy", "probe", True),
-    ("attention_distance", "attention distance", True),
+    ("attention_distance", "attention distance", None),
 )
 # What a number is to be held against, which stands behind it: (key, what it is of).
 BESIDE = {
@@ -39,7 +40,7 @@ _COSTS = {
 KEYS = (*(key for key, _, _ in COLUMNS), *(key for key, _ in BESIDE.values()))
 
 
-def shown_columns(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
+def shown_columns(data: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
     """Of `COLUMNS` those that any row was measured by, and rows can be compared by."""
     measured = {key for row in data["rows"] for key in row["mean"]}
     return [column for column in COLUMNS if column[0] in measured - set(data["apart"])]
@@ -141,7 +142,9 @@ def _cost_of_image(data: dict[str, Any], row: dict[str, Any]) -> float:
     return 1.0
 
 
-def _with_direction(name: str, is_more_better: bool) -> str:
+def _with_direction(name: str, is_more_better: bool | None) -> str:
+    if is_more_better is None:
+        return name
     direction = "more" if is_more_better else "less"
     return f"{name} ({direction} is better)"
 
